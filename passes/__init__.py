@@ -1,0 +1,1 @@
+"""Graph passes: a GraphModule in, a GraphModule and what was found or changed out."""
