@@ -1,0 +1,158 @@
+"""The position-wise region between the projections of an FFN: captured as its own graph, then recognised by value.
+
+A region is recognised by evaluating it on numbers and comparing with known functions, not by its operators: so a
+hand-written x·sigmoid(1.702x), a fused gate+up projection in either order and a call to `F.silu` are all seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from moeify.passes.dataflow import op_name, shape, width
+
+Unary = Callable[[torch.Tensor], torch.Tensor]
+
+ACTIVATIONS: dict[str, Unary] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "mish": F.mish,
+    "identity": lambda x: x,
+}
+CUSTOM = "custom"
+_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone"}
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Which rows of the projections make the gate and which the up half: (projection index, start, stop, step)."""
+
+    gate: tuple[int, int, int, int] | None
+    up: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A region's canonical name ("custom" when nobody has one) and the roles of its inputs (None when custom)."""
+
+    activation: str
+    halves: Halves | None
+
+
+def capture(graph_module: fx.GraphModule, inputs: Iterable[fx.Node], output: fx.Node) -> fx.GraphModule:
+    """Copy the computation from `inputs` to `output` into a graph of its own, for activations of any leading shape.
+
+    Reshapes that keep rows whole are left out and dropout too (the layer has its own); parameters that the region
+    reads come along as `get_attr` nodes.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(inputs):
+        copies[node] = graph.placeholder(f"z{index}")
+    for node in _in_order(output, set(copies)):
+        if op_name(node) in _RESHAPES | {"dropout"} and width(node) == width(node.all_input_nodes[0]):
+            copies[node] = copies[node.all_input_nodes[0]]
+        else:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+            _count_dimensions_from_the_end(node, copies[node])
+    graph.output(copies[output])
+    graph.lint()
+    return fx.GraphModule(graph_module, graph, class_name="Activation")
+
+
+def _in_order(output: fx.Node, stop: set[fx.Node]) -> list[fx.Node]:
+    """Return the ancestors of `output` down to `stop` (not included), each after its inputs."""
+    order: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> None:
+        if node in stop or node in order:
+            return
+        for argument in node.all_input_nodes:
+            visit(argument)
+        order[node] = None
+
+    visit(output)
+    return list(order)
+
+
+def _count_dimensions_from_the_end(original: fx.Node, copied: fx.Node) -> None:
+    """Make `dim` arguments negative, because the region will be called on activations of another rank."""
+    if not isinstance(original.target, torch._ops.OpOverload) or not original.all_input_nodes:
+        return
+    rank = len(shape(original.all_input_nodes[0]))
+    for position, spec in enumerate(original.target._schema.arguments[: len(copied.args)]):
+        value = copied.args[position]
+        if spec.name == "dim" and isinstance(value, int) and value >= 0:
+            copied.update_arg(position, value - rank)
+        elif spec.name == "dim" and isinstance(value, list | tuple):
+            copied.update_arg(position, [d - rank if isinstance(d, int) and d >= 0 else d for d in value])
+
+
+def recognise(region: fx.GraphModule, widths: list[int], intermediate: int) -> Recognised:
+    """Name a region by evaluating it in float64 on values from -12 to 12.
+
+    Args:
+        region: What `capture` returned.
+        widths: Width of each input (the projections' outputs).
+        intermediate: Width of the region's output.
+    """
+    if any(node.op == "get_attr" for node in region.graph.nodes):
+        return Recognised(CUSTOM, None)  # learned: its values are not known, so no name can be claimed
+    inputs = [_probe(size, seed) for seed, size in enumerate(widths)]
+    try:
+        result = region(*inputs).double()
+    except (RuntimeError, TypeError, ValueError):
+        return Recognised(CUSTOM, None)
+    for halves in _roles(widths, intermediate):
+        gate = None if halves.gate is None else _take(inputs, halves.gate)
+        up = _take(inputs, halves.up)
+        for name, function in ACTIVATIONS.items():
+            expected = function(up) if gate is None else function(gate) * up
+            if (gate is not None or name != "identity") and _equal(result, expected):
+                return Recognised(name, halves)
+    return Recognised(CUSTOM, None)
+
+
+def _roles(widths: list[int], intermediate: int) -> list[Halves]:
+    """List the ways in which inputs of these widths can make one output of width `intermediate`."""
+    size = intermediate
+    match widths:
+        case [single] if single == size:
+            return [Halves(None, (0, 0, size, 1))]
+        case [fused] if fused == 2 * size:
+            first, second = (0, 0, size, 1), (0, size, 2 * size, 1)
+            even, odd = (0, 0, 2 * size, 2), (0, 1, 2 * size, 2)
+            return [Halves(first, second), Halves(second, first), Halves(even, odd), Halves(odd, even)]
+        case [a, b] if a == b == size:
+            first, second = (0, 0, size, 1), (1, 0, size, 1)
+            return [Halves(first, second), Halves(second, first)]
+    return []
+
+
+def _take(inputs: list[torch.Tensor], rows: tuple[int, int, int, int]) -> torch.Tensor:
+    index, start, stop, step = rows
+    return inputs[index][..., start:stop:step]
+
+
+def _probe(size: int, seed: int) -> torch.Tensor:
+    """Return (2, size) values spread over [-12, 12], in another order for each seed."""
+    steps = torch.arange(2 * size, dtype=torch.float64).reshape(2, size)
+    golden = (math.sqrt(5) - 1) / 2
+    return 24 * ((steps * golden + 0.37 * seed) % 1) - 12
+
+
+def _equal(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    if result.shape != expected.shape:
+        return False
+    return bool(((result - expected).abs() <= 2e-6 * expected.abs().clamp(min=1)).all())
