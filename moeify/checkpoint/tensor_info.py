@@ -1,0 +1,78 @@
+"""What a tensor in a checkpoint is, told without reading it: name, dtype, shape, and where its bytes lie.
+
+Dtypes are spelled as safetensors spells them (`"BF16"`), so that nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {  # safetensors name: torch name, bytes a value
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "C64": ("complex64", 8),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+_SAFETENSORS_NAME = {torch_name: name for name, (torch_name, _) in _DTYPES.items()}
+
+ITEMSIZE: dict[str, int] = {name: itemsize for name, (_, itemsize) in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: its key, as Hugging Face spells it.
+        dtype: safetensors spelling, a key of `ITEMSIZE`. For GGUF it is the dtype after dequantisation.
+        shape: torch order; `()` for a scalar.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values, without padding."""
+        return prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of bytes in a file that is a tensor's values verbatim (little endian, row major)."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _DTYPES[name][0])
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """The safetensors name of a torch dtype; None if safetensors cannot hold it."""
+    return _SAFETENSORS_NAME.get(str(dtype).removeprefix("torch."))
