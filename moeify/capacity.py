@@ -1,0 +1,106 @@
+"""Expert capacity: how many tokens an expert may take, and which ones give way. Pure functions, no wait for the device.
+
+A place that gives way gets id E, which the expert computation skips: the token keeps what the residual stream carries.
+Memory is linear in the T*K places; nothing of size T*E*C is made.
+
+Shape suffixes: T tokens, E experts, K experts per token, N = K*T places (all first choices, then all second ones, ...).
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moeify.errors import ConfigError
+
+DropOrder = Literal["position", "probability", "random", "batch_prioritized"]
+
+
+def expert_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
+    """min(tokens, ceil(tokens * top_k / experts * factor)), as Megatron and DeepSpeed compute it.
+
+    GShard and mesh-tensorflow leave out top_k: for the same capacity their factor for top-2 is twice this one. The
+    ceiling is taken of the exact decimal number: 10 tokens on one expert with factor 1.1 are 11 and not 12. With at
+    least one token the capacity is at least 1; more than `tokens` would change nothing, since a token picks an expert
+    at most once.
+
+    Args:
+        tokens: T, padding included if it is routed.
+        experts: E.
+        top_k: K.
+        factor: 1.0 is just enough for a perfectly balanced routing.
+
+    Returns:
+        Tokens per expert.
+
+    Raises:
+        ConfigError: factor is not a positive finite number.
+    """
+    if not 0 < factor < float("inf"):
+        raise ConfigError(f"the capacity factor is {factor}: give a positive number, or None for no limit")
+    exact = Fraction(str(factor))
+    # Integer arithmetic, so that a symbolic number of tokens goes through.
+    return min(tokens, -(-tokens * top_k * exact.numerator // (experts * exact.denominator)))
+
+
+def drop_overflow(
+    expert_ids_TK: Tensor,
+    scores_TE: Tensor,
+    capacity: int,
+    *,
+    order: DropOrder = "position",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Keeps at most `capacity` places of each expert.
+
+    Who is served first, by `order`:
+    - position: first choices before second ones, then earlier tokens (GShard, Switch);
+    - probability: the highest score for that expert (Megatron's and DeepSpeed's default for top-k);
+    - random: any place, all equally likely (DeepSpeed's random token selection);
+    - batch_prioritized: first choices before second ones, then the tokens with the highest score for any expert
+      (V-MoE, Riquelme et al. 2021). Like probability, it lets later tokens push out earlier ones: in a causal decoder
+      that leaks the future.
+    Equal priorities are served by position. Padding takes capacity unless its ids are E already.
+
+    Args:
+        expert_ids_TK: (T, K) int64 in [0, E]; E is no place and stays.
+        scores_TE: (T, E) probabilities; only two of the orders read its values.
+        capacity: Places per expert.
+        order: As above.
+        generator: Source of the random order, on the device of the ids; None is torch's default one.
+
+    Returns:
+        (T, K) int64 ids with E for places that gave way, and how many did, () int64.
+    """
+    tokens, top_k = expert_ids_TK.shape
+    experts = scores_TE.shape[-1]
+    ids_N = expert_ids_TK.t().reshape(-1)
+    queue_N = _queue(expert_ids_TK, scores_TE, order, generator)
+    # Stable: within an expert the order of the queue survives, and a place's rank is its distance from the first.
+    sorted_ids_N, by_expert_N = ids_N[queue_N].sort(stable=True)
+    first_E = torch.searchsorted(sorted_ids_N, torch.arange(experts + 1, device=ids_N.device))
+    rank_N = torch.arange(ids_N.shape[0], device=ids_N.device) - first_E[sorted_ids_N]
+    kept_ids_N = sorted_ids_N.masked_fill(rank_N >= capacity, experts)
+    new_ids_N = torch.empty_like(ids_N).scatter(0, queue_N[by_expert_N], kept_ids_N)
+    return new_ids_N.reshape(top_k, tokens).t().contiguous(), (new_ids_N != ids_N).sum()
+
+
+def _queue(expert_ids_TK: Tensor, scores_TE: Tensor, order: DropOrder, generator: torch.Generator | None) -> Tensor:
+    """The places in the order in which they are served."""
+    (tokens, top_k), device = expert_ids_TK.shape, expert_ids_TK.device
+    match order:
+        case "position":
+            return torch.arange(top_k * tokens, device=device)
+        case "probability":
+            # A place that is none (id E) may read any score: it is never served.
+            scores_TK = scores_TE.gather(-1, expert_ids_TK.clamp(max=scores_TE.shape[-1] - 1))
+            return scores_TK.t().reshape(-1).argsort(descending=True, stable=True)
+        case "random":
+            return torch.rand(top_k * tokens, generator=generator, device=device).argsort()
+        case "batch_prioritized":
+            tokens_T = scores_TE.amax(-1).argsort(descending=True, stable=True)
+            return (torch.arange(top_k, device=device).unsqueeze(-1) * tokens + tokens_T).reshape(-1)
+    raise ConfigError(f"unknown drop order {order!r}: position, probability, random or batch_prioritized")
