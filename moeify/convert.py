@@ -1,0 +1,154 @@
+"""The in-place applier: dense FFNs of a live module become `SparseMoE` layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from moeify.config import MoEConfig
+from moeify.errors import MoeifyError, RefusedError
+from moeify.inputs import guess_inputs
+from moeify.layers import Experts, SparseMoE, TopKRouter
+from moeify.methods.copy import copy_experts
+from moeify.plan import Plan, Site
+from moeify.planning import make_plan, survey
+from moeify.routers import router_init
+from moeify.trace import Inputs, meta_twin, trace
+from moeify.weights import dense_ffn
+
+Regions = Mapping[tuple[str, ...], fx.GraphModule]
+
+
+def convert(
+    model: nn.Module, config: MoEConfig, layers: str = "all", *, example_inputs: Inputs | None = None
+) -> nn.Module:
+    """Replace the dense FFNs of a model by sparse mixtures of experts, in place.
+
+    All checks come before the first change: when this raises, the model is as it was.
+
+    Args:
+        model: Any module; its FFNs are found by dataflow, not by name.
+        config: Experts, top_k and the rest.
+        layers: Which FFNs: "all", "every:2", "last:8", "0,3-7", or a regular expression on their paths.
+        example_inputs: Inputs that the forward accepts; None guesses them for a transformers model.
+
+    Returns:
+        The same model. `repr` shows the new layers.
+
+    Raises:
+        RefusedError: no FFN was found, or one cannot be replaced without changing something else.
+        MoeifyError: the model cannot be traced.
+        ConfigError: the selection matches nothing.
+    """
+    found = survey(trace(model, example_inputs))
+    plan = make_plan(model, found, config, layers)
+    check_replaceable(model, plan)
+    rehearse(model, plan, found.regions, example_inputs)
+    return apply_plan(model, plan, found.regions)
+
+
+def apply_plan(model: nn.Module, plan: Plan, regions: Regions, *, fill: bool = True) -> nn.Module:
+    """Put a `SparseMoE` at every site of a plan.
+
+    Args:
+        model: The model that the plan was made for.
+        plan: What to replace.
+        regions: Captured activations by the names of the FFN's parameters; needed for custom ones.
+        fill: Compute the experts from the dense weights; False leaves zeros, for a state dict that is loaded next.
+    """
+    for site in plan.sites:
+        dense = model.get_parameter(site.down.parameter)
+        layer = build_layer(site, plan.config, regions.get(site.parameters), dense)
+        layer.train(model.get_submodule(site.path).training)
+        if fill:
+            _fill(layer, site, plan.config, model)
+        model.set_submodule(site.path, layer)
+        for path in site.through:
+            model.set_submodule(path, nn.Identity())
+    return model
+
+
+def build_layer(site: Site, config: MoEConfig, region: fx.GraphModule | None, like: Tensor) -> SparseMoE:
+    """Make the layer of a site with zero weights, on the device and in the dtype of `like`."""
+    custom = site.activation == "custom"
+    experts = Experts(
+        site.hidden,
+        site.intermediate,
+        experts=config.experts,
+        activation=site.activation,
+        gated=site.gated,
+        up_rows=sum(rows.count for rows in site.ups),
+        up_bias=site.up_bias,
+        down_bias=site.down.bias is not None,
+        region=region if custom else None,
+        region_widths=tuple(rows.count for rows in site.ups) if custom else (),
+        dropout=site.expert_dropout,
+        device=like.device,
+        dtype=like.dtype,
+    )
+    router = TopKRouter(
+        site.hidden, config.experts, config.top_k, renormalize=config.renormalize, device=like.device, dtype=like.dtype
+    )
+    return SparseMoE(router, experts, dropout=site.dropout)
+
+
+@torch.no_grad()
+def _fill(layer: SparseMoE, site: Site, config: MoEConfig, model: nn.Module) -> None:
+    weights = copy_experts(dense_ffn(site, model.get_parameter), config.experts)
+    experts, router = layer.experts, layer.router
+    values = {
+        site.up_name: weights.up_EJH,
+        "down_proj": weights.down_EHI,
+        f"{site.up_name}_bias": weights.up_bias_EJ,
+        "down_proj_bias": weights.down_bias_EH,
+    }
+    for name, value in values.items():
+        if value is not None:
+            experts.get_parameter(name).copy_(value)
+    init_EH = router_init((config.experts, site.hidden), config.seed, f"{site.path}.router.weight")
+    router.get_parameter("weight").copy_(init_EH)
+
+
+def check_replaceable(model: nn.Module, plan: Plan) -> None:
+    """Refuse, with names, what a replacement would silently lose: hooks, parametrizations, shared parameters.
+
+    Raises:
+        RefusedError: one of them is in the way.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for site in plan.sites:
+        for path in (site.path, *site.through):
+            for inner in model.get_submodule(path).modules():
+                if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks:
+                    raise RefusedError(f"{path} has hooks, which would be lost: remove them, convert, register again")
+                if parametrize.is_parametrized(inner):
+                    raise RefusedError(f"{path} is parametrized: call remove_parametrizations on it first")
+        for parameter in site.parameters:
+            tied = [n for n in names[id(model.get_parameter(parameter))] if not _beside(n, site)]
+            if tied:
+                raise RefusedError(f"{parameter} is tied to {tied[0]}: converting it would tear the tie apart")
+
+
+def _beside(name: str, site: Site) -> bool:
+    """Whether a parameter's name lies in what a site replaces."""
+    return any(name.startswith(f"{path}.") for path in (site.path, *site.through))
+
+
+def rehearse(model: nn.Module, plan: Plan, regions: Regions, example_inputs: Inputs | None) -> None:
+    """Convert a weightless twin and run it, so that a model that calls its FFN in an unforeseen way stays untouched.
+
+    Raises:
+        RefusedError: the converted twin does not run.
+    """
+    twin = apply_plan(meta_twin(model).eval(), plan, regions, fill=False)
+    inputs: Any = guess_inputs(model) if example_inputs is None else example_inputs
+    try:
+        trace(twin, inputs)
+    except MoeifyError as error:
+        raise RefusedError(f"the converted model does not run ({error}); convert the graph instead") from error

@@ -1,0 +1,181 @@
+"""The layer that stands where a dense FFN stood: a router, stacked experts, and what was around them.
+
+Shape legend: T tokens, H hidden, I intermediate, J rows of the first weight (2I with a gate), E experts, K experts per
+token, S = T·K rows in the experts' order.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeify.kernels import ops
+from moeify.kernels.activations import ACTIVATIONS
+from moeify.kernels.layout import routing_layout
+from moeify.routers import Routing, router_logits, softmax_topk
+
+
+class TopKRouter(nn.Module):
+    """Softmax over a linear projection, k experts per token (Shazeer et al. 2017 without noise; Mixtral).
+
+    Args:
+        hidden: H.
+        experts: E.
+        top_k: K.
+        renormalize: The chosen weights sum to 1.
+        device: Of the weight.
+        dtype: Of the weight; logits are float32 whatever it is.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        experts: int,
+        top_k: int,
+        *,
+        renormalize: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.renormalize = top_k, renormalize
+        self.weight = nn.Parameter(torch.zeros(experts, hidden, device=device, dtype=dtype))
+
+    def forward(self, x_TH: Tensor) -> Routing:
+        """Route tokens (T, H)."""
+        return softmax_topk(router_logits(x_TH, self.weight), self.top_k, renormalize=self.renormalize)
+
+    def extra_repr(self) -> str:
+        """Describe the router in `repr`."""
+        order = "softmax over the chosen" if self.renormalize else "softmax over all"
+        return f"{self.weight.shape[1]} → {self.weight.shape[0]}, top-{self.top_k}, {order}"
+
+
+class Experts(nn.Module):
+    """E FFNs of one shape, stacked as transformers holds them.
+
+    Parameters: `gate_up_proj` (E, 2I, H) with a gate, else `up_proj` (E, J, H); `down_proj` (E, H, I); and, where the
+    dense FFN had biases, the same names with `_bias`.
+
+    Args:
+        hidden: H.
+        intermediate: I.
+        experts: E.
+        activation: A name that the kernels know, or any name when `region` is given.
+        gated: act(gate) * up.
+        up_rows: J.
+        up_bias: Whether the first projections have biases.
+        down_bias: Whether the projection back has one.
+        region: The captured computation between the projections; used when the kernels do not know it by name.
+        region_widths: Rows of each projection that the region takes.
+        dropout: Probability of dropping hidden values inside the experts, in training.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        *,
+        experts: int,
+        activation: str,
+        gated: bool,
+        up_rows: int,
+        up_bias: bool = False,
+        down_bias: bool = False,
+        region: nn.Module | None = None,
+        region_widths: tuple[int, ...] = (),
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts, self.hidden, self.intermediate = experts, hidden, intermediate
+        self.activation, self.gated, self.dropout = activation, gated, dropout
+        self.region, self.region_widths = region, region_widths
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(experts, *shape, device=device, dtype=dtype))
+
+        self.up_name = "gate_up_proj" if gated else "up_proj"
+        self.register_parameter(self.up_name, parameter(up_rows, hidden))
+        self.down_proj = parameter(hidden, intermediate)
+        self.register_parameter(f"{self.up_name}_bias", parameter(up_rows) if up_bias else None)
+        self.register_parameter("down_proj_bias", parameter(hidden) if down_bias else None)
+
+    @property
+    def up(self) -> Tensor:
+        """The first weight (E, J, H), whatever its name."""
+        weight: Tensor = getattr(self, self.up_name)
+        return weight
+
+    @property
+    def up_bias(self) -> Tensor | None:
+        """The first bias (E, J), or None."""
+        bias: Tensor | None = getattr(self, f"{self.up_name}_bias")
+        return bias
+
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_k weight · expert(x) for tokens (T, H)."""
+        if self.region is None and not (self.training and self.dropout):
+            return ops.experts(
+                x_TH,
+                routing.expert_ids_TK,
+                routing.weights_TK,
+                self.up,
+                self.down_proj,
+                self.up_bias,
+                self.down_proj_bias,
+                activation=self.activation,
+                gated=self.gated,
+            )
+        return self._unfused(x_TH, routing)
+
+    def _unfused(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """Run the experts with any torch code between the products."""
+        layout = routing_layout(routing.expert_ids_TK, self.experts)
+        z_SJ = ops.grouped_linear(ops.dispatch(x_TH, layout), self.up, self.up_bias, layout.offsets_E1)
+        a_SI = F.dropout(self._activate(z_SJ), self.dropout, self.training)
+        y_SH = ops.grouped_linear(a_SI, self.down_proj, self.down_proj_bias, layout.offsets_E1)
+        return ops.combine(y_SH, routing.weights_TK, layout).to(x_TH.dtype)
+
+    def _activate(self, z_SJ: Tensor) -> Tensor:
+        if self.region is not None:
+            activated: Tensor = self.region(*z_SJ.split(self.region_widths, dim=-1))
+            return activated
+        act = ACTIVATIONS[self.activation].forward
+        if not self.gated:
+            return act(z_SJ)
+        gate_SI, up_SI = z_SJ.chunk(2, dim=-1)
+        return act(gate_SI) * up_SI
+
+    def extra_repr(self) -> str:
+        """Describe the experts in `repr`."""
+        form = f"{self.activation} {'GLU' if self.gated else 'MLP'}"
+        return f"{self.experts} × {form} {self.hidden} → {self.intermediate} → {self.hidden}"
+
+
+class SparseMoE(nn.Module):
+    """A sparse mixture of experts in the place of a dense FFN: same input, same output.
+
+    Args:
+        router: Tokens (T, H) in, `Routing` out.
+        experts: Tokens and routing in, (T, H) out.
+        dropout: Probability with which the dense FFN dropped its output, in training.
+    """
+
+    def __init__(self, router: nn.Module, experts: nn.Module, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.router, self.experts, self.dropout = router, experts, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map activations (…, H) to (…, H)."""
+        x_TH = x.reshape(-1, x.shape[-1])
+        out_TH = self.experts(x_TH, self.router(x_TH))
+        return F.dropout(out_TH.view(x.shape), self.dropout, self.training)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `repr`."""
+        return f"dropout={self.dropout}" if self.dropout else ""

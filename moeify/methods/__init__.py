@@ -1,0 +1,38 @@
+"""Ways to make experts from a dense FFN: tensors in, tensors out.
+
+Shape legend, here and in the methods: H hidden, I intermediate, J rows of the first weight (2I with a gate, gate rows
+first), E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenseFFN:
+    """The weights of one FFN, each stored (out, in).
+
+    Attributes:
+        up_JH: First projections, gate rows then up rows.
+        down_HI: Projection back.
+        up_bias_J: Bias of the first projections, or None.
+        down_bias_H: Bias of the projection back, or None.
+    """
+
+    up_JH: Tensor
+    down_HI: Tensor
+    up_bias_J: Tensor | None
+    down_bias_H: Tensor | None
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of all experts of a layer, stacked as transformers holds them."""
+
+    up_EJH: Tensor
+    down_EHI: Tensor
+    up_bias_EJ: Tensor | None
+    down_bias_EH: Tensor | None

@@ -1,0 +1,117 @@
+"""Where in the module tree an FFN can be replaced: the module that is nothing else, or the projections themselves.
+
+Two ways, tried in this order:
+    owner    The FFN is a module of its own (`model.layers.0.mlp`): the MoE layer takes its place.
+    splice   It is spread over siblings (BERT's `intermediate.dense`, `output.dense`; OPT's `fc1`, `fc2`): the MoE layer
+             takes the place of the projection back, and the modules before it pass their input through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from moeify.errors import RefusedError
+from moeify.passes import dataflow as flow
+from moeify.passes.find_ffn import FFN
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the MoE layer sits (`path`), which modules become pass-throughs, and the dropout that it takes over."""
+
+    path: str
+    through: tuple[str, ...]
+    dropout: float
+    expert_dropout: float
+
+
+class Places:
+    """The nodes of a traced graph by the module that issued them."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.by_module: dict[str, list[fx.Node]] = {}
+        self.static: dict[fx.Node, bool] = {}
+        for node in graph_module.graph.nodes:
+            if node.op != "call_function" or flow.op_name(node) == "_assert_tensor_metadata":
+                continue
+            for path in dict.fromkeys(flow.module_stack(node)):
+                self.by_module.setdefault(path, []).append(node)
+
+    def place(self, ffn: FFN) -> Placement:
+        """Decide where an FFN is replaced.
+
+        Raises:
+            RefusedError: its computation is interwoven with something else, in the module named by the message.
+        """
+        return self._owner(ffn) or self._splice(ffn)
+
+    def _owner(self, ffn: FFN) -> Placement | None:
+        """The FFN's own module, when nothing else happens in it."""
+        inside = {*(p.node for p in ffn.ups), *ffn.nodes, ffn.down.node}
+        entry = _transparent_inputs(ffn.ups[0].source)
+        result, dropout = _follow_dropout(ffn.down.node)
+        around = {*entry, *result}
+        owned = self._work(ffn.name)
+        strangers = [node for node in owned if node not in inside and node not in around]
+        own_calls = len(owned) - len(strangers)
+        if not ffn.name or len(strangers) != own_calls * (ffn.calls - 1):
+            return None
+        dropout = dropout if any(node in owned for node in result) else 0.0
+        return Placement(ffn.name, (), dropout, _dropout_among(ffn.nodes))
+
+    def _splice(self, ffn: FFN) -> Placement:
+        """The projection back, with every module between the input and it passing through."""
+        where = ffn.name or "the model"
+        if len(ffn.ups) > 1 or ffn.kind != "mlp":
+            raise RefusedError(f"{where}: its gated FFN is computed in the block itself; convert the graph instead")
+        through = [self._leaf(ffn.ups[0].node, where)]
+        for node in ffn.nodes:
+            if flow.op_name(node) in flow.TRANSPARENT and flow.module_stack(node)[-1] == ffn.name:
+                continue  # dropout or a cast written in the block: nothing to neutralise in evaluation
+            path = flow.module_stack(node)[-1]
+            if path == ffn.name or not set(self._work(path)) <= set(ffn.nodes):
+                raise RefusedError(
+                    f"{where}: its activation `{flow.op_name(node)}` is not a module; convert the graph instead"
+                )
+            through.append(path)
+        path = self._leaf(ffn.down.node, where)
+        return Placement(path, tuple(dict.fromkeys(through)), 0.0, _dropout_among(ffn.nodes))
+
+    def _leaf(self, node: fx.Node, where: str) -> str:
+        """The module that does this projection and nothing else."""
+        path = flow.module_stack(node)[-1]
+        others = [n for n in self._work(path) if n is not node and flow.op_name(n) not in flow.TRANSPARENT]
+        if others:
+            raise RefusedError(f"{where}: its projection `{node.name}` is not a module; convert the graph instead")
+        return path
+
+    def _work(self, path: str) -> list[fx.Node]:
+        """The nodes that a module issued and that depend on the input."""
+        return [node for node in self.by_module.get(path, ()) if not flow.is_static(node, self.static)]
+
+
+def _transparent_inputs(source: fx.Node) -> list[fx.Node]:
+    """The casts and reshapes between the activation and the first projections."""
+    nodes = []
+    while flow.op_name(source) in flow.TRANSPARENT:
+        nodes.append(source)
+        source = source.all_input_nodes[0]
+    return nodes
+
+
+def _follow_dropout(result: fx.Node) -> tuple[list[fx.Node], float]:
+    """The casts, reshapes and dropout after the projection back, and the dropout's probability."""
+    nodes, probability = [], 0.0
+    users = flow.data_users(result)
+    while len(users) == 1 and flow.op_name(users[0]) in flow.TRANSPARENT:
+        nodes.append(users[0])
+        probability = max(probability, _dropout_among(nodes[-1:]))
+        users = flow.data_users(users[0])
+    return nodes, probability
+
+
+def _dropout_among(nodes: Iterable[fx.Node]) -> float:
+    return max((float(n.args[1]) for n in nodes if flow.op_name(n) == "dropout"), default=0.0)  # type: ignore[arg-type]

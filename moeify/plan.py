@@ -1,0 +1,180 @@
+"""The plan of a conversion, as data: per FFN where it is, what its weights are called, and what replaces it.
+
+A plan is made from a traced graph, printed, saved beside the output as `moeify.json`, and read back with `--plan`.
+The three appliers (in place, on a graph, from checkpoint to checkpoint) do what it says and decide nothing themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from moeify.config import MoEConfig
+from moeify.errors import ConfigError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Output rows of a projection: `parameter[start:stop:step]`, and the same rows of its bias.
+
+    Attributes:
+        parameter: Name of the weight.
+        bias: Name of the bias, or None.
+        start: First output row.
+        stop: End of the rows.
+        step: 2 where gate and up rows alternate, else 1.
+        whole: How many output rows the parameter has in all.
+    """
+
+    parameter: str
+    bias: str | None
+    start: int
+    stop: int
+    step: int
+    whole: int
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return (self.stop - self.start + self.step - 1) // self.step
+
+    @property
+    def all(self) -> bool:
+        """Whether these are all rows of the parameter, in order."""
+        return self.count == self.whole
+
+
+@dataclass(frozen=True)
+class Site:
+    """One FFN and its place in the model.
+
+    Attributes:
+        path: Where the MoE layer sits.
+        through: Modules that become pass-throughs, because the layer at `path` does their work.
+        kind: "glu" or "mlp".
+        activation: Canonical name, or "custom" (then the captured graph is the activation).
+        hidden: Width of the model here.
+        intermediate: Width of one expert.
+        ups: Rows of the projections that read the input: gate, then up; a single one without a gate; for a custom
+            activation every projection whole, in the order in which the region takes them.
+        down: The projection back.
+        transposed: Weights are stored (in, out), as in GPT-2.
+        dropout: Probability with which the dense FFN dropped its output.
+        expert_dropout: Probability with which it dropped its hidden layer.
+    """
+
+    path: str
+    through: tuple[str, ...]
+    kind: str
+    activation: str
+    hidden: int
+    intermediate: int
+    ups: tuple[Rows, ...]
+    down: Rows
+    transposed: bool
+    dropout: float
+    expert_dropout: float
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts hold gate and up rows in one `gate_up_proj`."""
+        return self.kind == "glu" and self.activation != "custom"
+
+    @property
+    def up_name(self) -> str:
+        """Name of the experts' first weight."""
+        return "gate_up_proj" if self.gated else "up_proj"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the dense parameters that the experts replace."""
+        names = [n for rows in (*self.ups, self.down) for n in (rows.parameter, rows.bias) if n]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def up_bias(self) -> bool:
+        """Whether the first projections have biases."""
+        return any(rows.bias for rows in self.ups)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion: the settings, and the sites that it applies to.
+
+    Attributes:
+        model_type: The dense model's type, or its class name outside transformers.
+        config: The settings.
+        sites: The FFNs to convert, in order of execution.
+        target: Checkpoint format: a native family's model type, or "moeify".
+    """
+
+    model_type: str
+    config: MoEConfig
+    sites: tuple[Site, ...]
+    target: str = "moeify"
+
+    def with_target(self, target: str) -> Plan:
+        """Return the same plan for another checkpoint format."""
+        return replace(self, target=target)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; `Plan.from_dict` is the inverse."""
+        return {"moeify": VERSION, **asdict(self)}
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text; `Plan.from_json` is the inverse."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Plan:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ConfigError: another version, or fields that are missing or unknown.
+        """
+        if data.get("moeify") != VERSION:
+            raise ConfigError(f"the plan has version {data.get('moeify')!r}: this moeify reads version {VERSION}")
+        try:
+            return Plan(
+                model_type=data["model_type"],
+                config=MoEConfig(**data["config"]),
+                sites=tuple(_site(site) for site in data["sites"]),
+                target=data["target"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"the plan is damaged: {error}; write it again with --dry-run --plan-out") from error
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ConfigError: not JSON, or not a plan.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the plan is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError("the plan is not a JSON object: expected what moeify wrote as moeify.json")
+        return Plan.from_dict(data)
+
+
+def _site(data: dict[str, Any]) -> Site:
+    ups = tuple(Rows(**rows) for rows in data["ups"])
+    return Site(**{**data, "ups": ups, "down": Rows(**data["down"]), "through": tuple(data["through"])})
+
+
+def names_under(site: Site) -> Iterator[str]:
+    """Yield the full names of the converted layer's parameters, in the order of its state dict."""
+    yield f"{site.path}.router.weight"
+    yield f"{site.path}.experts.{site.up_name}"
+    yield f"{site.path}.experts.down_proj"
+    if site.up_bias:
+        yield f"{site.path}.experts.{site.up_name}_bias"
+    if site.down.bias:
+        yield f"{site.path}.experts.down_proj_bias"

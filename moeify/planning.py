@@ -1,0 +1,94 @@
+"""From what the passes found to a plan: place every FFN, choose layers, name the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from moeify.config import MoEConfig
+from moeify.errors import RefusedError
+from moeify.passes.dataflow import Projection
+from moeify.passes.find_ffn import FFN, FindFFN, Inspection
+from moeify.placement import Placement, Places
+from moeify.plan import Plan, Rows, Site
+from moeify.selection import select_layers
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A traced model, what was found in it, and what a plan made of it refers to.
+
+    Attributes:
+        graph_module: The traced graph.
+        inspection: FFNs and refusals.
+    """
+
+    graph_module: fx.GraphModule
+    inspection: Inspection
+
+    @property
+    def regions(self) -> Mapping[tuple[str, ...], fx.GraphModule]:
+        """The captured activation of every FFN, by the names of its parameters."""
+        return {ffn.parameters: ffn.region for ffn in self.inspection.ffns}
+
+
+def survey(graph_module: fx.GraphModule) -> Survey:
+    """Find the FFNs of a traced graph."""
+    return Survey(graph_module, FindFFN()(graph_module))
+
+
+def make_plan(model: nn.Module, found: Survey, config: MoEConfig, layers: str = "all") -> Plan:
+    """Plan the conversion of the selected FFNs.
+
+    Args:
+        model: The model that was traced, for its name.
+        found: What `survey` returned for its graph.
+        config: The settings.
+        layers: A selection (see `moeify.selection`).
+
+    Raises:
+        RefusedError: no FFN was found, or one of the selected cannot be replaced in place.
+        ConfigError: the selection matches nothing.
+    """
+    ffns = found.inspection.ffns
+    model_type = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    if not ffns:
+        raise RefusedError(_nothing_found(model_type, found.inspection))
+    chosen = [ffns[i] for i in select_layers(layers, [ffn.name for ffn in ffns])]
+    places = Places(found.graph_module)
+    sites = tuple(_site(ffn, places.place(ffn), found.graph_module) for ffn in chosen)
+    return Plan(model_type, config, sites)
+
+
+def _nothing_found(model_type: str, inspection: Inspection) -> str:
+    reasons: dict[str, list[str]] = {}
+    for refusal in inspection.refused:
+        reasons.setdefault(refusal.reason, []).append(refusal.name)
+    looked = "; ".join(f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {reason}"
+                       for reason, names in reasons.items())  # fmt: skip
+    return f"no dense FFN was found in {model_type}: " + (looked or "it projects no activation by a parameter")
+
+
+def _site(ffn: FFN, place: Placement, graph_module: fx.GraphModule) -> Site:
+    whole = tuple((i, 0, up.out_features, 1) for i, up in enumerate(ffn.ups))
+    halves = ffn.halves
+    parts = whole if halves is None else tuple(h for h in (halves.gate, halves.up) if h is not None)
+    return Site(
+        path=place.path,
+        through=place.through,
+        kind=ffn.kind,
+        activation=ffn.activation,
+        hidden=ffn.hidden,
+        intermediate=ffn.intermediate,
+        ups=tuple(_rows(ffn.ups[i], start, stop, step) for i, start, stop, step in parts),
+        down=_rows(ffn.down, 0, ffn.down.out_features, 1),
+        transposed=ffn.down.transposed,
+        dropout=place.dropout,
+        expert_dropout=place.expert_dropout,
+    )
+
+
+def _rows(projection: Projection, start: int, stop: int, step: int) -> Rows:
+    return Rows(projection.weight, projection.bias, start, stop, step, projection.out_features)
