@@ -13,21 +13,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A unit is a module or a sub-package of moeify/. It may import the units of the rows below its own and nothing beside
 # it: what two neighbours share belongs further down.
-LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"__main__"}),
-    frozenset({"cli"}),
-    frozenset({"stream", "convert", "graph_convert", "export", "verify", "report", "register"}),
-    frozenset({"planning", "weights"}),
-    frozenset({"placement"}),
-    frozenset({"passes", "trace"}),
-    frozenset({"layers"}),
-    frozenset({"routers_joint"}),
-    frozenset({"routers", "capacity", "losses", "training"})
-    | frozenset({"plan", "selection", "inputs", "methods", "checkpoint", "families"}),
-    frozenset({"config"}),
-    frozenset({"errors", "tolerances", "kernels"}),
+LAYERS = (
+    "__main__",
+    "cli",
+    "stream convert graph_convert export verify report register",
+    "planning weights",
+    "placement",
+    "passes trace",
+    "layers",
+    "routers_joint",
+    "routers capacity losses training plan selection inputs methods checkpoint families",
+    "config",
+    "errors tolerances kernels",
 )
-DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
+DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer.split()}
 
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
 ONLY_CLI_MAY_IMPORT = {"click", "rich"}
@@ -78,10 +77,8 @@ def violations(unit: str, source: str) -> list[str]:
 
 def library_files() -> list[Path]:
     """All files of the library, but not the public face: it imports each name when it is first used."""
-    files = [
-        path.relative_to(ROOT) for folder in ("moeify", "passes", "kernels") for path in (ROOT / folder).rglob("*.py")
-    ]
-    return sorted(path for path in set(files) if path != Path("moeify/__init__.py"))
+    files = [path for folder in ("moeify", "passes", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    return sorted(path.relative_to(ROOT) for path in files if path != ROOT / "moeify/__init__.py")
 
 
 def test_every_module_has_its_row() -> None:
