@@ -1,0 +1,68 @@
+"""Routing layout: which expert sees which (token, choice) pair, in which order.
+
+Shape legend: T tokens, K choices per token, S = T*K pairs, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingLayout:
+    """The S = T*K (token, choice) pairs, sorted by expert.
+
+    Pair `p` is choice `p % K` of token `p // K`. Sorting is stable: within an expert, pairs keep their order. Pairs
+    whose expert id is outside [0, E) sort last, past `offsets_E1[-1]`; nothing computes them.
+
+    Attributes:
+        order_S: int32 (S,), the pair that sits at each sorted row.
+        inverse_S: int32 (S,), the sorted row of each pair.
+        offsets_E1: int32 (E + 1,), expert e owns sorted rows offsets[e] .. offsets[e + 1] - 1.
+        top_k: K.
+    """
+
+    order_S: Tensor
+    inverse_S: Tensor
+    offsets_E1: Tensor
+    top_k: int
+
+    @property
+    def token_S(self) -> Tensor:
+        """int32 (S,), the token that sits at each sorted row."""
+        return self.order_S // self.top_k
+
+
+def routing_layout(expert_ids_TK: Tensor, experts: int) -> RoutingLayout:
+    """Sort (token, choice) pairs by expert, on the device of the ids and without waiting for it.
+
+    Args:
+        expert_ids_TK: integers (T, K), K at least 1; ids outside [0, experts) are skipped.
+        experts: E.
+
+    Returns:
+        The layout; all shapes depend on the shapes of the arguments only, never on their values.
+    """
+    order_S, offsets_E1 = sort_by_expert(expert_ids_TK, experts)
+    return RoutingLayout(order_S, invert(order_S), offsets_E1, expert_ids_TK.shape[1])
+
+
+def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return `(order_S, offsets_E1)` of `RoutingLayout`."""
+    ids_S = expert_ids_TK.reshape(-1)
+    ids_S = torch.where((ids_S < 0) | (ids_S >= experts), experts, ids_S)
+    sorted_S, order_S = torch.sort(ids_S, stable=True)
+    edges_E1 = torch.arange(experts + 1, device=ids_S.device, dtype=ids_S.dtype)
+    offsets_E1 = torch.searchsorted(
+        sorted_S, edges_E1, out_int32=True
+    )  # row where expert e starts; [E] = number of valid pairs
+    return order_S.to(torch.int32), offsets_E1
+
+
+def invert(order_S: Tensor) -> Tensor:
+    """Return the inverse of a permutation, int32 (S,)."""
+    rows_S = torch.arange(order_S.shape[0], device=order_S.device, dtype=torch.int32)
+    return torch.empty_like(rows_S).scatter(0, order_S.long(), rows_S)

@@ -1,0 +1,53 @@
+"""What the kernels must compute, in plain torch: one expert at a time, nothing clever, differentiable, any float dtype.
+
+Shape legend: T tokens, K choices per token, S sorted rows, E experts, H hidden, I intermediate,
+J = 2*I if gated else I, N any width. A trailing 1 is plus one: offsets_E1 is (E + 1,).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeify.kernels.activations import find_activation
+
+
+def experts(
+    x_TH: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    up_EJH: Tensor,
+    down_EHI: Tensor,
+    up_bias_EJ: Tensor | None,
+    down_bias_EH: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """Sum over choices k of weights[t, k] * FFN of expert ids[t, k] applied to x[t]. Returns (T, H) in x's dtype."""
+    act = find_activation(activation).forward
+    out_TH = torch.zeros_like(x_TH)
+    for e in range(up_EJH.shape[0]):
+        token, choice = torch.where(expert_ids_TK == e)
+        z = F.linear(x_TH[token], up_EJH[e], None if up_bias_EJ is None else up_bias_EJ[e])
+        if gated:
+            gate, up = z.chunk(2, dim=-1)
+            a = act(gate) * up
+        else:
+            a = act(z)
+        y = F.linear(a, down_EHI[e], None if down_bias_EH is None else down_bias_EH[e])
+        weighted = y * weights_TK[token, choice, None]
+        out_TH = out_TH.index_add(0, token, weighted.to(x_TH.dtype))
+    return out_TH
+
+
+def grouped_linear(x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor) -> Tensor:
+    """Rows offsets[e] .. offsets[e + 1] - 1 of x go through w[e], b[e]. Rows past the last offset give zeros."""
+    bounds = offsets_E1.tolist()
+    parts = [
+        F.linear(x_SH[start:end], w_ENH[e], None if b_EN is None else b_EN[e])
+        for e, (start, end) in enumerate(pairwise(bounds))
+    ]
+    return torch.cat([*parts, x_SH.new_zeros(x_SH.shape[0] - bounds[-1], w_ENH.shape[1])])

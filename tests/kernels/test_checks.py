@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moeify.kernels.ops import experts, grouped_linear
+from tests.kernels import oracle
+
+WRONG = {
+    "x has shape": {"x": torch.randn(3, 9)},
+    "up has shape": {"up": torch.randn(4, 5, 6)},
+    "down has shape": {"down": torch.randn(6, 7)},
+    "weights has shape": {"weights": torch.rand(3, 1)},
+    "up_bias has shape": {"up_bias": torch.randn(4, 7)},
+    "down_bias has shape": {"down_bias": torch.randn(6)},
+    "expert_ids has shape": {"ids": torch.zeros(2, 2, dtype=torch.long)},
+    "expert_ids has shape .T, 0.": {"ids": torch.zeros(3, 0, dtype=torch.long)},
+    "expert_ids has dtype": {"ids": torch.zeros(3, 2)},
+    "x has dtype": {"x": torch.zeros(3, 6, dtype=torch.long)},
+    "weights has dtype": {"weights": torch.zeros(3, 2, dtype=torch.long)},
+    "down has dtype": {"down": torch.randn(4, 6, 7, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_are_named(message: str) -> None:
+    inputs = oracle.make_inputs(3, 2, 6, 7, 4, gated=True, bias=True, dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"^{message}.*: expected .*;") as raised:
+        experts(*(inputs | WRONG[message]).values(), activation="silu", gated=True)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("options", [{"activation": "mish"}, {"implementation": "cuda"}])
+def test_unknown_names_list_the_known(options: dict[str, str]) -> None:
+    inputs = oracle.make_inputs(3, 2, 6, 7, 4, gated=True, bias=False)
+    with pytest.raises(ValueError, match="expected one of"):
+        experts(*inputs.values(), **{"activation": "silu", "gated": True, **options})
+
+
+def test_grouped_linear_arguments() -> None:
+    x, w, offsets = torch.randn(3, 6), torch.randn(4, 7, 6), torch.zeros(5, dtype=torch.int32)
+    for arguments, message in (
+        ((x, w[0], None, offsets), "w has shape"),
+        ((x, w, torch.zeros(7), offsets), "b has shape"),
+        ((x, w, None, offsets[1:]), "offsets has shape"),
+        ((x, w, None, offsets.long()), "offsets has dtype"),
+        ((x.double(), w, None, offsets), "w has dtype"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grouped_linear(*arguments)
