@@ -23,7 +23,7 @@ def expert_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int
     """min(tokens, ceil(tokens * top_k / experts * factor)), as Megatron and DeepSpeed compute it.
 
     GShard and mesh-tensorflow leave out top_k: for the same capacity their factor for top-2 is twice this one. The
-    ceiling is taken of the exact decimal number: 10 tokens on one expert with factor 1.1 are 11 and not 12. With at
+    ceiling is taken of the exact decimal number: 100 tokens on one expert with factor 1.1 are 110 and not 111. With at
     least one token the capacity is at least 1; more than `tokens` would change nothing, since a token picks an expert
     at most once.
 
