@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Inputs = dict[str, Any]  # x, ids, weights, up, down, up_bias, down_bias: tensors, or None for an absent bias
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: x / (1 + (-x).exp()),
@@ -23,13 +26,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def experts(inputs: dict[str, Tensor | None], activation: str, gated: bool) -> Tensor:
+def experts(inputs: Inputs, activation: str, gated: bool) -> Tensor:
     x, ids, weights, up, down = (inputs[name] for name in ("x", "ids", "weights", "up", "down"))
-    assert x is not None and ids is not None and weights is not None and up is not None and down is not None
     up_bias, down_bias = inputs["up_bias"], inputs["down_bias"]
     rows = []
     for t in range(x.shape[0]):
-        total = torch.zeros_like(x[t])
+        total: Tensor = torch.zeros_like(x[t])
         for k in range(ids.shape[1]):
             e = int(ids[t, k])
             if not 0 <= e < up.shape[0]:
@@ -59,7 +61,7 @@ def make_inputs(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     ids: Tensor | None = None,
-) -> dict[str, Tensor | None]:
+) -> Inputs:
     """Random inputs of realistic size, so that a relative error means something."""
     g = torch.Generator().manual_seed(seed)
     rows = 2 * inner if gated else inner
@@ -82,7 +84,7 @@ def make_inputs(
     }
 
 
-def cast(inputs: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """Fresh leaves in `dtype`, each wanting a gradient where it can have one."""
     return {
         name: t if t is None or not t.is_floating_point() else t.detach().to(dtype).clone().requires_grad_()
@@ -90,7 +92,7 @@ def cast(inputs: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tens
     }
 
 
-def gradients(out: Tensor, inputs: dict[str, Tensor | None], grad: Tensor) -> dict[str, Tensor]:
+def gradients(out: Tensor, inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
     wanted = {name: t for name, t in inputs.items() if t is not None and t.requires_grad}
     if not out.requires_grad:  # no pair was computed
         return {name: torch.zeros_like(t) for name, t in wanted.items()}

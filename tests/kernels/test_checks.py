@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from moeify.kernels.ops import experts, grouped_linear
 from tests.kernels import oracle
 
-WRONG = {
+WRONG: dict[str, oracle.Inputs] = {
     "x has shape": {"x": torch.randn(3, 9)},
     "up has shape": {"up": torch.randn(4, 5, 6)},
     "down has shape": {"down": torch.randn(6, 7)},
@@ -31,10 +33,11 @@ def test_wrong_arguments_are_named(message: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"activation": "mish"}, {"implementation": "cuda"}])
-def test_unknown_names_list_the_known(options: dict[str, str]) -> None:
+def test_unknown_names_list_the_known(options: dict[str, Any]) -> None:
     inputs = oracle.make_inputs(3, 2, 6, 7, 4, gated=True, bias=False)
+    known: dict[str, Any] = {"activation": "silu", "gated": True}
     with pytest.raises(ValueError, match="expected one of"):
-        experts(*inputs.values(), **{"activation": "silu", "gated": True, **options})
+        experts(*inputs.values(), **known | options)
 
 
 def test_grouped_linear_arguments() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,12 +12,12 @@ from moeify.tolerances import TOLERANCE
 from tests.kernels import oracle
 
 
-def run(inputs: dict[str, Tensor | None], activation: str, gated: bool, **options: object) -> Tensor:
+def run(inputs: oracle.Inputs, activation: str, gated: bool, **options: Any) -> Tensor:
     return experts(*inputs.values(), activation=activation, gated=gated, **options)
 
 
 def check_against_oracle(
-    inputs: dict[str, Tensor | None], activation: str, gated: bool, dtype: torch.dtype, **options: object
+    inputs: oracle.Inputs, activation: str, gated: bool, dtype: torch.dtype, **options: Any
 ) -> None:
     ours = oracle.cast(inputs, dtype)
     exact = oracle.cast(
@@ -40,7 +42,7 @@ def test_every_activation_and_gradient(implementation: str, activation: str, gat
     check_against_oracle(inputs, activation, gated, torch.float64, implementation=implementation)
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "one token": {"tokens": 1, "top_k": 2, "experts": 4},
     "fewer tokens than experts": {"tokens": 3, "top_k": 2, "experts": 16},
     "every expert": {"tokens": 7, "top_k": 8, "experts": 8},
@@ -86,9 +88,8 @@ def test_experts_without_tokens_get_zero_gradients() -> None:
 
 def test_strided_inputs() -> None:
     inputs = oracle.make_inputs(6, 2, 10, 8, 3, gated=True, bias=True)
-    strided = {n: None if t is None else torch.stack([t, t], -1)[..., 0] for n, t in inputs.items()}
+    strided: oracle.Inputs = {n: None if t is None else torch.stack([t, t], -1)[..., 0] for n, t in inputs.items()}
     up = inputs["up"]
-    assert up is not None
     strided["up"] = up.transpose(1, 2).contiguous().transpose(1, 2)
     assert all(t is None or not t.is_contiguous() for t in strided.values())
     torch.testing.assert_close(run(strided, "silu", True), run(inputs, "silu", True))
@@ -101,12 +102,17 @@ def test_strided_inputs() -> None:
         assert oracle.difference(got[name], want) < TOLERANCE["float64"], name
 
 
+def saved_by(out: Any) -> tuple[Tensor | None, ...]:
+    saved: tuple[Tensor | None, ...] = out.grad_fn.saved_tensors
+    return saved
+
+
 def test_recompute_gives_the_same_bits_and_keeps_less() -> None:
     inputs = oracle.cast(oracle.make_inputs(9, 2, 12, 10, 4, gated=True, bias=True), torch.float32)
     kept, results = [], []
     for recompute in (False, True):
         out = run(inputs, "silu", True, recompute=recompute)
-        kept.append(sum(t.numel() for t in out.grad_fn.saved_tensors if t is not None))
+        kept.append(sum(t.numel() for t in saved_by(out) if t is not None))
         results.append([out, *oracle.gradients(out, inputs, torch.ones_like(out)).values()])
     assert kept[0] - kept[1] == 9 * 2 * 20
     for a, b in zip(*results, strict=True):
@@ -126,7 +132,6 @@ def test_frozen_inputs_get_no_gradient() -> None:
 def test_weights_in_another_dtype() -> None:
     inputs = oracle.cast(oracle.make_inputs(5, 2, 6, 7, 3, gated=True, bias=False), torch.bfloat16)
     weights = inputs["weights"]
-    assert weights is not None
     inputs["weights"] = weights.detach().float().requires_grad_()
     out = run(inputs, "silu", True)
     assert out.dtype == torch.bfloat16
@@ -149,7 +154,6 @@ def test_gradcheck_first_and_second_order(implementation: str) -> None:
 def test_a_token_with_nan_stays_alone() -> None:
     inputs = oracle.make_inputs(6, 2, 8, 8, 3, gated=True, bias=True, dtype=torch.float32)
     clean = run(inputs, "silu", True)
-    assert inputs["x"] is not None
     inputs["x"][4] = float("nan")
     out = run(inputs, "silu", True)
     assert out[4].isnan().all()
@@ -162,7 +166,6 @@ def test_grouped_linear_and_a_composed_activation() -> None:
         oracle.make_inputs(7, 2, 6, 5, 4, gated=True, bias=True, ids=torch.randint(-1, 5, (7, 2))), torch.float64
     )
     x, ids, weights, up, down, up_bias, down_bias = inputs.values()
-    assert ids is not None
     layout = routing_layout(ids, 4)
     z = grouped_linear(dispatch(x, layout), up, up_bias, layout.offsets_E1)
     assert (z[int(layout.offsets_E1[-1]) :] == 0).all()
@@ -189,5 +192,5 @@ def test_grouped_linear_takes_transposed_weights(dtype: torch.dtype) -> None:
     for a, b in zip(*results, strict=True):
         assert oracle.difference(a, b) <= TOLERANCE[str(dtype).removeprefix("torch.")]
     assert torch.autograd.gradgradcheck(
-        lambda *t: grouped_linear(*t, None, offsets), [t.detach().double().requires_grad_() for t in leaves]
+        lambda x, w: grouped_linear(x, w, None, offsets), [t.detach().double().requires_grad_() for t in leaves]
     )
