@@ -1,0 +1,99 @@
+"""What is shipped, under which names it is imported, and what importing it costs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("moeify", "passes", "kernels")
+HEAVY = {"torch", "transformers", "triton", "numpy"}
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three distributions of a clean copy: an sdist, `from_sdist/*.whl` and `from_tree/*.whl`."""
+    tree = tmp_path_factory.mktemp("tree")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tree)
+    out = tmp_path_factory.mktemp("dist")
+    build = (sys.executable, "-m", "build", "--no-isolation", tree, "--outdir")
+    run(*build, out / "from_sdist", cwd=out)
+    run(*build, out / "from_tree", "--wheel", cwd=out)
+    return out
+
+
+def wheel_names(folder: Path) -> set[str]:
+    (wheel,) = folder.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def library_files() -> set[str]:
+    """Every file of the three folders, by the path it is imported under."""
+    found = set()
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                inside = path.relative_to(ROOT).as_posix()
+                found.add(inside if folder == "moeify" else f"moeify/{inside}")
+    return found
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(dist: Path) -> None:
+    shipped = {name for name in wheel_names(dist / "from_tree") if ".dist-info/" not in name}
+    assert shipped == library_files()
+    assert "moeify/py.typed" in shipped
+    assert any(name.startswith("moeify/passes/") for name in shipped), "moeify/passes must be a link to ../passes"
+    assert any(name.startswith("moeify/kernels/") for name in shipped), "moeify/kernels must be a link to ../kernels"
+
+
+def test_the_sdist_gives_the_same_wheel(dist: Path) -> None:
+    assert wheel_names(dist / "from_sdist") == wheel_names(dist / "from_tree")
+
+
+def test_the_sdist_holds_the_library(dist: Path) -> None:
+    (sdist,) = (dist / "from_sdist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert library_files() | {"pyproject.toml", "LICENSE", "README.md"} <= names
+
+
+def test_the_folders_at_the_root_are_not_importable_by_their_bare_names(tmp_path: Path) -> None:
+    program = "from importlib.util import find_spec; print([n for n in ('kernels', 'passes') if find_spec(n)])"
+    assert run(sys.executable, "-c", program, cwd=tmp_path).stdout.strip() == "[]"
+
+
+def test_kernels_has_no_init() -> None:
+    """With one, `import kernels` at the root of the repository runs our code, and transformers asks for that name."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_transformers_at_the_root_of_the_repository_runs_none_of_our_kernels() -> None:
+    program = (
+        "import sys, transformers.integrations.hub_kernels\n"
+        "files = [getattr(module, '__file__', None) or '' for module in list(sys.modules.values())]\n"
+        "print([file for file in files if file.startswith(sys.argv[1])])"
+    )
+    assert run(sys.executable, "-c", program, ROOT / "kernels", cwd=ROOT).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [("-c", "import moeify"), ("-m", "moeify", "--help")], ids=" ".join)
+def test_import_and_help_load_nothing_heavy(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    report = run(sys.executable, "-X", "importtime", *arguments, cwd=tmp_path).stderr
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in report.splitlines()}
+    assert "moeify" in loaded
+    assert loaded & HEAVY == set()
