@@ -1,0 +1,117 @@
+"""An output folder that appears whole or not at all: written beside its place under a hidden name, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moeify.checkpoint.folder import CONFIG
+from moeify.checkpoint.writer import RESUME_RECORD
+from moeify.errors import CheckpointError
+
+
+@contextmanager
+def staged(
+    dst: str | Path, *, overwrite: bool, resume: bool, source: Path | None = None, nbytes: int = 0
+) -> Iterator[Path]:
+    """Yields a folder to write into, which becomes `dst` when the block ends without an error.
+
+    After an error nothing is left. After a kill or Ctrl-C the unfinished folder stays, hidden beside `dst`, for a run
+    with `resume`; a run without it starts afresh.
+
+    Args:
+        dst: the output folder.
+        overwrite: replace `dst` if it is a model folder; the old one goes only when the new one is whole.
+        resume: start from what an interrupted run left.
+        source: the source's path, which the output must not touch.
+        nbytes: bytes that will be written, checked against the free space before anything is.
+
+    Raises:
+        CheckpointError: `dst` exists, must not be replaced, lies in the source or around it, or cannot be written, or
+            the disk is full.
+    """
+    target = Path(dst).expanduser().resolve()
+    partial = target.with_name(f".{target.name}.moeify-partial")
+    old = target.with_name(f".{target.name}.moeify-old")
+    if old.exists() and not target.exists():
+        old.rename(target)  # a kill came between the two renames of an overwrite
+    _check_target(target, source, overwrite=overwrite)
+    if not resume:
+        shutil.rmtree(partial, ignore_errors=True)
+    _check_space(partial, nbytes)  # outside the block below: a refusal leaves what an interrupted run has done
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        yield partial
+        (partial / RESUME_RECORD).unlink(missing_ok=True)
+        _swap_in(partial, target, old)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise CheckpointError(_explain(error, target)) from error
+        raise
+
+
+def _check_target(target: Path, source: Path | None, *, overwrite: bool) -> None:
+    if source is not None:
+        origin = source.resolve()
+        if target.is_relative_to(origin) or origin.is_relative_to(target):
+            raise CheckpointError(f"the output {target} and the source {origin} overlap: choose another output folder.")
+    if not target.exists():
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target} exists: choose another output folder, or pass --overwrite.")
+    problem = _why_not_replace(target)
+    if problem:
+        raise CheckpointError(f"{target} is not replaced, because {problem}: look at it, and remove it yourself.")
+
+
+def _why_not_replace(target: Path) -> str | None:
+    """What speaks against deleting what is at `target`; None for a model folder or an empty one."""
+    if not target.is_dir():
+        return "it is not a folder"
+    if not any(target.iterdir()):
+        return None
+    try:
+        config = json.loads((target / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or "model_type" not in config:
+        return f"it has no {CONFIG} of a model"
+    folders = sorted(path.name for path in target.iterdir() if path.is_dir())
+    return f"it holds the folder {folders[0]}, which is no part of a model" if folders else None
+
+
+def _check_space(partial: Path, nbytes: int) -> None:
+    present = sum(path.stat().st_size for path in partial.glob("*") if path.is_file())
+    missing = nbytes - present
+    place = next(parent for parent in partial.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if missing > free:
+        raise CheckpointError(
+            f"not enough space on the disk of {place}: {missing / 1e9:.1f} GB are needed, "
+            f"{free / 1e9:.1f} GB are free. Free some, or choose another output folder."
+        )
+
+
+def _swap_in(partial: Path, target: Path, old: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _explain(error: OSError, target: Path) -> str:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return f"the disk became full while {target} was written: free some space and run again; nothing was left."
+    return f"{target} cannot be written: {error.strerror} ({error.filename or 'no file named'})."
