@@ -59,9 +59,9 @@ def _load(file: Path) -> dict[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files from before torch 1.6 are not zip archives and cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{file} cannot be read without running code from it ({reason}).") from error
+        raise CheckpointError(f"{file} cannot be read as plain tensors ({reason}): use a safetensors version.") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{file} holds a {type(state).__name__}, not a state dict.")
     return state

