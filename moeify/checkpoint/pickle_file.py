@@ -61,7 +61,9 @@ def _load(file: Path) -> dict[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{file} cannot be read as plain tensors ({reason}): use a safetensors version.") from error
+        raise CheckpointError(
+            f"{file} cannot be read as plain tensors ({reason}): use a safetensors version."
+        ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{file} holds a {type(state).__name__}, not a state dict.")
     return state

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import functools
 import json
-from copy import deepcopy
 from collections.abc import Iterator
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ Q = gguf.GGMLQuantizationType
 @pytest.fixture(scope="module", autouse=True)
 def metadata_parsed_once() -> Iterator[None]:
     """transformers parses the metadata of a GGUF file, 5 s for a real vocabulary, each time anything is asked of it."""
-    load = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+    load: Any = modeling_gguf_pytorch_utils.load_gguf_checkpoint
     cached = functools.cache(load)
 
     def load_once(file: str, return_tensors: bool = False, **rest: Any) -> Any:

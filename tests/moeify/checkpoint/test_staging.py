@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from moeify.checkpoint import staged
+from moeify.errors import CheckpointError
+
+
+def model_folder(path: Path, content: str = "old") -> Path:
+    path.mkdir()
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    (path / "model.safetensors").write_text(content)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    with staged(tmp_path / "a" / "out", overwrite=False, resume=False) as folder:
+        (folder / "file").write_text("x")
+        assert not (tmp_path / "a" / "out").exists()
+        assert folder.parent == tmp_path / "a"  # a rename must not cross file systems
+    assert names(tmp_path / "a") == ["out"]
+    assert names(tmp_path / "a" / "out") == ["file"]
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), staged(tmp_path / "out", overwrite=False, resume=False) as folder:
+        (folder / "file").write_text("x")
+        raise KeyError
+    assert names(tmp_path) == []
+
+
+def test_an_interrupt_leaves_what_resume_goes_on_with(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", overwrite=False, resume=False) as folder:
+        (folder / "file").write_text("x")
+        raise KeyboardInterrupt
+    assert not (tmp_path / "out").exists()
+    with staged(tmp_path / "out", overwrite=False, resume=True) as folder:
+        assert names(folder) == ["file"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_without_resume_an_interrupted_run_is_forgotten(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", overwrite=False, resume=False) as folder:
+        (folder / "file").write_text("x")
+        raise KeyboardInterrupt
+    with staged(tmp_path / "out", overwrite=False, resume=False) as folder:
+        assert names(folder) == []
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"the disk became full while .*out was written"),
+        staged(tmp_path / "out", overwrite=False, resume=False) as folder,
+    ):
+        (folder / "file").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert names(tmp_path) == []
+
+
+def test_an_error_in_words_is_not_taken_for_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="in words"), staged(tmp_path / "out", overwrite=False, resume=False):
+        raise OSError("in words")
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(CheckpointError, match="cannot be written: Not a directory"),
+        staged(tmp_path / "file" / "out", overwrite=False, resume=False),
+    ):
+        pass
+
+
+def test_too_little_space_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=2_000_000_000))
+    with (
+        pytest.raises(CheckpointError, match=r"3\.0 GB are needed, 2\.0 GB are free"),
+        staged(tmp_path / "out", overwrite=False, resume=False, nbytes=3_000_000_000),
+    ):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_an_existing_folder_needs_overwrite(tmp_path: Path) -> None:
+    model_folder(tmp_path / "out")
+    with (
+        pytest.raises(CheckpointError, match=r"exists: .*--overwrite"),
+        staged(tmp_path / "out", overwrite=False, resume=False),
+    ):
+        pass
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "old"
+
+
+def test_overwrite_keeps_the_old_model_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    model_folder(tmp_path / "out")
+    with pytest.raises(KeyError), staged(tmp_path / "out", overwrite=True, resume=False):
+        raise KeyError
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "old"
+    with staged(tmp_path / "out", overwrite=True, resume=False) as folder:
+        (folder / "new").write_text("new")
+        assert (tmp_path / "out" / "model.safetensors").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["new"]
+
+
+def test_overwrite_takes_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with staged(tmp_path / "out", overwrite=True, resume=False) as folder:
+        (folder / "new").write_text("new")
+    assert names(tmp_path / "out") == ["new"]
+
+
+@pytest.mark.parametrize("kind", ["no config", "other config", "folder inside", "file"])
+def test_overwrite_replaces_nothing_but_a_model(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("precious")
+    else:
+        model_folder(out)
+    if kind == "no config":
+        (out / "config.json").unlink()
+    if kind == "other config":
+        (out / "config.json").write_text('{"compilerOptions": {}}')
+    if kind == "folder inside":
+        (out / "Documents").mkdir()
+    before = sorted(out.rglob("*"))
+    with pytest.raises(CheckpointError, match="is not replaced, because"), staged(out, overwrite=True, resume=False):
+        pass
+    assert sorted(out.rglob("*")) == before
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(tmp_path: Path) -> None:
+    model_folder(tmp_path / ".out.moeify-old")
+    with pytest.raises(CheckpointError, match="exists"), staged(tmp_path / "out", overwrite=False, resume=False):
+        pass
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "old"
+
+
+@pytest.mark.parametrize(("src", "dst"), [("m", "m"), ("m", "m/out"), ("m/inner", "m"), ("m", "link/out")])
+def test_source_and_output_may_not_overlap(tmp_path: Path, src: str, dst: str) -> None:
+    (tmp_path / "m" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    with (
+        pytest.raises(CheckpointError, match="overlap"),
+        staged(tmp_path / dst, overwrite=True, resume=False, source=tmp_path / src),
+    ):
+        pass
+    assert names(tmp_path / "m") == ["inner"]
