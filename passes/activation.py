@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from moeify.passes.dataflow import op_name, shape, width
+from moeify.passes.dataflow import RESHAPES, op_name, shape, size
 
 Unary = Callable[[torch.Tensor], torch.Tensor]
 
@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Unary] = {
     "identity": lambda x: x,
 }
 CUSTOM = "custom"
-_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "clone"}
+_LEFT_OUT = RESHAPES | {"contiguous", "clone", "dropout"}
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,28 @@ class Recognised:
     halves: Halves | None
 
 
-def capture(graph_module: fx.GraphModule, inputs: Iterable[fx.Node], output: fx.Node) -> fx.GraphModule:
-    """Copy the computation from `inputs` to `output` into a graph of its own, for activations of any leading shape.
+def capture(graph_module: fx.GraphModule, inputs: Iterable[fx.Node], output: fx.Node, axis: int = -1) -> fx.GraphModule:
+    """Copy the computation from `inputs` to `output` into a graph of its own, for rows in the last dimension.
 
-    Reshapes that keep rows whole are left out and dropout too (the layer has its own); parameters that the region
-    reads come along as `get_attr` nodes.
+    The copy takes activations of any leading shape. Reshapes that keep rows whole are left out and dropout too (the
+    layer has its own); parameters that the region reads come along as `get_attr` nodes.
+
+    Args:
+        graph_module: The traced model.
+        inputs: The projections at the region's edge.
+        output: What the projection back reads.
+        axis: Where the rows lie in the traced model.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for index, node in enumerate(inputs):
         copies[node] = graph.placeholder(f"z{index}")
     for node in _in_order(output, set(copies)):
-        if op_name(node) in _RESHAPES | {"dropout"} and width(node) == width(node.all_input_nodes[0]):
+        if op_name(node) in _LEFT_OUT and size(node, axis) == size(node.all_input_nodes[0], axis):
             copies[node] = copies[node.all_input_nodes[0]]
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
-            _count_dimensions_from_the_end(node, copies[node])
+            _put_rows_last(node, copies[node], axis)
     graph.output(copies[output])
     graph.lint()
     return fx.GraphModule(graph_module, graph, class_name="Activation")
@@ -86,17 +92,20 @@ def _in_order(output: fx.Node, stop: set[fx.Node]) -> list[fx.Node]:
     return list(order)
 
 
-def _count_dimensions_from_the_end(original: fx.Node, copied: fx.Node) -> None:
-    """Make `dim` arguments negative, because the region will be called on activations of another rank."""
+def _put_rows_last(original: fx.Node, copied: fx.Node, axis: int) -> None:
+    """Make `dim` arguments that name the row negative, because the region is called on activations of other ranks."""
     if not isinstance(original.target, torch._ops.OpOverload) or not original.all_input_nodes:
         return
     rank = len(shape(original.all_input_nodes[0]))
+    rows = {axis, rank + axis}
     for position, spec in enumerate(original.target._schema.arguments[: len(copied.args)]):
         value = copied.args[position]
-        if spec.name == "dim" and isinstance(value, int) and value >= 0:
-            copied.update_arg(position, value - rank)
-        elif spec.name == "dim" and isinstance(value, list | tuple):
-            copied.update_arg(position, [d - rank if isinstance(d, int) and d >= 0 else d for d in value])
+        if spec.name != "dim":
+            continue
+        if isinstance(value, int):
+            copied.update_arg(position, -1 if value in rows else value)
+        elif isinstance(value, list | tuple):
+            copied.update_arg(position, [-1 if d in rows else d for d in value])
 
 
 def recognise(region: fx.GraphModule, widths: list[int], intermediate: int) -> Recognised:
@@ -107,8 +116,8 @@ def recognise(region: fx.GraphModule, widths: list[int], intermediate: int) -> R
         widths: Width of each input (the projections' outputs).
         intermediate: Width of the region's output.
     """
-    if any(node.op == "get_attr" for node in region.graph.nodes):
-        return Recognised(CUSTOM, None)  # learned: its values are not known, so no name can be claimed
+    if learned(region):
+        return Recognised(CUSTOM, None)  # its values are not known, so no name can be claimed
     inputs = [_probe(size, seed) for seed, size in enumerate(widths)]
     try:
         result = region(*inputs).double()
@@ -122,6 +131,17 @@ def recognise(region: fx.GraphModule, widths: list[int], intermediate: int) -> R
             if (gate is not None or name != "identity") and _equal(result, expected):
                 return Recognised(name, halves)
     return Recognised(CUSTOM, None)
+
+
+def learned(region: fx.GraphModule) -> list[str]:
+    """Return the names of the parameters and buffers that a region reads; constants of the code are none."""
+    names = dict.fromkeys(str(node.target) for node in region.graph.nodes if node.op == "get_attr")
+    return [name for name in names if not _is_constant(name)]
+
+
+def _is_constant(name: str) -> bool:
+    # torch.export and fx name what the code wrote as a tensor by themselves.
+    return name.rsplit(".", 1)[-1].startswith(("lifted_tensor", "_tensor_constant"))
 
 
 def _roles(widths: list[int], intermediate: int) -> list[Halves]:

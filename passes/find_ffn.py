@@ -6,6 +6,7 @@ one projection back to the width it came from, and a result that joins the resid
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,14 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from moeify.passes import dataflow as flow
-from moeify.passes.activation import Halves, capture, recognise
-from moeify.passes.dataflow import Projection
+from moeify.passes.activation import Halves, capture, learned, recognise
+from moeify.passes.axes import reads_features
+from moeify.passes.projection import Projection, find_projections
+from moeify.passes.residual import End, Streams
 
-_BOTTLENECK = 4  # a hidden layer this many times narrower than the model is an adapter or a gate, never an FFN
-_RESIDUAL_HOPS = 64
+# A hidden layer this many times narrower than the model is an adapter or a gate, never an FFN. Shared experts, which
+# are narrow too, are gated.
+_BOTTLENECK = {"mlp": 4, "glu": 16}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class FFN:
         nodes: The region's nodes in the model's graph.
         neuron_wise: Each neuron of the region depends on that neuron alone (no norm inside): the FFN may be split.
         calls: How often the model applies it (above 1 when layers share it).
+        shared_expert: It stands beside routed experts in an MoE layer that the model already has.
     """
 
     name: str
@@ -51,23 +56,32 @@ class FFN:
     nodes: tuple[fx.Node, ...] = field(repr=False)
     neuron_wise: bool = True
     calls: int = 1
+    shared_expert: bool = False
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of its weights and biases, and of the parameters inside the region."""
         projections = (*self.ups, self.down)
         names = [name for p in projections for name in (p.weight, p.bias) if name]
-        names += [str(node.target) for node in self.region.graph.nodes if node.op == "get_attr"]
+        names += learned(self.region)
         return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something that looks like an FFN and is not: the projection that would lead back, and why not."""
+    """Something that looks like an FFN and is not.
+
+    Attributes:
+        name: Path of the projection that would lead back.
+        reason: Why not.
+        node: The node of the graph at which the match stopped.
+        where: Path of the module that issued that node.
+    """
 
     name: str
     reason: str
     node: str
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class Inspection:
     refused: tuple[Refusal, ...]
 
 
-class _NoMatch(Exception):  # noqa: N818 -- not an error: the ordinary outcome for most projections
+class _NoMatch(Exception):  # no error: most projections do not match
     def __init__(self, reason: str, node: fx.Node, *, near: bool = True) -> None:
         super().__init__(reason)
         self.reason, self.node, self.near = reason, node, near
@@ -103,27 +117,29 @@ class FindFFN:
 
     Refuses: projections that read different activations (attention, cross-attention); a way back to another width
     (heads); no nonlinearity between (low-rank factors, adapters of LoRA); a result that does not join the residual
-    stream (poolers, squeeze-and-excite); a hidden layer at least 4 times narrower than the model (adapters); an
-    intermediate value that is used elsewhere too; weights that something else uses.
+    stream (poolers, squeeze-and-excite); projections over positions (token mixing); experts that a router chooses; a
+    hidden layer many times narrower than the model (adapters); an intermediate value that is used elsewhere too;
+    weights that something else uses.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> Inspection:
         """Analyse an ATen graph whose `get_attr` targets are parameter names (`moeify.trace.trace` makes one)."""
-        projections = [p for node in graph_module.graph.nodes if (p := flow.as_projection(node))]
-        finder = _Finder(graph_module, {p.node: p for p in projections})
+        projections = find_projections(graph_module.graph)
+        finder = _Finder(graph_module, projections)
         ffns: dict[tuple[str, ...], FFN] = {}
         misses: list[tuple[bool, Refusal]] = []
-        for candidate in projections:
+        for candidate in projections.values():
             try:
                 ffn = finder.match(candidate)
             except _NoMatch as miss:
-                name = candidate.weight.rsplit(".", 1)[0]
-                misses.append((miss.near, Refusal(name, miss.reason, miss.node.name)))
+                misses.append((miss.near, _refusal(candidate.weight, miss.reason, miss.node)))
                 continue
             known = ffns.get(ffn.parameters)
             ffns[ffn.parameters] = replace(known, calls=known.calls + 1) if known else ffn
-        refused = tuple(refusal for near, refusal in misses if near or not ffns)
-        return _without_shared_weights(Inspection(tuple(ffns.values()), refused), projections)
+        found = _without_strays(list(ffns.values()), finder.unseen)
+        refused = tuple(refusal for near, refusal in misses if near or not found.ffns)
+        found = Inspection(found.ffns, refused + found.refused)
+        return _without_shared_weights(found, projections.values())
 
 
 @dataclass
@@ -131,6 +147,11 @@ class _Finder:
     graph_module: fx.GraphModule
     projections: dict[fx.Node, Projection]
     static: dict[fx.Node, bool] = field(default_factory=dict)
+    unseen: set[fx.Node] = field(default_factory=set)  # projections back whose residual lies outside the traced part
+
+    def __post_init__(self) -> None:
+        self.order = {node: i for i, node in enumerate(self.graph_module.graph.nodes)}
+        self.streams = Streams(self.projections, self.static)
 
     def match(self, down: Projection) -> FFN:
         """Return the FFN that ends in `down`, or raise `_NoMatch`."""
@@ -138,15 +159,16 @@ class _Finder:
         hidden = ups[0].in_features
         if down.out_features != hidden:
             raise _NoMatch(f"it projects back to width {down.out_features}, not {hidden}: a head", down.node)
-        linear = all(flow.op_name(n) in flow.LINEAR or self.scales_by_constant(n) for n in nodes)
-        if linear:
+        if all(flow.op_name(n) in flow.LINEAR or self.scales_by_constant(n) for n in nodes):
             raise _NoMatch("no nonlinearity between the projections: a low-rank factor", down.node)
-        if down.in_features * _BOTTLENECK <= hidden:
+        kind = "glu" if sum(u.out_features for u in ups) > down.in_features else "mlp"
+        if down.in_features * _BOTTLENECK[kind] <= hidden:
             raise _NoMatch(f"its hidden layer ({down.in_features}) is a bottleneck of {hidden}: an adapter", down.node)
-        self.check_private([u.node for u in ups] + nodes, down)
-        if not self.joins_residual(down.node, ups[0].source):
-            raise _NoMatch("its result does not join the residual stream: a head, pooler or gate", down.node)
-        return self.describe(ups, nodes, down)
+        if not reads_features(ups[0].source, down.axis, self.projections):
+            raise _NoMatch("it projects over positions, not over features: token mixing", ups[0].node)
+        self.check_private([n for u in ups for n in (u.product, u.node)] + nodes, down)
+        shared_expert = self.check_residual(ups[0], down)
+        return self.describe(ups, nodes, down, kind, shared_expert)
 
     def walk_back(self, down: Projection) -> tuple[list[Projection], list[fx.Node]]:
         """Collect the row-wise region behind `down` and the projections at its edge."""
@@ -157,23 +179,25 @@ class _Finder:
             node = pending.pop()
             if node in nodes or node in ups or flow.is_static(node, self.static):
                 continue
-            if node in self.projections:
+            if node in self.projections and self.projections[node].axis == down.axis:
                 ups[node] = self.projections[node]
-                sources = {flow.same_activation(p.source) for p in ups.values()}
-                if len(sources) > 1:
-                    reason = "the projections behind it read different activations"
-                    raise _NoMatch(reason, node, near=not self.crosses_sum(nodes))
-            elif flow.is_row_wise(node):
+                self.check_one_source(ups, nodes)
+            elif flow.is_row_wise(node, down.axis):
                 nodes[node] = None
                 pending.extend(node.all_input_nodes)
             else:
-                what = flow.op_name(node) or str(node.target)
-                reason = f"behind it stands `{what}`, which is not position-wise"
-                raise _NoMatch(reason, node, near=bool(ups) and not self.crosses_sum(nodes))
+                raise _NoMatch(_stopped_at(node), node, near=bool(ups) and not self.crosses_sum(nodes))
         if not ups:
             raise _NoMatch("nothing is projected before it", down.node, near=False)
-        order = {node: i for i, node in enumerate(self.graph_module.graph.nodes)}
-        return sorted(ups.values(), key=lambda p: order[p.node]), sorted(nodes, key=order.__getitem__)
+        return sorted(ups.values(), key=lambda p: self.order[p.node]), sorted(nodes, key=self.order.__getitem__)
+
+    def check_one_source(self, ups: dict[fx.Node, Projection], nodes: Iterable[fx.Node]) -> None:
+        """Refuse when the projections read different activations."""
+        *_, last = ups
+        if len({flow.same_activation(p.source) for p in ups.values()}) > 1:
+            names = " and ".join(p.weight.removesuffix(".weight") for p in ups.values())
+            reason = f"the projections behind it read different activations: {names}"
+            raise _NoMatch(reason, last, near=not self.crosses_sum(nodes))
 
     def crosses_sum(self, nodes: Iterable[fx.Node]) -> bool:
         """Whether the walk went through a sum of two activations: it followed the residual stream, not an FFN."""
@@ -187,51 +211,38 @@ class _Finder:
 
     def check_private(self, inner: list[fx.Node], down: Projection) -> None:
         """Refuse when a value between the projections is used outside them."""
-        inside = {*inner, down.node}
+        inside = {*inner, down.product}
         for node in inner:
             for user in flow.data_users(node):
-                if user not in inside:
-                    reason = f"its intermediate value `{node.name}` is also used by `{user.name}`"
-                    raise _NoMatch(reason, user)
+                if user in inside:
+                    continue
+                reason = f"its intermediate value `{node.name}` is also used by `{user.name}`"
+                if user in self.projections:
+                    beside = self.projections[user].weight.removesuffix(".weight")
+                    reason = f"{beside} projects its intermediate value too (an adapter? merge it first)"
+                raise _NoMatch(reason, user)
 
-    def joins_residual(self, result: fx.Node, source: fx.Node) -> bool:
-        """Whether `result`, through row-wise operators, is added to the stream that `source` was made from."""
-        stream = self.stream_behind(source)
-        seen: dict[fx.Node, None] = {result: None}
-        pending = [result]
-        while pending and len(seen) < _RESIDUAL_HOPS:
-            node = pending.pop(0)
-            for user in flow.data_users(node):
-                others = [a for a in user.all_input_nodes if a not in seen]
-                if flow.op_name(user) == "add" and any(flow.same_activation(a) in stream for a in others):
-                    return True
-                if user not in seen and user not in self.projections and flow.is_row_wise(user):
-                    seen[user] = None
-                    pending.append(user)
-        return False
+    def check_residual(self, up: Projection, down: Projection) -> bool:
+        """Refuse what does not join the residual stream; return whether it joins together with routed experts."""
+        outcome = self.streams.follow(down.node, up.source)
+        match outcome.end:
+            case End.ROUTED:
+                raise _NoMatch("a router chooses its rows: an expert of an MoE that the model already has", down.node)
+            case End.ELSEWHERE:
+                raise _NoMatch("its result does not join the residual stream: a head, pooler or gate", down.node)
+            case End.BOUNDARY:
+                self.unseen.add(down.node)
+        return outcome.beside_experts
 
-    def stream_behind(self, source: fx.Node) -> set[fx.Node]:
-        """Return `source` and what it was made from by a norm, back to the sums that carry the residual stream."""
-        found: set[fx.Node] = set()
-        pending = [source]
-        while pending and len(found) < _RESIDUAL_HOPS:
-            node = pending.pop(0)
-            if node in found or flow.is_static(node, self.static):
-                continue
-            found.add(node)
-            at_sum = flow.op_name(node) == "add" and flow.width(node) == flow.width(source)
-            if not at_sum and node not in self.projections and flow.is_row_wise(node):
-                pending.extend(node.all_input_nodes)
-        return found | {flow.same_activation(node) for node in found}
-
-    def describe(self, ups: list[Projection], nodes: list[fx.Node], down: Projection) -> FFN:
+    def describe(
+        self, ups: list[Projection], nodes: list[fx.Node], down: Projection, kind: str, shared_expert: bool
+    ) -> FFN:
         """Name a match: its owner, its activation, and which projection is the gate."""
-        region = capture(self.graph_module, [u.node for u in ups], down.source)
+        region = capture(self.graph_module, [u.node for u in ups], down.source, down.axis)
         recognised = recognise(region, [u.out_features for u in ups], down.in_features)
-        gated = sum(u.out_features for u in ups) > down.in_features
         return FFN(
             name=_owner([u.node for u in ups] + [*nodes, down.node]),
-            kind="glu" if gated else "mlp",
+            kind=kind,
             activation=recognised.activation,
             hidden=down.out_features,
             intermediate=down.in_features,
@@ -241,7 +252,22 @@ class _Finder:
             region=region,
             nodes=tuple(nodes),
             neuron_wise=not any(flow.op_name(n) in flow.REDUCES for n in nodes),
+            shared_expert=shared_expert,
         )
+
+
+def _stopped_at(node: fx.Node) -> str:
+    match flow.op_name(node):
+        case "linear" | "mm" | "addmm" | "matmul":
+            return f"`{node.name}` multiplies by a computed weight (a parametrization? merge it first)"
+        case "batch_norm":
+            return f"`{node.name}` normalises over positions in training"
+        case name:
+            return f"behind it stands `{name or node.target}`, which is not position-wise"
+
+
+def _refusal(weight: str, reason: str, node: fx.Node) -> Refusal:
+    return Refusal(weight.rsplit(".", 1)[0], reason, node.name, (flow.module_stack(node) or [""])[-1])
 
 
 def _owner(nodes: list[fx.Node]) -> str:
@@ -255,7 +281,20 @@ def _owner(nodes: list[fx.Node]) -> str:
     return common
 
 
-def _without_shared_weights(found: Inspection, projections: list[Projection]) -> Inspection:
+def _without_strays(ffns: list[FFN], unseen: set[fx.Node]) -> Inspection:
+    """Refuse FFNs whose residual connection was not traced, unless the like stands in several layers."""
+
+    def form(ffn: FFN) -> tuple[object, ...]:
+        return re.sub(r"\d+", "#", ffn.down.weight), ffn.kind, ffn.activation, ffn.hidden
+
+    alike = Counter(form(ffn) for ffn in ffns)
+    strays = [ffn for ffn in ffns if ffn.down.node in unseen and alike[form(ffn)] == 1]
+    reason = "no residual connection was seen around it, and it is the only one of its kind"
+    refused = [_refusal(ffn.down.weight, reason, ffn.down.node) for ffn in strays]
+    return Inspection(tuple(ffn for ffn in ffns if ffn not in strays), tuple(refused))
+
+
+def _without_shared_weights(found: Inspection, projections: Iterable[Projection]) -> Inspection:
     """Refuse FFNs one of whose weights is also used outside them: converting them would tear the tie apart."""
     uses = Counter(p.weight for p in projections)
     kept, refused = [], list(found.refused)
@@ -263,7 +302,7 @@ def _without_shared_weights(found: Inspection, projections: list[Projection]) ->
         inside = Counter(p.weight for p in (*ffn.ups, ffn.down))
         shared = [name for name, count in inside.items() if uses[name] > count * ffn.calls]
         if shared:
-            refused.append(Refusal(ffn.name, f"its weight {shared[0]} is also used elsewhere", ffn.down.node.name))
+            refused.append(_refusal(ffn.down.weight, f"its weight {shared[0]} is also used elsewhere", ffn.down.node))
         else:
             kept.append(ffn)
     return Inspection(tuple(kept), tuple(refused))
