@@ -46,11 +46,13 @@ class Places:
         Raises:
             RefusedError: its computation is interwoven with something else, in the module named by the message.
         """
+        if ffn.down.axis != -1:
+            raise RefusedError(f"{ffn.name}: its projections are 1x1 convolutions; convert the graph instead")
         return self._owner(ffn) or self._splice(ffn)
 
     def _owner(self, ffn: FFN) -> Placement | None:
         """The FFN's own module, when nothing else happens in it."""
-        inside = {*(p.node for p in ffn.ups), *ffn.nodes, ffn.down.node}
+        inside = {*(n for p in (*ffn.ups, ffn.down) for n in (p.product, p.node)), *ffn.nodes}
         entry = _transparent_inputs(ffn.ups[0].source)
         result, dropout = _follow_dropout(ffn.down.node)
         around = {*entry, *result}

@@ -9,8 +9,8 @@ from torch import fx, nn
 
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
-from moeify.passes.dataflow import Projection
 from moeify.passes.find_ffn import FFN, FindFFN, Inspection
+from moeify.passes.projection import Projection
 from moeify.placement import Placement, Places
 from moeify.plan import Plan, Rows, Site
 from moeify.selection import select_layers
