@@ -6,18 +6,36 @@ Importing this package loads neither torch nor transformers: each public name is
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeify.config import MoEConfig
+    from moeify.convert import convert
+    from moeify.errors import MoeifyError
+    from moeify.loading import load
+    from moeify.plan import Plan
+    from moeify.planning import find_ffns
+    from moeify.register import register
+    from moeify.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "MoeifyError": "moeify.errors",
+    "MoEConfig": "config",
+    "MoeifyError": "errors",
+    "Plan": "plan",
+    "VerifyReport": "verify",
+    "convert": "convert",
+    "find_ffns": "planning",
+    "load": "loading",
+    "register": "register",
+    "verify": "verify",
 }
 
-__all__ = ["MoeifyError"]
+__all__ = ["MoEConfig", "MoeifyError", "Plan", "VerifyReport", "convert", "find_ffns", "load", "register", "verify"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'moeify' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(f"moeify.{_HOME[name]}"), name)

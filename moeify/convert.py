@@ -48,7 +48,16 @@ def convert(
     plan = make_plan(model, found, config, layers)
     check_replaceable(model, plan)
     rehearse(model, plan, found.regions, example_inputs)
-    return apply_plan(model, plan, found.regions)
+    apply_plan(model, plan, found.regions)
+    remember_plan(model, plan)
+    return model
+
+
+def remember_plan(model: nn.Module, plan: Plan) -> None:
+    """Write a plan into a transformers model's config, so that `save_pretrained` makes a moeify checkpoint."""
+    if hasattr(getattr(model, "config", None), "to_json_string"):
+        config: Any = model.config
+        config.quantization_config = {"quant_method": "moeify", "plan": plan.to_dict()}
 
 
 def apply_plan(model: nn.Module, plan: Plan, regions: Regions, *, fill: bool = True) -> nn.Module:
@@ -129,10 +138,10 @@ def check_replaceable(model: nn.Module, plan: Plan) -> None:
                     raise RefusedError(f"{path} has hooks, which would be lost: remove them, convert, register again")
                 if parametrize.is_parametrized(inner):
                     raise RefusedError(f"{path} is parametrized: call remove_parametrizations on it first")
-        for parameter in site.parameters:
-            tied = [n for n in names[id(model.get_parameter(parameter))] if not _beside(n, site)]
+        for dense in site.parameters:
+            tied = [n for n in names[id(model.get_parameter(dense))] if not _beside(n, site)]
             if tied:
-                raise RefusedError(f"{parameter} is tied to {tied[0]}: converting it would tear the tie apart")
+                raise RefusedError(f"{dense} is tied to {tied[0]}: converting it would tear the tie apart")
 
 
 def _beside(name: str, site: Site) -> bool:

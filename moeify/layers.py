@@ -103,7 +103,7 @@ class Experts(nn.Module):
         self.register_parameter(self.up_name, parameter(up_rows, hidden))
         self.down_proj = parameter(hidden, intermediate)
         self.register_parameter(f"{self.up_name}_bias", parameter(up_rows) if up_bias else None)
-        self.register_parameter("down_proj_bias", parameter(hidden) if down_bias else None)
+        self.down_proj_bias = parameter(hidden) if down_bias else None
 
     @property
     def up(self) -> Tensor:
@@ -143,7 +143,7 @@ class Experts(nn.Module):
 
     def _activate(self, z_SJ: Tensor) -> Tensor:
         if self.region is not None:
-            activated: Tensor = self.region(*z_SJ.split(self.region_widths, dim=-1))
+            activated: Tensor = self.region(*torch.split(z_SJ, list(self.region_widths), dim=-1))
             return activated
         act = ACTIVATIONS[self.activation].forward
         if not self.gated:
@@ -154,7 +154,7 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         """Describe the experts in `repr`."""
         form = f"{self.activation} {'GLU' if self.gated else 'MLP'}"
-        return f"{self.experts} × {form} {self.hidden} → {self.intermediate} → {self.hidden}"
+        return f"{self.experts} x {form} {self.hidden} → {self.intermediate} → {self.hidden}"
 
 
 class SparseMoE(nn.Module):

@@ -14,6 +14,7 @@ from moeify.passes.projection import Projection
 from moeify.placement import Placement, Places
 from moeify.plan import Plan, Rows, Site
 from moeify.selection import select_layers
+from moeify.trace import Inputs, trace
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,19 @@ class Survey:
 def survey(graph_module: fx.GraphModule) -> Survey:
     """Find the FFNs of a traced graph."""
     return Survey(graph_module, FindFFN()(graph_module))
+
+
+def find_ffns(model: nn.Module, example_inputs: Inputs | None = None) -> Inspection:
+    """Find the dense FFNs of a model, and say of everything that looks like one why it is not.
+
+    Args:
+        model: Any module; it is neither run nor changed.
+        example_inputs: Inputs that the forward accepts; None guesses them for a transformers model.
+
+    Raises:
+        MoeifyError: the model cannot be traced.
+    """
+    return survey(trace(model, example_inputs)).inspection
 
 
 def make_plan(model: nn.Module, found: Survey, config: MoEConfig, layers: str = "all") -> Plan:

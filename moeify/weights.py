@@ -22,7 +22,7 @@ def dense_ffn(site: Site, read: Read) -> DenseFFN:
     """
     return DenseFFN(
         up_JH=up_rows(site, read),
-        down_HI=_rows(site.down, read, site.transposed),
+        down_HI=dense_rows(site.down, read, site.transposed),
         up_bias_J=up_bias(site, read) if site.up_bias else None,
         down_bias_H=None if site.down.bias is None else read(site.down.bias),
     )
@@ -30,7 +30,7 @@ def dense_ffn(site: Site, read: Read) -> DenseFFN:
 
 def up_rows(site: Site, read: Read) -> Tensor:
     """Return the first projections as (J, H): gate rows, then up rows."""
-    return torch.cat([_rows(rows, read, site.transposed) for rows in site.ups])
+    return torch.cat([dense_rows(rows, read, site.transposed) for rows in site.ups])
 
 
 def up_bias(site: Site, read: Read) -> Tensor:
@@ -41,6 +41,7 @@ def up_bias(site: Site, read: Read) -> Tensor:
     return torch.cat([like.new_zeros(rows.count) if half is None else half for half, rows in filled])
 
 
-def _rows(rows: Rows, read: Read, transposed: bool) -> Tensor:
+def dense_rows(rows: Rows, read: Read, transposed: bool) -> Tensor:
+    """Return some output rows of a projection as (out, in), whichever way the parameter is stored."""
     weight = read(rows.parameter)
     return (weight.t() if transposed else weight)[rows.start : rows.stop : rows.step]

@@ -1,0 +1,61 @@
+"""The command line: the only place that knows click and rich, prints, and decides exit codes.
+
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage. Results go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import click
+
+from moeify import __version__
+from moeify.errors import ConfigError, MoeifyError
+
+# The commands live in modules of their own, imported when they are called: `moeify --help` must not load torch.
+COMMANDS = {
+    "inspect": "Show the FFNs of a model, the look-alikes with reasons, and what an MoE would cost.",
+    "convert": "Convert a dense checkpoint into a sparse MoE checkpoint.",
+    "verify": "Compare the logits of a dense model and its MoE; exit 1 above tolerance.",
+    "demo": "Convert a real 135M-parameter model, prove it, and let it speak.",
+}
+
+
+class Commands(click.Group):
+    """A group that imports a command's module when the command is used, and turns errors into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import one command."""
+        if name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"moeify.cli.{name}"), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what moeify refuses becomes one line on stderr."""
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            raise click.UsageError(_one_line(error)) from error
+        except MoeifyError as error:
+            raise click.ClickException(_one_line(error)) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moeify")
+def main() -> None:
+    """Turn a dense PyTorch transformer into a sparse Mixture-of-Experts, with a proof."""

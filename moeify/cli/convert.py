@@ -1,0 +1,200 @@
+"""`moeify convert`: a dense checkpoint in, a proven MoE checkpoint out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moeify.cli.options import source_options
+from moeify.errors import CheckpointError, ConfigError, VerificationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moeify.checkpoint.source import Source
+    from moeify.config import MoEConfig
+    from moeify.plan import Plan
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes such as 5GB or 500MB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse the text."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", str(value).upper())
+        size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+        if size < 1:
+            self.fail(f"{value!r} is not a size: write 5GB, 500MB or a number of bytes", param, ctx)
+        return size
+
+
+@click.command()
+@click.argument("src")
+@click.argument("dst", required=False, type=click.Path(path_type=Path))
+@click.option("--experts", type=int, help="Experts in each converted layer.")
+@click.option("--top-k", type=int, help="Experts that each token visits.")
+@click.option("--method", default="copy", show_default=True, help="How experts are made.")
+@click.option("--layers", default="all", show_default=True, help="all, every:N, last:N, first:N, 0,3-7, or a regex.")
+@click.option("--to", "target", default="auto", show_default=True, help="auto, moeify, or a native family.")
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Store floating-point tensors in this dtype.")
+@click.option("--seed", default=0, show_default=True, help="Start of the router's random numbers.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path, dir_okay=False), help="Do what a saved plan says.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and its cost; write nothing.")
+@click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of the output.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
+@click.option("--strict", is_flag=True, help="Refuse weights that hold NaN or Inf instead of warning.")
+@click.option("--no-verify", is_flag=True, help="Do not compare logits with the dense model.")
+@source_options
+def convert(
+    src: str,
+    dst: Path | None,
+    experts: int | None,
+    top_k: int | None,
+    method: str,
+    layers: str,
+    target: str,
+    dtype: str | None,
+    seed: int,
+    plan_file: Path | None,
+    dry_run: bool,
+    shard_size: int,
+    resume: bool,
+    overwrite: bool,
+    strict: bool,
+    no_verify: bool,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Convert the dense checkpoint SRC into a sparse MoE checkpoint DST.
+
+    SRC is a folder in Hugging Face layout, a GGUF file, or a hub id; it is never changed. DST appears whole or not at
+    all, after its logits were compared with those of SRC on a slice of the layers.
+    """
+    from moeify.checkpoint.source import open_source
+    from moeify.cli import display
+
+    if dst is None and not dry_run:
+        raise click.UsageError("DST is missing: where should the MoE be written? (--dry-run needs none)")
+    config = None if plan_file else _config(experts, top_k, method, seed)
+    console = display.stderr()
+    with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
+        if dry_run:
+            _show(source, _plan(source, config, layers, target, plan_file))
+            return
+        assert dst is not None
+        _refuse_target(dst, overwrite)
+        plan = _plan(source, config, layers, target, plan_file)
+        console.print(
+            f"{plan.model_type} → {plan.target}: {len(plan.sites)} FFNs become {plan.config.experts} experts, "
+            f"top-{plan.config.top_k}"
+        )
+        _write(source, dst, plan, console, verified=not no_verify, strict=strict, shard_size=shard_size,
+               dtype=_DTYPES[dtype] if dtype else None, resume=resume, overwrite=overwrite)  # fmt: skip
+    console.print(f"written to {dst}")
+
+
+def _config(experts: int | None, top_k: int | None, method: str, seed: int) -> MoEConfig:
+    from moeify.config import MoEConfig
+
+    if experts is None or top_k is None:
+        raise click.UsageError("--experts and --top-k are needed: for example --experts 8 --top-k 2")
+    return MoEConfig(experts, top_k, method=method, seed=seed)
+
+
+def _refuse_target(dst: Path, overwrite: bool) -> None:
+    """Say at once what the writer would say after the plan was made."""
+    if dst.exists() and not overwrite:
+        raise CheckpointError(f"{dst} exists: choose another output folder, or pass --overwrite")
+
+
+def _plan(source: Source, config: MoEConfig | None, layers: str, target: str, plan_file: Path | None) -> Plan:
+    from moeify.plan import Plan
+    from moeify.stream import plan_checkpoint
+
+    if plan_file is None:
+        assert config is not None
+        return plan_checkpoint(source, config, layers, target)
+    try:
+        saved = Plan.from_json(plan_file.read_text())
+    except OSError as error:
+        raise ConfigError(f"--plan {plan_file} cannot be read: {error.strerror}") from error
+    if saved.model_type != source.model_type:
+        raise ConfigError(f"--plan {plan_file} is for {saved.model_type}, the checkpoint is {source.model_type}")
+    return saved
+
+
+def _show(source: Source, plan: Plan) -> None:
+    """Print a plan and what it would cost."""
+    from moeify.cli import display
+    from moeify.cost import moe_cost
+    from moeify.overview import dense_side
+
+    dense, itemsize = dense_side(source)
+    console = display.stdout()
+    console.print(f"{plan.model_type} → {plan.target}, nothing is written")
+    console.print(display.plan_table(plan))
+    console.print()
+    console.print(display.cost_table((("dense", dense), ("MoE", moe_cost(dense, plan, itemsize)))))
+
+
+def _write(
+    source: Source, dst: Path, plan: Plan, console: Console, *, verified: bool, strict: bool, **options: Any
+) -> None:
+    """Stream the conversion with a progress bar and, unless told otherwise, its proof."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from moeify.stream import Watch, convert_checkpoint
+
+    speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    progress = Progress(TextColumn("{task.description}"), BarColumn(), *speed, console=console)
+    task = progress.add_task("writing", total=None)
+
+    def nonfinite(name: str) -> None:
+        if strict:
+            raise CheckpointError(f"{name} holds NaN or Inf (--strict): repair the source, or leave --strict out")
+        console.print(f"warning: {name} holds NaN or Inf")
+
+    def check(folder: Path) -> dict[str, Any] | None:
+        progress.stop()
+        return _prove(source, folder, plan, console) if verified else None
+
+    watch = Watch(
+        total=lambda nbytes: progress.update(task, total=nbytes),
+        written=lambda nbytes: progress.advance(task, nbytes),
+        nonfinite=nonfinite,
+        unused=lambda name: console.print(f"note: the model has no place for {name}; it is left out"),
+    )
+    with progress:
+        convert_checkpoint(source, dst, plan, watch=watch, check=check, **options)
+
+
+def _prove(source: Source, folder: Path, plan: Plan, console: Console) -> dict[str, Any]:
+    from moeify.cli.quiet import quiet_transformers
+    from moeify.proof import verify_slice
+
+    with quiet_transformers():
+        report = verify_slice(source, folder, plan)
+    console.print(f"verified on a slice: {report.summary()}")
+    if not report.passed:
+        raise VerificationError(f"the MoE differs from the dense model: {report.summary()}; nothing was written")
+    proof: dict[str, Any] = json.loads(json.dumps(report.to_dict()))
+    return proof

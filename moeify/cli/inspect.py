@@ -1,0 +1,44 @@
+"""`moeify inspect`: what is in a model, and what an MoE of it would cost."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from moeify.cli.options import json_option, source_options
+
+
+@click.command()
+@click.argument("src")
+@click.option("--experts", default=8, show_default=True, help="Experts to count the cost for.")
+@click.option("--top-k", default=2, show_default=True, help="Experts per token to count the cost for.")
+@json_option
+@source_options
+def inspect(src: str, experts: int, top_k: int, as_json: bool, allow_pickle: bool, trust_remote_code: bool) -> None:
+    """Show the FFNs found in SRC, the look-alikes with reasons, and what an MoE would cost.
+
+    SRC is a folder in Hugging Face layout, a GGUF file, or a hub id. No weight is read.
+    """
+    from moeify.checkpoint.source import open_source
+    from moeify.cli import display
+    from moeify.config import MoEConfig
+    from moeify.overview import overview
+
+    with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
+        seen = overview(source, MoEConfig(experts, top_k))
+    if as_json:
+        click.echo(json.dumps(seen.to_dict(), indent=2))
+        return
+    console = display.stdout()
+    console.print(f"{src}: {seen.model_type}, {len(seen.inspection.ffns)} dense FFNs")
+    if seen.inspection.ffns:
+        console.print(display.inspection_table(seen.inspection))
+    if seen.inspection.refused:
+        console.print()
+        console.print(display.refusals_table(seen.inspection))
+    if seen.moe is not None:
+        console.print()
+        console.print(display.cost_table((("dense", seen.dense), (f"{experts} experts, top-{top_k}", seen.moe))))
+    elif seen.obstacle:
+        console.print(f"\ncannot be converted in place: {seen.obstacle}")

@@ -1,0 +1,23 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def source_options(command: F) -> F:
+    """Add what every command that opens a dense checkpoint accepts."""
+    command = click.option(
+        "--trust-remote-code", is_flag=True, help="Accept a model whose config names Python code of its own."
+    )(command)
+    return click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin, read with weights_only.")(
+        command
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, nothing else on stdout.")

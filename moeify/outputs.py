@@ -1,0 +1,167 @@
+"""The tensors of an output checkpoint, each described as byte ranges of the source or as a small computation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from moeify.checkpoint.shards import OutTensor, Part
+from moeify.checkpoint.source import Source
+from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
+from moeify.errors import CheckpointError
+from moeify.families import FAMILIES, MOEIFY, SHARED_WIDTH, layer_number
+from moeify.plan import Plan, Rows, Site, names_under
+from moeify.routers import router_init
+from moeify.skeleton import build_on_meta, checkpoint_names
+from moeify.weights import dense_rows, up_bias, up_rows
+
+if TYPE_CHECKING:
+    import torch
+
+
+def output_tensors(source: Source, plan: Plan, dtype: str | None, unused: Callable[[str], None]) -> Iterator[OutTensor]:
+    """Describe every tensor of the output, in the order of the source.
+
+    Raises:
+        CheckpointError: the source lacks a tensor that the model needs.
+    """
+    model = build_on_meta(source.config)
+    on_disk = {name: stored for stored, name in checkpoint_names(model, source.tensors).items() if name}
+    for stored in source.tensors.keys() - set(on_disk.values()):
+        unused(stored)
+    _check_complete(model, on_disk)
+    maker = _Maker(source, on_disk, plan, dtype)
+    site_of = {parameter: site for site in plan.sites for parameter in site.parameters}
+    done: set[str] = set()
+    for name in on_disk:
+        site = site_of.get(name)
+        if site is None:
+            yield maker.copied(name)
+        elif site.path not in done:
+            done.add(site.path)
+            yield from maker.native(site) if plan.target != MOEIFY else maker.stacked(site)
+
+
+def _check_complete(model: Any, on_disk: dict[str, str]) -> None:
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    for names in aliases.values():
+        if not any(name in on_disk for name in names):
+            raise CheckpointError(
+                f"the checkpoint lacks the tensor {names[0]}: it is not a whole {type(model).__name__}"
+            )
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Turns sites into output tensors."""
+
+    source: Source
+    on_disk: dict[str, str]
+    plan: Plan
+    dtype: str | None
+
+    def copied(self, name: str) -> OutTensor:
+        """A tensor that stays what it is."""
+        info = self.source.tensors[self.on_disk[name]]
+        target = self.stored_dtype(info)
+        if target == info.dtype:
+            return OutTensor.copy(info, name)
+        return OutTensor(name, target, info.shape, (functools.partial(self.read, name),))
+
+    def stored_dtype(self, info: TensorInfo) -> str:
+        """The dtype in which a tensor is written: only floating-point ones are cast."""
+        return self.dtype if self.dtype and torch_dtype(info.dtype).is_floating_point else info.dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """A dense parameter by the model's name for it, in the dtype to be written."""
+        tensor = self.source.read(self.on_disk[name])
+        return tensor.to(torch_dtype(self.stored_dtype(self.source.tensors[self.on_disk[name]])))
+
+    def site_dtype(self, site: Site) -> str:
+        """The dtype of a site's experts and router."""
+        return self.stored_dtype(self.source.tensors[self.on_disk[site.down.parameter]])
+
+    def router(self, site: Site, name: str) -> OutTensor:
+        """The router, from the seed and the name that the layer has in place."""
+        shape = (self.plan.config.experts, site.hidden)
+        dtype = self.site_dtype(site)
+
+        def build() -> torch.Tensor:
+            init = router_init(shape, self.plan.config.seed, f"{site.path}.router.weight")
+            return init.to(torch_dtype(dtype))
+
+        return OutTensor(name, dtype, shape, (build,))
+
+    def stacked(self, site: Site) -> Iterator[OutTensor]:
+        """A site in moeify format: the state dict of the layer."""
+        experts, dtype = self.plan.config.experts, self.site_dtype(site)
+        rows = sum(r.count for r in site.ups)
+        router, up, down, *biases = names_under(site)
+        yield self.router(site, router)
+        ups = self.verbatim(site, site.ups) or (functools.partial(up_rows, site, self.read),)
+        yield OutTensor(up, dtype, (experts, rows, site.hidden), ups * experts)
+        downs = self.verbatim(site, (site.down,)) or (
+            functools.partial(dense_rows, site.down, self.read, site.transposed),
+        )
+        yield OutTensor(down, dtype, (experts, site.hidden, site.intermediate), downs * experts)
+        if site.up_bias:
+            build = functools.partial(up_bias, site, self.read)
+            yield OutTensor(biases.pop(0), dtype, (experts, rows), (build,) * experts)
+        if site.down.bias:
+            build = functools.partial(self.read, site.down.bias)
+            yield OutTensor(biases.pop(0), dtype, (experts, site.hidden), (build,) * experts)
+
+    def native(self, site: Site) -> Iterator[OutTensor]:
+        """A site in the key layout of a native family."""
+        family, dtype, layer = FAMILIES[self.plan.target], self.site_dtype(site), layer_number(site.path)
+        gate, up = site.ups
+        yield self.router(site, family.router.format(layer=layer))
+        inner = ((family.gate, gate), (family.up, up), (family.down, site.down))
+        for expert in range(self.plan.config.experts):
+            for key, rows in inner:
+                width = site.intermediate if rows is site.down else site.hidden
+                parts = self.verbatim(site, (rows,)) or (
+                    functools.partial(dense_rows, rows, self.read, site.transposed),
+                )
+                yield OutTensor(key.format(layer=layer, expert=expert), dtype, (rows.count, width), parts)
+        if family.shared:
+            yield from self.shared(site, family.shared.format(layer=layer), dtype)
+
+    def shared(self, site: Site, prefix: str, dtype: str) -> Iterator[OutTensor]:
+        """A shared expert that adds zero: its projection back is zero, the rest is ready to be trained."""
+
+        def drawn(name: str, *shape: int) -> OutTensor:
+            def build() -> torch.Tensor:
+                init = router_init((shape[0], shape[1]), self.plan.config.seed, f"{site.path}.shared_expert.{name}")
+                return init.to(torch_dtype(dtype))
+
+            return OutTensor(f"{prefix}.{name}", dtype, shape, (build,))
+
+        def zeros(name: str, *shape: int) -> OutTensor:
+            def build() -> torch.Tensor:
+                import torch
+
+                return torch.zeros(shape, dtype=torch_dtype(dtype))
+
+            return OutTensor(name, dtype, shape, (build,))
+
+        yield drawn("gate_proj.weight", SHARED_WIDTH, site.hidden)
+        yield drawn("up_proj.weight", SHARED_WIDTH, site.hidden)
+        yield zeros(f"{prefix}.down_proj.weight", site.hidden, SHARED_WIDTH)
+        yield zeros(f"{prefix}_gate.weight", 1, site.hidden)
+
+    def verbatim(self, site: Site, rows: tuple[Rows, ...]) -> tuple[Part, ...] | None:
+        """The byte ranges that these rows are, None when they must be computed."""
+        parts = []
+        for r in rows:
+            stored = self.on_disk[r.parameter]
+            info = self.source.tensors[stored]
+            copied_as_is = self.stored_dtype(info) == info.dtype and self.source.span(stored) is not None
+            if site.transposed or r.step != 1 or not copied_as_is:
+                return None
+            parts.append(Part(stored, None if r.all else (r.start, r.stop)))
+        return tuple(parts)
