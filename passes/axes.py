@@ -33,11 +33,13 @@ def reads_features(source: fx.Node, axis: int, projections: Collection[fx.Node])
         if node.op == "placeholder":
             return not moved or axis == -1 or rank > 3
         inputs = [n for n in node.all_input_nodes if flow.shape(n)]
+        # A norm's weight may be the first factor; the activation is the one of the product's shape.
+        inputs.sort(key=lambda n: flow.shape(n) != flow.shape(node))
         before = _dimension_before(node, inputs[0], position) if inputs else None
         if before is None:
             return True
         moved = moved or before != position
-        node = next((n for n in inputs if flow.shape(n) == flow.shape(node)), inputs[0])
+        node = inputs[0]
         axis = before - len(flow.shape(node))
 
 
