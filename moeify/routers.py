@@ -232,7 +232,7 @@ def sigmoid_grouped(
     check_top_k(top_k, groups_kept * (experts // groups))
     logits_TE = at_least_fp32(logits_TE)
     sigmoids_TE = torch.sigmoid(logits_TE)
-    chooser_TE = sigmoids_TE.detach() if bias_E is None else sigmoids_TE.detach() + bias_E
+    chooser_TE = sigmoids_TE if bias_E is None else sigmoids_TE + bias_E
     if groups_kept < groups:
         grouped = chooser_TE.reshape(chooser_TE.shape[0], groups, experts // groups)
         group_scores = grouped.topk(min(2, experts // groups), dim=-1).values.sum(-1)

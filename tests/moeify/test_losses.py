@@ -209,13 +209,23 @@ def test_gradients(name: str) -> None:
 def test_a_mask_is_the_same_as_leaving_padding_out(name: str) -> None:
     logits, mask = randn(12, 5), torch.arange(12) < 9
     close(LOSSES[name](logits, mask), LOSSES[name](logits[:9], None))
-    # Whatever the padded rows hold.
-    logits[~mask] = math.nan
-    logits.requires_grad_()
-    loss = LOSSES[name](logits, mask)
-    close(loss.detach(), LOSSES[name](logits[:9].detach(), None))
-    (grad,) = torch.autograd.grad(loss, logits)
-    assert grad[:9].isfinite().all()
+
+
+def test_padded_rows_get_no_gradient_whatever_they_hold() -> None:
+    mask = torch.arange(12) % 3 != 1
+    logits, noisy, std = (randn(12, 5, seed=i).exp().masked_fill(~mask.unsqueeze(-1), math.nan) for i in range(3))
+    leaves = [logits.requires_grad_(), noisy.requires_grad_(), std.requires_grad_()]
+    ids = torch.zeros(12, 2, dtype=torch.int64)
+    loss = (
+        load_balancing_loss(logits, ids, normalize_topk=True, mask_T=mask)
+        + deepseek_sequence_loss(logits, 2, mask_T=mask, sequences=2)
+        + z_loss(logits, mask_T=mask)
+        + importance_cv2(logits, mask_T=mask)
+        + load_cv2(logits, noisy, std, 2, mask_T=mask)
+    )
+    for grad in torch.autograd.grad(loss, leaves):
+        assert grad[mask].isfinite().all() and grad[mask].any()
+        assert torch.equal(grad[~mask], torch.zeros(4, 5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", LOSSES)
