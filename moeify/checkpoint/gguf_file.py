@@ -30,18 +30,18 @@ class GgufFile:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self.files: tuple[Path, ...] = (file,)
-        self._file = _open(file)
-        self.header_bytes = bytes(self._file.data[: self._file.data_offset])
-        architecture = str(self._file.fields["general.architecture"].contents())
+        reader = _open(file)
+        self.header_bytes = bytes(reader.data[: reader.data_offset])
+        architecture = str(reader.fields["general.architecture"].contents())
         self._hf_config = _read_config(file, architecture)
         skeleton = _skeleton(self._hf_config)
         self.config: dict[str, Any] = json.loads(self._hf_config.to_json_string())
         self.config |= {"architectures": [type(skeleton).__name__], "dtype": "float32"}
         make_processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self._processor = make_processor(config=self._hf_config.to_dict())
-        names = {tensor.name for tensor in self._file.tensors}
+        names = {tensor.name for tensor in reader.tensors}
         self._hf_name = _names(file, architecture, skeleton, names, self._processor)
-        self._stored = {self._hf_name[t.name]: t for t in self._file.tensors if t.name in self._hf_name}
+        self._stored = {self._hf_name[t.name]: t for t in reader.tensors if t.name in self._hf_name}
         _check_types(file, self._stored)
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         self.tensors = {name: TensorInfo(name, "F32", shapes[name]) for name in shapes if name in self._stored}
@@ -89,7 +89,6 @@ class GgufFile:
     def close(self) -> None:
         """Lets go of the mapped file."""
         self._stored.clear()
-        del self._file
 
 
 def _first_line(error: Exception) -> str:
@@ -140,11 +139,20 @@ def _read_config(file: Path, architecture: str) -> PreTrainedConfig:
 def _skeleton(config: PreTrainedConfig) -> torch.nn.Module:
     """The model without storage: its parameter names and shapes."""
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+    )
 
+    auto: Any = AutoModel
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        auto = AutoModelForCausalLM
+    elif type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        auto = AutoModelForSeq2SeqLM
     with torch.device("meta"):
-        autos: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForSeq2SeqLM)
-        auto: Any = next((auto for auto in autos if type(config) in auto._model_mapping), AutoModel)
         model: torch.nn.Module = auto.from_config(config)
     return model
 

@@ -76,27 +76,29 @@ class Source:
         """Whether the weights come from a GGUF file and are dequantised as they are read."""
         return isinstance(self._stored, GgufFile)
 
+    def info(self, name: str) -> TensorInfo:
+        """What a tensor is.
+
+        Raises:
+            CheckpointError: the checkpoint has no tensor of this name; so do `read` and `span`.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name} among its {len(self.tensors)}.")
+        return self.tensors[name]
+
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor to the CPU, into memory of its own.
 
         Raises:
-            CheckpointError: the checkpoint has no tensor of this name, or its file has changed since it was opened.
+            CheckpointError: the file has changed since it was opened.
         """
-        self._require(name)
+        self.info(name)
         return self._stored.read(name)
 
     def span(self, name: str) -> Span | None:
-        """Where the bytes of a tensor lie verbatim in a file; None for GGUF and pickles.
-
-        Raises:
-            CheckpointError: the checkpoint has no tensor of this name.
-        """
-        self._require(name)
+        """Where the bytes of a tensor lie verbatim in a file; None for GGUF and pickles."""
+        self.info(name)
         return self._stored.span(name)
-
-    def _require(self, name: str) -> None:
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.path} has no tensor {name} among its {len(self.tensors)}.")
 
     @property
     def side_files(self) -> Sequence[Path]:

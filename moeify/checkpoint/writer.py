@@ -51,7 +51,7 @@ def write_checkpoint(
             kept if it is the same.
 
     Raises:
-        CheckpointError: the source is damaged.
+        CheckpointError: the source is damaged or lacks a tensor.
         ValueError: a tensor's parts do not make up its dtype and shape.
     """
     shards = plan_shards(tensors, shard_size)
@@ -85,7 +85,7 @@ def _check_parts(source: Source, tensor: OutTensor) -> None:
     for part in tensor.parts:
         if not isinstance(part, Part):
             return
-        info = source.tensors[part.source_name]
+        info = source.info(part.source_name)
         if info.dtype != tensor.dtype:
             raise ValueError(f"{tensor.name} is {tensor.dtype}, but its part {info.name} is {info.dtype}")
         size += prod(_part_shape(info.shape, part)) * ITEMSIZE[info.dtype]

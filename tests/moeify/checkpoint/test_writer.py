@@ -268,3 +268,9 @@ def test_a_repeated_piece_is_computed_once(tmp_path: Path) -> None:
 
     write(source, tmp_path / "out", [OutTensor("t", "F32", (8, 2), (build,) * 8)])
     assert len(calls) == 1
+
+
+def test_a_part_that_the_source_lacks(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "src")
+    with pytest.raises(CheckpointError, match="has no tensor missing among its 5"):
+        write(source, tmp_path / "out", [OutTensor("t", "BF16", (1,), (Part("missing"),))])

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import _TYPES
+
+from moeify.checkpoint.tensor_info import ITEMSIZE, TensorInfo, dtype_name, torch_dtype
+
+
+@pytest.mark.parametrize("name", ITEMSIZE)
+def test_dtypes_are_spelled_as_the_library_spells_them(name: str) -> None:
+    assert torch_dtype(name) == _TYPES[name]
+    assert torch_dtype(name).itemsize == ITEMSIZE[name]
+    assert dtype_name(torch_dtype(name)) == name
+
+
+def test_a_dtype_that_safetensors_does_not_have() -> None:
+    assert dtype_name(torch.complex128) is None
+
+
+@pytest.mark.parametrize(("shape", "nbytes"), [((), 2), ((0, 3), 0), ((5, 7), 70)])
+def test_nbytes(shape: tuple[int, ...], nbytes: int) -> None:
+    assert TensorInfo("t", "BF16", shape).nbytes == nbytes
