@@ -1,8 +1,8 @@
-# Everything runs in .venv, which is made when it is missing and again when the requirements change.
+# Everything runs in .venv, which is made when it is missing and brought up to date when the requirements change.
 
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check docs kernels clean
@@ -10,32 +10,36 @@ STAMP := .venv/.installed
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## turn a real 135M-parameter model into an MoE and prove it
+demo: $(READY) ## turn a real 135M-parameter model into an MoE and prove it
 	@echo '==> moeify demo'
 	$(BIN)/moeify demo
 
 test: check ## check, then every test
 	@echo '==> tests'
 	$(BIN)/pytest
-	@echo '==> GPU kernels, in the Triton interpreter'
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton
+	@echo '==> tests of the GPU kernels, in the Triton interpreter'
+	$(if $(wildcard tests/kernels/triton/test_*.py),TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton)
 
-check: $(STAMP) ## style and types: ruff and mypy
-	@echo '==> ruff, mypy'
+check: $(READY) ## style and types: ruff and mypy
+	@echo '==> style and types'
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-kernels: $(STAMP) ## compile the GPU kernels and report registers, spills, shared memory
+docs: $(READY) ## let every program in docs/ write its page again
+	@for program in $(wildcard docs/*.py); do echo "==> $$program"; $(BIN)/python $$program || exit 1; done
+
+kernels: $(READY) ## compile the GPU kernels and report registers, spills, shared memory
 	$(BIN)/python -m moeify.kernels.static_report
 
 clean: ## remove what building, testing and the demo leave behind (.venv stays)
 	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("moeify is tested on Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
-	@echo '==> making .venv and installing the tested versions into it (a few minutes, once)'
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo 'Python 3.11 or newer is needed: name one with make PYTHON=...'; exit 1; }
+	@echo '==> installing the tested versions into .venv (a few minutes, the first time)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@echo '==> adding the model that the demo and the tests read (98 MB)'
