@@ -151,8 +151,7 @@ def gshard(logits_TE: Tensor, *, generator: torch.Generator | None = None) -> Ro
     as it is when the second is dropped. The paper's balancing loss counts first choices: `expert_ids_TK[:, :1]`.
     Without randomness (evaluation) this is `softmax_topk(logits_TE, 2)`.
 
-    Takes (T, E) logits, E at least 2 (else ConfigError). Returns a Routing with K = 2, where a second expert that is
-    not kept has id E and weight 0.
+    Takes (T, E) logits, E at least 2 (else ConfigError). Returns K = 2; a second expert not kept has id E and weight 0.
     """
     routing = softmax_topk(logits_TE, 2)
     second_T = routing.weights_TK[:, 1]
