@@ -70,6 +70,9 @@ def load_balancing_loss(
 
     Returns:
         () in the dtype of scores_TE.
+
+    Raises:
+        ConfigError: `sequences` does not divide T.
     """
     experts, top_k = scores_TE.shape[-1], expert_ids_TK.shape[-1]
     tokens_B1, mean_BE = _mean_per_sequence(scores_TE, mask_T, sequences)

@@ -227,7 +227,7 @@ def sigmoid_grouped(
     """
     experts = logits_TE.shape[-1]
     if groups < 1 or experts % groups or not 1 <= groups_kept <= groups:
-        raise ConfigError(f"{groups_kept} of {groups} groups of {experts} experts: groups must divide the experts")
+        raise ConfigError(f"groups is {groups}, groups_kept {groups_kept}: need kept <= groups, a divisor of {experts}")
     check_top_k(top_k, groups_kept * (experts // groups))
     logits_TE = at_least_fp32(logits_TE)
     sigmoids_TE = torch.sigmoid(logits_TE)
