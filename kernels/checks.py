@@ -81,7 +81,7 @@ def _check_dims(name: str, tensor: Tensor, dims: int) -> None:
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}: expected {shape}; check it against the other arguments"
         )

@@ -1,23 +1,38 @@
 """Expert computation on CPU: sorted slices, one matrix product per expert and projection, written where it belongs.
 
-Only the pre-activation z is kept for the backward pass; the router's gradient needs no expert output, because
-<dO, Y> = <dO, A W2^T> = <dO W2, A> (SonicMoE, arXiv:2512.14080).
+Rows are taken in chunks of whole slices: elementwise work is done once per chunk, while it is in cache, and temporaries
+are as large as one chunk. Only the pre-activation z is kept for the backward pass; the router's gradient
+needs no expert output, because <dO, Y> = <dO, A W2^T> = <dO W2, A> (SonicMoE, arXiv:2512.14080).
 
 Shape legend: T tokens, K choices per token, S = T*K pairs in sorted order, E experts, H hidden, I intermediate,
-J = 2*I if gated else I, N any width, R rows of one expert. A trailing 1 is one (R1) or plus one (E1).
+J = 2*I if gated else I, N any width, R rows of one chunk. A trailing 1 is one (R1) or plus one (E1).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moeify.kernels import memory
 from moeify.kernels.activations import Activation, find_activation
 from moeify.kernels.layout import invert, sort_by_expert
+
+CHUNK_ROWS = 512
+FEW_PAIRS = 64  # below this, sorting a Python list is faster than calling the operators that sort
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole slices that are computed together: where they are, whose, and how many rows each."""
+
+    rows: slice
+    experts: list[int]
+    sizes: list[int]
 
 
 def experts_forward(
@@ -34,14 +49,16 @@ def experts_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `(out_TH, z_SJ, order_S, offsets_E1)`; the pre-activation z has no rows unless `keep`."""
     act, dtype = find_activation(activation), _compute_dtype(x_TH)
-    order_S, offsets_E1 = sort_by_expert(expert_ids_TK, up_EJH.shape[0])
+    order_S, offsets_E1, bounds = _sort(expert_ids_TK, up_EJH.shape[0])
     token_S = order_S // expert_ids_TK.shape[1]
-    z_SJ = torch.zeros(order_S.shape[0] if keep else 0, up_EJH.shape[1], dtype=dtype)
-    y_SH = torch.zeros(order_S.shape[0], x_TH.shape[1], dtype=dtype)
-    for e, rows in _slices(offsets_E1):
-        x_RH = x_TH.index_select(0, token_S[rows]).to(dtype)
-        z_RJ = _linear(x_RH, up_EJH[e], _row(up_bias_EJ, e), out=z_SJ[rows] if keep else None)
-        _linear(_activate(z_RJ, act, gated), down_EHI[e], _row(down_bias_EH, e), out=y_SH[rows])
+    pairs, inner = order_S.shape[0], up_EJH.shape[1]
+    z_SJ = _rows(x_TH, pairs if keep else 0, bounds[-1], inner)
+    y_SH = _rows(x_TH, pairs, bounds[-1], x_TH.shape[1])
+    for chunk in _chunks(bounds, CHUNK_ROWS):
+        x_RH = x_TH.index_select(0, token_S[chunk.rows]).to(dtype)
+        z_RJ = z_SJ[chunk.rows] if keep else x_RH.new_empty(len(x_RH), inner)
+        _linear(x_RH, up_EJH, up_bias_EJ, chunk, out=z_RJ)
+        _linear(_activate(z_RJ, act, gated), down_EHI, down_bias_EH, chunk, out=y_SH[chunk.rows])
     out_TH = combine(y_SH, weights_TK, invert(order_S).view_as(weights_TK))
     return out_TH.to(x_TH.dtype), z_SJ.to(x_TH.dtype), order_S, offsets_E1
 
@@ -67,36 +84,38 @@ def experts_backward(
     A `z_SJ` without rows is computed again from x.
     """
     act, dtype, kept = find_activation(activation), _compute_dtype(x_TH), z_SJ.shape[0] == order_S.shape[0]
-    empty = x_TH.new_empty(0)
+    bounds, empty = offsets_E1.tolist(), x_TH.new_empty(0)
     token_S = order_S // weights_TK.shape[1]
     weight_S1 = weights_TK.reshape(-1, 1).index_select(0, order_S).to(dtype)
-    dx_SH = torch.zeros(order_S.shape[0] if needs[0] else 0, x_TH.shape[1], dtype=dtype)
-    dweight_S = torch.zeros(order_S.shape[0], dtype=dtype)
+    dx_SH = _rows(x_TH, order_S.shape[0], bounds[-1], x_TH.shape[1]) if needs[0] else empty
+    dweight_S = torch.zeros(order_S.shape[0], dtype=dtype, device=x_TH.device)
     dup_EJH, ddown_EHI, dup_bias_EJ, ddown_bias_EH = (
-        torch.zeros_like(parameter) if parameter is not None and needed else empty
+        _gradient(parameter, bounds) if parameter is not None and needed else empty
         for parameter, needed in zip((up_EJH, down_EHI, up_bias_EJ, down_bias_EH), needs[3:], strict=True)
     )
-    for e, rows in _slices(offsets_E1):
+    for chunk in _chunks(bounds, CHUNK_ROWS):
+        rows = chunk.rows
         x_RH = x_TH.index_select(0, token_S[rows]).to(dtype)
         dy_RH = grad_TH.index_select(0, token_S[rows]).to(dtype)
-        z_RJ = z_SJ[rows].to(dtype) if kept else _linear(x_RH, up_EJH[e], _row(up_bias_EJ, e))
-        da_RI = dy_RH @ down_EHI[e].to(dtype)
-        a_RI = _activate(z_RJ, act, gated)
-        dweight_S[rows] = (da_RI * a_RI).sum(-1)
+        if kept:
+            z_RJ = z_SJ[rows].to(dtype)
+        else:
+            z_RJ = _linear(x_RH, up_EJH, up_bias_EJ, chunk, out=x_RH.new_empty(len(x_RH), up_EJH.shape[1]))
+        da_RI = _times(dy_RH, down_EHI, chunk, out=x_RH.new_empty(len(x_RH), down_EHI.shape[2]))
+        a_RI, dz_RJ, dweight_S[rows] = _activate_backward(z_RJ, da_RI, weight_S1[rows], act, gated)
         if down_bias_EH is not None:
-            dweight_S[rows] += dy_RH @ down_bias_EH[e].to(dtype)
-        dz_RJ = _activate_backward(da_RI.mul_(weight_S1[rows]), z_RJ, act, gated)
+            dweight_S[rows] += _dots(dy_RH, down_bias_EH, chunk)
         dy_RH *= weight_S1[rows]
         if needs[0]:
-            torch.mm(dz_RJ, up_EJH[e].to(dtype), out=dx_SH[rows])
+            _times(dz_RJ, up_EJH, chunk, out=dx_SH[rows])
         if needs[3]:
-            _store(dup_EJH[e], dz_RJ.t(), x_RH)
+            _outer(dz_RJ, x_RH, chunk, out=dup_EJH)
         if needs[4]:
-            _store(ddown_EHI[e], dy_RH.t(), a_RI)
+            _outer(dy_RH, a_RI, chunk, out=ddown_EHI)
         if needs[5]:
-            dup_bias_EJ[e] = dz_RJ.sum(0)
+            _sums(dz_RJ, chunk, out=dup_bias_EJ)
         if needs[6]:
-            ddown_bias_EH[e] = dy_RH.sum(0)
+            _sums(dy_RH, chunk, out=ddown_bias_EH)
     inverse_TK = invert(order_S).view_as(weights_TK)
     dweights_TK = dweight_S[inverse_TK].to(weights_TK.dtype) if needs[2] else empty
     dx_TH = combine(dx_SH, None, inverse_TK).to(x_TH.dtype) if needs[0] else empty
@@ -105,10 +124,10 @@ def experts_backward(
 
 def grouped_linear_forward(x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor) -> Tensor:
     """Rows offsets[e] .. offsets[e + 1] - 1 of x go through w[e], b[e]; rows past the last offset give zeros."""
-    dtype = _compute_dtype(x_SH)
-    y_SN = torch.zeros(x_SH.shape[0], w_ENH.shape[1], dtype=dtype)
-    for e, rows in _slices(offsets_E1):
-        _linear(x_SH[rows].to(dtype), w_ENH[e], _row(b_EN, e), out=y_SN[rows])
+    bounds = offsets_E1.tolist()
+    y_SN = _rows(x_SH, x_SH.shape[0], bounds[-1], w_ENH.shape[1])
+    for chunk in _chunks(bounds, x_SH.shape[0]):
+        _linear(x_SH[chunk.rows].to(y_SN.dtype), w_ENH, b_EN, chunk, out=y_SN[chunk.rows])
     return y_SN.to(x_SH.dtype)
 
 
@@ -116,52 +135,127 @@ def grouped_linear_backward(
     grad_SN: Tensor, x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor, needs: list[bool]
 ) -> list[Tensor]:
     """Gradients of the four inputs of the forward pass; an empty tensor for each that `needs` leaves out."""
-    dtype, empty = _compute_dtype(x_SH), x_SH.new_empty(0)
-    dx_SH = torch.zeros_like(x_SH, dtype=dtype) if needs[0] else empty
-    dw_ENH = torch.zeros_like(w_ENH) if needs[1] else empty
-    db_EN = torch.zeros_like(b_EN) if b_EN is not None and needs[2] else empty
-    for e, rows in _slices(offsets_E1):
-        dy_RN = grad_SN[rows].to(dtype)
+    bounds, empty = offsets_E1.tolist(), x_SH.new_empty(0)
+    dx_SH = _rows(x_SH, x_SH.shape[0], bounds[-1], x_SH.shape[1]) if needs[0] else empty
+    dw_ENH = _gradient(w_ENH, bounds) if needs[1] else empty
+    db_EN = _gradient(b_EN, bounds) if b_EN is not None and needs[2] else empty
+    for chunk in _chunks(bounds, x_SH.shape[0]):
+        dy_RN = grad_SN[chunk.rows].to(_compute_dtype(x_SH))
         if needs[0]:
-            torch.mm(dy_RN, w_ENH[e].to(dtype), out=dx_SH[rows])
+            _times(dy_RN, w_ENH, chunk, out=dx_SH[chunk.rows])
         if needs[1]:
-            _store(dw_ENH[e], dy_RN.t(), x_SH[rows].to(dtype))
+            _outer(dy_RN, x_SH[chunk.rows].to(dy_RN.dtype), chunk, out=dw_ENH)
         if needs[2]:
-            db_EN[e] = dy_RN.sum(0)
+            _sums(dy_RN, chunk, out=db_EN)
     return [dx_SH.to(x_SH.dtype), dw_ENH, db_EN, empty]
 
 
 def combine(y_SH: Tensor, weights_TK: Tensor | None, inverse_TK: Tensor) -> Tensor:
     """Sum per token of the sorted rows of its K choices, weighted unless `weights_TK` is None."""
-    weights_TK = None if weights_TK is None else weights_TK.to(y_SH.dtype)
-    return F.embedding_bag(inverse_TK, y_SH, mode="sum", per_sample_weights=weights_TK)
+    tokens, top_k = inverse_TK.shape
+    bags_T = torch.arange(0, tokens * top_k, top_k, dtype=inverse_TK.dtype, device=inverse_TK.device)
+    weights_S = None if weights_TK is None else weights_TK.reshape(-1).to(y_SH.dtype)
+    # The functional form checks and reshapes for longer than a decoded token takes to combine.
+    return torch.embedding_bag(y_SH, inverse_TK.view(-1), bags_T, False, 0, False, weights_S)[0]
+
+
+def _sort(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """`sort_by_expert`, and its offsets as a list."""
+    if expert_ids_TK.numel() > FEW_PAIRS:
+        order_S, offsets_E1 = sort_by_expert(expert_ids_TK, experts)
+        return order_S, offsets_E1, offsets_E1.tolist()
+    ids = [e if 0 <= e < experts else experts for e in expert_ids_TK.flatten().tolist()]
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    ids.sort()
+    bounds = [bisect_left(ids, e) for e in range(experts + 1)]
+    device = expert_ids_TK.device
+    return (
+        torch.tensor(order, dtype=torch.int32, device=device),
+        torch.tensor(bounds, dtype=torch.int32, device=device),
+        bounds,
+    )
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     # CPUs have no fast fp16 product: it runs at a few GFLOP/s, two orders below fp32.
-    return torch.float32 if x.dtype == torch.float16 else x.dtype
+    return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
 
 
-def _slices(offsets_E1: Tensor) -> Iterator[tuple[int, slice]]:
-    for e, (start, end) in enumerate(pairwise(offsets_E1.tolist())):
-        if end > start:
-            yield e, slice(start, end)
+def _rows(x: Tensor, rows: int, valid: int, width: int) -> Tensor:
+    """Room for sorted rows, of which those past `valid` belong to no expert."""
+    return memory.room((rows, width), _compute_dtype(x), x.device, [slice(valid, rows)])
 
 
-def _row(bias_EN: Tensor | None, e: int) -> Tensor | None:
-    return None if bias_EN is None else bias_EN[e]
+def _gradient(parameter: Tensor, bounds: list[int]) -> Tensor:
+    """Room for the gradient of stacked experts, of which some have no rows."""
+    idle = [slice(e, e + 1) for e, (start, end) in enumerate(pairwise(bounds)) if start == end]
+    return memory.room(parameter.shape, parameter.dtype, parameter.device, idle)
 
 
-def _linear(x_RH: Tensor, w_NH: Tensor, b_N: Tensor | None, out: Tensor | None = None) -> Tensor:
-    y_RN = torch.mm(x_RH, w_NH.to(x_RH.dtype).t(), out=out)
-    return y_RN if b_N is None else y_RN.add_(b_N)
+def _chunks(bounds: list[int], limit: int) -> Iterator[Chunk]:
+    """Cut sorted rows into runs of whole slices: at most `limit` rows, or one slice where it alone has more."""
+    first, experts, sizes = 0, list[int](), list[int]()
+    for e, (start, end) in enumerate(pairwise(bounds)):
+        if end == start:
+            continue
+        if experts and end - first > limit:
+            yield Chunk(slice(first, start), experts, sizes)
+            first, experts, sizes = start, [], []
+        experts.append(e)
+        sizes.append(end - start)
+    if experts:
+        yield Chunk(slice(first, bounds[-1]), experts, sizes)
 
 
-def _store(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
+def _linear(x_RH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, chunk: Chunk, out: Tensor) -> Tensor:
+    """Each slice times its expert's transposed weight, plus bias."""
+    w_EHN, few = w_ENH.transpose(1, 2), range(2, 5) if x_RH.dtype == torch.float32 else ()
+    for e, x, y in zip(
+        chunk.experts, x_RH.split_with_sizes(chunk.sizes), out.split_with_sizes(chunk.sizes), strict=True
+    ):
+        if x.shape[0] in few:  # MKL is up to twice as fast with the few rows on the other side
+            y.copy_(torch.mm(_cast(w_ENH[e], x), x.t()).t())
+        else:
+            torch.mm(x, _cast(w_EHN[e], x), out=y)
+        if b_EN is not None:
+            y += b_EN[e]
+    return out
+
+
+def _times(dy_RN: Tensor, w_ENH: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
+    """Each slice times its expert's weight."""
+    for e, dy, dx in zip(
+        chunk.experts, dy_RN.split_with_sizes(chunk.sizes), out.split_with_sizes(chunk.sizes), strict=True
+    ):
+        torch.mm(dy, _cast(w_ENH[e], dy), out=dx)
+    return out
+
+
+def _outer(dy_RN: Tensor, x_RH: Tensor, chunk: Chunk, out: Tensor) -> None:
+    """Gradient of each expert's weight: its slice of dy, transposed, times its slice of x."""
+    for e, dy, x in zip(
+        chunk.experts, dy_RN.split_with_sizes(chunk.sizes), x_RH.split_with_sizes(chunk.sizes), strict=True
+    ):
+        if out.dtype == x.dtype:
+            torch.mm(dy.t(), x, out=out[e])
+        else:
+            out[e] = torch.mm(dy.t(), x)
+
+
+def _sums(dy_RN: Tensor, chunk: Chunk, out: Tensor) -> None:
+    """Gradient of each expert's bias."""
+    for e, dy in zip(chunk.experts, dy_RN.split_with_sizes(chunk.sizes), strict=True):
+        out[e] = dy.sum(0)
+
+
+def _dots(dy_RN: Tensor, b_EN: Tensor, chunk: Chunk) -> Tensor:
+    """Each row times its expert's bias."""
+    parts = zip(chunk.experts, dy_RN.split_with_sizes(chunk.sizes), strict=True)
+    return torch.cat([torch.mv(dy, _cast(b_EN[e], dy)) for e, dy in parts])
+
+
+def _cast(w: Tensor, x: Tensor) -> Tensor:
+    return w if w.dtype == x.dtype else w.to(x.dtype)
 
 
 def _activate(z_RJ: Tensor, act: Activation, gated: bool) -> Tensor:
@@ -171,8 +265,19 @@ def _activate(z_RJ: Tensor, act: Activation, gated: bool) -> Tensor:
     return act.forward(gate_RI).mul_(up_RI)
 
 
-def _activate_backward(da_RI: Tensor, z_RJ: Tensor, act: Activation, gated: bool) -> Tensor:
-    if not gated:
-        return act.backward(da_RI, z_RJ)
-    gate_RI, up_RI = z_RJ.chunk(2, dim=-1)
-    return torch.cat([act.backward(da_RI * up_RI, gate_RI), da_RI * act.forward(gate_RI)], dim=-1)
+def _activate_backward(
+    z_RJ: Tensor, da_RI: Tensor, weight_R1: Tensor, act: Activation, gated: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `(a_RI, dz_RJ, dweight_R)` given the gradient of the unweighted activation, which is overwritten."""
+    gate, up = z_RJ.chunk(2, dim=-1) if gated else (z_RJ, None)
+    h = act.forward(gate)
+    a = h if up is None else h * up
+    dweight = (da_RI * a).sum(-1)
+    da_RI *= weight_R1
+    if up is None:
+        return a, act.backward(da_RI, gate), dweight
+    dz_RJ = torch.empty_like(z_RJ)
+    dgate, dup = dz_RJ.chunk(2, dim=-1)
+    torch.mul(da_RI, h, out=dup)
+    dgate.copy_(act.backward(da_RI.mul_(up), gate))
+    return a, dz_RJ, dweight

@@ -53,15 +53,18 @@ def _kernel(name: str) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         device = args[0].device
+        function = getattr(_backend(args[-1], device), name)
+        if not torch.is_autocast_enabled(device.type):
+            return function(*args[:-1])
         with torch.autocast(device.type, enabled=False):
-            return getattr(_backend(args[-1], device), name)(*args[:-1])
+            return function(*args[:-1])
 
     return run
 
 
 def _experts_kernel(*args: Any) -> Tensor:
     *inputs, _, implementation = args
-    out: Tensor = _OPS.experts_forward(*inputs, False, implementation)[0]
+    out: Tensor = _kernel("experts_forward")(*inputs, False, implementation)[0]
     return out
 
 
