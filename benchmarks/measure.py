@@ -29,9 +29,10 @@ class Command:
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds from start to exit, the peak resident bytes of the largest process, the bytes written."""
+    """Seconds from start to exit, seconds of CPU, peak resident bytes of the largest process, bytes written."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     out_bytes: int
 
@@ -54,8 +55,10 @@ def measure(command: Command) -> Run:
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise SystemExit(f"{command.name}: exit code {process.returncode}\n{tail}")
-    run = Run(seconds, usage.ru_maxrss * 1024, folder_bytes(command.out))
-    print(f"{command.name}: {run.seconds:.1f} s, {run.peak_bytes / GIB:.2f} GiB of memory", flush=True)
+    run = Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, folder_bytes(command.out))
+    print(
+        f"{command.name}: {run.seconds:.1f} s, CPU {run.cpu_seconds:.1f} s, {run.peak_bytes / GIB:.2f} GiB", flush=True
+    )
     return run
 
 
@@ -78,16 +81,18 @@ def table(runs: dict[str, list[Run]], against: str) -> str:
     """The medians as a Markdown table, with the time of each as a multiple of the time of `against`."""
     base = median(run.seconds for run in runs[against])
     lines = [
-        f"| command | runs | written | median time | fastest, slowest | peak memory | time against {against} |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        f"| command | runs | written | median time | fastest, slowest | CPU time | memory | time against {against} |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, of_command in runs.items():
         seconds = [run.seconds for run in of_command]
+        middle = median(seconds)
+        cpu = median(run.cpu_seconds for run in of_command)
         written = median(run.out_bytes for run in of_command) / GIB
         peak = median(run.peak_bytes for run in of_command) / GIB
         lines.append(
-            f"| {name} | {len(seconds)} | {written:.2f} GiB | {median(seconds):.1f} s "
-            f"| {min(seconds):.1f} s, {max(seconds):.1f} s | {peak:.2f} GiB | {median(seconds) / base:.2f} |"
+            f"| {name} | {len(seconds)} | {written:.2f} GiB | {middle:.1f} s | {min(seconds):.1f} s, {max(seconds):.1f} s"
+            f" | {cpu:.1f} s | {peak:.2f} GiB | {middle / base:.2f} |"
         )
     return "\n".join(lines)
 
