@@ -11,13 +11,12 @@ from torch.nn.utils import parametrize
 
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError, RefusedError
-from moeify.inputs import guess_inputs
 from moeify.layers import Experts, SparseMoE, TopKRouter
 from moeify.methods.copy import copy_experts
 from moeify.plan import Plan, Site
-from moeify.planning import make_plan, survey
+from moeify.planning import Survey, make_plan, survey
 from moeify.routers import router_init
-from moeify.trace import Inputs, meta_twin, trace
+from moeify.trace import UNTRACED, Inputs, meta_twin, trace
 from moeify.weights import dense_ffn
 
 Regions = Mapping[tuple[str, ...], fx.GraphModule]
@@ -47,7 +46,7 @@ def convert(
     found = survey(trace(model, example_inputs))
     plan = make_plan(model, found, config, layers)
     check_replaceable(model, plan)
-    rehearse(model, plan, found.regions, example_inputs)
+    rehearse(model, plan, found, example_inputs)
     apply_plan(model, plan, found.regions)
     remember_plan(model, plan)
     return model
@@ -149,15 +148,17 @@ def _beside(name: str, site: Site) -> bool:
     return any(name.startswith(f"{path}.") for path in (site.path, *site.through))
 
 
-def rehearse(model: nn.Module, plan: Plan, regions: Regions, example_inputs: Inputs | None) -> None:
-    """Convert a weightless twin and run it, so that a model that calls its FFN in an unforeseen way stays untouched.
+def rehearse(model: nn.Module, plan: Plan, found: Survey, example_inputs: Inputs | None) -> None:
+    """Convert a weightless twin and trace it, so that a model that calls its FFN in an unforeseen way stays untouched.
 
     Raises:
-        RefusedError: the converted twin does not run.
+        RefusedError: the converted twin does not run where the model did.
     """
-    twin = apply_plan(meta_twin(model).eval(), plan, regions, fill=False)
-    inputs: Any = guess_inputs(model) if example_inputs is None else example_inputs
+    twin = apply_plan(meta_twin(model).eval(), plan, found.regions, fill=False)
     try:
-        trace(twin, inputs)
+        untraced = trace(twin, example_inputs).meta[UNTRACED]
     except MoeifyError as error:
         raise RefusedError(f"the converted model does not run ({error}); convert the graph instead") from error
+    for path, reason in untraced.items():
+        if path not in found.graph_module.meta[UNTRACED]:
+            raise RefusedError(f"the converted model does not run ({reason}); convert the graph instead")

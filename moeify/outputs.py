@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moeify.checkpoint.shards import OutTensor, Part
+from moeify.checkpoint.shards import Compute, OutTensor, Part
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
 from moeify.errors import CheckpointError
@@ -104,10 +104,9 @@ class _Maker:
         yield self.router(site, router)
         ups = self.verbatim(site, site.ups) or (functools.partial(up_rows, site, self.read),)
         yield OutTensor(up, dtype, (experts, rows, site.hidden), ups * experts)
-        downs = self.verbatim(site, (site.down,)) or (
-            functools.partial(dense_rows, site.down, self.read, site.transposed),
+        yield OutTensor(
+            down, dtype, (experts, site.hidden, site.intermediate), self.projection(site, site.down) * experts
         )
-        yield OutTensor(down, dtype, (experts, site.hidden, site.intermediate), downs * experts)
         if site.up_bias:
             build = functools.partial(up_bias, site, self.read)
             yield OutTensor(biases.pop(0), dtype, (experts, rows), (build,) * experts)
@@ -120,14 +119,15 @@ class _Maker:
         family, dtype, layer = FAMILIES[self.plan.target], self.site_dtype(site), layer_number(site.path)
         gate, up = site.ups
         yield self.router(site, family.router.format(layer=layer))
-        inner = ((family.gate, gate), (family.up, up), (family.down, site.down))
+        # Each piece is described once, so that what must be computed is computed once for all experts.
+        inner = [
+            (family.gate, (gate.count, site.hidden), self.projection(site, gate)),
+            (family.up, (up.count, site.hidden), self.projection(site, up)),
+            (family.down, (site.hidden, site.intermediate), self.projection(site, site.down)),
+        ]
         for expert in range(self.plan.config.experts):
-            for key, rows in inner:
-                width = site.intermediate if rows is site.down else site.hidden
-                parts = self.verbatim(site, (rows,)) or (
-                    functools.partial(dense_rows, rows, self.read, site.transposed),
-                )
-                yield OutTensor(key.format(layer=layer, expert=expert), dtype, (rows.count, width), parts)
+            for key, shape, parts in inner:
+                yield OutTensor(key.format(layer=layer, expert=expert), dtype, shape, parts)
         if family.shared:
             yield from self.shared(site, family.shared.format(layer=layer), dtype)
 
@@ -154,14 +154,13 @@ class _Maker:
         yield zeros(f"{prefix}.down_proj.weight", site.hidden, SHARED_WIDTH)
         yield zeros(f"{prefix}_gate.weight", 1, site.hidden)
 
+    def projection(self, site: Site, rows: Rows) -> tuple[Part | Compute, ...]:
+        """Some rows of one projection as (out, in)."""
+        return self.verbatim(site, (rows,)) or (functools.partial(dense_rows, rows, self.read, site.transposed),)
+
     def verbatim(self, site: Site, rows: tuple[Rows, ...]) -> tuple[Part, ...] | None:
-        """The byte ranges that these rows are, None when they must be computed."""
-        parts = []
-        for r in rows:
-            stored = self.on_disk[r.parameter]
-            info = self.source.tensors[stored]
-            copied_as_is = self.stored_dtype(info) == info.dtype and self.source.span(stored) is not None
-            if site.transposed or r.step != 1 or not copied_as_is:
-                return None
-            parts.append(Part(stored, None if r.all else (r.start, r.stop)))
-        return tuple(parts)
+        """The source's own bytes, where these rows lie in them one after the other; None when they must be computed."""
+        infos = [self.source.tensors[self.on_disk[r.parameter]] for r in rows]
+        if site.transposed or any(r.step != 1 for r in rows) or any(self.stored_dtype(i) != i.dtype for i in infos):
+            return None
+        return tuple(Part(i.name, None if r.all else (r.start, r.stop)) for i, r in zip(infos, rows, strict=True))
