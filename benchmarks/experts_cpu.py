@@ -51,10 +51,13 @@ class Layer(nn.Module):
         self.weights = weights.to(dtype).requires_grad_()
 
     def ours(self, x: Tensor) -> Tensor:
+        """The operator under test."""
         up, down = self.mixtral.gate_up_proj, self.mixtral.down_proj
         return experts(x, self.ids, self.weights, up, down, activation="silu", gated=True)
 
     def peer(self, implementation: str) -> Run:
+        """One of transformers' implementations."""
+
         def run(x: Tensor) -> Tensor:
             self.mixtral.config._experts_implementation = implementation
             out: Tensor = self.mixtral(x, self.ids, self.weights)
@@ -63,6 +66,7 @@ class Layer(nn.Module):
         return run
 
     def dense(self, x: Tensor) -> Tensor:
+        """A dense FFN of the same active FLOPs."""
         gate, up = self.dense_up(x).chunk(2, -1)
         out: Tensor = self.dense_down(F.silu(gate) * up)
         return out
@@ -77,6 +81,7 @@ class Layer(nn.Module):
 
 
 def timed(run: Run, x: Tensor, backward: bool, parameters: list[Tensor]) -> float:
+    """Seconds of CPU time of one pass."""
     for p in parameters:
         p.grad = None
     start = time.thread_time()
@@ -107,6 +112,7 @@ def measure(tokens: int, dtype: torch.dtype, backward: bool, seconds: float) -> 
 
 
 def table(seconds: float) -> str:
+    """Every row, as a markdown table and a line of summary."""
     columns = ("moeify", *PEERS, "dense", "matvecs")
     lines = [
         "| dtype | pass | tokens | " + " | ".join(columns) + " | best peer / moeify | moeify / dense |",
@@ -130,6 +136,7 @@ def table(seconds: float) -> str:
 
 
 def main() -> None:
+    """Measure, print and perhaps write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the table to experts_cpu.md")
     parser.add_argument("--seconds", type=float, default=4.0, help="least time for each row")
@@ -141,8 +148,8 @@ def main() -> None:
         head = (
             "# Expert computation on one CPU thread\n\n"
             f"Milliseconds, median. H={HIDDEN}, I={INNER}, E={EXPERTS}, k={TOP_K}, SwiGLU; torch {torch.__version__}, "
-            f"{platform.processor() or platform.machine()}.\n`dense` is an FFN of the same active FLOPs; `matvecs` is the "
-            "selected experts of one token and nothing else.\nMade by `python benchmarks/experts_cpu.py --write`.\n\n"
+            f"{platform.processor() or platform.machine()}.\n`dense` is an FFN of the same active FLOPs; `matvecs` is "
+            "the selected experts of one token and nothing else.\nMade by `python benchmarks/experts_cpu.py --write`.\n\n"
         )
         Path(__file__).with_suffix(".md").write_text(head + text + "\n")
 
