@@ -90,10 +90,17 @@ def table(runs: dict[str, list[Run]], against: str) -> str:
         cpu = median(run.cpu_seconds for run in of_command)
         written = median(run.out_bytes for run in of_command) / GIB
         peak = median(run.peak_bytes for run in of_command) / GIB
-        lines.append(
-            f"| {name} | {len(seconds)} | {written:.2f} GiB | {middle:.1f} s | {min(seconds):.1f} s, {max(seconds):.1f} s"
-            f" | {cpu:.1f} s | {peak:.2f} GiB | {middle / base:.2f} |"
+        cells = (
+            name,
+            f"{len(seconds)}",
+            f"{written:.2f} GiB",
+            f"{middle:.1f} s",
+            f"{min(seconds):.1f} s, {max(seconds):.1f} s",
+            f"{cpu:.1f} s",
+            f"{peak:.2f} GiB",
+            f"{middle / base:.2f}",
         )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
