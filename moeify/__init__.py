@@ -10,26 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeify.config import MoEConfig
-    from moeify.convert import convert
+    from moeify.inplace import convert
     from moeify.errors import MoeifyError
     from moeify.loading import load
     from moeify.plan import Plan
     from moeify.planning import find_ffns
-    from moeify.register import register
-    from moeify.verify import VerifyReport, verify
+    from moeify.registration import register
+    from moeify.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
 
+# No module may have the name of a public function: importing it would put the module in the function's place.
 _HOME = {
     "MoEConfig": "config",
     "MoeifyError": "errors",
     "Plan": "plan",
-    "VerifyReport": "verify",
-    "convert": "convert",
+    "VerifyReport": "verification",
+    "convert": "inplace",
     "find_ffns": "planning",
     "load": "loading",
-    "register": "register",
-    "verify": "verify",
+    "register": "registration",
+    "verify": "verification",
 }
 
 __all__ = ["MoEConfig", "MoeifyError", "Plan", "VerifyReport", "convert", "find_ffns", "load", "register", "verify"]

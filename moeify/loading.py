@@ -12,7 +12,7 @@ from torch import nn
 
 from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
-from moeify.register import register
+from moeify.registration import register
 from moeify.skeleton import model_class
 
 _NUMBER = re.compile(r"\.(\d+)\.")

@@ -12,7 +12,7 @@ from moeify.checkpoint.source import Source, open_source
 from moeify.config import MoEConfig
 from moeify.loading import load, load_slice, numbered_layer
 from moeify.plan import Plan
-from moeify.verify import VerifyReport, verify
+from moeify.verification import VerifyReport, verify
 
 _SLICE = 2  # converted layers in a slice
 

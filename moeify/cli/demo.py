@@ -55,7 +55,7 @@ def _compare(source: Path, target: Path) -> None:
 
     from moeify.evaluate import perplexity
     from moeify.loading import load
-    from moeify.verify import verify
+    from moeify.verification import verify
 
     tokenizer: Any = AutoTokenizer.from_pretrained(target)
     ids_L = _text_ids(tokenizer)

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moeify.convert import apply_plan, remember_plan
+from moeify.inplace import apply_plan, remember_plan
 from moeify.plan import Plan
 from moeify.planning import survey
 from moeify.trace import trace
