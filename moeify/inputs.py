@@ -1,8 +1,14 @@
-"""Example inputs for a transformers model, guessed from its configuration: shapes that its forward accepts."""
+"""Example inputs, guessed: from a transformers model's configuration, or from the first weight of a part of a model.
+
+Everything lies on the meta device: only shapes and dtypes matter. Guesses come best first; whoever traces takes the
+first that the forward accepts.
+"""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,48 +16,116 @@ from torch import nn
 
 from moeify.errors import MoeifyError
 
-BATCH, TOKENS = 2, 8
+BATCH, TOKENS, SIDE, SAMPLES = 2, 8, 224, 4000
+_COMPANIONS = ("input_ids", "pixel_values", "input_features", "decoder_input_ids")
 
 
 def guess_inputs(model: nn.Module) -> dict[str, Any]:
-    """Return keyword arguments for `model.forward` on the meta device: zeros of the right shapes and dtypes.
+    """Return the best guess of keyword arguments for `model.forward`.
 
     Raises:
         MoeifyError: the model is not from transformers, or its main input is of a kind not known here.
     """
-    config = getattr(model, "config", None)
-    main_input = getattr(model, "main_input_name", None)
-    if config is None or main_input is None:
+    return next(candidate_inputs(model))
+
+
+def candidate_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield keyword arguments that a transformers model's forward may accept, best first.
+
+    Raises:
+        MoeifyError: the model is not from transformers, or its main input is of a kind not known here.
+    """
+    config, name = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    shapes = [] if config is None or not isinstance(name, str) else list(_tensors(name, config))
+    if not shapes:
         raise MoeifyError(
             f"the inputs of {type(model).__name__} cannot be guessed: its forward takes {_arguments(model)}; "
             "pass example_inputs"
         )
-    inputs = {main_input: _main_input(main_input, config, model)}
     accepted = inspect.signature(model.forward).parameters
+    always: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = _token_ids()
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    return inputs
+        always["decoder_input_ids"] = _token_ids()
+    for tensor in shapes:
+        yield {str(name): tensor, **always}
+    beside = [other for other in _COMPANIONS if other in accepted and other != name and other not in always]
+    for tensor in shapes:
+        for other in beside:
+            for companion in _tensors(other, config):
+                yield {str(name): tensor, other: companion, **always}
 
 
-def _main_input(name: str, config: Any, model: nn.Module) -> torch.Tensor:
+def part_inputs(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield keyword arguments that a part of a model may accept: activations as wide as its first weight reads.
+
+    Other arguments that its forward requires get None.
+    """
+    if hasattr(module, "main_input_name") and hasattr(module, "config"):
+        with suppress(MoeifyError):
+            yield from candidate_inputs(module)
+    required = [
+        p.name
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.default is p.empty and p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}
+    ]
+    shapes = list(_entry_shapes(module))
+    if required:
+        for shape in shapes:
+            yield {**dict.fromkeys(required), required[0]: torch.zeros(shape, device="meta")}
+
+
+def _tensors(name: str, config: Any) -> Iterator[torch.Tensor]:
+    """Yield what an input of this name may look like."""
     match name:
-        case "input_ids":
-            return _token_ids()
-        case "pixel_values":
-            side = config.image_size
-            height, width = (side, side) if isinstance(side, int) else side
-            return torch.zeros(BATCH, config.num_channels, height, width, device="meta")
+        case "input_ids" | "decoder_input_ids":
+            yield _token_ids()
+        case "pixel_values" | "pixel_values_videos":
+            height, width = _pair(_field(config, "image_size", SIDE))
+            channels, frames = _field(config, "num_channels", 3), _field(config, "num_frames", 4)
+            if name == "pixel_values":
+                yield torch.zeros(BATCH, channels, height, width, device="meta")
+            yield torch.zeros(BATCH, frames, channels, height, width, device="meta")
         case "input_features":
-            frames = 2 * getattr(config, "max_source_positions", TOKENS)
-            return torch.zeros(BATCH, config.num_mel_bins, frames, device="meta")
+            bins = _field(config, "num_mel_bins", _field(config, "feature_size", 80))
+            frames = 2 * _field(config, "max_source_positions", 32)
+            yield torch.zeros(BATCH, bins, frames, device="meta")
+            yield torch.zeros(BATCH, frames, bins, device="meta")
         case "input_values":
-            return torch.zeros(BATCH, 4000, device="meta")
-    raise MoeifyError(
-        f"the main input {name!r} of {type(model).__name__} cannot be guessed: its forward takes "
-        f"{_arguments(model)}; pass example_inputs"
-    )
+            yield torch.zeros(BATCH, SAMPLES, device="meta")
+            yield torch.zeros(BATCH, 1, SAMPLES, device="meta")
+            yield torch.zeros(
+                BATCH, _field(config, "max_length", 64), _field(config, "num_mel_bins", 128), device="meta"
+            )
+
+
+def _field(config: Any, name: str, otherwise: Any) -> Any:
+    """Return a configuration's number, looked for in the configurations inside it too."""
+    for holder in (config, *vars(config).values()):
+        value = getattr(holder, name, None) if hasattr(holder, "to_dict") else None
+        if isinstance(value, int | list | tuple):
+            return value
+    return otherwise
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[-2], size[-1])
+
+
+def _entry_shapes(module: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Yield shapes of an activation that the first layer of a module may read."""
+    for layer in module.modules():
+        weight = layer._parameters.get("weight")
+        if weight is None or isinstance(layer, nn.Embedding):
+            continue
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            yield (BATCH, layer.in_channels, *[16] * (weight.dim() - 2))
+            return
+        stored_in_out = weight.dim() == 2 and not isinstance(layer, nn.Linear) and hasattr(layer, "nx")
+        width = weight.shape[0] if stored_in_out else weight.shape[-1]
+        yield (BATCH, TOKENS, width)
+        yield (TOKENS, width)
+        yield (BATCH, 4, 4, width)
+        return
 
 
 def _token_ids() -> torch.Tensor:

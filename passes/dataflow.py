@@ -61,15 +61,23 @@ def op_name(node: fx.Node) -> str:
 
 
 def shape(node: fx.Node) -> tuple[int, ...]:
-    """Return the traced shape of a node's value, () when it is not one tensor."""
+    """Return the traced shape of a node's value, () when it is not one tensor.
+
+    A size that depends on data is a negative number, the same wherever the same size stands.
+    """
     value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    return tuple(_known(dim) for dim in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _known(dim: int | torch.SymInt) -> int:
+    # Comparing symbolic sizes would add guards to the trace, or raise.
+    return dim if isinstance(dim, int) else -1 - abs(hash(str(dim)))
 
 
 def size(node: fx.Node, axis: int = -1) -> int:
     """Return the width of a node's rows, 0 when it has none (a scalar, a list of tensors)."""
     dims = shape(node)
-    return int(dims[axis]) if len(dims) >= -axis else 0
+    return dims[axis] if len(dims) >= -axis else 0
 
 
 def is_row_wise(node: fx.Node, axis: int = -1) -> bool:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from moeify.passes import dataflow as flow
-from moeify.passes.activation import Halves, capture, learned, recognise
+from moeify.passes.activation import capture, recognise
 from moeify.passes.axes import reads_features
+from moeify.passes.ffn import FFN, Inspection, Refusal
 from moeify.passes.projection import Projection, find_projections
 from moeify.passes.residual import End, Streams
 
@@ -24,77 +25,7 @@ from moeify.passes.residual import End, Streams
 _BOTTLENECK = {"mlp": 4, "glu": 16}
 
 
-@dataclass(frozen=True)
-class FFN:
-    """A dense FFN in a traced graph.
-
-    Attributes:
-        name: Path of the innermost module that contains all of it.
-        kind: "glu" (gate and up projections) or "mlp".
-        activation: Canonical name, or "custom".
-        hidden: Width read and written.
-        intermediate: Width between the projections.
-        ups: The projections that read the input.
-        down: The projection back.
-        halves: Which projection rows are gate and up; None for a custom activation.
-        region: The row-wise computation between them as a graph of its own: `region(*ups) → input of down`.
-        nodes: The region's nodes in the model's graph.
-        neuron_wise: Each neuron of the region depends on that neuron alone (no norm inside): the FFN may be split.
-        calls: How often the model applies it (above 1 when layers share it).
-        shared_expert: It stands beside routed experts in an MoE layer that the model already has.
-    """
-
-    name: str
-    kind: str
-    activation: str
-    hidden: int
-    intermediate: int
-    ups: tuple[Projection, ...]
-    down: Projection
-    halves: Halves | None
-    region: fx.GraphModule = field(repr=False, compare=False)
-    nodes: tuple[fx.Node, ...] = field(repr=False)
-    neuron_wise: bool = True
-    calls: int = 1
-    shared_expert: bool = False
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of its weights and biases, and of the parameters inside the region."""
-        projections = (*self.ups, self.down)
-        names = [name for p in projections for name in (p.weight, p.bias) if name]
-        names += learned(self.region)
-        return tuple(dict.fromkeys(names))
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Something that looks like an FFN and is not.
-
-    Attributes:
-        name: Path of the projection that would lead back.
-        reason: Why not.
-        node: The node of the graph at which the match stopped.
-        where: Path of the module that issued that node.
-    """
-
-    name: str
-    reason: str
-    node: str
-    where: str = ""
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What `FindFFN` found, in the order of execution.
-
-    Attributes:
-        ffns: The FFNs.
-        refused: What looks like one and is not. When there is no FFN at all: every projection that was looked at.
-    """
-
-    ffns: tuple[FFN, ...]
-    refused: tuple[Refusal, ...]
+__all__ = ["FFN", "FindFFN", "Inspection", "Refusal"]
 
 
 class _NoMatch(Exception):  # no error: most projections do not match
@@ -136,6 +67,7 @@ class FindFFN:
                 continue
             known = ffns.get(ffn.parameters)
             ffns[ffn.parameters] = replace(known, calls=known.calls + 1) if known else ffn
+        misses += [(True, refusal) for refusal in finder.computed_weights()]
         found = _without_strays(list(ffns.values()), finder.unseen)
         refused = tuple(refusal for near, refusal in misses if near or not found.ffns)
         found = Inspection(found.ffns, refused + found.refused)
@@ -169,6 +101,19 @@ class _Finder:
         self.check_private([n for u in ups for n in (u.product, u.node)] + nodes, down)
         shared_expert = self.check_residual(ups[0], down)
         return self.describe(ups, nodes, down, kind, shared_expert)
+
+    def computed_weights(self) -> list[Refusal]:
+        """Refuse products with a weight that is computed (a parametrization, a rescaling): nothing could replace it."""
+        products = {p.product for p in self.projections.values()}
+        computed = []
+        for node in self.graph_module.graph.nodes:
+            if node in products or flow.op_name(node) not in {"linear", "mm", "matmul", "addmm"}:
+                continue
+            *_, weight = [n for n in node.all_input_nodes if len(flow.shape(n)) > 1]
+            if flow.is_static(weight, self.static):
+                where = (flow.module_stack(node) or [""])[-1]
+                computed.append(Refusal(where, _stopped_at(node), node.name, where))
+        return computed
 
     def walk_back(self, down: Projection) -> tuple[list[Projection], list[fx.Node]]:
         """Collect the row-wise region behind `down` and the projections at its edge."""
