@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
