@@ -140,7 +140,7 @@ class _Finder:
         """Refuse when the projections read different activations."""
         *_, last = ups
         if len({flow.same_activation(p.source) for p in ups.values()}) > 1:
-            names = " and ".join(p.weight.removesuffix(".weight") for p in ups.values())
+            names = " and ".join(ups[n].weight.removesuffix(".weight") for n in sorted(ups, key=self.order.__getitem__))
             reason = f"the projections behind it read different activations: {names}"
             raise _NoMatch(reason, last, near=not self.crosses_sum(nodes))
 

@@ -71,8 +71,8 @@ class Streams:
                 if user not in seen and self.passes_on(user, others, stream):
                     seen[user] = None
                     pending.append(user)
-        from_outside = any(node.op == "placeholder" for node in stream)
-        return Outcome(End.BOUNDARY if boundary and from_outside else End.ELSEWHERE)
+        handed_in = all(node.op == "placeholder" or flow.is_row_wise(node) for node in stream)
+        return Outcome(End.BOUNDARY if boundary and handed_in else End.ELSEWHERE)
 
     def passes_on(self, user: fx.Node, others: Iterable[fx.Node], stream: Collection[fx.Node]) -> bool:
         """Whether `user` hands a result on, as opposed to using it up (a gate on the stream itself, an attention)."""
