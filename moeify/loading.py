@@ -36,12 +36,13 @@ def load(path: str | Path, **kwargs: Any) -> nn.Module:
     return _strictly(cls, path, **kwargs)
 
 
-def load_slice(source: Source, layers: int | None) -> nn.Module:
+def load_slice(source: Source, layers: int | None, **kwargs: Any) -> nn.Module:
     """Load the first layers of a checkpoint in float32, with everything before and after them.
 
     Args:
         source: The opened checkpoint.
         layers: How many layers; None loads all.
+        kwargs: For `from_pretrained`.
     """
     cls = model_class(source.config)
     config = cls.config_class.from_dict(dict(source.config))
@@ -50,7 +51,7 @@ def load_slice(source: Source, layers: int | None) -> nn.Module:
         _cut(config, layers)
         wanted = [name for name in wanted if (numbered_layer(name) or 0) < layers]
     tensors = {name: source.read(name) for name in wanted}
-    return _strictly(cls, None, config=config, state_dict=tensors, dtype=torch.float32)
+    return _strictly(cls, None, config=config, state_dict=tensors, dtype=torch.float32, **kwargs)
 
 
 def numbered_layer(name: str) -> int | None:

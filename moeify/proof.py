@@ -15,6 +15,7 @@ from moeify.plan import Plan
 from moeify.verification import VerifyReport, verify
 
 _SLICE = 2  # converted layers in a slice
+_PLAIN = {"experts_implementation": "eager"}  # transformers' default needs widths of whole 16 bytes
 
 
 def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> VerifyReport:
@@ -28,7 +29,7 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
     Raises:
         CheckpointError: a tensor of either is missing or unexpected.
     """
-    dense_model, moe_model = load(dense, dtype=torch.float32), load(moe, dtype=torch.float32)
+    dense_model, moe_model = load(dense, dtype=torch.float32), load(moe, dtype=torch.float32, **_PLAIN)
     inputs = None if text is None else _tokens(moe, text)
     return verify(dense_model, moe_model, inputs, exact=_promises_equality(moe))
 
@@ -48,7 +49,8 @@ def verify_slice(source: Source, moe: Path, plan: Plan) -> VerifyReport:
     """
     layers = _slice_length(source, plan)
     with open_source(moe) as converted:
-        return verify(load_slice(source, layers), load_slice(converted, layers), exact=plan.config.exact)
+        before, after = load_slice(source, layers), load_slice(converted, layers, **_PLAIN)
+        return verify(before, after, exact=plan.config.exact)
 
 
 def _slice_length(source: Source, plan: Plan) -> int | None:

@@ -1,0 +1,127 @@
+"""The dozen architectures that must always work, tiny and random, with sizes that are multiples of nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from moeify.checkpoint.source import open_source
+from moeify.config import MoEConfig
+from moeify.plan import Plan
+from moeify.stream import Watch, convert_checkpoint, plan_checkpoint
+
+tf: Any = transformers  # its types are stricter than its configurations are meant
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 36, 57, 3, 101
+_SIZES = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS,
+          "num_attention_heads": 3, "vocab_size": VOCABULARY}  # fmt: skip
+_LLAMA = {**_SIZES, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_T5 = {"d_model": HIDDEN, "d_ff": INTERMEDIATE, "d_kv": 12, "num_heads": 3, "num_layers": 2, "num_decoder_layers": 1,
+       "vocab_size": VOCABULARY}  # fmt: skip
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**_LLAMA, sliding_window=4)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_LLAMA)),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**_LLAMA, head_dim=10)),
+    "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**_LLAMA, head_dim=10)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**_LLAMA)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(
+        tf.GPT2Config(
+            n_layer=LAYERS,
+            n_embd=HIDDEN,
+            n_inner=INTERMEDIATE,
+            n_head=3,
+            vocab_size=VOCABULARY,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+    "opt": lambda: tf.OPTForCausalLM(
+        tf.OPTConfig(
+            num_hidden_layers=LAYERS,
+            hidden_size=HIDDEN,
+            ffn_dim=INTERMEDIATE,
+            num_attention_heads=3,
+            vocab_size=VOCABULARY,
+            word_embed_proj_dim=HIDDEN,
+            eos_token_id=2,
+        )
+    ),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_SIZES, bos_token_id=1, eos_token_id=2)),
+    "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)),
+    "t5_gated": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5, feed_forward_proj="gated-gelu")),
+    "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**_SIZES)),
+    "vit": lambda: tf.ViTForImageClassification(
+        tf.ViTConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=3,
+            image_size=16,
+            patch_size=4,
+        )
+    ),
+}
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """A model whose logits are of order 1 and depend on every weight."""
+    torch.manual_seed(seed)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.15)
+        else:
+            nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
+    return model
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    """Inputs of another shape than the one that tracing uses."""
+    generator = torch.Generator().manual_seed(1)
+    if name == "vit":
+        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
+    ids = torch.randint(0, VOCABULARY, (3, 13), generator=generator)
+    return {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if name.startswith("t5") else {"input_ids": ids}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, name: str) -> Tensor:
+    """The logits on `inputs(name)`."""
+    output: Any = model(**inputs(name))
+    result: Tensor = output.logits
+    return result
+
+
+def relative(result: Tensor, expected: Tensor) -> float:
+    """The library's yardstick: the largest difference over the largest value."""
+    return float((result - expected).abs().max() / expected.abs().max())
+
+
+def save(model: Any, folder: Path, **kwargs: Any) -> Path:
+    """Write a checkpoint as users have it."""
+    model.save_pretrained(folder, **kwargs)
+    return folder
+
+
+def silent() -> Watch:
+    """Nobody listens."""
+    return Watch(lambda _: None, lambda _: None, lambda _: None, lambda _: None)
+
+
+def convert_files(
+    src: Path, dst: Path, config: MoEConfig, *, layers: str = "all", target: str = "auto", **options: Any
+) -> Plan:
+    """Convert a checkpoint without watching and without a proof."""
+    watch = options.pop("watch", None) or silent()
+    with open_source(src) as source:
+        plan = plan_checkpoint(source, config, layers, target)
+        convert_checkpoint(
+            source, dst, plan, watch=watch, check=lambda _: None, shard_size=options.pop("shard_size", 10**9), **options
+        )
+    return plan
