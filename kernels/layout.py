@@ -66,3 +66,38 @@ def invert(order_S: Tensor) -> Tensor:
     """Return the inverse of a permutation, int32 (S,)."""
     rows_S = torch.arange(order_S.shape[0], device=order_S.device, dtype=torch.int32)
     return torch.empty_like(rows_S).scatter(0, order_S.long(), rows_S)
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """The sorted rows cut in tiles of at most `block_m` rows of one expert each.
+
+    Attributes:
+        expert_L: int32 (L,), the expert of each tile; -1 for a dead tile, past the last one in use.
+        row_L: int32 (L,), the first row of each tile.
+        block_m: the height of a tile; the last one of an expert may have fewer rows.
+    """
+
+    expert_L: Tensor
+    row_L: Tensor
+    block_m: int
+
+
+def max_tiles(pairs: int, experts: int, block_m: int) -> int:
+    """How many tiles the worst routing needs: known on the host, whatever the routing is."""
+    if pairs <= experts:
+        return pairs
+    return (pairs - experts + block_m) // block_m + experts - 1
+
+
+def tile_map(offsets_E1: Tensor, pairs: int, block_m: int) -> TileMap:
+    """Cut `pairs` sorted rows in tiles. The number of tiles is `max_tiles`, on any device, without waiting for it."""
+    counts_E = offsets_E1.diff()
+    tiles_E = (counts_E + block_m - 1) // block_m
+    ends_E = tiles_E.cumsum(0, dtype=torch.int32)
+    tile_L = torch.arange(max_tiles(pairs, counts_E.shape[0], block_m), device=offsets_E1.device, dtype=torch.int32)
+    expert_L = torch.searchsorted(ends_E, tile_L, right=True, out_int32=True)
+    live_L = tile_L < ends_E[-1]
+    owner_L = expert_L.clamp(max=counts_E.shape[0] - 1).long()
+    row_L = offsets_E1[owner_L] + (tile_L - ends_E[owner_L] + tiles_E[owner_L]) * block_m
+    return TileMap(torch.where(live_L, expert_L, -1), torch.where(live_L, row_L, 0).to(torch.int32), block_m)

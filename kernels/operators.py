@@ -10,6 +10,7 @@ Operators cannot return None: what is not kept or not needed is an empty tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from moeify.kernels import cpu, reference
 _torch_library: Any = torch.library  # untyped
 _LIBRARY = _torch_library.Library("moeify", "FRAGMENT")  # an operator lives as long as the library that defined it
 _OPS: Any = torch.ops.moeify
+_cuda: Any = torch.cuda  # untyped
 
 _INPUTS = "Tensor x, Tensor expert_ids, Tensor weights, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias"
 _FFN = "str activation, bool gated"
@@ -39,13 +41,20 @@ _LIBRARY.define(
 )
 
 
-def _backend(implementation: str, device: torch.device) -> Any:
+def _backend(implementation: str, x: Tensor) -> Any:
     """Return the module that computes; `cpu` and `triton_experts` have the same functions."""
-    if implementation == "cpu" or (implementation == "auto" and device.type != "cuda"):
+    if implementation == "cpu" or (implementation == "auto" and not _has_kernels(x)):
         return cpu
     from moeify.kernels import triton_experts
 
+    if x.device.type != "cuda" and triton_experts.architecture() != "interpreter":
+        raise ValueError(f"implementation 'triton' got a tensor on {x.device}: expected a GPU; use 'auto'")
     return triton_experts
+
+
+def _has_kernels(x: Tensor) -> bool:
+    # Triton is published for Linux alone; its products of float64 exist on few GPUs.
+    return x.device.type == "cuda" and x.dtype != torch.float64 and find_spec("triton") is not None
 
 
 def _kernel(name: str) -> Callable[..., Any]:
@@ -53,10 +62,10 @@ def _kernel(name: str) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         device = args[0].device
-        function = getattr(_backend(args[-1], device), name)
-        if not torch.is_autocast_enabled(device.type):
+        function = getattr(_backend(args[-1], args[0]), name)
+        if device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             return function(*args[:-1])
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), _cuda.device_of(args[0]):
             return function(*args[:-1])
 
     return run

@@ -1,0 +1,252 @@
+"""Expert computation on GPU: the host side of the Triton kernels, with the same functions as `moeify.kernels.cpu`.
+
+Nothing here waits for the device and no shape depends on the routing, so CUDA graphs can capture it. Results are the
+same bits every time: no kernel uses atomics.
+
+Shape legend: T tokens, K choices per token, S = T*K pairs in sorted order, E experts, H hidden, I intermediate,
+J = 2*I if gated else I, N any width. A trailing 1 is plus one: offsets_E1 is (E + 1,).
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from moeify.kernels import tiles
+from moeify.kernels.layout import invert
+from moeify.kernels.triton_gemm import (
+    bias_kernel,
+    combine_kernel,
+    down_backward_kernel,
+    rows_kernel,
+    up_kernel,
+    weights_kernel,
+)
+from moeify.kernels.triton_layout import routing_layout, tile_map
+
+
+def experts_forward(
+    x_TH: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    up_EJH: Tensor,
+    down_EHI: Tensor,
+    up_bias_EJ: Tensor | None,
+    down_bias_EH: Tensor | None,
+    activation: str,
+    gated: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `(out_TH, z_SJ, order_S, offsets_E1)`; the pre-activation z has no rows unless `keep`."""
+    layout = routing_layout(expert_ids_TK, up_EJH.shape[0])
+    order_S, offsets_E1 = layout.order_S, layout.offsets_E1
+    z_SJ, a_SI = _up(x_TH, up_EJH, up_bias_EJ, order_S, offsets_E1, layout.top_k, activation, gated, keep)
+    y_SH = _rows(a_SI, down_EHI.transpose(1, 2), down_bias_EH, offsets_E1)
+    return _combine(y_SH, weights_TK, layout.inverse_S, offsets_E1, x_TH.shape[0]), z_SJ, order_S, offsets_E1
+
+
+def experts_backward(
+    grad_TH: Tensor,
+    x_TH: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    up_EJH: Tensor,
+    down_EHI: Tensor,
+    up_bias_EJ: Tensor | None,
+    down_bias_EH: Tensor | None,
+    z_SJ: Tensor,
+    order_S: Tensor,
+    offsets_E1: Tensor,
+    activation: str,
+    gated: bool,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of the seven inputs of the forward pass; an empty tensor for each that `needs` leaves out.
+
+    A `z_SJ` without rows is computed again from x.
+    """
+    grad_TH, weights_TK, top_k = _unit_stride(grad_TH), weights_TK.contiguous(), weights_TK.shape[1]
+    if z_SJ.shape[0] != order_S.shape[0]:
+        z_SJ, _ = _up(x_TH, up_EJH, up_bias_EJ, order_S, offsets_E1, top_k, activation, gated, keep=True)
+    dz_SJ, as_SI, ds_S = _down_backward(grad_TH, down_EHI, z_SJ, weights_TK, order_S, offsets_E1, activation, gated)
+    gradients = [x_TH.new_empty(0)] * 7
+    inverse_S = invert(order_S)
+    if needs[0]:
+        dx_SH = _rows(dz_SJ, up_EJH, None, offsets_E1)
+        gradients[0] = _combine(dx_SH, None, inverse_S, offsets_E1, x_TH.shape[0])
+    if needs[2]:
+        ds_TK = torch.where(inverse_S < offsets_E1[-1], ds_S[inverse_S], 0).view_as(weights_TK)
+        if down_bias_EH is not None:
+            ds_TK += _bias_scores(grad_TH, down_bias_EH, expert_ids_TK)
+        gradients[2] = ds_TK.to(weights_TK.dtype)
+    if needs[3]:
+        gradients[3] = _weights(dz_SJ, x_TH, order_S, offsets_E1, top_k, gather="right").view_as(up_EJH)
+    if needs[4]:
+        gradients[4] = _weights(grad_TH, as_SI, order_S, offsets_E1, top_k, gather="left").view_as(down_EHI)
+    if needs[5]:
+        gradients[5] = _bias(dz_SJ, None, order_S, offsets_E1, top_k)
+    if needs[6]:
+        gradients[6] = _bias(grad_TH, weights_TK, order_S, offsets_E1, top_k)
+    return gradients
+
+
+def grouped_linear_forward(x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor) -> Tensor:
+    """Rows offsets[e] .. offsets[e + 1] - 1 of x go through w[e], b[e]; rows past the last offset give zeros."""
+    return _rows(x_SH, w_ENH.transpose(1, 2), b_EN, offsets_E1, fill=True)
+
+
+def grouped_linear_backward(
+    grad_SN: Tensor, x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor, needs: list[bool]
+) -> list[Tensor]:
+    """Gradients of the four inputs of the forward pass; an empty tensor for each that `needs` leaves out."""
+    gradients = [x_SH.new_empty(0)] * 4
+    if needs[0]:
+        gradients[0] = _rows(grad_SN, w_ENH, None, offsets_E1, fill=True)
+    if needs[1]:
+        gradients[1] = _weights(grad_SN, x_SH, offsets_E1, offsets_E1, 1, gather="neither")
+    if needs[2]:
+        gradients[2] = _bias(grad_SN, None, offsets_E1, offsets_E1, 1)
+    return gradients
+
+
+def architecture() -> str:
+    """What the kernels will run on: "sm_90", "gfx942", or "interpreter"."""
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def _options(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of a matrix product: tile, schedule and precision."""
+    tile = tiles.choose(kernel, architecture(), m, n, k, dtype.itemsize)
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {
+        "BM": tile.m,
+        "BN": tile.n,
+        "BK": tile.k,
+        "GROUP_M": tile.group_m,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _unit_stride(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _up(
+    x_TH: Tensor,
+    up_EJH: Tensor,
+    up_bias_EJ: Tensor | None,
+    order_S: Tensor,
+    offsets_E1: Tensor,
+    top_k: int,
+    activation: str,
+    gated: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    x_TH, up_EJH = _unit_stride(x_TH), _unit_stride(up_EJH)
+    bias = up_EJH if up_bias_EJ is None else _unit_stride(up_bias_EJ)
+    (experts, rows, hidden), pairs = up_EJH.shape, order_S.shape[0]
+    inner = rows // 2 if gated else rows
+    z_SJ, a_SI = x_TH.new_empty(pairs if keep else 0, rows), x_TH.new_empty(pairs, inner)
+    options = _options("up", tiles.row_tile(pairs, experts), inner, hidden, x_TH.dtype)
+    tile = tile_map(offsets_E1, pairs, options["BM"])
+    count = tile.expert_L.shape[0]
+    up_kernel[(count * triton.cdiv(inner, options["BN"]),)](
+        x_TH, up_EJH, bias, order_S, offsets_E1, tile.expert_L, tile.row_L, z_SJ, a_SI, count,
+        x_TH.stride(0), up_EJH.stride(0), up_EJH.stride(1), bias.stride(0),
+        HIDDEN=hidden, INNER=inner, TOP_K=top_k, ACTIVATION=activation, GATED=gated,
+        HAS_BIAS=up_bias_EJ is not None, KEEP=keep, **options,
+    )  # fmt: skip
+    return z_SJ, a_SI
+
+
+def _rows(p_SK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, offsets_E1: Tensor, fill: bool = False) -> Tensor:
+    """Rows times the weight of their expert; rows of no expert are zero if `fill`, else left as they are."""
+    p_SK, (experts, inner, width), pairs = _unit_stride(p_SK), w_EKN.shape, p_SK.shape[0]
+    bias = w_EKN if bias_EN is None else _unit_stride(bias_EN)
+    y_SN = (p_SK.new_zeros if fill else p_SK.new_empty)(pairs, width)
+    options = _options("rows", tiles.row_tile(pairs, experts), width, inner, p_SK.dtype)
+    tile = tile_map(offsets_E1, pairs, options["BM"])
+    count = tile.expert_L.shape[0]
+    rows_kernel[(count * triton.cdiv(width, options["BN"]),)](
+        p_SK, w_EKN, bias, offsets_E1, tile.expert_L, tile.row_L, y_SN, count,
+        p_SK.stride(0), *w_EKN.stride(), bias.stride(0), K=inner, N=width, HAS_BIAS=bias_EN is not None, **options,
+    )  # fmt: skip
+    return y_SN
+
+
+def _down_backward(
+    grad_TH: Tensor,
+    down_EHI: Tensor,
+    z_SJ: Tensor,
+    weights_TK: Tensor,
+    order_S: Tensor,
+    offsets_E1: Tensor,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `(dz_SJ, weight * a_SI, dweight_S)`; the last is fp32, without the bias."""
+    down_EHI, (experts, hidden, inner), pairs = _unit_stride(down_EHI), down_EHI.shape, order_S.shape[0]
+    options = _options("down_backward", tiles.row_tile(pairs, experts), inner, hidden, grad_TH.dtype)
+    tile = tile_map(offsets_E1, pairs, options["BM"])
+    count, columns = tile.expert_L.shape[0], triton.cdiv(inner, options["BN"])
+    dz_SJ, as_SI = torch.empty_like(z_SJ), z_SJ.new_empty(pairs, inner)
+    partial = z_SJ.new_empty((pairs, columns), dtype=torch.float32)
+    down_backward_kernel[(count * columns,)](
+        grad_TH, down_EHI, z_SJ, weights_TK, order_S, offsets_E1, tile.expert_L, tile.row_L, dz_SJ, as_SI, partial,
+        count, grad_TH.stride(0), down_EHI.stride(0), down_EHI.stride(1),
+        HIDDEN=hidden, INNER=inner, TOP_K=weights_TK.shape[1], ACTIVATION=activation, GATED=gated, **options,
+    )  # fmt: skip
+    return dz_SJ, as_SI, partial.sum(1)
+
+
+def _weights(left: Tensor, right: Tensor, order_S: Tensor, offsets_E1: Tensor, top_k: int, *, gather: str) -> Tensor:
+    """Gradient of stacked weights, (E, width of left, width of right); `gather` names the side that holds tokens."""
+    left, right, experts = _unit_stride(left), _unit_stride(right), offsets_E1.shape[0] - 1
+    (_, m), (_, n) = left.shape, right.shape
+    options = _options("weights", 128, m, n, left.dtype)
+    dw_EMN = left.new_empty(experts, m, n)
+    weights_kernel[(triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]), experts)](
+        left, right, order_S, offsets_E1, dw_EMN, left.stride(0), right.stride(0),
+        M=m, N=n, GATHER_L=gather == "left", GATHER_R=gather == "right", TOP_K=top_k, **options,
+    )  # fmt: skip
+    return dw_EMN
+
+
+def _bias(rows: Tensor, weights_TK: Tensor | None, order_S: Tensor, offsets_E1: Tensor, top_k: int) -> Tensor:
+    """Sum of each expert's rows, or of its tokens times their weights."""
+    rows, weighted, width = _unit_stride(rows), weights_TK is not None, rows.shape[1]
+    db_EN = rows.new_empty(offsets_E1.shape[0] - 1, width)
+    bias_kernel[(triton.cdiv(width, 64), db_EN.shape[0])](
+        rows, weights_TK if weighted else rows, order_S, offsets_E1, db_EN, rows.stride(0),
+        N=width, GATHER=weighted, WEIGHTED=weighted, TOP_K=top_k, BN=64, BK=32,
+    )  # fmt: skip
+    return db_EN
+
+
+def _bias_scores(grad_TH: Tensor, down_bias_EH: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """<dO[t], bias of expert ids[t, k]> in fp32, zero for ids outside [0, E)."""
+    scores_TE = grad_TH.float() @ down_bias_EH.float().t()
+    inside_TK = (expert_ids_TK >= 0) & (expert_ids_TK < down_bias_EH.shape[0])
+    return torch.where(inside_TK, scores_TE.gather(1, torch.where(inside_TK, expert_ids_TK, 0).long()), 0)
+
+
+def _combine(y_SN: Tensor, weights_TK: Tensor | None, inverse_S: Tensor, offsets_E1: Tensor, tokens: int) -> Tensor:
+    """Sum per token of the sorted rows of its choices, weighted unless `weights_TK` is None."""
+    width, weighted = y_SN.shape[1], weights_TK is not None
+    out_TN = y_SN.new_empty(tokens, width)
+    block = min(triton.next_power_of_2(width), 1024)
+    combine_kernel[(tokens, triton.cdiv(width, block))](
+        y_SN, weights_TK.contiguous() if weights_TK is not None else y_SN, inverse_S, offsets_E1[-1:], out_TN,
+        N=width, TOP_K=inverse_S.shape[0] // max(tokens, 1), WEIGHTED=weighted, BN=block,
+    )  # fmt: skip
+    return out_TN

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moeify.kernels.ops import experts, grouped_linear
+from moeify.tolerances import TOLERANCE
+from tests.kernels import oracle
+
+# Inside a kernel a product is summed in fp32, in another order than the oracle's float64.
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def check(inputs: oracle.Inputs, activation: str, gated: bool, dtype: torch.dtype, **options: Any) -> None:
+    ours = oracle.cast(inputs, dtype)
+    exact = oracle.cast(
+        {n: t if t is None or n == "ids" else t.detach().double() for n, t in ours.items()}, torch.float64
+    )
+    out = experts(*ours.values(), activation=activation, gated=gated, implementation="triton", **options)
+    expected = oracle.experts(exact, activation, gated)
+    tolerance = TOLERANCE[DTYPES[dtype]]
+    assert out.dtype == dtype and oracle.difference(out, expected) <= tolerance
+    grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got, want = oracle.gradients(out, ours, grad), oracle.gradients(expected, exact, grad)
+    for name in want:
+        assert got[name].isfinite().all(), name
+        assert oracle.difference(got[name], want[name]) <= tolerance, name
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "one token": {"tokens": 1, "top_k": 2, "experts": 4, "hidden": 40, "inner": 24},
+    "fewer tokens than experts": {"tokens": 3, "top_k": 2, "experts": 16, "hidden": 33, "inner": 17},
+    "every expert": {"tokens": 7, "top_k": 8, "experts": 8, "hidden": 24, "inner": 19},
+    "no tokens": {"tokens": 0, "top_k": 2, "experts": 4, "hidden": 16, "inner": 16},
+    "one expert, tiles of 128": {"tokens": 150, "top_k": 1, "experts": 1, "hidden": 20, "inner": 70},
+    "whole tiles": {"tokens": 64, "top_k": 2, "experts": 4, "hidden": 64, "inner": 64},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shapes(shape: str, dtype: torch.dtype) -> None:
+    check(oracle.make_inputs(**SHAPES[shape], gated=True, bias=True), "silu", True, dtype)
+
+
+@pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_activations(activation: str, gated: bool) -> None:
+    check(oracle.make_inputs(9, 3, 21, 18, 5, gated=gated, bias=gated), activation, gated, torch.float32)
+
+
+@pytest.mark.parametrize("top_k", range(1, 9))
+def test_choices(top_k: int) -> None:
+    check(oracle.make_inputs(5, top_k, 18, 20, 8, gated=True, bias=False), "gelu", True, torch.float32)
+
+
+@pytest.mark.parametrize("ids", [[[3, 3]] * 20, [[0, -1], [5, 2], [99, -7]], [[-1, 5], [6, 7]]])
+def test_expert_ids(ids: list[list[int]]) -> None:
+    inputs = oracle.make_inputs(len(ids), 2, 17, 18, 5, gated=True, bias=True, ids=torch.tensor(ids))
+    check(inputs, "silu", True, torch.float32)
+    check(inputs, "silu", True, torch.float32, recompute=True)
+
+
+def test_strided_inputs() -> None:
+    inputs = oracle.make_inputs(6, 2, 18, 20, 3, gated=True, bias=True, dtype=torch.float32)
+    plain = experts(*inputs.values(), activation="silu", gated=True, implementation="triton")
+    strided: oracle.Inputs = {n: None if t is None else torch.stack([t, t], -1)[..., 0] for n, t in inputs.items()}
+    assert torch.equal(experts(*strided.values(), activation="silu", gated=True, implementation="triton"), plain)
+
+
+def test_twice_gives_the_same_bits() -> None:
+    results = []
+    for _ in range(2):
+        inputs = oracle.cast(oracle.make_inputs(9, 2, 18, 20, 3, gated=True, bias=True), torch.float32)
+        out = experts(*inputs.values(), activation="silu", gated=True, implementation="triton")
+        results.append([out, *oracle.gradients(out, inputs, torch.ones_like(out)).values()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_token_with_nan_stays_alone() -> None:
+    inputs = oracle.make_inputs(6, 2, 18, 20, 3, gated=True, bias=True, dtype=torch.float32)
+    inputs["x"][4] = float("nan")
+    out = experts(*inputs.values(), activation="relu", gated=True, implementation="triton")
+    assert out[4].isnan().all() and out[[0, 1, 2, 3, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_grouped_linear(transposed: bool, bias: bool) -> None:
+    x, offsets = torch.randn(40, 35), torch.tensor([0, 17, 17, 37], dtype=torch.int32)
+    w = torch.randn(3, 35, 23).transpose(1, 2) if transposed else torch.randn(3, 23, 35)
+    leaves = [t.requires_grad_() for t in (x, w, torch.randn(3, 23))]
+    results = []
+    for implementation in ("triton", "reference"):
+        y = grouped_linear(x, w, leaves[2] if bias else None, offsets, implementation)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves[: 2 + bias])])
+    for a, b in zip(*results, strict=True):
+        assert oracle.difference(a, b) <= TOLERANCE["float32"]
