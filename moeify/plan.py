@@ -146,7 +146,7 @@ class Plan:
                 target=data["target"],
             )
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"the plan is damaged: {error}; write it again with --dry-run --plan-out") from error
+            raise ConfigError(f"the plan is damaged ({error}): make it again with --dry-run --json") from error
 
     @staticmethod
     def from_json(text: str) -> Plan:

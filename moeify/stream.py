@@ -18,6 +18,7 @@ from moeify.checkpoint.staging import staged
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.checkpoint.writer import write_checkpoint
 from moeify.config import MoEConfig
+from moeify.errors import ConfigError
 from moeify.families import FAMILIES, MOEIFY, choose_target
 from moeify.native import native_config
 from moeify.outputs import output_tensors
@@ -64,6 +65,24 @@ def plan_checkpoint(source: Source, config: MoEConfig, layers: str = "all", targ
     model = build_on_meta(source.config)
     plan = make_plan(model, survey(trace(model)), config, layers)
     return plan.with_target(choose_target(plan, full_config(source.config), target))
+
+
+def check_plan(source: Source, plan: Plan) -> None:
+    """Hold a plan that was saved to the checkpoint that it is to be used on.
+
+    Raises:
+        ConfigError: it was made for another model.
+        RefusedError: its target would not be exact for this one.
+    """
+    if plan.model_type != source.model_type:
+        raise ConfigError(f"the plan is for {plan.model_type}, the checkpoint is {source.model_type}")
+    fresh = plan_checkpoint(source, plan.config, target=MOEIFY)
+    known = {site.path: site for site in fresh.sites}
+    for site in plan.sites:
+        if known.get(site.path) != site:
+            what = "has another FFN there" if site.path in known else "has no FFN there"
+            raise ConfigError(f"the plan converts {site.path}, and this model {what}: make a plan for this checkpoint")
+    choose_target(plan, full_config(source.config), plan.target)
 
 
 def convert_checkpoint(

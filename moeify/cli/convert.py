@@ -51,6 +51,7 @@ class Size(click.ParamType[int]):
 @click.option("--seed", default=0, show_default=True, help="Start of the router's random numbers.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, dir_okay=False), help="Do what a saved plan says.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its cost; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for --plan.")
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of the output.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
@@ -69,6 +70,7 @@ def convert(
     seed: int,
     plan_file: Path | None,
     dry_run: bool,
+    as_json: bool,
     shard_size: int,
     resume: bool,
     overwrite: bool,
@@ -87,11 +89,14 @@ def convert(
 
     if dst is None and not dry_run:
         raise click.UsageError("DST is missing: where should the MoE be written? (--dry-run needs none)")
+    if as_json and not dry_run:
+        raise click.UsageError("--json goes with --dry-run: the plan of a conversion is kept in DST/moeify.json")
     config = None if plan_file else _config(experts, top_k, method, seed)
     console = display.stderr()
     with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
         if dry_run:
-            _show(source, _plan(source, config, layers, target, plan_file))
+            plan = _plan(source, config, layers, target, plan_file)
+            click.echo(plan.to_json(), nl=False) if as_json else _show(source, plan)
             return
         assert dst is not None
         _refuse_target(dst, overwrite)
@@ -121,7 +126,7 @@ def _refuse_target(dst: Path, overwrite: bool) -> None:
 
 def _plan(source: Source, config: MoEConfig | None, layers: str, target: str, plan_file: Path | None) -> Plan:
     from moeify.plan import Plan
-    from moeify.stream import plan_checkpoint
+    from moeify.stream import check_plan, plan_checkpoint
 
     if plan_file is None:
         assert config is not None
@@ -130,8 +135,7 @@ def _plan(source: Source, config: MoEConfig | None, layers: str, target: str, pl
         saved = Plan.from_json(plan_file.read_text())
     except OSError as error:
         raise ConfigError(f"--plan {plan_file} cannot be read: {error.strerror}") from error
-    if saved.model_type != source.model_type:
-        raise ConfigError(f"--plan {plan_file} is for {saved.model_type}, the checkpoint is {source.model_type}")
+    check_plan(source, saved)
     return saved
 
 
