@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeify.kernels.activations import find_activation
+from moeify.kernels.topology import BlockTopology
 
 
 def experts(
@@ -51,3 +52,34 @@ def grouped_linear(x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1:
         for e, (start, end) in enumerate(pairwise(bounds))
     ]
     return torch.cat([*parts, x_SH.new_zeros(x_SH.shape[0] - bounds[-1], w_ENH.shape[1])])
+
+
+def to_dense(data_NBB: Tensor, topology: BlockTopology) -> Tensor:
+    """The matrix (S, E*F) that block-sparse data stand for."""
+    out = data_NBB.new_zeros(topology.rows, topology.experts * topology.columns)
+    for block, (rows, columns) in enumerate(_extents(topology)):
+        out[rows, columns] = data_NBB[block, : rows.stop - rows.start, : columns.stop - columns.start]
+    return out
+
+
+def to_blocks(dense: Tensor, topology: BlockTopology) -> Tensor:
+    """The blocks (N, B, B) of a matrix (S, E*F); what lies outside them is dropped."""
+    out = dense.new_zeros(topology.blocks, topology.block, topology.block)
+    for block, (rows, columns) in enumerate(_extents(topology)):
+        out[block, : rows.stop - rows.start, : columns.stop - columns.start] = dense[rows, columns]
+    return out
+
+
+def _extents(topology: BlockTopology) -> list[tuple[slice, slice]]:
+    """Rows and columns of the dense matrix that each live block covers."""
+    extents = []
+    for row, column in zip(topology.row_N.tolist(), topology.column_N.tolist(), strict=True):
+        if row < 0:
+            break
+        expert = int(topology.expert_L[row])
+        first, j = int(topology.first_row_L[row]), column - expert * topology.expert_blocks
+        last = min(first + topology.block, int(topology.offsets_E1[expert + 1]))
+        left, right = j * topology.block, min((j + 1) * topology.block, topology.columns)
+        base = expert * topology.columns
+        extents.append((slice(first, last), slice(base + left, base + right)))
+    return extents

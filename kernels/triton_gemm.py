@@ -9,7 +9,7 @@ Shape legend: T tokens, K choices per token, S = T*K pairs in sorted order, E ex
 J = 2*I if gated else I, M and N tiles of the output, K (in BK) the dimension that is summed.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def"
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 

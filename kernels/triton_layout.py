@@ -4,7 +4,7 @@ Shape legend: S pairs, E experts, P blocks of pairs, X = E + 1 rounded up to a p
 that no expert here owns), L tiles.
 """
 
-# mypy: disable-error-code="import-untyped, no-untyped-def"
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 

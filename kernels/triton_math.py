@@ -1,6 +1,6 @@
 """Device functions that several Triton kernels share. Everything is computed in fp32."""
 
-# mypy: disable-error-code="import-untyped, no-untyped-def"
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
