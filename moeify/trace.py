@@ -65,9 +65,8 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> fx.GraphMod
         if not parts.found:
             raise failure
         graph_module = union(parts.found)
-    elif untouched := list(_untouched(twin, graph_module)):
-        for path in untouched:
-            parts.collect(twin.get_submodule(path), path)
+    else:
+        parts.collect_untouched(twin, "", graph_module)
         graph_module = union([("", graph_module), *parts.found]) if parts.found else graph_module
     graph_module.meta[UNTRACED] = parts.failed
     return graph_module
@@ -122,15 +121,25 @@ class _Parts:
             graph_module, failure = _first_that_traces(module, part_inputs(module))
             if graph_module is not None:
                 self.found.append((path, graph_module))
+                self.collect_untouched(module, path, graph_module)
                 return
             self.hopeless.add(form)
             self.failed[path] = str(failure)
         self.collect_children(module, path)
 
+    def collect_untouched(self, module: nn.Module, path: str, graph_module: fx.GraphModule) -> None:
+        """Trace the modules inside a traced one that its inputs did not reach."""
+        for inside in _untouched(module, graph_module):
+            self.collect(module.get_submodule(inside), _join(path, inside))
+
     def collect_children(self, module: nn.Module, path: str) -> None:
         """Trace the modules inside a module that does not trace itself."""
         for name, child in module.named_children():
-            self.collect(child, f"{path}.{name}" if path else name)
+            self.collect(child, _join(path, name))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _untouched(twin: nn.Module, graph_module: fx.GraphModule) -> Iterator[str]:

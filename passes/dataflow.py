@@ -43,9 +43,9 @@ _ROW_REDUCTIONS = {"mean", "sum", "amax", "amin", "softmax", "_softmax", "log_so
 _POINTWISE = {"silu", "gelu", "relu6", "hardswish", "mish", "softplus", "elu", "celu", "selu", "leaky_relu", "prelu",
               "hardtanh", "hardsigmoid", "log_sigmoid", "square", "rrelu", "threshold", "clamp", "clip", "where",
               "relu", "rsub", "softsign", "logsigmoid", "hardshrink", "softshrink", "tanhshrink"}  # fmt: skip
-# Learnt mixing: what they return is another activation than what they read.
-MIXES = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "embedding",
-         "multi_head_attention_forward"}  # fmt: skip
+# Learnt mixing: what they return is another activation than what they read. (A product of two activations is not in
+# the list: attention reads projections, and what hyper-connections multiply is the stream.)
+MIXES = {"linear", "mm", "addmm", "embedding", "embedding_bag", "multi_head_attention_forward"}
 # They tie the neurons of a row together, so an FFN around them cannot be split into groups of neurons.
 REDUCES = NORMS | _ROW_REDUCTIONS
 # Sums and scalings, with the reshapes: no nonlinearity.

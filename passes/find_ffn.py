@@ -49,8 +49,8 @@ class FindFFN:
     Refuses: projections that read different activations (attention, cross-attention); a way back to another width
     (heads); no nonlinearity between (low-rank factors, adapters of LoRA); a result that does not join the residual
     stream (poolers, squeeze-and-excite); projections over positions (token mixing); experts that a router chooses; a
-    hidden layer many times narrower than the model (adapters); an intermediate value that is used elsewhere too;
-    weights that something else uses.
+    hidden layer many times narrower than the model (adapters) or under a softmax (classes fed back); an intermediate
+    value that is used elsewhere too; weights that something else uses.
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> Inspection:
@@ -93,6 +93,8 @@ class _Finder:
             raise _NoMatch(f"it projects back to width {down.out_features}, not {hidden}: a head", down.node)
         if all(flow.op_name(n) in flow.LINEAR or self.scales_by_constant(n) for n in nodes):
             raise _NoMatch("no nonlinearity between the projections: a low-rank factor", down.node)
+        if classes := [n for n in nodes if "softmax" in flow.op_name(n)]:
+            raise _NoMatch("a softmax over its hidden layer: classes fed back, or attention to a memory", classes[0])
         kind = "glu" if sum(u.out_features for u in ups) > down.in_features else "mlp"
         if down.in_features * _BOTTLENECK[kind] <= hidden:
             raise _NoMatch(f"its hidden layer ({down.in_features}) is a bottleneck of {hidden}: an adapter", down.node)

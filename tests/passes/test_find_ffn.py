@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,8 @@ class Mlp(nn.Module):
 class Model(nn.Module):
     """Any function of x and one or more MLPs."""
 
+    mlps: Any
+
     def __init__(self, function: Callable[..., Tensor], *mlps: nn.Module) -> None:
         super().__init__()
         self.function = function
@@ -96,6 +99,7 @@ FOUND: dict[str, Callable[[Model, Tensor], Tensor]] = {
     "rows in a list": lambda m, x: x + m.mlps[0](m.norm(x).reshape(-1, HIDDEN)).view_as(x),
     "some rows only": lambda m, x: x.index_put((torch.tensor([0, 1]),), m.mlps[0](x[:2])) + x,
     "streams mixed before and after": lambda m, x: x + x.roll(1, 1) * m.mlps[0](x[:, :1] * 0.3 + x * 0.7),
+    "a product on the residual": lambda m, x: x.softmax(1).transpose(1, 2).matmul(x).matmul(x.mT).mT + m.mlps[0](x),
     "chunked over positions": lambda m, x: x + torch.cat([m.mlps[0](c) for c in m.norm(x).split(2, 1)], 1),
     "cast for the products": lambda m, x: x + m.mlps[0](m.norm(x).to(torch.float64).to(torch.float32)),
 }
@@ -124,6 +128,7 @@ LOOK_ALIKES: dict[str, tuple[Callable[[Model, Tensor], Tensor], str]] = {
         "read different activations: mlps.0.up and mlps.1.up",
     ),
     "no nonlinearity": (lambda m, x: x + m.mlps[0].down(2 * m.mlps[0].up(x) - 1), "no nonlinearity"),
+    "classes fed back": (lambda m, x: x + m.mlps[0].down(m.mlps[0].up(x).softmax(-1)), "a softmax over its hidden"),
     "positions mixed inside": (
         lambda m, x: x + m.mlps[0].down(m.mlps[0].up(x).relu().cumsum(1) * m.mlps[0].up(x)),
         "behind it stands `cumsum`, which is not position-wise",
@@ -224,7 +229,8 @@ def test_bare_parameters() -> None:
 def test_layers_that_share_an_ffn_have_one_that_is_called_often() -> None:
     def twice(m: Model, x: Tensor) -> Tensor:
         x = x + m.mlps[0](x)
-        return x + m.mlps[0](m.other(x) + x)
+        out: Tensor = x + m.mlps[0](m.other(x) + x)
+        return out
 
     (ffn,) = find(Model(twice, Mlp())).ffns
     assert ffn.calls == 2
@@ -297,7 +303,8 @@ def test_blocks_without_gradients_and_with_autocast_are_looked_into() -> None:
         with torch.no_grad():
             x = x + m.mlps[0](x)
         with torch.autocast("cpu", enabled=False):
-            return x + m.mlps[1](x)
+            out: Tensor = x + m.mlps[1](x)
+        return out
 
     assert [ffn.name for ffn in find(Model(guarded, Mlp(), Mlp())).ffns] == ["mlps.0", "mlps.1"]
 
