@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from moeify.checkpoint import writer
+from moeify.cli import main
+from tests.moeify import tiny
+
+BASE = ("--experts", "3", "--top-k", "2")
+
+
+def convert(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["convert", *map(str, arguments)])
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    return tiny.save(tiny.build("llama"), tmp_path / "src")
+
+
+def refused(src: Path, *arguments: object, code: int = 1, dst: Path | None = None) -> str:
+    """Convert what must be refused: one line of reason, nothing left behind, the source untouched."""
+    before, beside = digest(src), set(src.parent.iterdir())
+    result = convert(src, dst or src.parent / "moe", *(arguments or BASE))
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and result.stderr.splitlines()[-1] == errors[0]
+    assert digest(src) == before and set(src.parent.iterdir()) == beside
+    return errors[0]
+
+
+def edit_config(src: Path, **changes: Any) -> None:
+    path = src / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_weights(src: Path, **changes: torch.Tensor | None) -> None:
+    tensors = load_file(src / "model.safetensors")
+    for name, value in changes.items():
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+    save_file(tensors, src / "model.safetensors", {"format": "pt"})
+
+
+def test_convert_verifies_and_says_what_it_did(src: Path, tmp_path: Path) -> None:
+    (src / "tokenizer.json").write_text("{}")
+    result = convert(src, tmp_path / "moe", *BASE)
+    assert result.exit_code == 0, result.output
+    assert "llama → mixtral: 3 FFNs become 3 experts, top-2" in result.stderr
+    assert "verified on a slice: relative difference" in result.stderr
+    assert result.stdout == ""
+    assert (tmp_path / "moe/tokenizer.json").read_text() == "{}"
+    record = json.loads((tmp_path / "moe/moeify.json").read_text())
+    assert record["verification"]["passed"] and record["verification"]["relative"] < 1e-5
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(src: Path) -> None:
+    beside = set(src.parent.iterdir())
+    result = convert(src, *BASE, "--dry-run")
+    assert result.exit_code == 0, result.output
+    for word in ("mixtral", "model.layers.2.mlp", "silu", "active per token", "FLOPs per token"):
+        assert word in result.stdout
+    assert set(src.parent.iterdir()) == beside
+
+
+def test_a_saved_plan_makes_the_same_conversion(src: Path, tmp_path: Path) -> None:
+    plan = convert(src, *BASE, "--layers", "0", "--seed", "3", "--dry-run", "--json")
+    (tmp_path / "plan.json").write_text(plan.stdout)
+    assert convert(src, tmp_path / "a", *BASE, "--layers", "0", "--seed", "3", "--no-verify").exit_code == 0
+    assert convert(src, tmp_path / "b", "--plan", tmp_path / "plan.json", "--no-verify").exit_code == 0
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_a_plan_for_another_model_is_refused(src: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(convert(src, *BASE, "--dry-run", "--json").stdout)
+    edit_config(src, num_hidden_layers=2)
+    edited = src
+    assert "this model has no FFN there" in refused(edited, "--plan", plan, code=2)
+
+
+def test_not_a_model_folder(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/notes.txt").write_text("hello")
+    assert str(tmp_path / "src") in refused(tmp_path / "src")
+
+
+def test_truncated_shard(src: Path) -> None:
+    path = src / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "model.safetensors" in refused(src)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "words"),
+    [
+        ({"a": "model-00009-of-00009.safetensors"}, "model-00009-of-00009.safetensors"),
+        ({"no.such.tensor": "part.safetensors"}, "no.such.tensor"),
+        ({"a": "../outside.safetensors"}, "outside"),
+        ({"a": "/etc/passwd"}, "passwd"),
+    ],
+)
+def test_an_index_that_lies(src: Path, weight_map: dict[str, str], words: str) -> None:
+    (src / "model.safetensors").rename(src / "part.safetensors")
+    (src / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert words in refused(src)
+
+
+def test_nonfinite_weights_warn_and_are_refused_when_strict(src: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(src, **{name: torch.full((tiny.INTERMEDIATE, tiny.HIDDEN), torch.inf)})
+    result = convert(src, tmp_path / "moe", *BASE, "--no-verify")
+    assert result.exit_code == 0 and f"warning: {name} holds NaN or Inf" in result.stderr
+    assert name in refused(src, *BASE, "--strict", dst=tmp_path / "strict")
+
+
+def test_a_dense_model_that_computes_nan_proves_nothing(src: Path) -> None:
+    edit_weights(src, **{"model.norm.weight": torch.full((tiny.HIDDEN,), torch.nan)})
+    assert "differs from the dense model" in refused(src)
+
+
+def test_quantised_checkpoints_say_which_scheme(src: Path) -> None:
+    edit_config(src, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "gptq" in refused(src)
+
+
+def test_more_choices_than_experts(src: Path) -> None:
+    assert "top_k is 4 but there are only 3 experts" in refused(src, "--experts", 3, "--top-k", 4, code=2)
+
+
+def test_a_selection_that_matches_nothing(src: Path) -> None:
+    assert "selects none of the 3 FFNs" in refused(src, *BASE, "--layers", "encoder", code=2)
+
+
+def test_an_existing_output_needs_overwrite(src: Path, tmp_path: Path) -> None:
+    assert convert(src, tmp_path / "moe", *BASE, "--no-verify").exit_code == 0
+    before = digest(tmp_path / "moe")
+    assert "--overwrite" in refused(src)
+    assert digest(tmp_path / "moe") == before
+    assert convert(src, tmp_path / "moe", "--experts", 2, "--top-k", 1, "--overwrite", "--no-verify").exit_code == 0
+    assert json.loads((tmp_path / "moe/config.json").read_text())["num_local_experts"] == 2
+
+
+def test_an_output_inside_the_source(src: Path) -> None:
+    assert "overlap" in refused(src, *BASE, "--no-verify", dst=src / "moe")
+
+
+def test_a_disk_that_fills_half_way(src: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "copy_span", full)
+    assert "disk became full" in refused(src)
+
+
+def test_a_pickle_needs_a_flag(src: Path, tmp_path: Path) -> None:
+    torch.save(load_file(src / "model.safetensors"), src / "pytorch_model.bin")
+    (src / "model.safetensors").unlink()
+    assert "--allow-pickle" in refused(src)
+    assert convert(src, tmp_path / "moe", *BASE, "--allow-pickle").exit_code == 0
+
+
+def test_remote_code_needs_a_flag(src: Path) -> None:
+    edit_config(src, auto_map={"AutoConfig": "configuration_x.X"})
+    assert "--trust-remote-code" in refused(src)
+
+
+def test_an_architecture_without_ffns_says_what_was_looked_at(tmp_path: Path) -> None:
+    import transformers
+
+    config: Any = transformers.MambaConfig(hidden_size=24, num_hidden_layers=2, vocab_size=50, state_size=4)
+    src = tiny.save(transformers.MambaForCausalLM(config), tmp_path / "src")
+    message = refused(src)
+    assert "no dense FFN was found in mamba" in message and "out_proj" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "words"),
+    [
+        ({"attention_bias": True}, "mixtral", "attention_bias"),
+        ({}, "qwen3_moe", "can be made from qwen3"),
+        ({}, "nonsense", "expected auto, moeify, mixtral"),
+    ],
+)
+def test_a_family_that_would_not_be_exact(tmp_path: Path, changes: dict[str, Any], target: str, words: str) -> None:
+    import transformers
+
+    model: Any = tiny.build("llama")
+    config = transformers.LlamaConfig.from_dict({**model.config.to_dict(), **changes})
+    src = tiny.save(transformers.LlamaForCausalLM(config), tmp_path / "src")
+    assert words in refused(src, *BASE, "--to", target, code=2 if target == "nonsense" else 1)
+
+
+def test_missing_settings_are_wrong_usage(src: Path) -> None:
+    assert "--experts and --top-k are needed" in refused(src, "--experts", 3, code=2)
+    assert "is not a size" in refused(src, *BASE, "--shard-size", "lots", code=2)
+
+
+def test_a_kill_leaves_the_output_absent_and_a_resume_makes_it_whole(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(hidden_size=256, intermediate_size=2048, num_hidden_layers=4, vocab_size=64,
+                                      num_attention_heads=4)  # fmt: skip
+    src = tiny.save(transformers.LlamaForCausalLM(config), tmp_path / "src")
+    dst, partial = tmp_path / "moe", tmp_path / ".moe.moeify-partial"
+    command = ["convert", str(src), str(dst), "--experts", "16", "--top-k", "2", "--no-verify", "--shard-size", "20MB"]
+    process = subprocess.Popen([sys.executable, "-m", "moeify", *command], stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(partial.glob("model-*.safetensors"))) < 2:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not dst.exists()
+    assert CliRunner().invoke(main, [*command, "--resume"]).exit_code == 0
+    whole = tmp_path / "whole"
+    assert convert(src, whole, *command[3:]).exit_code == 0
+    assert digest(dst) == digest(whole) and not partial.exists()
+    assert os.listdir(whole)

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from moeify.cli import main
+from moeify.cli.display import quantity
+from tests.moeify import tiny
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_json_is_one_document_with_the_promised_fields(name: str, tmp_path: Path) -> None:
+    src = tiny.save(tiny.build(name), tmp_path / "src")
+    result = CliRunner().invoke(main, ["inspect", str(src), "--json"])
+    assert result.exit_code == 0, result.output
+    seen = json.loads(result.stdout)
+    assert seen["model_type"] == name and len(seen["ffns"]) == tiny.LAYERS
+    ffn = seen["ffns"][1]
+    assert ffn["hidden"] == tiny.HIDDEN and ffn["intermediate"] == tiny.INTERMEDIATE
+    matrices = {"llama": 3, "bert": 2}[name] * tiny.HIDDEN * tiny.INTERMEDIATE
+    biases = {"llama": 0, "bert": tiny.HIDDEN + tiny.INTERMEDIATE}[name]
+    assert ffn["count_params"] == matrices + biases
+    assert seen["cost"]["moe"]["parameters"] > seen["cost"]["dense"]["parameters"]
+
+
+def test_people_get_tables(tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("bert"), tmp_path / "src")
+    result = CliRunner().invoke(main, ["inspect", str(src)])
+    assert "3 dense FFNs" in result.stdout and "gelu" in result.stdout
+    assert "cls.predictions.decoder" in result.stdout and "head" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "unit", "text"),
+    [(0, "", "0"), (999, "B", "999 B"), (134_515_008, "", "134.5M"), (692e9, "", "692.0B"), (2.77e9, "B", "2.8 GB")],
+)
+def test_quantities_are_short(number: float, unit: str, text: str) -> None:
+    assert quantity(number, unit) == text

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from moeify.cli import main
+from moeify.config import MoEConfig
+from tests.moeify import tiny
+
+
+def verify(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["verify", *map(str, arguments)])
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    tiny.convert_files(src, tmp_path / "moe", MoEConfig(3, 2))
+    return src, tmp_path / "moe"
+
+
+def test_json_is_one_document_with_the_promised_fields(pair: tuple[Path, Path]) -> None:
+    result = verify(*pair, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report.keys() == {"max_abs_diff", "max_abs_logit", "relative", "top1_agreement", "tolerance", "passed"}
+    assert report["passed"] and report["relative"] < report["tolerance"] == 1e-5
+
+
+def test_one_changed_weight_is_exit_code_1(pair: tuple[Path, Path]) -> None:
+    path = pair[1] / "model.safetensors"
+    tensors = load_file(path)
+    for expert in range(3):
+        tensors[f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight"] *= 1.001
+    save_file(tensors, path, {"format": "pt"})
+    result = verify(*pair)
+    assert result.exit_code == 1
+    assert "Error: the MoE differs" in result.stderr
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_tensors_that_do_not_fit_are_errors(pair: tuple[Path, Path], change: str) -> None:
+    path, name = pair[1] / "model.safetensors", "model.layers.1.block_sparse_moe.gate.weight"
+    tensors = load_file(path)
+    if change == "missing":
+        del tensors[name]
+    else:
+        tensors["model.layers.1.stray.weight"] = torch.zeros(2)
+    save_file(tensors, path, {"format": "pt"})
+    result = verify(*pair)
+    assert result.exit_code == 1 and f"{change} tensor" in result.stderr
+
+
+def test_a_path_that_is_not_there(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    result = verify(pair[0], tmp_path / "nothing")
+    assert result.exit_code == 1 and "does not exist" in result.stderr

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import moeify
+from moeify.errors import VerificationError
+from tests.moeify import tiny
+
+
+class Constant(nn.Module):
+    """Answers with what it holds."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self) -> torch.Tensor:
+        return self.value
+
+
+def test_the_figures_are_those_of_the_definition() -> None:
+    before = torch.tensor([[1.0, -4.0, 2.0], [0.0, 3.0, 1.0]])
+    after = before + torch.tensor([[0.0, 0.0, 0.5], [0.0, -2.5, 0.0]])
+    report = moeify.verify(Constant(before), Constant(after), {})
+    assert (report.max_abs_diff, report.max_abs_logit, report.relative) == (2.5, 4.0, 0.625)
+    assert report.top1_agreement == 0.5
+    assert not report.passed and report.tolerance == 1e-5
+
+
+@pytest.mark.parametrize(("off", "passed"), [(0.9e-5, True), (1.1e-5, False)])
+def test_the_tolerance_is_a_limit(off: float, passed: bool) -> None:
+    before = torch.tensor([[1.0, 0.5]])
+    report = moeify.verify(Constant(before), Constant(before - torch.tensor([[0.0, off]])), {})
+    assert report.passed is passed
+
+
+def test_a_method_that_promises_nothing_is_measured_and_passes() -> None:
+    before = torch.ones(2, 3)
+    report = moeify.verify(Constant(before), Constant(2 * before), {}, exact=False)
+    assert report.passed and report.tolerance is None and report.relative == 1
+
+
+def test_nan_never_passes() -> None:
+    nan = torch.full((1, 2), torch.nan)
+    assert not moeify.verify(Constant(torch.ones(1, 2)), Constant(nan), {}).passed
+    assert not moeify.verify(Constant(nan), Constant(nan), {}, exact=False).passed
+
+
+def test_other_shapes_are_an_error() -> None:
+    with pytest.raises(VerificationError, match=r"\(1, 2\), the MoE \(1, 3\)"):
+        moeify.verify(Constant(torch.ones(1, 2)), Constant(torch.ones(1, 3)), {})
+
+
+def test_models_keep_their_mode_and_get_random_inputs() -> None:
+    dense, moe = tiny.build("vit").train(), tiny.build("vit").train()
+    report = moeify.verify(dense, moe)
+    assert report.relative == 0 and report.max_abs_logit > 0
+    assert dense.training and moe.training
+
+
+def test_a_model_without_floating_point_output_cannot_be_compared() -> None:
+    silent: Any = Constant(torch.ones(1, 2, dtype=torch.long))
+    with pytest.raises(VerificationError, match="no floating-point"):
+        moeify.verify(silent, silent, {})
