@@ -196,4 +196,6 @@ def why_not(family: Family, plan: Plan, config: Config) -> str | None:
         return f"{dense} of its layers stay dense, and every layer of {family.model_type} is an MoE"
     if not plan.config.renormalize and not family.any_layer:
         return f"{family.model_type} always renormalises the weights of the chosen experts"
+    if plan.config.router != "softmax" or plan.config.eval_capacity_factor is not None:
+        return f"{family.model_type} routes by top-k softmax without a capacity, and nothing else"
     return None

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
+from torch import fx, nn
 
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError, RefusedError
-from moeify.layers import Experts, SparseMoE, TopKRouter
+from moeify.layers import MoELayer
+from moeify.layers.batch import connect
+from moeify.layers.build import build_layer, start_router
 from moeify.methods.copy import copy_experts
 from moeify.plan import Plan, Site
 from moeify.planning import Survey, make_plan, survey
-from moeify.routers import router_init
 from moeify.trace import UNTRACED, Inputs, meta_twin, trace
 from moeify.weights import dense_ffn
 
@@ -60,7 +60,7 @@ def remember_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def apply_plan(model: nn.Module, plan: Plan, regions: Regions, *, fill: bool = True) -> nn.Module:
-    """Put a `SparseMoE` at every site of a plan.
+    """Put an MoE layer at every site of a plan.
 
     Args:
         model: The model that the plan was made for.
@@ -68,6 +68,7 @@ def apply_plan(model: nn.Module, plan: Plan, regions: Regions, *, fill: bool = T
         regions: Captured activations by the names of the FFN's parameters; needed for custom ones.
         fill: Compute the experts from the dense weights; False leaves zeros, for a state dict that is loaded next.
     """
+    made = {}
     for site in plan.sites:
         dense = model.get_parameter(site.down.parameter)
         layer = build_layer(site, plan.config, regions.get(site.parameters), dense)
@@ -77,37 +78,14 @@ def apply_plan(model: nn.Module, plan: Plan, regions: Regions, *, fill: bool = T
         model.set_submodule(site.path, layer)
         for path in site.through:
             model.set_submodule(path, nn.Identity())
+        made[site.path] = layer
+    connect(model, made)
     return model
 
 
-def build_layer(site: Site, config: MoEConfig, region: fx.GraphModule | None, like: Tensor) -> SparseMoE:
-    """Make the layer of a site with zero weights, on the device and in the dtype of `like`."""
-    custom = site.activation == "custom"
-    experts = Experts(
-        site.hidden,
-        site.intermediate,
-        experts=config.experts,
-        activation=site.activation,
-        gated=site.gated,
-        up_rows=sum(rows.count for rows in site.ups),
-        up_bias=site.up_bias,
-        down_bias=site.down.bias is not None,
-        region=region if custom else None,
-        region_widths=tuple(rows.count for rows in site.ups) if custom else (),
-        dropout=site.expert_dropout,
-        device=like.device,
-        dtype=like.dtype,
-    )
-    router = TopKRouter(
-        site.hidden, config.experts, config.top_k, renormalize=config.renormalize, device=like.device, dtype=like.dtype
-    )
-    return SparseMoE(router, experts, dropout=site.dropout)
-
-
 @torch.no_grad()
-def _fill(layer: SparseMoE, site: Site, config: MoEConfig, model: nn.Module) -> None:
+def _fill(layer: MoELayer, site: Site, config: MoEConfig, model: nn.Module) -> None:
     weights = copy_experts(dense_ffn(site, model.get_parameter), config.experts)
-    experts, router = layer.experts, layer.router
     values = {
         site.up_name: weights.up_EJH,
         "down_proj": weights.down_EHI,
@@ -116,13 +94,12 @@ def _fill(layer: SparseMoE, site: Site, config: MoEConfig, model: nn.Module) -> 
     }
     for name, value in values.items():
         if value is not None:
-            experts.get_parameter(name).copy_(value)
-    init_EH = router_init((config.experts, site.hidden), config.seed, f"{site.path}.router.weight")
-    router.get_parameter("weight").copy_(init_EH)
+            layer.experts.get_parameter(name).copy_(value)
+    start_router(layer)
 
 
 def check_replaceable(model: nn.Module, plan: Plan) -> None:
-    """Refuse, with names, what a replacement would silently lose: hooks, parametrizations, shared parameters.
+    """Refuse, with names, what a replacement would silently lose: hooks, shared parameters.
 
     Raises:
         RefusedError: one of them is in the way.
@@ -135,8 +112,6 @@ def check_replaceable(model: nn.Module, plan: Plan) -> None:
             for inner in model.get_submodule(path).modules():
                 if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks:
                     raise RefusedError(f"{path} has hooks, which would be lost: remove them, convert, register again")
-                if parametrize.is_parametrized(inner):
-                    raise RefusedError(f"{path} is parametrized: call remove_parametrizations on it first")
         for dense in site.parameters:
             tied = [n for n in names[id(model.get_parameter(dense))] if not _beside(n, site)]
             if tied:

@@ -12,6 +12,7 @@ from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
 from moeify.errors import CheckpointError
 from moeify.families import FAMILIES, MOEIFY, SHARED_WIDTH, layer_number
+from moeify.layers.start import StartValue, router_start
 from moeify.plan import Plan, Rows, Site, names_under
 from moeify.routers import router_init
 from moeify.skeleton import build_on_meta, checkpoint_names
@@ -100,8 +101,11 @@ class _Maker:
         """A site in moeify format: the state dict of the layer."""
         experts, dtype = self.plan.config.experts, self.site_dtype(site)
         rows = sum(r.count for r in site.ups)
-        router, up, down, *biases = names_under(site)
-        yield self.router(site, router)
+        up, down, *biases = names_under(site)
+        for name, start in router_start(self.plan.config, site.hidden, site.path).items():
+            kind = start.dtype or dtype
+            build = functools.partial(_start_value, start, kind)
+            yield OutTensor(f"{site.path}.router.{name}", kind, start.shape, (build,))
         ups = self.verbatim(site, site.ups) or (functools.partial(up_rows, site, self.read),)
         yield OutTensor(up, dtype, (experts, rows, site.hidden), ups * experts)
         yield OutTensor(
@@ -164,3 +168,7 @@ class _Maker:
         if site.transposed or any(r.step != 1 for r in rows) or any(self.stored_dtype(i) != i.dtype for i in infos):
             return None
         return tuple(Part(i.name, None if r.all else (r.start, r.stop)) for i, r in zip(infos, rows, strict=True))
+
+
+def _start_value(start: StartValue, dtype: str) -> torch.Tensor:
+    return start.build().to(torch_dtype(dtype))

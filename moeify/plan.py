@@ -170,8 +170,7 @@ def _site(data: dict[str, Any]) -> Site:
 
 
 def names_under(site: Site) -> Iterator[str]:
-    """Yield the full names of the converted layer's parameters, in the order of its state dict."""
-    yield f"{site.path}.router.weight"
+    """Yield the full names of the experts' parameters, in the order of the layer's state dict."""
     yield f"{site.path}.experts.{site.up_name}"
     yield f"{site.path}.experts.down_proj"
     if site.up_bias:

@@ -44,6 +44,9 @@ class MoeifyLoader(HfQuantizer):
         plan = Plan.from_dict(self.quantization_config.plan)
         custom = any(site.activation == "custom" for site in plan.sites)
         regions = survey(trace(model)).regions if custom else {}
+        if plan.config.router == "sigmoid":
+            untyped: Any = model  # whatever dtype is asked for: the bias's steps would be lost in bfloat16
+            untyped._keep_in_fp32_modules_strict = {*(untyped._keep_in_fp32_modules_strict or ()), "selection_bias"}
         return apply_plan(model, plan, regions, fill=False)
 
     def postprocess_model(self, model: nn.Module, **_: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The layer that stands where a dense FFN stood: a router, stacked experts, and what was around them.
+"""E FFNs of one shape, stacked: what a router's choice is applied to.
 
 Shape legend: T tokens, H hidden, I intermediate, J rows of the first weight (2I with a gate), E experts, K experts per
 token, S = T·K rows in the experts' order.
@@ -13,43 +13,7 @@ from torch import Tensor, nn
 from moeify.kernels import ops
 from moeify.kernels.activations import ACTIVATIONS
 from moeify.kernels.layout import routing_layout
-from moeify.routers import Routing, router_logits, softmax_topk
-
-
-class TopKRouter(nn.Module):
-    """Softmax over a linear projection, k experts per token (Shazeer et al. 2017 without noise; Mixtral).
-
-    Args:
-        hidden: H.
-        experts: E.
-        top_k: K.
-        renormalize: The chosen weights sum to 1.
-        device: Of the weight.
-        dtype: Of the weight; logits are float32 whatever it is.
-    """
-
-    def __init__(
-        self,
-        hidden: int,
-        experts: int,
-        top_k: int,
-        *,
-        renormalize: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.top_k, self.renormalize = top_k, renormalize
-        self.weight = nn.Parameter(torch.zeros(experts, hidden, device=device, dtype=dtype))
-
-    def forward(self, x_TH: Tensor) -> Routing:
-        """Route tokens (T, H)."""
-        return softmax_topk(router_logits(x_TH, self.weight), self.top_k, renormalize=self.renormalize)
-
-    def extra_repr(self) -> str:
-        """Describe the router in `repr`."""
-        order = "softmax over the chosen" if self.renormalize else "softmax over all"
-        return f"{self.weight.shape[1]} → {self.weight.shape[0]}, top-{self.top_k}, {order}"
+from moeify.routers import Routing
 
 
 class Experts(nn.Module):
@@ -155,27 +119,3 @@ class Experts(nn.Module):
         """Describe the experts in `repr`."""
         form = f"{self.activation} {'GLU' if self.gated else 'MLP'}"
         return f"{self.experts} x {form} {self.hidden} → {self.intermediate} → {self.hidden}"
-
-
-class SparseMoE(nn.Module):
-    """A sparse mixture of experts in the place of a dense FFN: same input, same output.
-
-    Args:
-        router: Tokens (T, H) in, `Routing` out.
-        experts: Tokens and routing in, (T, H) out.
-        dropout: Probability with which the dense FFN dropped its output, in training.
-    """
-
-    def __init__(self, router: nn.Module, experts: nn.Module, *, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.router, self.experts, self.dropout = router, experts, dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map activations (…, H) to (…, H)."""
-        x_TH = x.reshape(-1, x.shape[-1])
-        out_TH = self.experts(x_TH, self.router(x_TH))
-        return F.dropout(out_TH.view(x.shape), self.dropout, self.training)
-
-    def extra_repr(self) -> str:
-        """Describe the layer in `repr`."""
-        return f"dropout={self.dropout}" if self.dropout else ""

@@ -1,0 +1,89 @@
+"""What a model was called with, for the MoE layers inside it: the padding mask and the token ids.
+
+A layer sees activations only. The nearest module around it whose forward takes `input_ids` and `attention_mask` tells
+it of both, through a hook and one `Batch` that the layers below share.
+
+Shape legend: B sequences, L positions, T = B·L tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+_NAMES = ("input_ids", "attention_mask")
+
+
+class Batch:
+    """The arguments of the forward pass that is going on, or of the last one.
+
+    Args:
+        names: The positional parameters of the forward that it is told of.
+    """
+
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        self.names = names
+        self.token_ids: Tensor | None = None
+        self.mask: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take the arguments of a module's forward: a forward pre-hook."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.token_ids, self.mask = given.get("input_ids"), given.get("attention_mask")
+
+    def tokens(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the mask (T,) bool and the token ids (T,) for activations (B, L, H), each None where it does not fit.
+
+        While a cache is in use the mask covers earlier positions too: the last L are taken.
+        """
+        mask = _last(self.mask, x)
+        token_ids = _last(self.token_ids, x)
+        return None if mask is None else mask.reshape(-1) != 0, None if token_ids is None else token_ids.reshape(-1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": self.names, "token_ids": None, "mask": None}
+
+
+def _last(values: Tensor | None, x: Tensor) -> Tensor | None:
+    if not isinstance(values, Tensor) or values.dim() != 2 or x.dim() != 3:
+        return None
+    if values.shape[0] != x.shape[0] or values.shape[1] < x.shape[1]:
+        return None
+    return values[:, values.shape[1] - x.shape[1] :]
+
+
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether a module's forward takes token ids and a padding mask."""
+    parameters = inspect.signature(module.forward).parameters
+    return all(name in parameters for name in _NAMES)
+
+
+def connect(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Give layers the batch of the module around them.
+
+    Args:
+        model: The model.
+        layers: Layers with a `batch`, by their paths in it.
+    """
+    owners: dict[str, Batch] = {}
+    for path, layer in layers.items():
+        owner = _owner(model, path)
+        if owner is None:
+            continue
+        if owner not in owners:
+            module = model.get_submodule(owner)
+            owners[owner] = Batch(tuple(inspect.signature(module.forward).parameters))
+            module.register_forward_pre_hook(owners[owner], with_kwargs=True)
+        layer.batch = owners[owner]
+
+
+def _owner(model: nn.Module, path: str) -> str | None:
+    """The path of the nearest module around `path` that takes tokens."""
+    while path:
+        path = path.rpartition(".")[0]
+        if takes_tokens(model.get_submodule(path)):
+            return path
+    return None

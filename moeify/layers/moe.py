@@ -1,0 +1,154 @@
+"""The sparse layer: route, keep to the capacity, attach the losses, run the experts, remember what was routed.
+
+Shape legend: T tokens, H hidden, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moeify.capacity import drop_overflow, expert_capacity
+from moeify.config import MoEConfig
+from moeify.errors import MoeifyError
+from moeify.layers.balance import layer_losses, weighted_sum
+from moeify.layers.batch import Batch
+from moeify.layers.routing import Context, SigmoidRouter
+from moeify.losses import attach_loss
+from moeify.routers import Routing
+
+
+@dataclass
+class Record:
+    """What a layer computed in a forward pass.
+
+    Attributes:
+        routing: The router's choice, before capacity.
+        mask_T: (T,) bool, False for padding; None when all tokens are real.
+        sequences: B; the tokens are B sequences in a row.
+        dropped: Places that gave way, () int64; None without a limit.
+    """
+
+    routing: Routing
+    mask_T: Tensor | None
+    sequences: int
+    dropped: Tensor | None = None
+
+
+class MoELayer(nn.Module):
+    """What every layer has that stands where a dense FFN stood.
+
+    Args:
+        router: Chooses; its `config` is the layer's.
+        experts: Compute.
+        dropout: Probability with which the dense FFN dropped its output, in training.
+        path: The layer's place in the model, for messages.
+
+    Attributes:
+        batch: What the model was called with.
+        capacity_factor: The limit in training, None for none; may be changed at any time.
+        eval_capacity_factor: The limit in evaluation.
+        loss_scale: Multiplies the attached losses: what a script multiplies its own loss by before backward.
+        record: What the last forward pass computed; None before the first, and not kept by pickle or deepcopy.
+    """
+
+    def __init__(self, router: Any, experts: nn.Module, *, dropout: float = 0.0, path: str = "") -> None:
+        super().__init__()
+        self.router, self.experts, self.dropout, self.path = router, experts, dropout, path
+        config: MoEConfig = router.config
+        self.config = config
+        self.capacity_factor, self.eval_capacity_factor = config.capacity_factor, config.eval_capacity_factor
+        self.loss_scale = 1.0
+        self.batch = Batch()
+        self.record: Record | None = None
+
+    def losses(self) -> dict[str, Tensor]:
+        """Return the losses of the last forward pass, without their coefficients."""
+        record = self.record
+        return {} if record is None else self._losses(record)
+
+    def _losses(self, record: Record) -> dict[str, Tensor]:
+        return layer_losses(record.routing, self.config, mask_T=record.mask_T, sequences=max(record.sequences, 1))
+
+    def extra_repr(self) -> str:
+        """Describe the layer in `repr`."""
+        config = self.config
+        said = {
+            "dropout": self.dropout,
+            "aux_loss": config.aux_loss if config.attach_losses else 0,
+            "z_loss": config.z_loss if config.attach_losses else 0,
+            "capacity_factor": self.capacity_factor,
+            "eval_capacity_factor": self.eval_capacity_factor,
+        }
+        return ", ".join(f"{name}={value}" for name, value in said.items() if value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "record": None}  # its tensors hang on a graph, which can be neither copied nor saved
+
+
+class SparseMoE(MoELayer):
+    """A sparse mixture of experts in the place of a dense FFN: same input, same output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map activations (…, H) to (…, H).
+
+        Raises:
+            MoeifyError: a logit is NaN (looked for on the CPU only, where looking does not wait for a device).
+        """
+        x_TH = x.reshape(-1, x.shape[-1])
+        mask_T, token_ids_T = self.batch.tokens(x)
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        routing = self.router(x_TH, Context(mask_T, token_ids_T, factor))
+        self._refuse_nan(routing, mask_T)
+        record = Record(routing, mask_T, sequences=x.shape[0] if x.dim() == 3 else 1)
+        if factor is not None and not self.router.keeps_capacity:
+            routing, record.dropped = self._limit(routing, mask_T, factor)
+        if self.training and self.config.attach_losses:
+            routing = self._attach(routing, record)
+        self._remember(record)
+        out_TH = self.experts(x_TH, routing)
+        return F.dropout(out_TH.view(x.shape), self.dropout, self.training)
+
+    def _limit(self, routing: Routing, mask_T: Tensor | None, factor: float) -> tuple[Routing, Tensor]:
+        """Drop what exceeds the experts' capacity; padding takes none."""
+        ids_TK, config = routing.expert_ids_TK, self.config
+        if mask_T is not None:
+            ids_TK = ids_TK.masked_fill(~mask_T.unsqueeze(-1), config.experts)
+        capacity = expert_capacity(ids_TK.shape[0], config.experts, config.top_k, factor)
+        order: Any = config.drop_order
+        ids_TK, dropped = drop_overflow(ids_TK, routing.scores_TE, capacity, order=order)
+        return replace(routing, expert_ids_TK=ids_TK), dropped
+
+    def _attach(self, routing: Routing, record: Record) -> Routing:
+        loss = weighted_sum(self._losses(record), self.config)
+        if loss is None or not torch.is_grad_enabled():
+            return routing
+        return replace(routing, weights_TK=attach_loss(routing.weights_TK, loss * self.loss_scale))
+
+    def _remember(self, record: Record) -> None:
+        """Keep what was computed, once: not while exporting, nor when activation checkpointing computes it again."""
+        if torch.compiler.is_exporting() or _in_backward():
+            return
+        self.record = record
+        if self.training and isinstance(self.router, SigmoidRouter) and self.config.bias_rate:
+            self.router.count(record.routing, record.mask_T)
+
+    def _refuse_nan(self, routing: Routing, mask_T: Tensor | None) -> None:
+        logits_TE = routing.logits_TE
+        if logits_TE.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        nan_TE = torch.isnan(logits_TE if mask_T is None else logits_TE[mask_T])
+        if nan_TE.any():
+            raise MoeifyError(
+                f"{self.path or 'an MoE layer'}: {int(nan_TE.any(-1).sum())} of {len(nan_TE)} tokens have a NaN router "
+                "logit; look for what made the activations or the router's weight NaN"
+            )
+
+
+def _in_backward() -> bool:
+    """Whether the autograd engine is running on this thread: then a forward is the replay of an earlier one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
