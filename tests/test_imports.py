@@ -21,7 +21,7 @@ LAYERS = (
     "registration",
     "stream inplace graph_convert export verification overview evaluate",
     "planning outputs native cost",
-    "placement weights",
+    "placement weights stock_experts",
     "passes trace",
     "layers",
     "routers_joint",
