@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,7 @@ from torch import nn
 from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
 from moeify.registration import register
-from moeify.skeleton import model_class
-
-_NUMBER = re.compile(r"\.(\d+)\.")
+from moeify.skeleton import config_of, model_class
 
 
 def load(path: str | Path, **kwargs: Any) -> nn.Module:
@@ -36,42 +34,56 @@ def load(path: str | Path, **kwargs: Any) -> nn.Module:
     return _strictly(cls, path, **kwargs)
 
 
-def load_slice(source: Source, layers: int | None, **kwargs: Any) -> nn.Module:
+def load_slice(source: Source, cut: Slice | None, **kwargs: Any) -> nn.Module:
     """Load the first layers of a checkpoint in float32, with everything before and after them.
 
     Args:
         source: The opened checkpoint.
-        layers: How many layers; None loads all.
+        cut: Which layers to keep; None loads all.
         kwargs: For `from_pretrained`.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape.
     """
-    cls = model_class(source.config)
-    config = cls.config_class.from_dict(dict(source.config))
+    cls, config = model_class(source.config), config_of(source.config)
     wanted = list(source.tensors)
-    if layers is not None:
-        _cut(config, layers)
-        wanted = [name for name in wanted if (numbered_layer(name) or 0) < layers]
+    if cut is not None:
+        _cut(config, cut)
+        wanted = [name for name in wanted if cut.keeps(name)]
     tensors = {name: source.read(name) for name in wanted}
     return _strictly(cls, None, config=config, state_dict=tensors, dtype=torch.float32, **kwargs)
 
 
-def numbered_layer(name: str) -> int | None:
-    """Return the first number in a dotted name (`model.layers.3.mlp` → 3), None when there is none."""
-    found = _NUMBER.search(name)
-    return int(found[1]) if found else None
+@dataclass(frozen=True)
+class Slice:
+    """The first layers of a stack.
+
+    Attributes:
+        stack: What stands before the number in the names of its tensors, `model.layers.` for example.
+        layers: How many of them.
+    """
+
+    stack: str
+    layers: int
+
+    def keeps(self, name: str) -> bool:
+        """Whether a tensor or module is outside the stack or in one of its first layers."""
+        number = name.removeprefix(self.stack).split(".")[0]
+        return not (name.startswith(self.stack) and number.isdigit() and int(number) >= self.layers)
 
 
-def _cut(config: Any, layers: int) -> None:
+def _cut(config: Any, cut: Slice) -> None:
     """Make a config describe its first layers only."""
     depth = config.num_hidden_layers
     for field, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == depth:
-            setattr(config, field, value[:layers])
+            setattr(config, field, value[: cut.layers])
     if getattr(config, "mlp_only_layers", None):
-        config.mlp_only_layers = [i for i in config.mlp_only_layers if i < layers]
-    config.num_hidden_layers = layers
+        config.mlp_only_layers = [i for i in config.mlp_only_layers if i < cut.layers]
+    config.num_hidden_layers = cut.layers
     entry = getattr(config, "quantization_config", None)
     if entry:
-        sites = [site for site in entry["plan"]["sites"] if (numbered_layer(site["path"]) or 0) < layers]
+        sites = [site for site in entry["plan"]["sites"] if cut.keeps(site["path"])]
         config.quantization_config = {**entry, "plan": {**entry["plan"], "sites": sites}}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 
 from moeify.checkpoint.source import Source, open_source
 from moeify.config import MoEConfig
-from moeify.loading import load, load_slice, numbered_layer
+from moeify.loading import Slice, load, load_slice
 from moeify.plan import Plan
+from moeify.skeleton import build_on_meta, checkpoint_names, config_of
 from moeify.verification import VerifyReport, verify
 
 _SLICE = 2  # converted layers in a slice
+_NUMBERED = re.compile(r"(?P<stack>(?:[^.]+\.)*?)(?P<number>\d+)\.")
 _PLAIN = {"experts_implementation": "eager"}  # transformers' default needs widths of whole 16 bytes
 
 
@@ -47,18 +51,29 @@ def verify_slice(source: Source, moe: Path, plan: Plan) -> VerifyReport:
     Raises:
         CheckpointError: a tensor of either is missing or unexpected.
     """
-    layers = _slice_length(source, plan)
+    after = _slice(source, plan)
+    before = None if after is None else replace(after, stack=_stack_on_disk(source, plan))
     with open_source(moe) as converted:
-        before, after = load_slice(source, layers), load_slice(converted, layers, **_PLAIN)
-        return verify(before, after, exact=plan.config.exact)
+        dense_model, moe_model = load_slice(source, before), load_slice(converted, after, **_PLAIN)
+        return verify(dense_model, moe_model, exact=plan.config.exact)
 
 
-def _slice_length(source: Source, plan: Plan) -> int | None:
-    """How many layers to keep; None to keep all."""
-    numbers = [numbered_layer(site.path) for site in plan.sites]
-    if source.config.get("is_encoder_decoder") or None in numbers:
+def _slice(source: Source, plan: Plan) -> Slice | None:
+    """The layers up to the second converted one; None when the converted FFNs are not in one stack that can be cut."""
+    numbered = [found for site in plan.sites if (found := _NUMBERED.match(site.path))]
+    stacks = {found["stack"] for found in numbered}
+    if len(numbered) < len(plan.sites) or len(stacks) > 1 or not hasattr(config_of(source.config), "num_hidden_layers"):
         return None
-    return sorted(n for n in numbers if n is not None)[:_SLICE][-1] + 1
+    numbers = sorted(int(found["number"]) for found in numbered)
+    return Slice(stacks.pop(), numbers[:_SLICE][-1] + 1)
+
+
+def _stack_on_disk(source: Source, plan: Plan) -> str:
+    """How the tensors of the first converted layer begin in the dense checkpoint, whose names may be older."""
+    names = checkpoint_names(build_on_meta(source.config), source.tensors)
+    stored = next(stored for stored, name in names.items() if name == plan.sites[0].down.parameter)
+    found = _NUMBERED.match(stored)
+    return found["stack"] if found else ""
 
 
 def _tokens(folder: Path, text: str) -> dict[str, Any]:

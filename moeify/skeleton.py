@@ -45,15 +45,20 @@ def build_on_meta(config: dict[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: nn.Module = cls(cls.config_class.from_dict(dict(config)))
+            model: nn.Module = cls(config_of(config))
             return model.eval()
     except Exception as error:  # whatever transformers stumbles over, the config is what the user can change
         raise MoeifyError(f"{cls.__name__} cannot be built from config.json: {error}") from error
 
 
+def config_of(config: dict[str, Any]) -> Any:
+    """Return transformers' configuration object for the contents of a `config.json`."""
+    return model_class(config).config_class.from_dict(dict(config))
+
+
 def full_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return a `config.json` with every default that its class fills in."""
-    data: dict[str, Any] = model_class(config).config_class.from_dict(dict(config)).to_dict()
+    data: dict[str, Any] = config_of(config).to_dict()
     return data
 
 

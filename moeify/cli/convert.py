@@ -187,8 +187,11 @@ def _write(
         nonfinite=nonfinite,
         unused=lambda name: console.print(f"note: the model has no place for {name}; it is left out"),
     )
-    with progress:
-        convert_checkpoint(source, dst, plan, watch=watch, check=check, **options)
+    try:
+        with progress:
+            convert_checkpoint(source, dst, plan, watch=watch, check=check, **options)
+    except KeyboardInterrupt as stop:
+        raise CheckpointError(f"interrupted; {dst} was not made: run again with --resume to go on") from stop
 
 
 def _prove(source: Source, folder: Path, plan: Plan, console: Console) -> dict[str, Any]:
