@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeify.config import MoEConfig
+    from moeify.export import OnnxReport, export_onnx
     from moeify.inplace import convert
     from moeify.errors import MoeifyError
     from moeify.loading import load
@@ -24,16 +25,30 @@ __version__ = "0.1.0"
 _HOME = {
     "MoEConfig": "config",
     "MoeifyError": "errors",
+    "OnnxReport": "export",
     "Plan": "plan",
     "VerifyReport": "verification",
     "convert": "inplace",
+    "export_onnx": "export",
     "find_ffns": "planning",
     "load": "loading",
     "register": "registration",
     "verify": "verification",
 }
 
-__all__ = ["MoEConfig", "MoeifyError", "Plan", "VerifyReport", "convert", "find_ffns", "load", "register", "verify"]
+__all__ = [
+    "MoEConfig",
+    "MoeifyError",
+    "OnnxReport",
+    "Plan",
+    "VerifyReport",
+    "convert",
+    "export_onnx",
+    "find_ffns",
+    "load",
+    "register",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,110 @@
+"""A captured model becomes an ONNX graph with opaque expert nodes, named as the model names its weights."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch.export import Dim
+
+from moeify.errors import RefusedError
+from moeify.export.capture import Interface
+from moeify.export.standard import OPSET
+from moeify.export.translate import translations
+from moeify.stock_experts import through_moeify
+
+_PREFIX = "model."  # the attribute under which the wrapper holds the model
+
+
+def to_onnx(captured: Interface) -> ir.Model:
+    """Trace and translate.
+
+    Returns:
+        A model in IR whose experts are opaque nodes (see `moeify.export.translate`); weights are not copied.
+
+    Raises:
+        RefusedError: torch.export or the translation cannot carry the model; the message names the place.
+    """
+    with _undisturbed(), through_moeify(captured.module.model):  # type: ignore[arg-type]
+        program = _trace(captured)
+        try:
+            translated = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                input_names=list(captured.inputs),
+                output_names=list(captured.outputs),
+                custom_translation_table=translations(),
+                opset_version=OPSET,
+                verbose=False,
+            )
+        except Exception as error:
+            raise RefusedError(f"the model has an operator that ONNX cannot express: {_cause(error)}") from error
+    assert translated is not None
+    model: ir.Model = translated.model
+    _name(model.graph, captured)
+    return model
+
+
+def _trace(captured: Interface) -> torch.export.ExportedProgram:
+    shapes = tuple(dict.fromkeys(captured.axes[name], Dim.DYNAMIC) for name in captured.inputs)
+    try:
+        return torch.export.export(
+            captured.module, tuple(captured.inputs.values()), dynamic_shapes=(shapes,), strict=False
+        )
+    except Exception as error:
+        model = type(captured.module.model).__name__
+        raise RefusedError(f"torch.export cannot trace {model}: {_cause(error)}{_place(error)}") from error
+
+
+def _name(graph: ir.Graph, captured: Interface) -> None:
+    """Give weights the names of the state dict, and dimensions theirs; drop shapes that other names are in."""
+    for name, value in list(graph.initializers.items()):
+        if name.startswith(_PREFIX):
+            value.name = name.removeprefix(_PREFIX)
+    for values, axes in ((graph.inputs, captured.axes), (graph.outputs, captured.output_axes)):
+        for value in values:
+            _name_dimensions(value, axes.get(str(value.name), {}))
+
+
+def _name_dimensions(value: ir.Value, names: Mapping[int, str]) -> None:
+    if value.shape is None or not names:
+        return
+    value.shape = ir.Shape([names.get(axis, size) for axis, size in enumerate(value.shape)])
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the error at the bottom."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}"
+
+
+def _place(error: BaseException) -> str:
+    """Where the model's own code stood, if it did."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    library = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(library)]
+    return f" (in {frames[-1].name}, {frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep the exporter's notices and warnings from the caller."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

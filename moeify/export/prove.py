@@ -1,0 +1,181 @@
+"""The proof of an export: ONNX Runtime beside PyTorch, on shapes and routings that the trace never saw.
+
+A decoder is run in pieces, with the keys and values that ONNX Runtime itself gave, and compared with one forward of
+the whole sequence without a cache: so a wrong cache, mask or position shows.
+
+Shape legend: B batch, L tokens of the whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moeify.export.capture import Interface, flat_outputs, quiet
+
+_DECODER_CASES = ((1, (1, 1, 1), 0), (2, (7, 1, 3), 0), (3, (5, 1, 1), 3))  # batch, pieces, padding of the first row
+_PLAIN_CASES = ((1, 1), (1, 9), (3, 5))  # batch, sequence
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What was measured.
+
+    Attributes:
+        max_abs_diff: Largest absolute difference.
+        max_abs: Largest absolute value of PyTorch's.
+        top1_agreement: Share of rows whose largest value is at the same place.
+        cases: The shapes that were run.
+    """
+
+    max_abs_diff: float
+    max_abs: float
+    top1_agreement: float
+    cases: tuple[str, ...]
+
+    @property
+    def relative(self) -> float:
+        """Largest difference by largest value."""
+        return self.max_abs_diff / self.max_abs if self.max_abs else self.max_abs_diff
+
+
+@torch.no_grad()
+def expected_cases(model: nn.Module, captured: Interface) -> list[Case]:
+    """Make the inputs of the proof and run PyTorch on them, as the model is outside the export.
+
+    Args:
+        model: In evaluation mode, with its own implementation of attention and experts.
+        captured: What is exported.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if captured.cached:
+        return [_decoder_case(model, captured, generator, *shape) for shape in _DECODER_CASES]
+    return [_plain_case(model, captured, generator, *shape) for shape in _PLAIN_CASES]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the proof.
+
+    Attributes:
+        label: Its shapes, for people.
+        inputs: Whole inputs by name, without keys and values.
+        pieces: How many tokens go in at a time; empty for a single run.
+        live: Rows of the outputs that count, or None for all.
+        outputs: What PyTorch gives, by name of output.
+    """
+
+    label: str
+    inputs: Mapping[str, Tensor]
+    pieces: tuple[int, ...]
+    live: Tensor | None
+    outputs: Mapping[str, Tensor]
+
+
+def compare(session: Any, captured: Interface, cases: list[Case]) -> Difference:
+    """Run an ONNX Runtime session on the cases.
+
+    Args:
+        session: An `onnxruntime.InferenceSession` of the exported file.
+        captured: What was exported.
+        cases: From `expected_cases`.
+    """
+    largest, scale, agreed, rows = 0.0, 0.0, 0, 0
+    for case in cases:
+        actual = _run_pieces(session, captured, case) if case.pieces else _run(session, case.inputs)
+        for name, want in case.outputs.items():
+            got = torch.from_numpy(actual[name]).double()
+            want = want.double()
+            if case.live is not None:
+                got, want = got[case.live], want[case.live]
+            difference = (got - want).abs().max().item() if want.numel() else 0.0
+            largest = max(largest, difference) if difference == difference else float("nan")
+            scale = max(scale, want.abs().max().item())
+            same = got.argmax(-1) == want.argmax(-1)
+            agreed, rows = agreed + int(same.sum()), rows + same.numel()
+    return Difference(largest, scale, agreed / rows, tuple(case.label for case in cases))
+
+
+def _decoder_case(
+    model: nn.Module, captured: Interface, generator: torch.Generator, batch: int, pieces: tuple[int, ...], padding: int
+) -> Case:
+    length = sum(pieces)
+    ids_BL = torch.randint(0, captured.vocabulary, (batch, length), generator=generator)
+    mask_BL = torch.ones_like(ids_BL)
+    mask_BL[0, :padding] = 0
+    given = {
+        "input_ids": ids_BL,
+        "attention_mask": mask_BL,
+        "position_ids": (mask_BL.cumsum(-1) - 1).clamp(min=0),
+    }
+    inputs = {name: given[name] for name in captured.inputs if name in given}
+    untyped: Any = model
+    logits = untyped(**_on(model, inputs), use_cache=False).logits.cpu()
+    return Case(
+        f"{batch} x {'+'.join(map(str, pieces))}{' padded' * bool(padding)}",
+        inputs, pieces, mask_BL.bool(), {"logits": logits},
+    )  # fmt: skip
+
+
+def _plain_case(model: nn.Module, captured: Interface, generator: torch.Generator, batch: int, sequence: int) -> Case:
+    inputs = {n: _filled(captured, n, batch, sequence, generator) for n in captured.inputs}
+    output = flat_outputs(model(**_on(model, inputs), **quiet(model)))
+    return Case(f"{batch} x {sequence}", inputs, (), None, {name: t.cpu() for name, t in output.items()})
+
+
+def _filled(captured: Interface, name: str, batch: int, sequence: int, generator: torch.Generator) -> Tensor:
+    """Random values for an input: token ids, segments, a mask with some padding, or normal numbers."""
+    example = captured.inputs[name]
+    sizes = {"batch": batch, "sequence": sequence}
+    shape = [sizes.get(captured.axes[name].get(axis, ""), size) for axis, size in enumerate(example.shape)]
+    if example.is_floating_point():
+        return torch.randn(shape, generator=generator).to(example.dtype)
+    if example.dtype == torch.bool:
+        return torch.ones(shape, dtype=torch.bool)
+    if name.endswith("mask"):
+        lengths = torch.randint(1, shape[-1] + 1, (*shape[:-1], 1), generator=generator)
+        return (torch.arange(shape[-1]) < lengths).to(example.dtype)
+    limit = 2 if name == "token_type_ids" else captured.vocabulary or int(example.max()) + 1
+    return torch.randint(0, limit, shape, generator=generator, dtype=example.dtype)
+
+
+def _on(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def _run(session: Any, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    wanted = {argument.name for argument in session.get_inputs()}
+    feed = {name: tensor.numpy() for name, tensor in inputs.items() if name in wanted}
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, feed), strict=True))
+
+
+def _run_pieces(session: Any, captured: Interface, case: Case) -> dict[str, np.ndarray]:
+    """Feed a sequence piece by piece, each with the keys and values that the one before gave."""
+    batch = case.inputs["input_ids"].shape[0]
+    state = {
+        name: example.new_zeros(batch, example.shape[1], 0, example.shape[3])
+        for name, example in captured.inputs.items()
+        if name.startswith("past_key_values.")
+    }
+    logits, start = [], 0
+    for stop in _ends(case.pieces):
+        piece = {n: t[:, :stop] if n == "attention_mask" else t[:, start:stop] for n, t in case.inputs.items()}
+        outputs = _run(session, {**{n: t.contiguous() for n, t in piece.items()}, **state})
+        logits.append(outputs["logits"])
+        state = {name: torch.from_numpy(outputs[name.replace("past_key_values", "present")]) for name in state}
+        start = stop
+    return {"logits": np.concatenate(logits, axis=1)}
+
+
+def _ends(pieces: tuple[int, ...]) -> Iterator[int]:
+    end = 0
+    for piece in pieces:
+        end += piece
+        yield end

@@ -1,0 +1,81 @@
+"""An ONNX file that appears whole or not at all: written and proved in a hidden folder beside its place, then renamed.
+
+Weights above `_IN_ONE_FILE` go into `NAME.onnx.data` beside it (a protobuf holds no more than 2 GB).
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+
+from moeify.errors import CheckpointError
+
+_IN_ONE_FILE = 10**9
+_SMALLEST_OUTSIDE = 1024  # bytes; shapes and scalars stay in the graph, where shape inference sees them
+
+
+def data_file(path: Path) -> Path:
+    """Return where the weights of a large model lie."""
+    return path.with_name(f"{path.name}.data")
+
+
+@contextmanager
+def staged_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields a path to write to, which becomes `path` when the block ends without an error; else nothing is left.
+
+    Args:
+        path: The ONNX file.
+        overwrite: Replace it, and the data file beside it, if it exists.
+
+    Raises:
+        CheckpointError: `path` exists or is a folder, or cannot be written, or the disk is full.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name the file, for example {path / 'model.onnx'}")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists: choose another name, or overwrite it (--overwrite)")
+    folder = path.with_name(f".{path.name}.moeify-partial")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder / path.name
+        _swap_in(folder, path)
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        why = "the disk became full; free some space and run again" if full else error.strerror or str(error)
+        raise CheckpointError(f"{path} cannot be written: {why}; nothing was left") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write(model: ir.Model, path: Path) -> None:
+    """Save a model, with its weights outside where one file cannot hold them; they are read one at a time.
+
+    Raises:
+        CheckpointError: the disk has too little space.
+    """
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise CheckpointError(
+            f"not enough space for {path.name}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
+        )
+    if size <= _IN_ONE_FILE:
+        ir.save(model, path)
+    else:
+        ir.save(model, path, external_data=data_file(path).name, size_threshold_bytes=_SMALLEST_OUTSIDE)
+
+
+def _swap_in(folder: Path, path: Path) -> None:
+    """Move the files to their places; a graph never stands beside weights that are not its own."""
+    path.unlink(missing_ok=True)
+    data_file(path).unlink(missing_ok=True)
+    new_data = data_file(folder / path.name)
+    if new_data.exists():
+        new_data.rename(data_file(path))
+    (folder / path.name).rename(path)
