@@ -52,7 +52,7 @@ class Resources:
 
     Attributes:
         registers: per thread.
-        spill: bytes per thread written to and read from local memory because registers ran out.
+        spill: bytes of stack per thread; these kernels have no other use for one.
         shared: bytes per block.
         fits: whether that is within the limit.
         ctas: blocks that one multiprocessor can hold (compute unit, on AMD: waves per SIMD).
@@ -76,8 +76,8 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], architecture: str, ti
     names = list(kernel.arg_names)
     signature = {n: arguments[n] if _is_type(arguments[n]) else "constexpr" for n in names}
     constants = {n: arguments[n] for n in names if signature[n] == "constexpr"}
-    # Pointers and strides are multiples of 16, as torch's are: else loads are scalar and nothing is asynchronous.
-    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n.startswith("stride")]
+    # Pointers, strides and widths are multiples of 16: else loads are scalar and nothing is asynchronous.
+    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n != "tiles"]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[names[i]] != "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     amd = architecture.startswith("gfx")
@@ -99,14 +99,10 @@ def _is_type(value: Any) -> bool:
 def _nvidia(compiled: Any, capability: int) -> Resources:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
         usage = _run(tools / "cuobjdump", "--dump-resource-usage", cubin)
         code = _run(tools / "nvdisasm", "-c", cubin)
-        name = _first(r"\.target\s+(sm_\w+)", compiled.asm["ptx"])
-        assembler = tools / ("ptxas-blackwell" if capability >= 90 else "ptxas")
-        report = _run(assembler, "-v", f"--gpu-name={name}", ptx, "-o", "/dev/null")
     registers, shared, warps = int(_first(r"REG:(\d+)", usage)), compiled.metadata.shared, compiled.metadata.num_warps
     limits = LIMITS[capability]
     warp_registers = -(-registers * 32 // 256) * 256  # allocated 256 at a time
@@ -114,7 +110,7 @@ def _nvidia(compiled: Any, capability: int) -> Resources:
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
     return Resources(
         registers=registers,
-        spill=sum(int(n) for n in re.findall(r"(\d+) bytes spill", report)),
+        spill=int(_first(r"STACK:(\d+)", usage)),
         shared=shared,
         fits=shared <= limits.block_shared,
         ctas=ctas,

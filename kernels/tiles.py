@@ -1,6 +1,7 @@
-"""Which tile each kernel uses: data, chosen from what the static report allows (docs/kernels.md).
+"""Which tile each kernel uses: data, from what the static report allows (`docs/kernels.md`).
 
-Shape legend for a tile: m rows, n columns of the output, k the dimension that is summed.
+In the table a tile spills no registers, fits shared memory and leaves room for a CTA; the report checks it. Among those
+the order of preference is: tensor-core instructions of full width, then CTAs per SM, then stages. Nothing was timed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a tile and how the compiler schedules it."""
+    """The shape of a tile (rows m, columns n, summed k) and how the compiler schedules it."""
 
     m: int
     n: int
@@ -20,7 +21,91 @@ class Tile:
     group_m: int = 8
 
 
-SAFE = {m: Tile(m, 64, 32, 4, 2) for m in (16, 32, 64, 128)}
+Table = dict[str, dict[int, Tile]]
+
+# By kernel, then by the height of a tile of rows; "weights" has no rows to fit.
+_AMPERE: Table = {
+    "up": {
+        16: Tile(16, 64, 64, 4, 4),
+        32: Tile(32, 64, 64, 4, 4),
+        64: Tile(64, 64, 64, 4, 3),
+        128: Tile(128, 64, 64, 8, 3),
+    },
+    "rows": {
+        16: Tile(16, 64, 128, 4, 3),
+        32: Tile(32, 128, 64, 4, 3),
+        64: Tile(64, 128, 64, 4, 3),
+        128: Tile(128, 128, 64, 8, 3),
+    },
+    "down_backward": {
+        16: Tile(16, 64, 64, 4, 4),
+        32: Tile(32, 64, 64, 4, 4),
+        64: Tile(64, 64, 64, 4, 3),
+        128: Tile(128, 64, 64, 8, 3),
+    },
+    "weights": {128: Tile(128, 128, 32, 8, 5)},
+}
+_SMALL_SHARED: Table = {  # 99 KB a block: sm_86, sm_89, sm_120
+    "up": {
+        16: Tile(16, 64, 64, 4, 4),
+        32: Tile(32, 64, 64, 4, 3),
+        64: Tile(64, 64, 64, 4, 2),
+        128: Tile(128, 64, 32, 8, 3),
+    },
+    "rows": {
+        16: Tile(16, 64, 128, 4, 3),
+        32: Tile(32, 128, 64, 4, 3),
+        64: Tile(64, 128, 32, 4, 3),
+        128: Tile(128, 128, 32, 8, 3),
+    },
+    "down_backward": {
+        16: Tile(16, 64, 64, 4, 4),
+        32: Tile(32, 64, 64, 4, 3),
+        64: Tile(64, 64, 64, 4, 2),
+        128: Tile(128, 64, 32, 8, 3),
+    },
+    "weights": {128: Tile(128, 128, 32, 8, 4)},
+}
+_HOPPER: Table = {
+    "up": {
+        16: Tile(16, 64, 64, 4, 4),
+        32: Tile(32, 64, 64, 4, 4),
+        64: Tile(64, 64, 64, 4, 3),
+        128: Tile(128, 128, 64, 8, 3),
+    },
+    "rows": {
+        16: Tile(16, 64, 128, 4, 3),
+        32: Tile(32, 128, 64, 4, 3),
+        64: Tile(64, 128, 64, 4, 4),
+        128: Tile(128, 128, 64, 8, 4),
+    },
+    "down_backward": {
+        16: Tile(16, 64, 64, 4, 4),
+        32: Tile(32, 64, 64, 4, 4),
+        64: Tile(64, 64, 64, 4, 3),
+        128: Tile(128, 64, 64, 8, 3),
+    },
+    "weights": {128: Tile(128, 128, 64, 8, 3)},
+}
+_CDNA3: Table = {  # 64 KB of LDS; the compiler pipelines loads through registers
+    kernel: {m: Tile(m, 64, 64 if m < 128 else 32, 4 if m < 128 else 8, 2) for m in heights}
+    for kernel, heights in {
+        "up": (16, 32, 64, 128),
+        "rows": (16, 32, 64, 128),
+        "down_backward": (16, 32, 64, 128),
+        "weights": (128,),
+    }.items()
+}
+TILES: dict[str, Table] = {
+    "sm_80": _AMPERE,
+    "sm_86": _SMALL_SHARED,
+    "sm_89": _SMALL_SHARED,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "sm_120": _SMALL_SHARED,
+    "gfx942": _CDNA3,
+}
+UNKNOWN = _SMALL_SHARED  # what an architecture that the table does not know gets: it fits everywhere
 
 
 def row_tile(pairs: int, experts: int) -> int:
@@ -30,10 +115,14 @@ def row_tile(pairs: int, experts: int) -> int:
 
 
 def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int) -> Tile:
-    """Return the tile of `kernel` for tiles of `m` rows, no wider than the matrix needs."""
-    tile = SAFE[m]
-    return replace(tile, n=min(tile.n, _at_least_16(n)), k=min(tile.k, _at_least_16(k)))
+    """Return the tile of `kernel` for tiles of `m` rows, no wider than the matrix and no deeper than its type allows.
+
+    The table is for types of two bytes. Four bytes halve the depth, so that shared memory holds as many stages.
+    """
+    tile = TILES.get(architecture, UNKNOWN)[kernel][m]
+    depth = tile.k if itemsize <= 2 else max(tile.k // 2, 16)
+    return replace(tile, n=min(tile.n, _power_of_two(n)), k=min(depth, _power_of_two(k)))
 
 
-def _at_least_16(width: int) -> int:
+def _power_of_two(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())

@@ -1,8 +1,8 @@
 """Block-sparse topology of expert computation: the MegaBlocks formulation (arXiv:2211.15841) without its padding.
 
 With rows sorted by expert, the hidden activation of all experts is one matrix of S rows and E*F columns, of which each
-row fills only its expert's F columns. Cut in blocks, the filled ones are known from the routing alone. Blocks at the end
-of an expert's rows or columns are partial: they are stored whole, zero outside, so no dense matrix is ever padded.
+row fills only its expert's F columns. Cut in blocks, the filled ones are known from the routing alone. Blocks at the
+end of an expert's rows or columns are partial: they are stored whole, zero outside, so no dense matrix is ever padded.
 
 Shape legend: S sorted rows, E experts, F columns per expert, B block size, L block rows (a bound known on the host),
 C block columns of all experts, G = cdiv(F, B) block columns of one expert, N = L * G blocks. A trailing 1 is plus one.

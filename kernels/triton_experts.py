@@ -127,6 +127,7 @@ def _options(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[st
     tile = tiles.choose(kernel, architecture(), m, n, k, dtype.itemsize)
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
+        "EVEN": k % tile.k == 0,
         "BM": tile.m,
         "BN": tile.n,
         "BK": tile.k,
@@ -152,7 +153,7 @@ def _up(
     gated: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    x_TH, up_EJH = _unit_stride(x_TH), _unit_stride(up_EJH)
+    x_TH = _unit_stride(x_TH)
     bias = up_EJH if up_bias_EJ is None else _unit_stride(up_bias_EJ)
     (experts, rows, hidden), pairs = up_EJH.shape, order_S.shape[0]
     inner = rows // 2 if gated else rows
@@ -162,7 +163,7 @@ def _up(
     count = tile.expert_L.shape[0]
     up_kernel[(count * triton.cdiv(inner, options["BN"]),)](
         x_TH, up_EJH, bias, order_S, offsets_E1, tile.expert_L, tile.row_L, z_SJ, a_SI, count,
-        x_TH.stride(0), up_EJH.stride(0), up_EJH.stride(1), bias.stride(0),
+        x_TH.stride(0), *up_EJH.stride(), bias.stride(0),
         HIDDEN=hidden, INNER=inner, TOP_K=top_k, ACTIVATION=activation, GATED=gated,
         HAS_BIAS=up_bias_EJ is not None, KEEP=keep, **options,
     )  # fmt: skip
@@ -179,7 +180,7 @@ def _rows(p_SK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, offsets_E1: Tenso
     count = tile.expert_L.shape[0]
     rows_kernel[(count * triton.cdiv(width, options["BN"]),)](
         p_SK, w_EKN, bias, offsets_E1, tile.expert_L, tile.row_L, y_SN, count,
-        p_SK.stride(0), *w_EKN.stride(), bias.stride(0), K=inner, N=width, HAS_BIAS=bias_EN is not None, **options,
+        p_SK.stride(0), *w_EKN.stride(), bias.stride(0), depth=inner, N=width, HAS_BIAS=bias_EN is not None, **options,
     )  # fmt: skip
     return y_SN
 
@@ -195,7 +196,7 @@ def _down_backward(
     gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dz_SJ, weight * a_SI, dweight_S)`; the last is fp32, without the bias."""
-    down_EHI, (experts, hidden, inner), pairs = _unit_stride(down_EHI), down_EHI.shape, order_S.shape[0]
+    (experts, hidden, inner), pairs = down_EHI.shape, order_S.shape[0]
     options = _options("down_backward", tiles.row_tile(pairs, experts), inner, hidden, grad_TH.dtype)
     tile = tile_map(offsets_E1, pairs, options["BM"])
     count, columns = tile.expert_L.shape[0], triton.cdiv(inner, options["BN"])
@@ -203,7 +204,7 @@ def _down_backward(
     partial = z_SJ.new_empty((pairs, columns), dtype=torch.float32)
     down_backward_kernel[(count * columns,)](
         grad_TH, down_EHI, z_SJ, weights_TK, order_S, offsets_E1, tile.expert_L, tile.row_L, dz_SJ, as_SI, partial,
-        count, grad_TH.stride(0), down_EHI.stride(0), down_EHI.stride(1),
+        count, grad_TH.stride(0), *down_EHI.stride(),
         HIDDEN=hidden, INNER=inner, TOP_K=weights_TK.shape[1], ACTIVATION=activation, GATED=gated, **options,
     )  # fmt: skip
     return dz_SJ, as_SI, partial.sum(1)
@@ -214,6 +215,7 @@ def _weights(left: Tensor, right: Tensor, order_S: Tensor, offsets_E1: Tensor, t
     left, right, experts = _unit_stride(left), _unit_stride(right), offsets_E1.shape[0] - 1
     (_, m), (_, n) = left.shape, right.shape
     options = _options("weights", 128, m, n, left.dtype)
+    del options["EVEN"]
     dw_EMN = left.new_empty(experts, m, n)
     weights_kernel[(triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]), experts)](
         left, right, order_S, offsets_E1, dw_EMN, left.stride(0), right.stride(0),

@@ -3,7 +3,9 @@
 The dataflow is SonicMoE's (arXiv:2512.14080). Rules kept by every kernel: int32 metadata and int64 addresses; fp32
 accumulators, one `tl.dot` per accumulator and iteration (two chained into one are miscompiled for sm_100 by Triton 3.6
 to 3.8); arithmetic in fp32; no atomics. Rows past the end of an expert read its last row again, so inner loops need
-masks only where a width is not a multiple of the tile.
+masks only where a width is not a multiple of the tile (EVEN says that the summed one is). Addresses are a 64-bit base
+per tile plus 32-bit offsets within it. HIDDEN is a constant, which saves registers; `depth` is not, because the compiler
+would unroll its shorter loop whole.
 
 Shape legend: T tokens, K choices per token, S = T*K pairs in sorted order, E experts, H hidden, I intermediate (inner),
 J = 2*I if gated else I, M and N tiles of the output, K (in BK) the dimension that is summed.
@@ -21,10 +23,11 @@ from moeify.kernels.triton_math import activate, swizzle
 
 @triton.jit
 def up_kernel(
-    X, W, BIAS, ORDER, OFFSETS, TILE_EXPERT, TILE_ROW, Z, A, tiles, stride_x, stride_we, stride_wn, stride_b,
+    X, W, BIAS, ORDER, OFFSETS, TILE_EXPERT, TILE_ROW, Z, A, tiles, stride_x, stride_we, stride_wn, stride_wk, stride_b,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A_SI = act(Z) or act(gate) * up, where Z_SJ = X[token] W_EJH^T + bias. Z is written if KEEP.
 
@@ -34,51 +37,59 @@ def up_kernel(
     expert = tl.load(TILE_EXPERT + pid_m)
     if expert >= 0:
         end = tl.load(OFFSETS + expert + 1)
-        row = tl.load(TILE_ROW + pid_m) + tl.arange(0, BM)
+        first = tl.load(TILE_ROW + pid_m)
+        m = tl.arange(0, BM)
+        row = first + m
         token = (tl.load(ORDER + tl.minimum(row, end - 1)) // TOP_K).to(tl.int64)
         col = pid_n * BN + tl.arange(0, BN)
-        wcol = (tl.minimum(col, INNER - 1) if INNER % BN else col).to(tl.int64)
+        n = tl.minimum(tl.arange(0, BN), INNER - 1 - pid_n * BN) if INNER % BN else tl.arange(0, BN)
         k = tl.arange(0, BK)
         x_ptr = X + token[:, None] * stride_x + k[None, :]
-        gate_ptr = W + expert.to(tl.int64) * stride_we + wcol[None, :] * stride_wn + k[:, None]
-        up_ptr = gate_ptr + INNER * stride_wn
+        gate_base = W + expert.to(tl.int64) * stride_we + (pid_n * BN).to(tl.int64) * stride_wn
+        up_base = gate_base + tl.full((), INNER, tl.int64) * stride_wn
+        w_tile = n[None, :] * stride_wn + k[:, None] * stride_wk
         gate = tl.zeros((BM, BN), tl.float32)
         up = tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, HIDDEN, BK):
-            x = tl.load(x_ptr, mask=k[None, :] < HIDDEN - k0, other=0.0) if HIDDEN % BK else tl.load(x_ptr)
-            w = tl.load(gate_ptr, mask=k[:, None] < HIDDEN - k0, other=0.0) if HIDDEN % BK else tl.load(gate_ptr)
+            x = tl.load(x_ptr) if EVEN else tl.load(x_ptr, mask=k[None, :] < HIDDEN - k0, other=0.0)
+            gate_ptr = gate_base + w_tile
+            w = tl.load(gate_ptr) if EVEN else tl.load(gate_ptr, mask=k[:, None] < HIDDEN - k0, other=0.0)
             gate = tl.dot(x, w, gate, input_precision=PRECISION)
             if GATED:
-                u = tl.load(up_ptr, mask=k[:, None] < HIDDEN - k0, other=0.0) if HIDDEN % BK else tl.load(up_ptr)
+                up_ptr = up_base + w_tile
+                u = tl.load(up_ptr) if EVEN else tl.load(up_ptr, mask=k[:, None] < HIDDEN - k0, other=0.0)
                 up = tl.dot(x, u, up, input_precision=PRECISION)
-                up_ptr += BK
+                up_base += BK * stride_wk
             x_ptr += BK
-            gate_ptr += BK
+            gate_base += BK * stride_wk
         if HAS_BIAS:
-            bias_ptr = BIAS + expert.to(tl.int64) * stride_b + wcol
+            bias_ptr = BIAS + expert.to(tl.int64) * stride_b + pid_n * BN + n
             gate += tl.load(bias_ptr)[None, :].to(tl.float32)
             if GATED:
                 up += tl.load(bias_ptr + INNER)[None, :].to(tl.float32)
         mask = (row < end)[:, None] & (col < INNER)[None, :]
-        row64 = row.to(tl.int64)[:, None]
+        tile = tl.arange(0, BN)[None, :]
         if KEEP:
-            z_ptr = Z + row64 * (2 * INNER if GATED else INNER) + col[None, :]
+            width = 2 * INNER if GATED else INNER
+            z_ptr = Z + first.to(tl.int64) * width + pid_n * BN + (m[:, None] * width + tile)
             tl.store(z_ptr, gate.to(Z.dtype.element_ty), mask=mask)
             if GATED:
                 tl.store(z_ptr + INNER, up.to(Z.dtype.element_ty), mask=mask)
         a, _ = activate(gate, ACTIVATION)
         if GATED:
             a *= up
-        tl.store(A + row64 * INNER + col[None, :], a.to(A.dtype.element_ty), mask=mask)
+        a_ptr = A + first.to(tl.int64) * INNER + pid_n * BN + (m[:, None] * INNER + tile)
+        tl.store(a_ptr, a.to(A.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def rows_kernel(
     P, W, BIAS, OFFSETS, TILE_EXPERT, TILE_ROW, Y, tiles, stride_p, stride_we, stride_wk, stride_wn, stride_b,
-    K: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    depth, N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y_SN = P_SK W_E + bias, with W_E (K, N) by strides: the down-projection, dX, and any grouped linear layer.
+    """Y_SN = P_S W_E + bias, with W_E (depth, N) by strides: the down-projection, dX, and any grouped linear layer.
 
     Grid: (tiles * cdiv(N, BN),).
     """
@@ -86,37 +97,41 @@ def rows_kernel(
     expert = tl.load(TILE_EXPERT + pid_m)
     if expert >= 0:
         end = tl.load(OFFSETS + expert + 1)
-        row = tl.load(TILE_ROW + pid_m) + tl.arange(0, BM)
+        first = tl.load(TILE_ROW + pid_m)
+        m = tl.arange(0, BM)
+        row = first + m
         col = pid_n * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
         p_ptr = P + tl.minimum(row, end - 1).to(tl.int64)[:, None] * stride_p + k[None, :]
-        w_ptr = W + expert.to(tl.int64) * stride_we
-        w_ptr += k.to(tl.int64)[:, None] * stride_wk + col.to(tl.int64)[None, :] * stride_wn
+        w_base = W + expert.to(tl.int64) * stride_we + (pid_n * BN).to(tl.int64) * stride_wn
+        w_tile = k[:, None] * stride_wk + tl.arange(0, BN)[None, :] * stride_wn
         acc = tl.zeros((BM, BN), tl.float32)
-        for k0 in range(0, K, BK):
-            p = tl.load(p_ptr, mask=k[None, :] < K - k0, other=0.0) if K % BK else tl.load(p_ptr)
-            if K % BK and N % BN:
-                w = tl.load(w_ptr, mask=(k[:, None] < K - k0) & (col[None, :] < N), other=0.0)
-            elif K % BK:
-                w = tl.load(w_ptr, mask=k[:, None] < K - k0, other=0.0)
+        for k0 in range(0, depth, BK):
+            p = tl.load(p_ptr) if EVEN else tl.load(p_ptr, mask=k[None, :] < depth - k0, other=0.0)
+            w_ptr = w_base + w_tile
+            if not EVEN:
+                w = tl.load(w_ptr, mask=(k[:, None] < depth - k0) & (col[None, :] < N), other=0.0)
             elif N % BN:
                 w = tl.load(w_ptr, mask=col[None, :] < N, other=0.0)
             else:
                 w = tl.load(w_ptr)
             acc = tl.dot(p, w, acc, input_precision=PRECISION)
             p_ptr += BK
-            w_ptr += BK * stride_wk
+            w_base += BK * stride_wk
         if HAS_BIAS:
             acc += tl.load(BIAS + expert.to(tl.int64) * stride_b + col, mask=col < N, other=0.0)[None, :].to(tl.float32)
         mask = (row < end)[:, None] & (col < N)[None, :]
-        tl.store(Y + row.to(tl.int64)[:, None] * N + col[None, :], acc.to(Y.dtype.element_ty), mask=mask)
+        y_ptr = Y + first.to(tl.int64) * N + pid_n * BN + (m[:, None] * N + tl.arange(0, BN)[None, :])
+        tl.store(y_ptr, acc.to(Y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def down_backward_kernel(
-    DO, W, Z, WEIGHTS, ORDER, OFFSETS, TILE_EXPERT, TILE_ROW, DZ, AS, DS, tiles, stride_do, stride_we, stride_wk,
+    DO, W, Z, WEIGHTS, ORDER, OFFSETS, TILE_EXPERT, TILE_ROW, DZ, AS, DS, tiles,
+    stride_do, stride_we, stride_wk, stride_wn,
     HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From dA' = dO[token] W_EHI, before the routing weight s: dZ, s * A, and partial sums of ds = <dA', A>.
 
@@ -128,42 +143,46 @@ def down_backward_kernel(
     expert = tl.load(TILE_EXPERT + pid_m)
     if expert >= 0:
         end = tl.load(OFFSETS + expert + 1)
-        row = tl.load(TILE_ROW + pid_m) + tl.arange(0, BM)
+        first = tl.load(TILE_ROW + pid_m)
+        m = tl.arange(0, BM)
+        row = first + m
         pair = tl.load(ORDER + tl.minimum(row, end - 1))
         col = pid_n * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
         do_ptr = DO + (pair // TOP_K).to(tl.int64)[:, None] * stride_do + k[None, :]
-        w_ptr = W + expert.to(tl.int64) * stride_we + k.to(tl.int64)[:, None] * stride_wk + col[None, :]
+        w_base = W + expert.to(tl.int64) * stride_we + (pid_n * BN).to(tl.int64) * stride_wn
+        w_tile = k[:, None] * stride_wk + tl.arange(0, BN)[None, :] * stride_wn
         da = tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, HIDDEN, BK):
-            do = tl.load(do_ptr, mask=k[None, :] < HIDDEN - k0, other=0.0) if HIDDEN % BK else tl.load(do_ptr)
-            if HIDDEN % BK and INNER % BN:
+            do = tl.load(do_ptr) if EVEN else tl.load(do_ptr, mask=k[None, :] < HIDDEN - k0, other=0.0)
+            w_ptr = w_base + w_tile
+            if not EVEN:
                 w = tl.load(w_ptr, mask=(k[:, None] < HIDDEN - k0) & (col[None, :] < INNER), other=0.0)
-            elif HIDDEN % BK:
-                w = tl.load(w_ptr, mask=k[:, None] < HIDDEN - k0, other=0.0)
             elif INNER % BN:
                 w = tl.load(w_ptr, mask=col[None, :] < INNER, other=0.0)
             else:
                 w = tl.load(w_ptr)
             da = tl.dot(do, w, da, input_precision=PRECISION)
             do_ptr += BK
-            w_ptr += BK * stride_wk
+            w_base += BK * stride_wk
         live = row < end
         mask = live[:, None] & (col < INNER)[None, :]
-        row64 = row.to(tl.int64)
         s = tl.load(WEIGHTS + pair).to(tl.float32)[:, None]
-        z_offset = row64[:, None] * (2 * INNER if GATED else INNER) + col[None, :]
-        gate = tl.load(Z + z_offset, mask=mask, other=0.0).to(tl.float32)
+        width = 2 * INNER if GATED else INNER
+        base = first.to(tl.int64) * width + pid_n * BN
+        tile = m[:, None] * width + tl.arange(0, BN)[None, :]
+        gate = tl.load(Z + base + tile, mask=mask, other=0.0).to(tl.float32)
         a, slope = activate(gate, ACTIVATION)
         if GATED:
-            up = tl.load(Z + z_offset + INNER, mask=mask, other=0.0).to(tl.float32)
-            tl.store(DZ + z_offset + INNER, (s * da * a).to(DZ.dtype.element_ty), mask=mask)
+            up = tl.load(Z + base + INNER + tile, mask=mask, other=0.0).to(tl.float32)
+            tl.store(DZ + base + INNER + tile, (s * da * a).to(DZ.dtype.element_ty), mask=mask)
             a *= up
             slope *= up
-        tl.store(DZ + z_offset, (s * da * slope).to(DZ.dtype.element_ty), mask=mask)
-        tl.store(AS + row64[:, None] * INNER + col[None, :], (s * a).to(AS.dtype.element_ty), mask=mask)
+        tl.store(DZ + base + tile, (s * da * slope).to(DZ.dtype.element_ty), mask=mask)
+        as_ptr = AS + first.to(tl.int64) * INNER + pid_n * BN + (m[:, None] * INNER + tl.arange(0, BN)[None, :])
+        tl.store(as_ptr, (s * a).to(AS.dtype.element_ty), mask=mask)
         ds = tl.sum(tl.where(mask, da * a, 0.0), 1)
-        tl.store(DS + row64 * tiles_n + pid_n, ds, mask=live)
+        tl.store(DS + row.to(tl.int64) * tiles_n + pid_n, ds, mask=live)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import pytest
@@ -63,11 +64,45 @@ def test_expert_ids(ids: list[list[int]]) -> None:
     check(inputs, "silu", True, torch.float32, recompute=True)
 
 
-def test_strided_inputs() -> None:
-    inputs = oracle.make_inputs(6, 2, 18, 20, 3, gated=True, bias=True, dtype=torch.float32)
-    plain = experts(*inputs.values(), activation="silu", gated=True, implementation="triton")
-    strided: oracle.Inputs = {n: None if t is None else torch.stack([t, t], -1)[..., 0] for n, t in inputs.items()}
-    assert torch.equal(experts(*strided.values(), activation="silu", gated=True, implementation="triton"), plain)
+@pytest.mark.parametrize("layout", ["gaps", "transposed"])
+def test_strided_inputs(layout: str) -> None:
+    def stride(t: torch.Tensor) -> torch.Tensor:
+        return torch.stack([t, t], -1)[..., 0] if layout == "gaps" else t.mT.contiguous().mT
+
+    inputs = oracle.cast(oracle.make_inputs(6, 2, 18, 20, 3, gated=True, bias=True), torch.float32)
+    strided = {
+        n: t if t is None else stride(t.detach()).requires_grad_(n != "ids") for n, t in inputs.items() if n != "ids"
+    }
+    results = []
+    for leaves in (inputs, {**inputs, **strided}):
+        out = experts(*leaves.values(), activation="silu", gated=True, implementation="triton")
+        grad = torch.randn(18, 6, generator=torch.Generator().manual_seed(0)).t()
+        results.append([out, *oracle.gradients(out, leaves, grad).values()])
+    for a, b in zip(*results, strict=True):
+        assert oracle.difference(a, b) < 1e-6  # the interpreter's BLAS rounds by memory layout
+
+
+def far_apart(t: torch.Tensor) -> torch.Tensor:
+    """The same values with so much memory between rows that the last lies past 2**31 elements; none of it is used."""
+    stride = (1 << 31) // (t.shape[0] - 1) + 16
+    pages = mmap.mmap(-1, (t.shape[0] * stride) * t.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    out = torch.frombuffer(pages, dtype=t.dtype).as_strided(t.shape, (stride, *t.stride()[1:]))
+    return out.copy_(t)
+
+
+def test_addresses_past_two_to_the_31() -> None:
+    inputs = oracle.make_inputs(5, 2, 18, 20, 4, gated=True, bias=True, dtype=torch.float16)
+    plain, far = oracle.cast(inputs, torch.float16), oracle.cast(inputs, torch.float16)
+    for name in ("x", "up", "down", "up_bias", "down_bias"):
+        far[name] = far_apart(inputs[name]).requires_grad_()
+    results = []
+    for leaves in (plain, far):
+        out = experts(*leaves.values(), activation="silu", gated=True, implementation="triton")
+        grad = torch.ones(5, 18, dtype=torch.float16)
+        grad = far_apart(grad) if leaves is far else grad
+        results.append([out, *oracle.gradients(out, leaves, grad).values()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_twice_gives_the_same_bits() -> None:

@@ -1,0 +1,138 @@
+"""Compile every kernel and tile for every architecture and write what the machine code says.
+
+    python -m moeify.kernels.static_report docs/kernels.md      write the tables into the document
+    python -m moeify.kernels.static_report --check sm_80 sm_90  only check the table of tiles on these architectures
+
+Needs no GPU. Exit code 1 if a tile in the table spills, does not fit or misses the tensor cores.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton up to 3.9 does unasked; read when it is imported
+
+from moeify.kernels import static_analysis, triton_gemm
+from moeify.kernels.static_analysis import Resources
+from moeify.kernels.tiles import TILES, Tile
+
+HIDDEN, INNER, TOP_K = 2048, 768, 8  # the experts of Qwen3-30B-A3B, the shape that other kernels publish
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+INT_POINTERS = {"ORDER", "OFFSETS", "TILE_EXPERT", "TILE_ROW"}
+START, END = "<!-- static report: start -->", "<!-- static report: end -->"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of a kernel: its name in the table of tiles, and what is known when it is compiled."""
+
+    name: str
+    kernel: Any
+    table: str
+    constants: dict[str, Any]
+
+
+_FFN = {"HIDDEN": HIDDEN, "INNER": INNER, "TOP_K": TOP_K, "ACTIVATION": "silu", "GATED": True}
+_SUM = {"TOP_K": TOP_K, "GATHER_L": False, "GATHER_R": False}
+CASES = (
+    Case("up", triton_gemm.up_kernel, "up", _FFN | {"HAS_BIAS": False, "KEEP": True, "stride_wk": 1}),
+    Case("down", triton_gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False, "stride_wk": 1}),
+    Case("d input", triton_gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False, "stride_wn": 1}),
+    Case("d hidden", triton_gemm.down_backward_kernel, "down_backward", _FFN | {"stride_wn": 1}),
+    Case("d up", triton_gemm.weights_kernel, "weights", _SUM | {"M": 2 * INNER, "N": HIDDEN, "GATHER_R": True}),
+    Case("d down", triton_gemm.weights_kernel, "weights", _SUM | {"M": HIDDEN, "N": INNER, "GATHER_L": True}),
+)
+
+
+def measure(case: Case, tile: Tile, architecture: str, dtype: str = "bf16") -> Resources:
+    """Compile one case with one tile and read its resources."""
+    known = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP_M": tile.group_m, "PRECISION": "ieee", "EVEN": True}
+    known |= case.constants
+    arguments = {name: known.get(name, _type(name, dtype)) for name in case.kernel.arg_names}
+    return static_analysis.resources(
+        static_analysis.compile_kernel(case.kernel, arguments, architecture, tile), architecture
+    )
+
+
+def faults(tile: Tile, found: Resources) -> list[str]:
+    """What is wrong with a tile, in words; nothing if it belongs in the table."""
+    checks = {
+        f"spills {found.spill} bytes": found.spill > 0,
+        f"needs {found.shared} bytes of shared memory": not found.fits,
+        "leaves no room for a block": found.ctas < 1,
+        "uses no tensor cores": not found.tensor_ops,
+    }
+    return [fault for fault, wrong in checks.items() if wrong]
+
+
+def entries(architecture: str) -> Iterator[tuple[Case, Tile, Resources]]:
+    """Every case with every tile that the table holds for it."""
+    for case in CASES:
+        for tile in TILES[architecture][case.table].values():
+            yield case, tile, measure(case, tile, architecture)
+
+
+def row(case: Case, tile: Tile, found: Resources) -> str:
+    """One line of the report."""
+    shape = f"{tile.m}x{tile.n}x{tile.k}"
+    tensor, copies = (
+        ", ".join(f"{n} {name}" for name, n in ops.items()) for ops in (found.tensor_ops, found.async_copies)
+    )
+    ratio = f"{found.loop_ratio:.1f}" if found.loop_ratio else ""
+    cells = (
+        case.name,
+        shape,
+        tile.warps,
+        tile.stages,
+        found.registers,
+        found.spill,
+        found.shared,
+        found.ctas,
+        tensor,
+        copies,
+    )
+    return "| " + " | ".join(str(cell) for cell in (*cells, ratio)) + " |"
+
+
+def main(arguments: list[str]) -> int:
+    """Report or check; return the exit code."""
+    checking = arguments[:1] == ["--check"]
+    wrong, text = [], []
+    for architecture in (arguments[1:] if checking else []) or ARCHITECTURES:
+        text += [f"### {architecture}", "", *HEADER]
+        for case, tile, found in entries(architecture):
+            text.append(row(case, tile, found))
+            wrong += [f"{architecture} {case.name} {tile}: {fault}" for fault in faults(tile, found)]
+            sys.stderr.write(f"{architecture} {text[-1]}\n")
+        text.append("")
+    sys.stderr.writelines(f"{fault}\n" for fault in wrong)
+    if not checking:
+        document = Path(arguments[0] if arguments else "docs/kernels.md")
+        before, _, rest = document.read_text().partition(START)
+        document.write_text(before + START + "\n\n" + "\n".join(text) + END + rest.partition(END)[2])
+    return 1 if wrong else 0
+
+
+HEADER = (
+    "| kernel | tile | warps | stages | registers | spill | shared | CTAs/SM | tensor cores | loads | per product |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def _type(name: str, dtype: str) -> str:
+    if name in INT_POINTERS:
+        return "*i32"
+    if name == "DS":
+        return "*fp32"
+    return f"*{dtype}" if name.isupper() else "i32"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

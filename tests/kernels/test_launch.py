@@ -1,0 +1,114 @@
+"""The host side of the Triton kernels, run for real up to the launch.
+
+A driver that is not there lets every `kernel[grid](...)` go through Triton's own specialisation of arguments and
+compile for a GPU; nothing is launched. Needs a process in which kernels are compiled: TRITON_INTERPRET unset.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from moeify.kernels import static_analysis, triton_experts, triton_layout
+from moeify.kernels.layout import sort_by_expert
+from moeify.kernels.topology import block_topology
+from moeify.kernels.triton_blocksparse import dds, dsd, sdd
+from tests.kernels import oracle
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs kernels that are compiled")
+
+
+class NoDriver:
+    """Enough of a driver for a kernel to be specialised and compiled."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return int(self.target.arch)  # kernels are cached by device: one for each architecture
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, Any]]]:
+    """What was launched on an sm_90 that is not there: kernel, programs, compiled code."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    seen: list[tuple[str, int, Any]] = []
+    compile_and_launch = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        seen.append((self.__name__, torch.Size(grid).numel(), compiled))
+        return compiled
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    active = triton.runtime.driver._active
+    triton.runtime.driver.set_active(NoDriver(GPUTarget("cuda", 90, 32)))
+    yield seen
+    triton.runtime.driver._active = active
+
+
+def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, int, Any]]) -> None:
+    inputs = oracle.make_inputs(256, 2, 128, 64, 4, gated=True, bias=True, dtype=torch.bfloat16)
+    tensors = list(inputs.values())
+    _, z, *_ = triton_experts.experts_forward(*tensors, "silu", True, True)
+    forward = [name for name, _, _ in launches]
+    assert forward == [
+        "count_kernel",
+        "place_kernel",
+        "tile_map_kernel",
+        "up_kernel",
+        "tile_map_kernel",
+        "rows_kernel",
+        "combine_kernel",
+    ]
+    order, offsets = sort_by_expert(inputs["ids"], 4)  # nothing ran: the kernels' own are not numbers
+    grads = triton_experts.experts_backward(inputs["x"], *tensors, z, order, offsets, "silu", True, [True] * 7)
+    backward = [name for name, _, _ in launches][len(forward) :]
+    assert backward.count("weights_kernel") == backward.count("bias_kernel") == 2
+    assert (
+        backward.count("down_backward_kernel") == backward.count("rows_kernel") == backward.count("combine_kernel") == 1
+    )
+    for name, t in inputs.items():
+        index = list(inputs).index(name)
+        assert name == "ids" or grads[index].shape == t.shape
+    for name, programs, compiled in launches:
+        found = static_analysis.resources(compiled, "sm_90")
+        assert programs > 0 and found.fits and found.spill == 0, name
+        if name in {"up_kernel", "rows_kernel", "down_backward_kernel", "weights_kernel"}:
+            assert found.tensor_ops, name
+            assert "LDGSTS" in found.async_copies, name  # arguments were seen to be aligned
+
+
+def test_block_sparse_products_launch(launches: list[tuple[str, int, Any]]) -> None:
+    topology = block_topology(torch.tensor([0, 60, 100], dtype=torch.int32), 100, 64, 64)
+    data = sdd(torch.zeros(100, 64), torch.zeros(64, 128), topology)
+    dsd(data, torch.zeros(128, 64), topology)
+    dds(torch.zeros(64, 100), data, topology)
+    names = [name for name, _, _ in launches]
+    assert names == ["sdd_kernel", "dsd_kernel", "dsd_transposed_kernel"]
+
+
+def test_no_launch_depends_on_the_routing(launches: list[tuple[str, int, Any]]) -> None:
+    for ids in (torch.zeros(64, 2, dtype=torch.int64), torch.randint(0, 4, (64, 2))):
+        layout = triton_layout.routing_layout(ids, 4)
+        triton_layout.tile_map(layout.offsets_E1, 128, 64)
+    half = len(launches) // 2
+    assert [launch[:2] for launch in launches[:half]] == [launch[:2] for launch in launches[half:]]
