@@ -19,7 +19,18 @@ from moeify.errors import ConfigError
 DropOrder = Literal["position", "probability", "random", "batch_prioritized"]
 
 
-def expert_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int:
+def exact_factor(factor: float) -> Fraction:
+    """The number that a capacity factor's decimal digits say: 1.1 is 11/10.
+
+    Raises:
+        ConfigError: factor is not a positive finite number.
+    """
+    if not 0 < factor < float("inf"):
+        raise ConfigError(f"the capacity factor is {factor}: give a positive number, or None for no limit")
+    return Fraction(str(factor))
+
+
+def expert_capacity(tokens: int, experts: int, top_k: int, factor: float | Fraction) -> int:
     """min(tokens, ceil(tokens * top_k / experts * factor)), as Megatron and DeepSpeed compute it.
 
     GShard and mesh-tensorflow leave out top_k: for the same capacity their factor for top-2 is twice this one. The
@@ -39,9 +50,8 @@ def expert_capacity(tokens: int, experts: int, top_k: int, factor: float) -> int
     Raises:
         ConfigError: factor is not a positive finite number.
     """
-    if not 0 < factor < float("inf"):
-        raise ConfigError(f"the capacity factor is {factor}: give a positive number, or None for no limit")
-    exact = Fraction(str(factor))
+    # torch.compile cannot turn a float into text: compiled code passes the fraction.
+    exact = factor if isinstance(factor, Fraction) else exact_factor(factor)
     # Integer arithmetic, so that a symbolic number of tokens goes through.
     return min(tokens, -(-tokens * top_k * exact.numerator // (experts * exact.denominator)))
 

@@ -226,8 +226,8 @@ def _without_padding(rows: Tensor, mask_T: Tensor | None, fill: float = 0.0) -> 
 
 def _mean_per_sequence(rows: Tensor, mask_T: Tensor | None, sequences: int) -> tuple[Tensor, Tensor]:
     """(B, 1) numbers of real tokens, and (B, D) means over them of (T, D) rows."""
-    length, left_over = divmod(rows.shape[0], sequences)
-    if left_over:
+    length = rows.shape[0] // sequences
+    if rows.shape[0] % sequences:
         raise ConfigError(
             f"{rows.shape[0]} tokens are not {sequences} sequences of equal length: pad them and pass a mask"
         )

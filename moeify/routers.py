@@ -121,7 +121,7 @@ def jitter_inputs(x_TH: Tensor, eps: float = 1e-2, *, generator: torch.Generator
     Takes (..., H) of any float dtype; returns float32, for bfloat16 has no room for a jitter of 1e-2.
     """
     x_TH = at_least_fp32(x_TH)
-    noise_TH = torch.rand(x_TH.shape, generator=generator, dtype=x_TH.dtype, device=x_TH.device)
+    noise_TH = torch.empty_like(x_TH).uniform_(generator=generator)
     return x_TH * (1 - eps + 2 * eps * noise_TH)
 
 
@@ -155,7 +155,7 @@ def gshard(logits_TE: Tensor, *, generator: torch.Generator | None = None) -> Ro
     """
     routing = softmax_topk(logits_TE, 2)
     second_T = routing.weights_TK[:, 1]
-    draw_T = torch.rand(second_T.shape, generator=generator, dtype=second_T.dtype, device=second_T.device)
+    draw_T = torch.empty_like(second_T).uniform_(generator=generator)
     kept_TK = torch.stack((torch.ones_like(draw_T, dtype=torch.bool), draw_T < 2 * second_T), dim=-1)
     return replace(
         routing,
@@ -187,7 +187,7 @@ def noisy_topk(
     noise_std_TE = None
     if raw_noise_TE is not None:
         noise_std_TE = F.softplus(at_least_fp32(raw_noise_TE))
-        draws_TE = torch.randn(noisy_TE.shape, generator=generator, dtype=noisy_TE.dtype, device=noisy_TE.device)
+        draws_TE = torch.empty_like(noisy_TE).normal_(generator=generator)
         noisy_TE = clean_logits_TE + draws_TE * noise_std_TE
     routing = softmax_topk(noisy_TE, top_k)
     gates_TE = torch.zeros_like(noisy_TE).scatter(-1, routing.expert_ids_TK, routing.weights_TK)

@@ -6,13 +6,14 @@ Shape legend: T tokens, H hidden, E experts, K experts per token.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeify.capacity import drop_overflow, expert_capacity
+from moeify.capacity import drop_overflow, exact_factor, expert_capacity
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
 from moeify.layers.balance import layer_losses, weighted_sum
@@ -50,8 +51,8 @@ class MoELayer(nn.Module):
 
     Attributes:
         batch: What the model was called with.
-        capacity_factor: The limit in training, None for none; may be changed at any time.
-        eval_capacity_factor: The limit in evaluation.
+        capacity_factor: The limit in training, None for none; `set_capacity` changes it.
+        eval_capacity_factor: The limit in evaluation, likewise.
         loss_scale: Multiplies the attached losses: what a script multiplies its own loss by before backward.
         record: What the last forward pass computed; None before the first, and not kept by pickle or deepcopy.
     """
@@ -61,10 +62,21 @@ class MoELayer(nn.Module):
         self.router, self.experts, self.dropout, self.path = router, experts, dropout, path
         config: MoEConfig = router.config
         self.config = config
-        self.capacity_factor, self.eval_capacity_factor = config.capacity_factor, config.eval_capacity_factor
+        self.capacity_factor: Fraction | None = None
+        self.eval_capacity_factor: Fraction | None = None
+        self.set_capacity(train=config.capacity_factor, evaluation=config.eval_capacity_factor)
         self.loss_scale = 1.0
         self.batch = Batch()
         self.record: Record | None = None
+
+    def set_capacity(self, *, train: float | None, evaluation: float | None) -> None:
+        """Change the limits.
+
+        Raises:
+            ConfigError: a factor that is not a positive finite number.
+        """
+        limits = [None if factor is None else exact_factor(factor) for factor in (train, evaluation)]
+        self.capacity_factor, self.eval_capacity_factor = limits
 
     def losses(self) -> dict[str, Tensor]:
         """Return the losses of the last forward pass, without their coefficients."""
@@ -81,8 +93,8 @@ class MoELayer(nn.Module):
             "dropout": self.dropout,
             "aux_loss": config.aux_loss if config.attach_losses else 0,
             "z_loss": config.z_loss if config.attach_losses else 0,
-            "capacity_factor": self.capacity_factor,
-            "eval_capacity_factor": self.eval_capacity_factor,
+            "capacity_factor": float(self.capacity_factor or 0),
+            "eval_capacity_factor": float(self.eval_capacity_factor or 0),
         }
         return ", ".join(f"{name}={value}" for name, value in said.items() if value)
 
@@ -113,7 +125,7 @@ class SparseMoE(MoELayer):
         out_TH = self.experts(x_TH, routing)
         return F.dropout(out_TH.view(x.shape), self.dropout, self.training)
 
-    def _limit(self, routing: Routing, mask_T: Tensor | None, factor: float) -> tuple[Routing, Tensor]:
+    def _limit(self, routing: Routing, mask_T: Tensor | None, factor: Fraction) -> tuple[Routing, Tensor]:
         """Drop what exceeds the experts' capacity; padding takes none."""
         ids_TK, config = routing.expert_ids_TK, self.config
         if mask_T is not None:

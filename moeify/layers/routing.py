@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeify import routers_joint as joint
-from moeify.capacity import expert_capacity
+from moeify.capacity import exact_factor, expert_capacity
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
 from moeify.losses import expert_counts
@@ -42,7 +43,7 @@ class Context:
 
     mask_T: Tensor | None = None
     token_ids_T: Tensor | None = None
-    capacity_factor: float | None = None
+    capacity_factor: Fraction | None = None
 
 
 class LinearRouter(nn.Module):
@@ -120,10 +121,13 @@ class ExpertChoiceRouter(LinearRouter):
 
     keeps_capacity = True
 
+    def __init__(self, hidden: int, config: MoEConfig, **options: Any) -> None:
+        super().__init__(hidden, config, **options)
+        self.factor = exact_factor(config.capacity_factor or 1.0)
+
     def route(self, x_TH: Tensor, context: Context) -> Routing:
         """Let every expert choose."""
-        factor = context.capacity_factor or self.config.capacity_factor
-        assert factor is not None  # MoEConfig sees to it
+        factor = self.factor if context.capacity_factor is None else context.capacity_factor
         capacity = expert_capacity(x_TH.shape[0], self.config.experts, self.config.top_k, factor)
         return joint.expert_choice(self.logits(x_TH), capacity, mask_T=context.mask_T)
 

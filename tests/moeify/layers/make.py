@@ -1,0 +1,56 @@
+"""Layers by themselves, with sizes that are multiples of nothing, one for each router."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.config import MoEConfig
+from moeify.layers import Experts, MoELayer, SoftMoE, SparseMoE
+from moeify.layers.batch import Batch
+from moeify.layers.routing import ROUTERS
+from moeify.layers.soft import SoftRouter
+
+HIDDEN, INTERMEDIATE, VOCABULARY = 13, 17, 23
+
+CONFIGS: dict[str, MoEConfig] = {
+    "softmax": MoEConfig(5, 2),
+    "switch": MoEConfig.switch(5),
+    "gshard": MoEConfig.gshard(5),
+    "st_moe": MoEConfig.st_moe(5),
+    "noisy_topk": MoEConfig.noisy_topk(5, 2),
+    "deepseek_v3": MoEConfig.deepseek_v3(6, 2, groups=3, groups_kept=2),
+    "expert_choice": MoEConfig.expert_choice(5),
+    "sinkhorn": MoEConfig(5, 2, router="sinkhorn", aux_loss=0.0),
+    "hash": MoEConfig(5, 1, router="hash", vocabulary=VOCABULARY, aux_loss=0.0),
+    "soft": MoEConfig(5, 2, router="soft", slots=3, aux_loss=0.0),
+}
+
+
+def layer(config: MoEConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """A layer in training mode with random weights."""
+    experts = Experts(HIDDEN, INTERMEDIATE, experts=config.experts, activation="silu", gated=True,
+                      up_rows=2 * INTERMEDIATE, dtype=dtype)  # fmt: skip
+    made: MoELayer
+    if config.router == "soft":
+        made = SoftMoE(SoftRouter(HIDDEN, config, dtype=dtype), experts, path="model.layers.1.mlp")
+    else:
+        made = SparseMoE(ROUTERS[config.router](HIDDEN, config, dtype=dtype), experts, path="model.layers.1.mlp")
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    if config.router == "hash":
+        made.router.table.copy_(torch.arange(VOCABULARY) % config.experts)
+    return made
+
+
+def inputs(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def tell(made: Any, *, mask: Tensor | None = None, token_ids: Tensor | None = None) -> None:
+    """Tell a layer what the model around it would tell it."""
+    made.batch = Batch()
+    made.batch.mask, made.batch.token_ids = mask, token_ids
