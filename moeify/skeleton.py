@@ -11,25 +11,35 @@ import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto import modeling_auto
 
 from moeify.errors import CheckpointError, MoeifyError
 
+auto: Any = modeling_auto  # its tables are not among its declared names
+
+# Where a config names no class: what its model type is trained for, the first that there is.
+_USUAL = (
+    auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    auto.MODEL_MAPPING_NAMES,
+)
+
 
 def model_class(config: dict[str, Any]) -> Any:
-    """Return the transformers class that a `config.json` names.
+    """Return the transformers class that a `config.json` names, or the usual one for its model type.
 
     Raises:
         MoeifyError: this transformers has no such class.
     """
-    architectures = config.get("architectures") or []
-    for name in architectures:
+    model_type = config.get("model_type")
+    named = config.get("architectures") or [names[model_type] for names in _USUAL if model_type in names][:1]
+    for name in named:
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    model_type = config.get("model_type")
-    if model_type not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
-        raise MoeifyError(f"transformers {transformers.__version__} does not know the model type {model_type!r}")
-    wanted = ", ".join(architectures) or "no class"
-    raise MoeifyError(f"config.json names {wanted} in `architectures`: name transformers' class of this {model_type}")
+    what = ", ".join(named) or f"the model type {model_type!r}"
+    raise MoeifyError(f"transformers {transformers.__version__} does not know {what}: a newer one may")
 
 
 def build_on_meta(config: dict[str, Any]) -> nn.Module:

@@ -13,7 +13,7 @@ from moeify.config import MoEConfig
 from moeify.errors import ConfigError, MoeifyError, RefusedError
 from moeify.families import FAMILIES, choose_target
 from moeify.plan import Plan
-from moeify.skeleton import build_on_meta, full_config
+from moeify.skeleton import build_on_meta, full_config, model_class
 from moeify.stream import output_config, plan_checkpoint
 from tests.moeify import tiny
 
@@ -121,7 +121,18 @@ def test_every_family_names_a_class_of_transformers_and_sources_it_knows(family:
 
 
 def test_an_architecture_that_transformers_lacks_is_named() -> None:
-    with pytest.raises(MoeifyError, match="does not know the model type 'nonesuch'"):
+    with pytest.raises(MoeifyError, match="does not know NoneSuchForCausalLM"):
         build_on_meta({"model_type": "nonesuch", "architectures": ["NoneSuchForCausalLM"]})
+    with pytest.raises(MoeifyError, match="does not know the model type 'nonesuch'"):
+        build_on_meta({"model_type": "nonesuch"})
     with pytest.raises(MoeifyError, match="cannot be built"):
         build_on_meta(json.loads('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "x"}'))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("llama", "LlamaForCausalLM"), ("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration"),
+     ("vit", "ViTForImageClassification")],
+)  # fmt: skip
+def test_a_config_that_names_no_class_gets_the_usual_one(model_type: str, name: str) -> None:
+    assert model_class({"model_type": model_type}).__name__ == name
