@@ -6,7 +6,7 @@
 Needs no GPU. Exit code 1 if a tile in the table spills, does not fit or misses the tensor cores.
 """
 
-# mypy: disable-error-code="import-untyped"
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations
 
@@ -19,14 +19,38 @@ from typing import Any
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton up to 3.9 does unasked; read when it is imported
 
-from moeify.kernels import static_analysis, triton_gemm
+import torch
+import triton
+import triton.language as tl
+
+from moeify.kernels import accounting, static_analysis, triton_gemm
 from moeify.kernels.static_analysis import Resources
-from moeify.kernels.tiles import TILES, Tile
+from moeify.kernels.tiles import TILES, Tile, row_tile
 
 HIDDEN, INNER, TOP_K = 2048, 768, 8  # the experts of Qwen3-30B-A3B, the shape that other kernels publish
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 INT_POINTERS = {"ORDER", "OFFSETS", "TILE_EXPERT", "TILE_ROW"}
 START, END = "<!-- static report: start -->", "<!-- static report: end -->"
+
+
+@triton.jit
+def dense_kernel(
+    A, B, C, stride_a, stride_b, depth, N: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """C = A B^T, the plain product that the others are held against: no experts, no gather, no epilogue."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    a_ptr = A + m[:, None] * stride_a + k[None, :]
+    b_ptr = B + n[None, :] * stride_b + k[:, None]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for _ in range(0, depth, BK):
+        acc = tl.dot(tl.load(a_ptr), tl.load(b_ptr), acc, input_precision=PRECISION)
+        a_ptr += BK
+        b_ptr += BK
+    tl.store(C + m[:, None] * N + n[None, :], acc.to(C.dtype.element_ty))
 
 
 @dataclass(frozen=True)
@@ -47,6 +71,7 @@ CASES = (
     Case("d input", triton_gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False, "stride_wn": 1}),
     Case("d hidden", triton_gemm.down_backward_kernel, "down_backward", _FFN | {"stride_wn": 1}),
     Case("d up", triton_gemm.weights_kernel, "weights", _SUM | {"M": 2 * INNER, "N": HIDDEN, "GATHER_R": True}),
+    Case("(dense)", dense_kernel, "up", {"N": HIDDEN}),
     Case("d down", triton_gemm.weights_kernel, "weights", _SUM | {"M": HIDDEN, "N": INNER, "GATHER_L": True}),
 )
 
@@ -112,12 +137,48 @@ def main(arguments: list[str]) -> int:
             wrong += [f"{architecture} {case.name} {tile}: {fault}" for fault in faults(tile, found)]
             sys.stderr.write(f"{architecture} {text[-1]}\n")
         text.append("")
+    text += waste()
     sys.stderr.writelines(f"{fault}\n" for fault in wrong)
     if not checking:
         document = Path(arguments[0] if arguments else "docs/kernels.md")
         before, _, rest = document.read_text().partition(START)
         document.write_text(before + START + "\n\n" + "\n".join(text) + END + rest.partition(END)[2])
     return 1 if wrong else 0
+
+
+def waste() -> list[str]:
+    """Products issued and bytes moved by three arrangements of the work, for several routings."""
+    text = [
+        f"### Padding (H={HIDDEN}, I={INNER}, forward, bf16; each number over that of the line's best possible)",
+        "",
+    ]
+    text += ["| experts, top-k, tokens | routing | tiles: products | bytes | 128-padding: products | bytes | "
+             "capacity 1.25: products | bytes | dropped |", "|---" * 9 + "|"]  # fmt: skip
+    for experts, top_k, tokens in ((128, 8, 64), (128, 8, 4096), (128, 8, 32768), (8, 2, 4096)):
+        for name, counts in _routings(experts, tokens * top_k).items():
+            block = row_tile(tokens * top_k, experts)
+            ours = accounting.tiled(counts, tokens, HIDDEN, INNER, block)
+            others = (
+                accounting.padded(counts, tokens, HIDDEN, INNER),
+                accounting.capacity(counts, tokens, HIDDEN, INNER),
+            )
+            least = accounting.tiled(counts, tokens, HIDDEN, INNER, 1)
+            ratios = [f"{c.flops / least.flops:.2f} | {c.bytes / least.bytes:.2f}" for c in (ours, *others)]
+            dropped = f"{others[1].dropped / sum(counts):.0%}"
+            text.append(" | ".join((f"| {experts}, {top_k}, {tokens}", name, *ratios, dropped)) + " |")
+    return [*text, ""]
+
+
+def _routings(experts: int, pairs: int) -> dict[str, list[int]]:
+    """Rows per expert: even; each pair at random; and by Zipf's law."""
+    g = torch.Generator().manual_seed(0)
+    zipf = 1 / torch.arange(1, experts + 1, dtype=torch.float64)
+    samples = {
+        "uniform": torch.randint(0, experts, (pairs,), generator=g),
+        "Zipf": torch.multinomial(zipf, pairs, replacement=True, generator=g),
+    }
+    even = [pairs // experts + (e < pairs % experts) for e in range(experts)]
+    return {"even": even} | {n: torch.bincount(ids, minlength=experts).tolist() for n, ids in samples.items()}
 
 
 HEADER = (

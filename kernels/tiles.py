@@ -109,9 +109,13 @@ UNKNOWN = _SMALL_SHARED  # what an architecture that the table does not know get
 
 
 def row_tile(pairs: int, experts: int) -> int:
-    """Height of a tile of rows: the power of two from 16 to 128 that holds an expert's average share."""
+    """Height of a tile of rows, by an expert's average share of them.
+
+    The last tile of an expert is on average half empty, so tall tiles are for experts with several of them; 16 and 32
+    are for decoding, where reading the weights takes the time.
+    """
     share = pairs // experts
-    return next((m for m in (16, 32, 64) if m >= share), 128)
+    return 16 if share <= 16 else 32 if share <= 32 else 64 if share < 512 else 128
 
 
 def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int) -> Tile:

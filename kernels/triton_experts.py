@@ -205,7 +205,7 @@ def _down_backward(
     down_backward_kernel[(count * columns,)](
         grad_TH, down_EHI, z_SJ, weights_TK, order_S, offsets_E1, tile.expert_L, tile.row_L, dz_SJ, as_SI, partial,
         count, grad_TH.stride(0), *down_EHI.stride(),
-        HIDDEN=hidden, INNER=inner, TOP_K=weights_TK.shape[1], ACTIVATION=activation, GATED=gated, **options,
+        depth=hidden, INNER=inner, TOP_K=weights_TK.shape[1], ACTIVATION=activation, GATED=gated, **options,
     )  # fmt: skip
     return dz_SJ, as_SI, partial.sum(1)
 

@@ -4,8 +4,8 @@ The dataflow is SonicMoE's (arXiv:2512.14080). Rules kept by every kernel: int32
 accumulators, one `tl.dot` per accumulator and iteration (two chained into one are miscompiled for sm_100 by Triton 3.6
 to 3.8); arithmetic in fp32; no atomics. Rows past the end of an expert read its last row again, so inner loops need
 masks only where a width is not a multiple of the tile (EVEN says that the summed one is). Addresses are a 64-bit base
-per tile plus 32-bit offsets within it. HIDDEN is a constant, which saves registers; `depth` is not, because the compiler
-would unroll its shorter loop whole.
+per tile plus 32-bit offsets within it. HIDDEN is a constant, which saves registers; `depth` is not, for the compiler
+would unroll its loop whole.
 
 Shape legend: T tokens, K choices per token, S = T*K pairs in sorted order, E experts, H hidden, I intermediate (inner),
 J = 2*I if gated else I, M and N tiles of the output, K (in BK) the dimension that is summed.
@@ -102,11 +102,13 @@ def rows_kernel(
         row = first + m
         col = pid_n * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
-        p_ptr = P + tl.minimum(row, end - 1).to(tl.int64)[:, None] * stride_p + k[None, :]
+        p_base = P + first.to(tl.int64) * stride_p
+        p_tile = tl.minimum(m, end - 1 - first)[:, None] * stride_p + k[None, :]
         w_base = W + expert.to(tl.int64) * stride_we + (pid_n * BN).to(tl.int64) * stride_wn
         w_tile = k[:, None] * stride_wk + tl.arange(0, BN)[None, :] * stride_wn
         acc = tl.zeros((BM, BN), tl.float32)
         for k0 in range(0, depth, BK):
+            p_ptr = p_base + p_tile
             p = tl.load(p_ptr) if EVEN else tl.load(p_ptr, mask=k[None, :] < depth - k0, other=0.0)
             w_ptr = w_base + w_tile
             if not EVEN:
@@ -116,7 +118,7 @@ def rows_kernel(
             else:
                 w = tl.load(w_ptr)
             acc = tl.dot(p, w, acc, input_precision=PRECISION)
-            p_ptr += BK
+            p_base += BK
             w_base += BK * stride_wk
         if HAS_BIAS:
             acc += tl.load(BIAS + expert.to(tl.int64) * stride_b + col, mask=col < N, other=0.0)[None, :].to(tl.float32)
@@ -129,7 +131,7 @@ def rows_kernel(
 def down_backward_kernel(
     DO, W, Z, WEIGHTS, ORDER, OFFSETS, TILE_EXPERT, TILE_ROW, DZ, AS, DS, tiles,
     stride_do, stride_we, stride_wk, stride_wn,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    depth, INNER: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -153,11 +155,11 @@ def down_backward_kernel(
         w_base = W + expert.to(tl.int64) * stride_we + (pid_n * BN).to(tl.int64) * stride_wn
         w_tile = k[:, None] * stride_wk + tl.arange(0, BN)[None, :] * stride_wn
         da = tl.zeros((BM, BN), tl.float32)
-        for k0 in range(0, HIDDEN, BK):
-            do = tl.load(do_ptr) if EVEN else tl.load(do_ptr, mask=k[None, :] < HIDDEN - k0, other=0.0)
+        for k0 in range(0, depth, BK):
+            do = tl.load(do_ptr) if EVEN else tl.load(do_ptr, mask=k[None, :] < depth - k0, other=0.0)
             w_ptr = w_base + w_tile
             if not EVEN:
-                w = tl.load(w_ptr, mask=(k[:, None] < HIDDEN - k0) & (col[None, :] < INNER), other=0.0)
+                w = tl.load(w_ptr, mask=(k[:, None] < depth - k0) & (col[None, :] < INNER), other=0.0)
             elif INNER % BN:
                 w = tl.load(w_ptr, mask=col[None, :] < INNER, other=0.0)
             else:

@@ -66,9 +66,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, A
 
 
 def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, int, Any]]) -> None:
-    inputs = oracle.make_inputs(256, 2, 128, 64, 4, gated=True, bias=True, dtype=torch.bfloat16)
+    inputs = oracle.make_inputs(1024, 2, 128, 64, 4, gated=True, bias=True, dtype=torch.bfloat16)
     tensors = list(inputs.values())
-    _, z, *_ = triton_experts.experts_forward(*tensors, "silu", True, True)
+    run_forward: Any = triton_experts.experts_forward
+    run_backward: Any = triton_experts.experts_backward
+    _, z, *_ = run_forward(*tensors, activation="silu", gated=True, keep=True)
     forward = [name for name, _, _ in launches]
     assert forward == [
         "count_kernel",
@@ -80,7 +82,16 @@ def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, 
         "combine_kernel",
     ]
     order, offsets = sort_by_expert(inputs["ids"], 4)  # nothing ran: the kernels' own are not numbers
-    grads = triton_experts.experts_backward(inputs["x"], *tensors, z, order, offsets, "silu", True, [True] * 7)
+    grads = run_backward(
+        inputs["x"],
+        *tensors,
+        z_SJ=z,
+        order_S=order,
+        offsets_E1=offsets,
+        activation="silu",
+        gated=True,
+        needs=[True] * 7,
+    )
     backward = [name for name, _, _ in launches][len(forward) :]
     assert backward.count("weights_kernel") == backward.count("bias_kernel") == 2
     assert (

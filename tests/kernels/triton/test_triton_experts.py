@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "fewer tokens than experts": {"tokens": 3, "top_k": 2, "experts": 16, "hidden": 33, "inner": 17},
     "every expert": {"tokens": 7, "top_k": 8, "experts": 8, "hidden": 24, "inner": 19},
     "no tokens": {"tokens": 0, "top_k": 2, "experts": 4, "hidden": 16, "inner": 16},
-    "one expert, tiles of 128": {"tokens": 150, "top_k": 1, "experts": 1, "hidden": 20, "inner": 70},
+    "tiles of 128": {"tokens": 515, "top_k": 1, "experts": 1, "hidden": 20, "inner": 70},
     "whole tiles": {"tokens": 64, "top_k": 2, "experts": 4, "hidden": 64, "inner": 64},
 }
 
