@@ -10,43 +10,65 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeify.config import MoEConfig
+    from moeify.errors import MoeifyError
     from moeify.export import OnnxReport, export_onnx
     from moeify.inplace import convert
-    from moeify.errors import MoeifyError
     from moeify.loading import load
     from moeify.plan import Plan
     from moeify.planning import find_ffns
     from moeify.registration import register
+    from moeify.training.bias import attach_bias_update, update_selection_bias
+    from moeify.training.control import freeze, param_groups, set_capacity
+    from moeify.training.losses import aux_loss, scale_attached_losses
+    from moeify.training.stats import LayerStats, routing_stats
     from moeify.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
 
 # No module may have the name of a public function: importing it would put the module in the function's place.
 _HOME = {
+    "LayerStats": "training.stats",
     "MoEConfig": "config",
     "MoeifyError": "errors",
     "OnnxReport": "export",
     "Plan": "plan",
     "VerifyReport": "verification",
+    "attach_bias_update": "training.bias",
+    "aux_loss": "training.losses",
     "convert": "inplace",
     "export_onnx": "export",
     "find_ffns": "planning",
+    "freeze": "training.control",
     "load": "loading",
+    "param_groups": "training.control",
     "register": "registration",
+    "routing_stats": "training.stats",
+    "scale_attached_losses": "training.losses",
+    "set_capacity": "training.control",
+    "update_selection_bias": "training.bias",
     "verify": "verification",
 }
 
 __all__ = [
+    "LayerStats",
     "MoEConfig",
     "MoeifyError",
     "OnnxReport",
     "Plan",
     "VerifyReport",
+    "attach_bias_update",
+    "aux_loss",
     "convert",
     "export_onnx",
     "find_ffns",
+    "freeze",
     "load",
+    "param_groups",
     "register",
+    "routing_stats",
+    "scale_attached_losses",
+    "set_capacity",
+    "update_selection_bias",
     "verify",
 ]
 

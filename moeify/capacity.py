@@ -19,7 +19,7 @@ from moeify.errors import ConfigError
 DropOrder = Literal["position", "probability", "random", "batch_prioritized"]
 
 
-def exact_factor(factor: float) -> Fraction:
+def exact_factor(factor: float | Fraction) -> Fraction:
     """The number that a capacity factor's decimal digits say: 1.1 is 11/10.
 
     Raises:

@@ -69,7 +69,7 @@ class MoELayer(nn.Module):
         self.batch = Batch()
         self.record: Record | None = None
 
-    def set_capacity(self, *, train: float | None, evaluation: float | None) -> None:
+    def set_capacity(self, *, train: float | Fraction | None, evaluation: float | Fraction | None) -> None:
         """Change the limits.
 
         Raises:

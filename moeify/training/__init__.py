@@ -1,0 +1,1 @@
+"""Training a converted model in the user's own script: losses, statistics, capacity, freezing, optimizers."""

@@ -1,0 +1,100 @@
+"""What is trained, how fast, and within what capacity: settings of a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from moeify.errors import ConfigError
+from moeify.training.layers_of import layers_of
+
+Part = Literal["experts", "routers", "moe", "dense", "non_moe"]
+
+
+def set_capacity(model: nn.Module, factor: float | None, *, when: Literal["eval", "train", "always"] = "eval") -> None:
+    """Change the capacity factor of every layer.
+
+    Args:
+        model: A converted model.
+        factor: The factor; None for no limit (expert choice: what its settings say).
+        when: The mode that it is for.
+
+    Raises:
+        ConfigError: the factor is not a positive finite number, or `when` is unknown.
+    """
+    if when not in {"eval", "train", "always"}:
+        raise ConfigError(f"when is {when!r}: expected 'eval', 'train' or 'always'")
+    for layer in layers_of(model).values():
+        layer.set_capacity(
+            train=layer.capacity_factor if when == "eval" else factor,
+            evaluation=layer.eval_capacity_factor if when == "train" else factor,
+        )
+
+
+def freeze(model: nn.Module, what: Part) -> None:
+    """Stop training a part of a model; `model.requires_grad_(True)` trains everything again.
+
+    Args:
+        model: A converted model.
+        what: "experts"; "routers"; "moe", both of them; "dense", everything but the experts; "non_moe", everything
+            outside the MoE layers, so that only they are trained.
+
+    Raises:
+        ConfigError: there is no such part.
+    """
+    parts = {
+        "experts": ("experts",),
+        "routers": ("routers",),
+        "moe": ("experts", "routers"),
+        "dense": ("routers", "rest"),
+        "non_moe": ("rest",),
+    }
+    if what not in parts:
+        raise ConfigError(f"cannot freeze {what!r}: expected one of {', '.join(parts)}")
+    divided = _divide(model)
+    for part in parts[what]:
+        for parameter in divided[part]:
+            parameter.requires_grad_(False)
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    routers: Mapping[str, Any] | None = None,
+    experts: Mapping[str, Any] | None = None,
+    rest: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Return parameter groups for a torch optimizer, each with options of its own.
+
+    Example: `AdamW(moeify.param_groups(model, routers={"lr": 1e-3, "weight_decay": 0.0}), lr=1e-4)`.
+
+    Args:
+        model: A converted model.
+        routers: Options of the routers' group, such as lr and weight_decay; what is left out is the optimizer's.
+        experts: Options of the experts' group.
+        rest: Options of the group of everything else.
+
+    Returns:
+        Groups with a "name" each; frozen parameters are left out, and so are groups without parameters.
+    """
+    divided = _divide(model)
+    options = {"routers": routers, "experts": experts, "rest": rest}
+    groups = [
+        {"name": name, "params": [p for p in divided[name] if p.requires_grad], **(options[name] or {})}
+        for name in options
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _divide(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Every parameter once: of the routers, of the experts, and the rest."""
+    kinds: dict[int, str] = {}
+    for layer in layers_of(model).values():
+        kinds |= {id(p): "routers" for p in layer.router.parameters()}
+        kinds |= {id(p): "experts" for p in layer.experts.parameters()}
+    divided: dict[str, list[Tensor]] = {"routers": [], "experts": [], "rest": []}
+    for parameter in model.parameters():
+        divided[kinds.get(id(parameter), "rest")].append(parameter)
+    return divided

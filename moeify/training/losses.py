@@ -1,0 +1,66 @@
+"""The auxiliary losses of a whole model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moeify.errors import MoeifyError
+from moeify.layers import MoELayer
+from moeify.layers.balance import weighted_sum
+from moeify.training.layers_of import layers_of
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """The losses of all layers in the last forward pass, times their coefficients, summed: add it to the script's own.
+
+    With `attach_losses` the gradients are added in backward already; then the sum is returned without one, for logging.
+
+    Args:
+        model: A converted model, wrapped or not.
+
+    Returns:
+        () float32 on the device of the first layer; 0 when no loss is asked for.
+
+    Raises:
+        MoeifyError: no layer has run yet, or the layers ran without gradients where the script needs one.
+    """
+    layers = layers_of(model)
+    found = [(path, layer) for path, layer in layers.items() if layer.record is not None]
+    first = next(model.parameters())
+    total = torch.zeros((), dtype=torch.float32, device=first.device)
+    if not found and any(layer.config.aux_loss or layer.config.z_loss for layer in layers.values()):
+        raise MoeifyError("no MoE layer has run yet: call the model before aux_loss")
+    for path, layer in found:
+        loss = weighted_sum(layer.losses(), layer.config)
+        if loss is None:
+            continue
+        if layer.config.attach_losses:
+            loss = loss.detach()
+        elif _lost(layer, loss):
+            raise MoeifyError(
+                f"{path} ran without gradients, as under reentrant activation checkpointing: "
+                "pass use_reentrant=False to it, or convert with attach_losses=True"
+            )
+        total = total + loss.to(total.device)
+    return total
+
+
+def scale_attached_losses(model: nn.Module, scale: float) -> None:
+    """Multiply attached losses by what the script multiplies its own loss by before backward.
+
+    That is 1 / n for n accumulated micro-batches whose mean is meant, times the scale of a gradient scaler
+    (`scaler.get_scale()`), set before the forward pass. `RoutingCallback` sees to it in transformers' Trainer.
+
+    Args:
+        model: A converted model.
+        scale: The factor.
+    """
+    for layer in layers_of(model).values():
+        layer.loss_scale = float(scale)
+
+
+def _lost(layer: MoELayer, loss: Tensor) -> bool:
+    """Whether a gradient that training needs is missing."""
+    trains = layer.training and any(p.requires_grad for p in layer.router.parameters())
+    return trains and torch.is_grad_enabled() and not loss.requires_grad

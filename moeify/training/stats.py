@@ -1,0 +1,71 @@
+"""What the routers of a model did in the last forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.errors import MoeifyError
+from moeify.layers import MoELayer
+from moeify.layers.moe import Record
+from moeify.losses import expert_counts
+from moeify.training.layers_of import layers_of
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One layer's routing.
+
+    Attributes:
+        tokens: Real tokens, padding not counted.
+        load: Each expert's share of all choices, before capacity; they sum to 1. Balanced is 1 / experts.
+        entropy: Mean entropy of a token's probabilities over the experts, in nats; log(experts) is undecided.
+        dropped: Choices that exceeded an expert's capacity.
+        losses: The layer's losses by name, without coefficients.
+    """
+
+    tokens: int
+    load: tuple[float, ...]
+    entropy: float
+    dropped: int
+    losses: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def routing_stats(model: nn.Module) -> dict[str, LayerStats]:
+    """Return what each sparse layer did in the last forward pass, by the layer's path; waits for the device.
+
+    Raises:
+        MoeifyError: no layer has run, or a layer's logits hold a NaN; it is named.
+    """
+    ran = {path: layer for path, layer in layers_of(model).items() if layer.record is not None}
+    if not ran:
+        raise MoeifyError("no sparse layer has run yet: call the model before routing_stats")
+    return {path: _stats(path, layer, layer.record) for path, layer in ran.items() if layer.record is not None}
+
+
+def _stats(path: str, layer: MoELayer, record: Record) -> LayerStats:
+    scores_TE, ids_TK, mask_T = record.routing.scores_TE, record.routing.expert_ids_TK, record.mask_T
+    counts = expert_counts(ids_TK, layer.config.experts, mask_T=mask_T).tolist()
+    entropy = _mean_entropy(scores_TE if mask_T is None else scores_TE[mask_T])
+    if entropy != entropy:
+        raise MoeifyError(f"{path}: its router logits hold a NaN; look for what made its input or its weight NaN")
+    return LayerStats(
+        tokens=scores_TE.shape[0] if mask_T is None else int(mask_T.sum()),
+        load=tuple(count / max(sum(counts), 1) for count in counts),
+        entropy=entropy,
+        dropped=0 if record.dropped is None else int(record.dropped),
+        losses={name: float(loss) for name, loss in layer.losses().items()},
+    )
+
+
+def _mean_entropy(scores_TE: Tensor) -> float:
+    entropy_T = -torch.xlogy(scores_TE, scores_TE).sum(-1)
+    return float(entropy_T.sum() / max(len(entropy_T), 1))

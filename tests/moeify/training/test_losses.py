@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moeify
+from moeify.config import MoEConfig
+from moeify.errors import MoeifyError
+from moeify.layers import SparseMoE
+from tests.moeify import tiny
+
+IDS = torch.arange(60).reshape(4, 15) % tiny.VOCABULARY
+CONFIG = MoEConfig(5, 2, aux_loss=0.3, z_loss=0.02)
+
+
+def model_with(config: MoEConfig) -> Any:
+    return moeify.convert(tiny.build("llama"), config).train()
+
+
+def own_loss(model: Any, ids: Tensor = IDS) -> Tensor:
+    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.autograd.backward(loss)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], msg=name)
+
+
+def test_the_sum_over_layers_with_coefficients() -> None:
+    model = model_with(CONFIG)
+    own_loss(model)
+    expected = sum(
+        0.3 * layer.losses()["balance"] + 0.02 * layer.losses()["z"]
+        for layer in model.modules()
+        if isinstance(layer, SparseMoE)
+    )
+    torch.testing.assert_close(moeify.aux_loss(model), expected)
+
+
+def test_it_follows_the_last_forward_pass() -> None:
+    model = model_with(CONFIG)
+    values = []
+    for ids in (IDS, IDS[:1], IDS):
+        own_loss(model, ids)
+        values.append(moeify.aux_loss(model).item())
+    assert values[0] == values[2] != values[1]
+
+
+def test_an_untouched_script_with_attached_losses_gets_the_gradients_of_one_that_adds_them() -> None:
+    added = model_with(CONFIG)
+    expected = gradients(added, own_loss(added) + moeify.aux_loss(added))
+    attached = model_with(MoEConfig(**{**CONFIG.to_dict(), "attach_losses": True}))
+    assert_same(gradients(attached, own_loss(attached)), expected)
+    value = moeify.aux_loss(attached)
+    assert value > 0 and not value.requires_grad  # adding it too does no harm
+
+
+def test_activation_checkpointing_of_the_model_changes_nothing() -> None:
+    model = model_with(CONFIG)
+    expected = gradients(model, own_loss(model) + moeify.aux_loss(model))
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert_same(gradients(model, own_loss(model) + moeify.aux_loss(model)), expected)
+
+
+def test_reentrant_checkpointing_loses_the_gradient_and_says_so() -> None:
+    model = model_with(CONFIG)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    own_loss(model)
+    with pytest.raises(MoeifyError, match=r"model.layers.0.mlp ran without gradients.*use_reentrant=False"):
+        moeify.aux_loss(model)
+    with torch.no_grad():
+        assert moeify.aux_loss(model) > 0  # a value to log needs none
+
+
+def test_accumulated_micro_batches_with_attached_losses() -> None:
+    added = model_with(CONFIG)
+    expected: dict[str, Tensor] = {}
+    for half in (IDS[:2], IDS[2:]):
+        for name, gradient in gradients(added, (own_loss(added, half) + moeify.aux_loss(added)) / 2).items():
+            expected[name] = expected.get(name, torch.zeros(())) + gradient
+    attached = model_with(MoEConfig(**{**CONFIG.to_dict(), "attach_losses": True}))
+    moeify.scale_attached_losses(attached, 1 / 2)
+    for half in (IDS[:2], IDS[2:]):
+        torch.autograd.backward(own_loss(attached, half) / 2)
+    assert_same({name: p.grad for name, p in attached.named_parameters() if p.grad is not None}, expected)
+
+
+def test_a_gradient_scaler_in_mixed_precision() -> None:
+    model = model_with(MoEConfig(**{**CONFIG.to_dict(), "attach_losses": True}))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradients(model, own_loss(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    moeify.scale_attached_losses(model, scaler.get_scale())
+    with torch.autocast("cpu", torch.bfloat16):
+        scaled = gradients(model, scaler.scale(own_loss(model)))
+    assert_same({name: g / 1024 for name, g in scaled.items()}, expected)
+
+
+def test_a_compiled_model_trains_the_same() -> None:
+    model = model_with(CONFIG)
+    expected = gradients(model, own_loss(model) + moeify.aux_loss(model))
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same(gradients(model, own_loss(compiled) + moeify.aux_loss(compiled)), expected)
+
+
+def test_no_loss_no_layer_no_forward() -> None:
+    assert moeify.aux_loss(model_with(MoEConfig(5, 2, aux_loss=0.0))) == 0
+    with pytest.raises(MoeifyError, match="no MoE layer has run yet"):
+        moeify.aux_loss(model_with(CONFIG))
+    with pytest.raises(MoeifyError, match="Linear has no MoE layer"):
+        moeify.aux_loss(nn.Linear(2, 2))

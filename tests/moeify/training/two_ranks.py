@@ -1,0 +1,29 @@
+"""One of two data-parallel ranks: accumulates two micro-batches, steps, and saves its selection bias."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import moeify
+from tests.moeify.layers import make
+
+
+def main(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", world_size=2, rank=rank)
+    model: Any = torch.nn.parallel.DistributedDataParallel(make.layer(make.CONFIGS["deepseek_v3"]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    moeify.attach_bias_update(model, optimizer)
+    with model.no_sync():
+        torch.autograd.backward(model(make.inputs(2, 5, seed=10 + rank)).square().mean())
+    torch.autograd.backward(model(make.inputs(3, 7, seed=rank)).square().mean())
+    optimizer.step()
+    torch.save(model.module.router.selection_bias, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
