@@ -9,7 +9,7 @@ Two ways, tried in this order:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -48,7 +48,20 @@ class Places:
         """
         if ffn.down.axis != -1:
             raise RefusedError(f"{ffn.name}: its projections are 1x1 convolutions; convert the graph instead")
+        if len({p.transposed for p in (*ffn.ups, ffn.down)}) > 1:
+            raise RefusedError(f"{ffn.name}: its weights are stored in two orientations; convert the graph instead")
         return self._owner(ffn) or self._splice(ffn)
+
+    def place_in_graph(self, ffn: FFN) -> Placement:
+        """Decide what the layer is called that replaces an FFN in a graph; dropout around it stays in the graph."""
+        try:
+            place = self.place(ffn)
+        except RefusedError:
+            path, _, leaf = ffn.down.weight.rpartition(".")
+            place = Placement(
+                path if leaf == "weight" else f"{ffn.down.weight}_moe", (), 0.0, _dropout_among(ffn.nodes)
+            )
+        return replace(place, through=(), dropout=0.0)
 
     def _owner(self, ffn: FFN) -> Placement | None:
         """The FFN's own module, when nothing else happens in it."""

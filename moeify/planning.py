@@ -31,8 +31,8 @@ class Survey:
 
     @property
     def regions(self) -> Mapping[tuple[str, ...], fx.GraphModule]:
-        """The captured activation of every FFN, by the names of its parameters."""
-        return {ffn.parameters: ffn.region for ffn in self.inspection.ffns}
+        """The captured activation of every FFN, by the names of its projections' parameters."""
+        return {ffn.projected: ffn.region for ffn in self.inspection.ffns}
 
 
 def survey(graph_module: fx.GraphModule) -> Survey:
@@ -53,7 +53,9 @@ def find_ffns(model: nn.Module, example_inputs: Inputs | None = None) -> Inspect
     return survey(trace(model, example_inputs)).inspection
 
 
-def make_plan(model: nn.Module, found: Survey, config: MoEConfig, layers: str = "all") -> Plan:
+def make_plan(
+    model: nn.Module, found: Survey, config: MoEConfig, layers: str = "all", *, in_place: bool = True
+) -> Plan:
     """Plan the conversion of the selected FFNs.
 
     Args:
@@ -61,6 +63,7 @@ def make_plan(model: nn.Module, found: Survey, config: MoEConfig, layers: str = 
         found: What `survey` returned for its graph.
         config: The settings.
         layers: A selection (see `moeify.selection`).
+        in_place: For the module tree; False for a graph, where every FFN can be replaced.
 
     Raises:
         RefusedError: no FFN was found, or one of the selected cannot be replaced in place.
@@ -72,7 +75,8 @@ def make_plan(model: nn.Module, found: Survey, config: MoEConfig, layers: str = 
         raise RefusedError(_nothing_found(model_type, found.inspection))
     chosen = [ffns[i] for i in select_layers(layers, [ffn.name for ffn in ffns])]
     places = Places(found.graph_module)
-    sites = tuple(_site(ffn, places.place(ffn), found.graph_module) for ffn in chosen)
+    place = places.place if in_place else places.place_in_graph
+    sites = tuple(_site(ffn, place(ffn)) for ffn in chosen)
     return Plan(model_type, config, sites)
 
 
@@ -85,7 +89,7 @@ def _nothing_found(model_type: str, inspection: Inspection) -> str:
     return f"no dense FFN was found in {model_type}: " + (looked or "it projects no activation by a parameter")
 
 
-def _site(ffn: FFN, place: Placement, graph_module: fx.GraphModule) -> Site:
+def _site(ffn: FFN, place: Placement) -> Site:
     whole = tuple((i, 0, up.out_features, 1) for i, up in enumerate(ffn.ups))
     halves = ffn.halves
     parts = whole if halves is None else tuple(h for h in (halves.gate, halves.up) if h is not None)

@@ -6,13 +6,15 @@ hand-written x·sigmoid(1.702x), a fused gate+up projection in either order and 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from moeify.passes.dataflow import RESHAPES, op_name, shape, size
 
@@ -137,6 +139,19 @@ def learned(region: fx.GraphModule) -> list[str]:
     """Return the names of the parameters and buffers that a region reads; constants of the code are none."""
     names = dict.fromkeys(str(node.target) for node in region.graph.nodes if node.op == "get_attr")
     return [name for name in names if not _is_constant(name)]
+
+
+def bind(region: fx.GraphModule, read: Callable[[str], torch.Tensor]) -> fx.GraphModule:
+    """Return a copy of a region that has parameters and buffers of its own, with the values that `read` gives."""
+    held: dict[str, object] = {}
+    for node in region.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        value = attrgetter(name)(region)
+        if not _is_constant(name):
+            own = read(name).detach().clone()
+            value = nn.Parameter(own, value.requires_grad) if isinstance(value, nn.Parameter) else own
+        held[name] = value
+    return fx.GraphModule(held, copy.deepcopy(region.graph), class_name="Activation")
 
 
 def _is_constant(name: str) -> bool:

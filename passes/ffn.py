@@ -45,12 +45,15 @@ class FFN:
     shared_expert: bool = False
 
     @property
+    def projected(self) -> tuple[str, ...]:
+        """Names of its weights and biases."""
+        names = [name for p in (*self.ups, self.down) for name in (p.weight, p.bias) if name]
+        return tuple(dict.fromkeys(names))
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         """Names of its weights and biases, and of the parameters inside the region."""
-        projections = (*self.ups, self.down)
-        names = [name for p in projections for name in (p.weight, p.bias) if name]
-        names += learned(self.region)
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys([*self.projected, *learned(self.region)]))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,131 @@
+"""The graph applier: dense FFNs of an exported or traced graph become sparse layers, by the passes."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from moeify.config import MoEConfig
+from moeify.errors import MoeifyError, RefusedError
+from moeify.layers import MoELayer
+from moeify.layers.build import build_layer, start_router
+from moeify.methods.copy import copy_experts
+from moeify.passes.activation import bind
+from moeify.passes.dataflow import op_name
+from moeify.passes.ffn import FFN
+from moeify.passes.insert_losses import InsertLosses
+from moeify.passes.insert_moe import InsertMoE
+from moeify.plan import Site
+from moeify.planning import make_plan, survey
+from moeify.trace import Inputs
+from moeify.weights import dense_ffn
+
+
+def convert_graph(
+    graph: torch.export.ExportedProgram | fx.GraphModule,
+    config: MoEConfig,
+    layers: str = "all",
+    *,
+    example_inputs: Inputs | None = None,
+    return_losses: bool = False,
+) -> fx.GraphModule:
+    """Replace the dense FFNs of a graph by sparse mixtures of experts.
+
+    Every FFN that is found can be replaced here, also one that is written into its block or made of 1x1 convolutions.
+    New parameters are named as the in-place conversion names them.
+
+    Args:
+        graph: What `torch.export.export`, `moeify.trace.trace` or `torch.fx.symbolic_trace` returned. It is not
+            changed; parameters that stay are shared with it.
+        config: Experts, top_k and the rest.
+        layers: Which FFNs: "all", "every:2", "last:8", "0,3-7", or a regular expression on their paths.
+        example_inputs: For a graph of `symbolic_trace`, which does not know shapes: inputs that it accepts.
+        return_losses: The result returns a pair, what the graph returned and the losses ().
+
+    Returns:
+        A GraphModule that trains, exports and compiles. Its layers are `SparseMoE` modules, which `train()` and
+        `eval()` reach; the rest stays in the mode that it was traced in. `Lower` writes the layers out.
+
+    Raises:
+        RefusedError: no FFN was found.
+        ConfigError: the selection matches nothing.
+        MoeifyError: a graph of `symbolic_trace` came without inputs.
+    """
+    graph_module = _fresh(graph, example_inputs)
+    found = survey(graph_module)
+    plan = make_plan(graph_module, found, config, layers, in_place=False)
+    ffns = {ffn.down.weight: ffn for ffn in found.inspection.ffns}
+    made = {site.down.parameter: _make(graph_module, ffns[site.down.parameter], site, config) for site in plan.sites}
+    paths = {site.down.parameter: site.path for site in plan.sites}
+    graph_module = InsertMoE(made, paths)(graph_module).graph_module
+    if config.attach_losses or not return_losses:
+        return graph_module
+    return InsertLosses()(graph_module).graph_module
+
+
+def _fresh(graph: torch.export.ExportedProgram | fx.GraphModule, example_inputs: Inputs | None) -> fx.GraphModule:
+    """Return an ATen graph of our own that shares the parameters."""
+    if isinstance(graph, torch.export.ExportedProgram):
+        return _copy(graph.module(check_guards=False))
+    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+    if any("val" in node.meta for node in calls):
+        return _copy(graph)
+    if example_inputs is None:
+        raise MoeifyError("a graph of symbolic_trace knows no shapes: pass example_inputs")
+    inputs: Any = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, dict) else (tuple(inputs), {})
+    return _copy(torch.export.export(graph, args, kwargs, strict=False).module(check_guards=False))
+
+
+def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return a GraphModule with a graph of its own and the same parameters, in the mode that it was traced in."""
+    graph = fx.Graph()
+    returned = graph.graph_copy(graph_module.graph, {})
+    graph.output(returned)
+    graph.set_codegen(graph_module.graph._codegen)
+    fresh = fx.GraphModule(graph_module, graph)
+    fresh.meta = dict(graph_module.meta)
+    for path, module in graph_module.named_modules():
+        with suppress(AttributeError):  # the copy has what the graph reads
+            fresh.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
+    return fresh.train(any(node.args[2] for node in graph.nodes if op_name(node) == "dropout"))
+
+
+@torch.no_grad()
+def _make(graph_module: fx.GraphModule, ffn: FFN, site: Site, config: MoEConfig) -> MoELayer:
+    """Make the layer of a site from the graph's dense weights."""
+    stored = {p.weight: p for p in (*ffn.ups, ffn.down)}
+
+    def read(name: str) -> Tensor:
+        """Return a parameter; weights as (out, in)."""
+        value: Tensor = graph_module.get_parameter(name)
+        if name not in stored:
+            return value
+        value = value.flatten(1)  # a 1x1 convolution's weight has dimensions of size 1
+        return value.t() if stored[name].transposed != site.transposed else value
+
+    region = bind(ffn.region, lambda name: _held(graph_module, name)) if site.activation == "custom" else None
+    layer = build_layer(site, config, region, graph_module.get_parameter(site.down.parameter))
+    weights = copy_experts(dense_ffn(site, read), config.experts)
+    values = {
+        site.up_name: weights.up_EJH,
+        "down_proj": weights.down_EHI,
+        f"{site.up_name}_bias": weights.up_bias_EJ,
+        "down_proj_bias": weights.down_bias_EH,
+    }
+    for name, value in values.items():
+        if value is not None:
+            layer.experts.get_parameter(name).copy_(value)
+    start_router(layer)
+    return layer.train(graph_module.training)
+
+
+def _held(root: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    value: Tensor = getattr(root.get_submodule(path), leaf)
+    if not isinstance(value, Tensor):
+        raise RefusedError(f"{name} is no tensor")
+    return value
