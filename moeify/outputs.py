@@ -15,7 +15,7 @@ from moeify.families import FAMILIES, MOEIFY, SHARED_WIDTH, layer_number
 from moeify.layers.start import StartValue, router_start
 from moeify.plan import Plan, Rows, Site, names_under
 from moeify.routers import router_init
-from moeify.skeleton import build_on_meta, checkpoint_names
+from moeify.skeleton import StoredNames, build_on_meta, may_be_missing, stored_names
 from moeify.weights import dense_rows, up_bias, up_rows
 
 if TYPE_CHECKING:
@@ -29,31 +29,36 @@ def output_tensors(source: Source, plan: Plan, dtype: str | None, unused: Callab
         CheckpointError: the source lacks a tensor that the model needs.
     """
     model = build_on_meta(source.config)
-    on_disk = {name: stored for stored, name in checkpoint_names(model, source.tensors).items() if name}
-    for stored in source.tensors.keys() - set(on_disk.values()):
+    names = stored_names(model, source.tensors)
+    for stored in names.unused:
         unused(stored)
-    _check_complete(model, on_disk)
-    maker = _Maker(source, on_disk, plan, dtype)
+    _check_complete(model, names, plan)
+    maker = _Maker(source, names.of, plan, dtype)
     site_of = {parameter: site for site in plan.sites for parameter in site.parameters}
     done: set[str] = set()
-    for name in on_disk:
+    for name in names.of:
         site = site_of.get(name)
         if site is None:
-            yield maker.copied(name)
+            yield maker.copied(names.of[name], name)
         elif site.path not in done:
             done.add(site.path)
             yield from maker.native(site) if plan.target != MOEIFY else maker.stacked(site)
+    for stored in names.merged:
+        yield maker.copied(stored, stored)  # transformers will do with it what it did before
 
 
-def _check_complete(model: Any, on_disk: dict[str, str]) -> None:
+def _check_complete(model: Any, names: StoredNames, plan: Plan) -> None:
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
-    for names in aliases.values():
-        if not any(name in on_disk for name in names):
-            raise CheckpointError(
-                f"the checkpoint lacks the tensor {names[0]}: it is not a whole {type(model).__name__}"
-            )
+    converted = {parameter for site in plan.sites for parameter in site.parameters}
+    for tied in aliases.values():
+        present = any(name in names.of or may_be_missing(model, name) for name in tied)
+        if present or (names.merged and not converted.intersection(tied)):
+            continue  # what transformers merges while loading is checked when the result is loaded
+        if names.merged:
+            raise CheckpointError(f"{tied[0]} is stored in another form than the model holds it in: convert in place")
+        raise CheckpointError(f"the checkpoint lacks the tensor {tied[0]}: it is not a whole {type(model).__name__}")
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,13 @@ class _Maker:
     plan: Plan
     dtype: str | None
 
-    def copied(self, name: str) -> OutTensor:
-        """A tensor that stays what it is."""
-        info = self.source.tensors[self.on_disk[name]]
+    def copied(self, stored: str, name: str) -> OutTensor:
+        """A tensor that stays what it is, under the model's name for it."""
+        info = self.source.tensors[stored]
         target = self.stored_dtype(info)
         if target == info.dtype:
             return OutTensor.copy(info, name)
-        return OutTensor(name, target, info.shape, (functools.partial(self.read, name),))
+        return OutTensor(name, target, info.shape, (lambda: self.source.read(stored).to(torch_dtype(target)),))
 
     def stored_dtype(self, info: TensorInfo) -> str:
         """The dtype in which a tensor is written: only floating-point ones are cast."""

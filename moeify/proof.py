@@ -14,7 +14,7 @@ from moeify.checkpoint.source import Source, open_source
 from moeify.config import MoEConfig
 from moeify.loading import Slice, load, load_slice
 from moeify.plan import Plan
-from moeify.skeleton import build_on_meta, checkpoint_names, config_of
+from moeify.skeleton import build_on_meta, config_of, stored_names
 from moeify.verification import VerifyReport, verify
 
 _SLICE = 2  # converted layers in a slice
@@ -70,9 +70,8 @@ def _slice(source: Source, plan: Plan) -> Slice | None:
 
 def _stack_on_disk(source: Source, plan: Plan) -> str:
     """How the tensors of the first converted layer begin in the dense checkpoint, whose names may be older."""
-    names = checkpoint_names(build_on_meta(source.config), source.tensors)
-    stored = next(stored for stored, name in names.items() if name == plan.sites[0].down.parameter)
-    found = _NUMBERED.match(stored)
+    names = stored_names(build_on_meta(source.config), source.tensors)
+    found = _NUMBERED.match(names.of[plan.sites[0].down.parameter])
     return found["stack"] if found else ""
 
 

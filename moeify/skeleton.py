@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto import modeling_auto
 
-from moeify.errors import CheckpointError, MoeifyError
+from moeify.errors import MoeifyError
 
 auto: Any = modeling_auto  # its tables are not among its declared names
 
@@ -72,25 +74,44 @@ def full_config(config: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def checkpoint_names(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
-    """Map the tensors of a checkpoint to the model's names for them, None for those it has no place for.
+@dataclass(frozen=True)
+class StoredNames:
+    """How a checkpoint's tensors relate to a model's parameters and buffers.
 
-    Names on disk may be older than those in memory; the renaming rules are transformers' own.
-
-    Raises:
-        CheckpointError: transformers would merge or split a tensor on loading, which a byte copy cannot.
+    Attributes:
+        of: The model's name → the name on disk, for what the model holds as it is stored.
+        merged: Names on disk of what transformers merges or splits while it loads.
+        unused: Names on disk of what the model has no place for.
     """
+
+    of: dict[str, str]
+    merged: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def stored_names(model: Any, stored: Iterable[str]) -> StoredNames:
+    """Find every tensor's place in a model. Names on disk may be older; the renaming rules are transformers' own."""
     places = model.state_dict(keep_vars=True)
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    names: dict[str, str | None] = {}
+    of: dict[str, str] = {}
+    merged: list[str] = []
+    unused: list[str] = []
     for name in stored:
-        if name in places:
-            names[name] = name
-            continue
-        renamed, merged = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
-        if merged:
-            raise CheckpointError(f"{name} is stored in another form than the model holds it in: convert it in place")
-        names[name] = renamed if renamed in places else None
-    return names
+        renamed, rule = name, None
+        if name not in places:
+            renamed, rule = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
+        if rule is not None:
+            merged.append(name)
+        elif renamed in places:
+            of[renamed] = name
+        else:
+            unused.append(name)
+    return StoredNames(of, tuple(merged), tuple(unused))
+
+
+def may_be_missing(model: Any, name: str) -> bool:
+    """Whether a checkpoint is whole without this parameter, because the model makes it itself (sinusoids, say)."""
+    patterns = (*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ()))
+    return any(re.search(pattern, name) for pattern in patterns)

@@ -24,7 +24,7 @@ from moeify.native import native_config
 from moeify.outputs import output_tensors
 from moeify.plan import Plan
 from moeify.planning import make_plan, survey
-from moeify.skeleton import build_on_meta, checkpoint_names, full_config
+from moeify.skeleton import build_on_meta, full_config, stored_names
 from moeify.trace import trace
 
 if TYPE_CHECKING:
@@ -146,10 +146,8 @@ def output_config(source: Source, plan: Plan, dtype: str) -> dict[str, Any]:
 
 def _stored_dtype(source: Source, plan: Plan) -> str:
     """The dtype of the first converted weight."""
-    model = build_on_meta(source.config)
-    names = checkpoint_names(model, source.tensors)
-    wanted = plan.sites[0].down.parameter
-    return next(source.tensors[stored].dtype for stored, name in names.items() if name == wanted)
+    names = stored_names(build_on_meta(source.config), source.tensors)
+    return source.tensors[names.of[plan.sites[0].down.parameter]].dtype
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -197,3 +197,30 @@ def test_the_plan_is_kept_with_the_output_and_makes_the_same_again(tmp_path: Pat
     plan = tiny.convert_files(src, tmp_path / "moe", MoEConfig(3, 2, seed=5), layers="last:2")
     kept: dict[str, Any] = json.loads((tmp_path / "moe/moeify.json").read_text())
     assert Plan.from_dict(kept) == plan
+
+
+def small(architecture: str, config: Any) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    model: Any = getattr(transformers, architecture)(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def test_tensors_that_transformers_merges_or_makes_itself_are_no_obstacle(tmp_path: Path) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 37, "vocab_size": 50}
+    split = transformers.NomicBertConfig(num_attention_heads=2, head_dim=12, **sizes)
+    made = transformers.MarianConfig(
+        d_model=24, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=37, decoder_ffn_dim=37, vocab_size=50,
+        encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=0, max_position_embeddings=32,
+    )  # fmt: skip
+    for architecture, config in (("NomicBertForMaskedLM", split), ("MarianMTModel", made)):
+        src = tiny.save(small(architecture, config), tmp_path / architecture)
+        plan = tiny.convert_files(src, tmp_path / f"{architecture}-moe", CONFIG)
+        with open_source(src) as source:
+            assert verify_slice(source, tmp_path / f"{architecture}-moe", plan).passed
