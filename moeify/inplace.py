@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.optim import Optimizer
 
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError, RefusedError
 from moeify.layers import MoELayer
 from moeify.layers.batch import connect
-from moeify.layers.build import build_layer, start_router
+from moeify.layers.build import build_layer, expert_values, start_router
 from moeify.methods.copy import copy_experts
+from moeify.passes.activation import bind
 from moeify.plan import Plan, Site
 from moeify.planning import Survey, make_plan, survey
 from moeify.trace import UNTRACED, Inputs, meta_twin, trace
-from moeify.weights import dense_ffn
+from moeify.training.carry import take_up
+from moeify.weights import dense_ffn, held
 
 Regions = Mapping[tuple[str, ...], fx.GraphModule]
 
 
 def convert(
-    model: nn.Module, config: MoEConfig, layers: str = "all", *, example_inputs: Inputs | None = None
+    model: nn.Module,
+    config: MoEConfig,
+    layers: str = "all",
+    *,
+    example_inputs: Inputs | None = None,
+    optimizer: Optimizer | None = None,
 ) -> nn.Module:
     """Replace the dense FFNs of a model by sparse mixtures of experts, in place.
 
@@ -34,20 +43,26 @@ def convert(
         config: Experts, top_k and the rest.
         layers: Which FFNs: "all", "every:2", "last:8", "0,3-7", or a regular expression on their paths.
         example_inputs: Inputs that the forward accepts; None guesses them for a transformers model.
+        optimizer: An optimizer of this model: its state follows the weights into the experts, and its groups then hold
+            the new parameters instead of the old.
 
     Returns:
         The same model. `repr` shows the new layers.
 
     Raises:
-        RefusedError: no FFN was found, or one cannot be replaced without changing something else.
+        RefusedError: no FFN was found, or one cannot be replaced without changing something else, or the optimizer's
+            state cannot follow.
         MoeifyError: the model cannot be traced.
         ConfigError: the selection matches nothing.
     """
     found = survey(trace(model, example_inputs))
     plan = make_plan(model, found, config, layers)
     check_replaceable(model, plan)
+    carried = None if optimizer is None else take_up(optimizer, model, plan)
     rehearse(model, plan, found, example_inputs)
     apply_plan(model, plan, found.regions)
+    if carried is not None:
+        carried.hand_over(model)
     remember_plan(model, plan)
     return model
 
@@ -65,13 +80,14 @@ def apply_plan(model: nn.Module, plan: Plan, regions: Regions, *, fill: bool = T
     Args:
         model: The model that the plan was made for.
         plan: What to replace.
-        regions: Captured activations by the names of the FFN's parameters; needed for custom ones.
+        regions: Captured activations by the names of the projections' parameters; needed for custom ones.
         fill: Compute the experts from the dense weights; False leaves zeros, for a state dict that is loaded next.
     """
     made = {}
     for site in plan.sites:
         dense = model.get_parameter(site.down.parameter)
-        layer = build_layer(site, plan.config, regions.get(site.parameters), dense)
+        region = bind(regions[site.parameters], partial(held, model)) if site.activation == "custom" else None
+        layer = build_layer(site, plan.config, region, dense)
         layer.train(model.get_submodule(site.path).training)
         if fill:
             _fill(layer, site, plan.config, model)
@@ -86,15 +102,8 @@ def apply_plan(model: nn.Module, plan: Plan, regions: Regions, *, fill: bool = T
 @torch.no_grad()
 def _fill(layer: MoELayer, site: Site, config: MoEConfig, model: nn.Module) -> None:
     weights = copy_experts(dense_ffn(site, model.get_parameter), config.experts)
-    values = {
-        site.up_name: weights.up_EJH,
-        "down_proj": weights.down_EHI,
-        f"{site.up_name}_bias": weights.up_bias_EJ,
-        "down_proj_bias": weights.down_bias_EH,
-    }
-    for name, value in values.items():
-        if value is not None:
-            layer.experts.get_parameter(name).copy_(value)
+    for name, value in expert_values(site, weights).items():
+        layer.experts.get_parameter(name).copy_(value)
     start_router(layer)
 
 

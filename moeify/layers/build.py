@@ -11,6 +11,7 @@ from moeify.layers.moe import MoELayer, SparseMoE
 from moeify.layers.routing import ROUTERS
 from moeify.layers.soft import SoftMoE, SoftRouter
 from moeify.layers.start import router_start
+from moeify.methods import ExpertWeights
 from moeify.plan import Site
 
 
@@ -53,3 +54,14 @@ def start_router(layer: MoELayer) -> None:
     hidden: int = layer.experts.hidden  # type: ignore[assignment]
     for name, start in router_start(layer.config, hidden, layer.path).items():
         state[name].copy_(start.build())
+
+
+def expert_values(site: Site, weights: ExpertWeights) -> dict[str, Tensor]:
+    """Return stacked values by the names that a site's experts give them."""
+    values = {
+        site.up_name: weights.up_EJH,
+        "down_proj": weights.down_EHI,
+        f"{site.up_name}_bias": weights.up_bias_EJ,
+        "down_proj_bias": weights.down_bias_EH,
+    }
+    return {name: value for name, value in values.items() if value is not None}
