@@ -66,3 +66,16 @@ def test_a_model_without_floating_point_output_cannot_be_compared() -> None:
     silent: Any = Constant(torch.ones(1, 2, dtype=torch.long))
     with pytest.raises(VerificationError, match="no floating-point"):
         moeify.verify(silent, silent, {})
+
+
+class Drawing(nn.Module):
+    """Answers with random numbers, as ViT-MAE does."""
+
+    def forward(self) -> torch.Tensor:
+        return torch.randn(2, 3)
+
+
+def test_models_that_draw_numbers_draw_the_same_and_leave_the_state_alone() -> None:
+    state = torch.get_rng_state()
+    assert moeify.verify(Drawing(), Drawing(), {}).relative == 0
+    assert torch.equal(torch.get_rng_state(), state)
