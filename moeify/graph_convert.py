@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from moeify.config import MoEConfig
-from moeify.errors import MoeifyError, RefusedError
+from moeify.errors import MoeifyError
 from moeify.layers import MoELayer
 from moeify.layers.build import build_layer, start_router
 from moeify.methods.copy import copy_experts
@@ -21,7 +22,7 @@ from moeify.passes.insert_moe import InsertMoE
 from moeify.plan import Site
 from moeify.planning import make_plan, survey
 from moeify.trace import Inputs
-from moeify.weights import dense_ffn
+from moeify.weights import dense_ffn, held
 
 
 def convert_graph(
@@ -107,7 +108,7 @@ def _make(graph_module: fx.GraphModule, ffn: FFN, site: Site, config: MoEConfig)
         value = value.flatten(1)  # a 1x1 convolution's weight has dimensions of size 1
         return value.t() if stored[name].transposed != site.transposed else value
 
-    region = bind(ffn.region, lambda name: _held(graph_module, name)) if site.activation == "custom" else None
+    region = bind(ffn.region, partial(held, graph_module)) if site.activation == "custom" else None
     layer = build_layer(site, config, region, graph_module.get_parameter(site.down.parameter))
     weights = copy_experts(dense_ffn(site, read), config.experts)
     values = {
@@ -121,11 +122,3 @@ def _make(graph_module: fx.GraphModule, ffn: FFN, site: Site, config: MoEConfig)
             layer.experts.get_parameter(name).copy_(value)
     start_router(layer)
     return layer.train(graph_module.training)
-
-
-def _held(root: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    value: Tensor = getattr(root.get_submodule(path), leaf)
-    if not isinstance(value, Tensor):
-        raise RefusedError(f"{name} is no tensor")
-    return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeify.methods import DenseFFN
 from moeify.plan import Rows, Site
@@ -45,3 +45,10 @@ def dense_rows(rows: Rows, read: Read, transposed: bool) -> Tensor:
     """Return some output rows of a projection as (out, in), whichever way the parameter is stored."""
     weight = read(rows.parameter)
     return (weight.t() if transposed else weight)[rows.start : rows.stop : rows.step]
+
+
+def held(root: nn.Module, name: str) -> Tensor:
+    """Return a parameter or buffer by its name."""
+    path, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(root.get_submodule(path), leaf)
+    return tensor
