@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moeify.planning import find_ffns
     from moeify.registration import register
     from moeify.training.bias import attach_bias_update, update_selection_bias
+    from moeify.training.callback import RoutingCallback
     from moeify.training.control import freeze, param_groups, set_capacity
     from moeify.training.losses import aux_loss, scale_attached_losses
     from moeify.training.stats import LayerStats, routing_stats
@@ -32,6 +33,7 @@ _HOME = {
     "MoeifyError": "errors",
     "OnnxReport": "export",
     "Plan": "plan",
+    "RoutingCallback": "training.callback",
     "VerifyReport": "verification",
     "attach_bias_update": "training.bias",
     "aux_loss": "training.losses",
@@ -55,6 +57,7 @@ __all__ = [
     "MoeifyError",
     "OnnxReport",
     "Plan",
+    "RoutingCallback",
     "VerifyReport",
     "attach_bias_update",
     "aux_loss",

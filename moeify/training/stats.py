@@ -21,6 +21,7 @@ class LayerStats:
 
     Attributes:
         tokens: Real tokens, padding not counted.
+        choices: Places that they chose, before capacity.
         load: Each expert's share of all choices, before capacity; they sum to 1. Balanced is 1 / experts.
         entropy: Mean entropy of a token's probabilities over the experts, in nats; log(experts) is undecided.
         dropped: Choices that exceeded an expert's capacity.
@@ -28,6 +29,7 @@ class LayerStats:
     """
 
     tokens: int
+    choices: int
     load: tuple[float, ...]
     entropy: float
     dropped: int
@@ -59,6 +61,7 @@ def _stats(path: str, layer: MoELayer, record: Record) -> LayerStats:
         raise MoeifyError(f"{path}: its router logits hold a NaN; look for what made its input or its weight NaN")
     return LayerStats(
         tokens=scores_TE.shape[0] if mask_T is None else int(mask_T.sum()),
+        choices=sum(counts),
         load=tuple(count / max(sum(counts), 1) for count in counts),
         entropy=entropy,
         dropped=0 if record.dropped is None else int(record.dropped),

@@ -1,0 +1,75 @@
+"""transformers' Trainer with MoE layers: what the routers do is logged, biases and attached losses are kept right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from moeify.training.bias import update_selection_bias
+from moeify.training.losses import scale_attached_losses
+from moeify.training.stats import LayerStats, routing_stats
+
+
+class RoutingCallback(TrainerCallback):
+    """Logs load, entropy, dropped tokens and losses wherever the trainer reports to, each time it logs its loss.
+
+    `trainer.add_callback(moeify.RoutingCallback(trainer))`. Works with every Trainer of transformers and TRL. It also
+    moves the selection biases after each optimizer step, and scales attached losses by the accumulation steps and the
+    gradient scaler, as the trainer scales its own loss.
+
+    Logged, over the last forward pass and averaged over layers: `moe_load_max` and `moe_load_min`, the shares of the
+    busiest and the idlest expert; `moe_entropy`, in nats; `moe_dropped`, the share of choices that were dropped;
+    `moe_idle`, experts without a token, summed over layers; `moe_balance` and `moe_z`, the losses without coefficients.
+
+    Args:
+        trainer: The trainer.
+        layers: Log each layer's own values too, as `moe_load_max/PATH` and so on.
+    """
+
+    def __init__(self, trainer: Any, *, layers: bool = False) -> None:
+        self.trainer, self.layers = trainer, layers
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Scale attached losses as the trainer scales its loss."""
+        scaler = self.trainer.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        scale_attached_losses(kwargs["model"], scale / args.gradient_accumulation_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the selection biases."""
+        update_selection_bias(kwargs["model"])
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log beside the training loss; what is logged here has none, so that it does not call itself."""
+        if "loss" in kwargs["logs"]:
+            self.trainer.log(summary(routing_stats(kwargs["model"]), each=self.layers))
+
+
+def summary(stats: dict[str, LayerStats], *, each: bool = False) -> dict[str, float]:
+    """Return the numbers that `RoutingCallback` logs.
+
+    Args:
+        stats: What `routing_stats` returned.
+        each: Add each layer's own values.
+    """
+    by_layer = {path: _numbers(layer) for path, layer in stats.items()}
+    names = dict.fromkeys(name for numbers in by_layer.values() for name in numbers)
+    found = {}
+    for name in names:
+        values = [numbers[name] for numbers in by_layer.values() if name in numbers]
+        found[f"moe_{name}"] = sum(values) if name == "idle" else sum(values) / len(values)
+    if each:
+        found |= {f"moe_{name}/{path}": v for path, numbers in by_layer.items() for name, v in numbers.items()}
+    return found
+
+
+def _numbers(layer: LayerStats) -> dict[str, float]:
+    return {
+        "load_max": max(layer.load),
+        "load_min": min(layer.load),
+        "entropy": layer.entropy,
+        "dropped": layer.dropped / max(layer.choices, 1),
+        "idle": sum(share == 0 for share in layer.load),
+        **layer.losses,
+    }
