@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,8 @@ class Layer(nn.Module):
         """One of transformers' implementations."""
 
         def run(x: Tensor) -> Tensor:
-            self.mixtral.config._experts_implementation = implementation
+            config: Any = self.mixtral.config
+            config._experts_implementation = implementation
             out: Tensor = self.mixtral(x, self.ids, self.weights)
             return out
 
@@ -86,7 +88,7 @@ def timed(run: Run, x: Tensor, backward: bool, parameters: list[Tensor]) -> floa
         p.grad = None
     start = time.thread_time()
     if backward:
-        run(x).sum().backward()
+        torch.autograd.backward(run(x).sum())
     else:
         with torch.no_grad():
             run(x)
@@ -149,7 +151,7 @@ def main() -> None:
             "# Expert computation on one CPU thread\n\n"
             f"Milliseconds, median. H={HIDDEN}, I={INNER}, E={EXPERTS}, k={TOP_K}, SwiGLU; torch {torch.__version__}, "
             f"{platform.processor() or platform.machine()}.\n`dense` is an FFN of the same active FLOPs; `matvecs` is "
-            "the selected experts of one token and nothing else.\nMade by `python benchmarks/experts_cpu.py --write`.\n\n"
+            "the selected experts of one token alone.\nMade by `python benchmarks/experts_cpu.py --write`.\n\n"
         )
         Path(__file__).with_suffix(".md").write_text(head + text + "\n")
 

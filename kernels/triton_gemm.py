@@ -3,8 +3,8 @@
 The dataflow is SonicMoE's (arXiv:2512.14080). Rules kept by every kernel: int32 metadata and int64 addresses; fp32
 accumulators, one `tl.dot` per accumulator and iteration (two chained into one are miscompiled for sm_100 by Triton 3.6
 to 3.8); arithmetic in fp32; no atomics. Rows past the end of an expert read its last row again, so inner loops need
-masks only where a width is not a multiple of the tile (EVEN says that the summed one is). Addresses are a 64-bit base
-per tile plus 32-bit offsets within it. HIDDEN is a constant, which saves registers; `depth` is not, for the compiler
+masks only where a width is not a multiple of the tile (EVEN says that the summed one is). Addresses in loops are a 64-bit
+base per tile plus 32-bit offsets within it. HIDDEN is a constant, which saves registers; `depth` is not, for the compiler
 would unroll its loop whole.
 
 Shape legend: T tokens, K choices per token, S = T*K pairs in sorted order, E experts, H hidden, I intermediate (inner),
@@ -37,9 +37,7 @@ def up_kernel(
     expert = tl.load(TILE_EXPERT + pid_m)
     if expert >= 0:
         end = tl.load(OFFSETS + expert + 1)
-        first = tl.load(TILE_ROW + pid_m)
-        m = tl.arange(0, BM)
-        row = first + m
+        row = tl.load(TILE_ROW + pid_m) + tl.arange(0, BM)
         token = (tl.load(ORDER + tl.minimum(row, end - 1)) // TOP_K).to(tl.int64)
         col = pid_n * BN + tl.arange(0, BN)
         n = tl.minimum(tl.arange(0, BN), INNER - 1 - pid_n * BN) if INNER % BN else tl.arange(0, BN)
@@ -68,18 +66,16 @@ def up_kernel(
             if GATED:
                 up += tl.load(bias_ptr + INNER)[None, :].to(tl.float32)
         mask = (row < end)[:, None] & (col < INNER)[None, :]
-        tile = tl.arange(0, BN)[None, :]
+        row64 = row.to(tl.int64)[:, None]
         if KEEP:
-            width = 2 * INNER if GATED else INNER
-            z_ptr = Z + first.to(tl.int64) * width + pid_n * BN + (m[:, None] * width + tile)
+            z_ptr = Z + row64 * (2 * INNER if GATED else INNER) + col[None, :]
             tl.store(z_ptr, gate.to(Z.dtype.element_ty), mask=mask)
             if GATED:
                 tl.store(z_ptr + INNER, up.to(Z.dtype.element_ty), mask=mask)
         a, _ = activate(gate, ACTIVATION)
         if GATED:
             a *= up
-        a_ptr = A + first.to(tl.int64) * INNER + pid_n * BN + (m[:, None] * INNER + tile)
-        tl.store(a_ptr, a.to(A.dtype.element_ty), mask=mask)
+        tl.store(A + row64 * INNER + col[None, :], a.to(A.dtype.element_ty), mask=mask)
 
 
 @triton.jit
