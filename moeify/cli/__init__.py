@@ -18,6 +18,9 @@ COMMANDS = {
     "inspect": "Show the FFNs of a model, the look-alikes with reasons, and what an MoE would cost.",
     "convert": "Convert a dense checkpoint into a sparse MoE checkpoint.",
     "verify": "Compare the logits of a dense model and its MoE; exit 1 above tolerance.",
+    "export": "Export a checkpoint to a sparse ONNX model, proved in ONNX Runtime.",
+    "run": "Generate text with an exported ONNX model.",
+    "doctor": "Say what this machine can run, and check the kernels on it.",
     "demo": "Convert a real 135M-parameter model, prove it, and let it speak.",
 }
 

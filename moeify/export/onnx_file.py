@@ -6,14 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from moeify.errors import ConfigError, MoeifyError, VerificationError
+from moeify.errors import ConfigError, VerificationError
 from moeify.export.requirements import MINIMUM, check_installed, package_versions, runtime_version
 from moeify.tolerances import TOLERANCE
 
@@ -112,8 +111,7 @@ def export_onnx(
         VerificationError: the graph gave other results than PyTorch.
         CheckpointError: the file cannot be written.
     """
-    _check_settings(target, quantize)
-    check_installed()
+    check_request(Path(path), target, quantize, overwrite=overwrite)
     from moeify.export.write import staged_file
 
     _check_dtype(model, target)
@@ -135,6 +133,7 @@ def _export(
     metadata: Mapping[str, str],
 ) -> OnnxReport:
     from moeify.export.capture import interface
+    from moeify.export.generation import open_session
     from moeify.export.graph import to_onnx
     from moeify.export.lower_standard import lower_standard
     from moeify.export.prove import compare, expected_cases
@@ -149,18 +148,29 @@ def _export(
     operators = _operators(graph)
     write(graph, staged)
     del graph
-    session = _session(staged)
+    session = open_session(staged, provider="cpu")
     report = _report(path, target, quantize, operators, compare(session, captured, cases), session)
     if not report.passed:
         raise VerificationError(f"the exported graph differs from PyTorch: {report.summary()}; nothing was written")
     return report
 
 
-def _check_settings(target: str, quantize: str | None) -> None:
+def check_request(path: Path, target: str, quantize: str | None, *, overwrite: bool) -> None:
+    """Raise what can be said before a model is loaded; arguments as of `export_onnx`.
+
+    Raises:
+        ConfigError: an unknown target or quantization.
+        MoeifyError: a package is missing or too old.
+        CheckpointError: the file exists.
+    """
     if target not in TARGETS:
         raise ConfigError(f"target is {target!r}: expected one of {', '.join(TARGETS)}")
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ConfigError(f"quantize is {quantize!r}: expected one of {', '.join(QUANTIZATIONS)}, or None")
+    check_installed()
+    from moeify.export.write import check_place
+
+    check_place(path, overwrite=overwrite)
 
 
 def _check_dtype(model: nn.Module, target: str) -> None:
@@ -170,17 +180,6 @@ def _check_dtype(model: nn.Module, target: str) -> None:
                 f"{name} is {str(parameter.dtype).removeprefix('torch.')}: ONNX Runtime's CPU kernels take float32; "
                 "call model.float() first, or load with dtype=torch.float32"
             )
-
-
-def _session(path: Path) -> Any:
-    onnxruntime = import_module("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        line = str(error).strip().splitlines()[0]
-        raise MoeifyError(f"onnxruntime {runtime_version()} does not load the exported graph: {line}") from error
 
 
 def _report(

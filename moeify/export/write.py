@@ -24,6 +24,14 @@ def data_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
+def check_place(path: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError if something stands at `path` that may not be replaced."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name the file, for example {path / 'model.onnx'}")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists: choose another name, or overwrite it (--overwrite)")
+
+
 @contextmanager
 def staged_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yields a path to write to, which becomes `path` when the block ends without an error; else nothing is left.
@@ -35,10 +43,7 @@ def staged_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         CheckpointError: `path` exists or is a folder, or cannot be written, or the disk is full.
     """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: name the file, for example {path / 'model.onnx'}")
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists: choose another name, or overwrite it (--overwrite)")
+    check_place(path, overwrite=overwrite)
     folder = path.with_name(f".{path.name}.moeify-partial")
     try:
         shutil.rmtree(folder, ignore_errors=True)

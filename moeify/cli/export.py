@@ -1,0 +1,96 @@
+"""`moeify export`: a checkpoint becomes an ONNX file, with its proof."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moeify.cli.options import json_option
+from moeify.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moeify.export import OnnxReport
+
+
+@click.command()
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--target", default="cpu", show_default=True, help="cpu, cuda, or portable (standard ONNX only).")
+@click.option("--quantize", help="Store the experts' weights in int8 or int4.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="[default: float32; cuda: float16]"
+)
+@click.option("--experts", type=int, help="Convert a dense SRC on the way: experts in each layer.")
+@click.option("--top-k", type=int, help="Experts that each token visits, with --experts.")
+@click.option("--layers", default="all", show_default=True, help="Which FFNs become experts, with --experts.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@json_option
+def export(
+    src: Path, out: Path, target: str, quantize: str | None, dtype: str | None, experts: int | None, top_k: int | None,
+    layers: str, overwrite: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Export the checkpoint SRC to the ONNX file OUT.
+
+    SRC is a converted model, an MoE of transformers, or a dense model (with --experts and --top-k it is converted on
+    the way). OUT appears after ONNX Runtime gave what PyTorch gives, on shapes that the export did not see.
+    """
+    from moeify.cli import display
+    from moeify.cli.quiet import quiet_transformers
+    from moeify.export import export_onnx
+    from moeify.export.onnx_file import check_request
+
+    check_request(out, target, quantize, overwrite=overwrite)  # before minutes of loading
+    if not src.exists():
+        raise CheckpointError(f"{src} does not exist: give a model folder or a GGUF file")
+    with quiet_transformers():
+        model = _load(src, dtype or ("float16" if target == "cuda" else "float32"), experts, top_k, layers)
+        entries = {"source": src.name, **_text_entries(src, model)}
+        report = export_onnx(model, out, target, quantize, overwrite=overwrite, metadata=entries)  # type: ignore[arg-type]
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+        return
+    display.stdout().print(_operators(report))
+    click.echo(f"{report.summary()}\nwritten to {out}, for onnxruntime {report.requires} or newer")
+
+
+def _load(src: Path, dtype: str, experts: int | None, top_k: int | None, layers: str) -> nn.Module:
+    import torch
+
+    from moeify.config import MoEConfig
+    from moeify.inplace import convert
+    from moeify.loading import load
+
+    if (experts is None) != (top_k is None):
+        raise click.UsageError("--experts and --top-k go together: for example --experts 8 --top-k 2")
+    model = load(src, dtype=getattr(torch, dtype))
+    return model if experts is None or top_k is None else convert(model, MoEConfig(experts, top_k), layers)
+
+
+def _text_entries(src: Path, model: Any) -> dict[str, str]:
+    """What `moeify run` needs: the tokenizer, and the tokens that end a text."""
+    from transformers import AutoTokenizer
+
+    try:
+        kwargs = {"gguf_file": src.name} if src.suffix == ".gguf" else {}
+        tokenizer: Any = AutoTokenizer.from_pretrained(src.parent if kwargs else src, **kwargs)
+        text = tokenizer.backend_tokenizer.to_str()
+    except (OSError, ValueError, KeyError, AttributeError):
+        return {}  # a vision model, or a tokenizer that has no file of its own
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return {"tokenizer": text, "eos_token_ids": " ".join(map(str, ids))}
+
+
+def _operators(report: OnnxReport) -> Any:
+    from rich.table import Table
+
+    table = Table("operator", "count", box=None, pad_edge=False)
+    for name, count in report.operators.items():
+        table.add_row(name, str(count))
+    return table
