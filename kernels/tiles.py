@@ -121,11 +121,13 @@ def row_tile(pairs: int, experts: int) -> int:
 def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int) -> Tile:
     """Return the tile of `kernel` for tiles of `m` rows, no wider than the matrix and no deeper than its type allows.
 
-    The table is for types of two bytes. Four bytes halve the depth, so that shared memory holds as many stages.
+    The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the width of the kernels
+    that hold a gate beside the rest, for registers, of which products without tensor cores need more.
     """
     tile = TILES.get(architecture, UNKNOWN)[kernel][m]
-    depth = tile.k if itemsize <= 2 else max(tile.k // 2, 16)
-    return replace(tile, n=min(tile.n, _power_of_two(n)), k=min(depth, _power_of_two(k)))
+    if itemsize > 2:
+        tile = replace(tile, k=tile.k // 2, n=tile.n // 2 if kernel in {"up", "down_backward"} else tile.n)
+    return replace(tile, n=min(tile.n, _power_of_two(n)), k=min(tile.k, _power_of_two(k)))
 
 
 def _power_of_two(width: int) -> int:

@@ -3,9 +3,9 @@
 The dataflow is SonicMoE's (arXiv:2512.14080). Rules kept by every kernel: int32 metadata and int64 addresses; fp32
 accumulators, one `tl.dot` per accumulator and iteration (two chained into one are miscompiled for sm_100 by Triton 3.6
 to 3.8); arithmetic in fp32; no atomics. Rows past the end of an expert read its last row again, so inner loops need
-masks only where a width is not a multiple of the tile (EVEN says that the summed one is). Addresses in loops are a 64-bit
-base per tile plus 32-bit offsets within it. HIDDEN is a constant, which saves registers; `depth` is not, for the compiler
-would unroll its loop whole.
+masks only where a width is not a multiple of the tile (EVEN says that the summed one is). Addresses in loops are a
+64-bit base per tile plus 32-bit offsets within it. HIDDEN is a constant, which saves registers; `depth` is not, for the
+compiler would unroll its loop whole.
 
 Shape legend: T tokens, K choices per token, S = T*K pairs in sorted order, E experts, H hidden, I intermediate (inner),
 J = 2*I if gated else I, M and N tiles of the output, K (in BK) the dimension that is summed.

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from moeify.kernels.layout import RoutingLayout, TileMap, max_tiles
 
-BLOCK = 64
-
 
 @triton.jit
 def count_kernel(IDS, COUNTS, pairs, blocks, E: tl.constexpr, X: tl.constexpr, BLOCK: tl.constexpr):
@@ -70,13 +68,14 @@ def routing_layout(expert_ids_TK: Tensor, experts: int) -> RoutingLayout:
     """The same as `moeify.kernels.layout.routing_layout`, in three launches."""
     ids_S = expert_ids_TK.contiguous().view(-1)
     pairs, bins = ids_S.shape[0], triton.next_power_of_2(experts + 1)
-    blocks = max(triton.cdiv(pairs, BLOCK), 1)
+    block = max(min(8192 // bins, 64), 16)  # what one program holds in registers: block x bins counters
+    blocks = max(triton.cdiv(pairs, block), 1)
     counts_XP = ids_S.new_empty((bins, blocks), dtype=torch.int32)
     order_S, inverse_S = ids_S.new_empty((2, pairs), dtype=torch.int32).unbind()
-    count_kernel[(blocks,)](ids_S, counts_XP, pairs, blocks, E=experts, X=bins, BLOCK=BLOCK)
+    count_kernel[(blocks,)](ids_S, counts_XP, pairs, blocks, E=experts, X=bins, BLOCK=block)
     ends_XP = counts_XP.view(-1).cumsum(0, dtype=torch.int32).view(bins, blocks)
     starts_XP = ends_XP - counts_XP
-    place_kernel[(blocks,)](ids_S, starts_XP, order_S, inverse_S, pairs, blocks, E=experts, X=bins, BLOCK=BLOCK)
+    place_kernel[(blocks,)](ids_S, starts_XP, order_S, inverse_S, pairs, blocks, E=experts, X=bins, BLOCK=block)
     return RoutingLayout(order_S, inverse_S, starts_XP[: experts + 1, 0].contiguous(), expert_ids_TK.shape[1])
 
 
