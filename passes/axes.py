@@ -8,6 +8,7 @@ from torch import fx
 
 from moeify.passes import dataflow as flow
 
+_HOPS = 64  # a block has fewer operators
 _CHANNELS_FIRST = {"conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm"}
 
 
@@ -23,7 +24,7 @@ def reads_features(source: fx.Node, axis: int, projections: Collection[fx.Node])
         projections: Nodes that are projections; their features lie in the last dimension (channels: the second).
     """
     node, moved = source, False
-    while True:
+    for _ in range(_HOPS):
         rank, name = len(flow.shape(node)), flow.op_name(node)
         position = rank + axis
         if name in _CHANNELS_FIRST:
