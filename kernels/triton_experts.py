@@ -116,7 +116,7 @@ def grouped_linear_backward(
 
 def architecture() -> str:
     """What the kernels will run on: "sm_90", "gfx942", or "interpreter"."""
-    if triton.knobs.runtime.interpret:
+    if not isinstance(up_kernel, triton.JITFunction):
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
