@@ -1,8 +1,8 @@
 """Expert computation on CPU: sorted slices, one matrix product per expert and projection, written where it belongs.
 
 Rows are taken in chunks of whole slices: elementwise work is done once per chunk, while it is in cache, and temporaries
-are as large as one chunk. Only the pre-activation z is kept for the backward pass; the router's gradient
-needs no expert output, because <dO, Y> = <dO, A W2^T> = <dO W2, A> (SonicMoE, arXiv:2512.14080).
+are as large as one chunk. Only the pre-activation z is kept for the backward pass; the router's gradient needs no
+expert output, because <dO, Y> = <dO, A W2^T> = <dO W2, A> (SonicMoE, arXiv:2512.14080).
 
 Shape legend: T tokens, K choices per token, S = T*K pairs in sorted order, E experts, H hidden, I intermediate,
 J = 2*I if gated else I, N any width, R rows of one chunk. A trailing 1 is one (R1) or plus one (E1).

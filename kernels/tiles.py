@@ -6,6 +6,7 @@ the order of preference is: tensor-core instructions of full width, then CTAs pe
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 
@@ -124,6 +125,8 @@ def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int
     The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the width of the kernels
     that hold a gate beside the rest, for registers, of which products without tensor cores need more.
     """
+    if architecture not in TILES and architecture != "interpreter":
+        warnings.warn(f"no tiles were chosen for {architecture}: using small ones that fit everywhere", stacklevel=2)
     tile = TILES.get(architecture, UNKNOWN)[kernel][m]
     if itemsize > 2:
         tile = replace(tile, k=tile.k // 2, n=tile.n // 2 if kernel in {"up", "down_backward"} else tile.n)

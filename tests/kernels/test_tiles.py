@@ -12,7 +12,7 @@ def test_height_follows_an_experts_share(share: int, height: int) -> None:
     assert row_tile(share * 8, 8) == height
 
 
-@pytest.mark.parametrize("architecture", [*TILES, "sm_75", "gfx1100", "interpreter"])
+@pytest.mark.parametrize("architecture", [*TILES, "interpreter"])
 def test_every_architecture_has_every_tile(architecture: str) -> None:
     for kernel, heights in {
         "up": (16, 32, 64, 128),
@@ -26,3 +26,8 @@ def test_every_architecture_has_every_tile(architecture: str) -> None:
             narrow = choose(kernel, architecture, m, 20, 5, 4)
             assert (narrow.n, narrow.k) == (32, 16)
             assert choose(kernel, architecture, m, 768, 2048, 4).k == tile.k // 2
+
+
+def test_an_unknown_architecture_gets_tiles_that_fit_everywhere_and_a_warning() -> None:
+    with pytest.warns(UserWarning, match="no tiles were chosen for sm_75"):
+        assert choose("up", "sm_75", 64, 768, 2048, 2) == choose("up", "sm_86", 64, 768, 2048, 2)
