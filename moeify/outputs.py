@@ -35,6 +35,7 @@ def output_tensors(source: Source, plan: Plan, dtype: str | None, unused: Callab
     _check_complete(model, names, plan)
     maker = _Maker(source, names.of, plan, dtype)
     site_of = {parameter: site for site in plan.sites for parameter in site.parameters}
+    site_of |= {dense: site for site in plan.sites for dense, _ in site.learned}
     done: set[str] = set()
     for name in names.of:
         site = site_of.get(name)
@@ -122,6 +123,9 @@ class _Maker:
         if site.down.bias:
             build = functools.partial(self.read, site.down.bias)
             yield OutTensor(biases.pop(0), dtype, (experts, site.hidden), (build,) * experts)
+        for dense, own in site.learned:
+            if dense in self.on_disk:  # a buffer that is not saved is none of the checkpoint's
+                yield self.copied(self.on_disk[dense], f"{site.path}.experts.region.{own}")
 
     def native(self, site: Site) -> Iterator[OutTensor]:
         """A site in the key layout of a native family."""

@@ -65,6 +65,7 @@ class Site:
         transposed: Weights are stored (in, out), as in GPT-2.
         dropout: Probability with which the dense FFN dropped its output.
         expert_dropout: Probability with which it dropped its hidden layer.
+        learned: Names of the parameters and buffers that a custom activation reads, and what the layer calls them.
     """
 
     path: str
@@ -78,6 +79,7 @@ class Site:
     transposed: bool
     dropout: float
     expert_dropout: float
+    learned: tuple[tuple[str, str], ...] = ()
 
     @property
     def gated(self) -> bool:
@@ -166,7 +168,9 @@ class Plan:
 
 def _site(data: dict[str, Any]) -> Site:
     ups = tuple(Rows(**rows) for rows in data["ups"])
-    return Site(**{**data, "ups": ups, "down": Rows(**data["down"]), "through": tuple(data["through"])})
+    learned = tuple((dense, own) for dense, own in data["learned"])
+    down, through = Rows(**data["down"]), tuple(data["through"])
+    return Site(**{**data, "ups": ups, "down": down, "through": through, "learned": learned})
 
 
 def names_under(site: Site) -> Iterator[str]:

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
+from moeify.passes.activation import CUSTOM, learned, own_names
 from moeify.passes.find_ffn import FFN, FindFFN, Inspection
 from moeify.passes.projection import Projection
 from moeify.placement import Placement, Places
@@ -90,6 +91,7 @@ def _nothing_found(model_type: str, inspection: Inspection) -> str:
 
 
 def _site(ffn: FFN, place: Placement) -> Site:
+    inside = own_names(learned(ffn.region)) if ffn.activation == CUSTOM else {}
     whole = tuple((i, 0, up.out_features, 1) for i, up in enumerate(ffn.ups))
     halves = ffn.halves
     parts = whole if halves is None else tuple(h for h in (halves.gate, halves.up) if h is not None)
@@ -105,6 +107,7 @@ def _site(ffn: FFN, place: Placement) -> Site:
         transposed=ffn.down.transposed,
         dropout=place.dropout,
         expert_dropout=place.expert_dropout,
+        learned=tuple(inside.items()),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -142,16 +142,35 @@ def learned(region: fx.GraphModule) -> list[str]:
 
 
 def bind(region: fx.GraphModule, read: Callable[[str], torch.Tensor]) -> fx.GraphModule:
-    """Return a copy of a region that has parameters and buffers of its own, with the values that `read` gives."""
+    """Return a copy of a region that has parameters and buffers of its own, with the values that `read` gives.
+
+    They are called by their own last names (see `own_names`), wherever the model held them.
+    """
     held: dict[str, object] = {}
-    for node in region.graph.find_nodes(op="get_attr"):
+    names = own_names(learned(region))
+    graph = copy.deepcopy(region.graph)
+    for node in graph.find_nodes(op="get_attr"):
         name = str(node.target)
         value = attrgetter(name)(region)
-        if not _is_constant(name):
+        if name in names:
             own = read(name).detach().clone()
             value = nn.Parameter(own, value.requires_grad) if isinstance(value, nn.Parameter) else own
-        held[name] = value
-    return fx.GraphModule(held, copy.deepcopy(region.graph), class_name="Activation")
+            node.target = names[name]
+        held[str(node.target)] = value
+    return fx.GraphModule(held, graph, class_name="Activation")
+
+
+def own_names(names: Sequence[str]) -> dict[str, str]:
+    """Shorten parameter names to their last parts, as many as it takes to tell them apart.
+
+    `["layers.0.act.alpha", "layers.0.act.beta"]` become `alpha` and `beta`.
+    """
+    deepest = max((name.count(".") for name in names), default=0) + 1
+    for parts in range(1, deepest + 1):
+        short = ["_".join(name.split(".")[-parts:]) for name in names]
+        if len(set(short)) == len(names):
+            return dict(zip(names, short, strict=True))
+    return {name: name.replace(".", "_") for name in names}
 
 
 def _is_constant(name: str) -> bool:

@@ -28,6 +28,7 @@ sites = st.builds(
     transposed=st.booleans(),
     dropout=st.floats(0, 0.9),
     expert_dropout=st.floats(0, 0.9),
+    learned=st.lists(st.tuples(names, names), max_size=2).map(tuple),
 )
 configs = st.builds(MoEConfig, st.integers(2, 64), st.integers(1, 2), seed=st.integers(0, 2**40))
 plans = st.builds(Plan, names, configs, st.lists(sites, max_size=3).map(tuple), st.sampled_from(["moeify", "mixtral"]))

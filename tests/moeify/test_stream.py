@@ -224,3 +224,25 @@ def test_tensors_that_transformers_merges_or_makes_itself_are_no_obstacle(tmp_pa
         plan = tiny.convert_files(src, tmp_path / f"{architecture}-moe", CONFIG)
         with open_source(src) as source:
             assert verify_slice(source, tmp_path / f"{architecture}-moe", plan).passed
+
+
+def test_learned_activations_and_norms_inside_come_along(tmp_path: Path) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 24, "intermediate_size": 37, "vocab_size": 50,
+                             "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}  # fmt: skip
+    for architecture, config in (
+        ("ApertusForCausalLM", transformers.ApertusConfig(**sizes)),
+        ("BitNetForCausalLM", transformers.BitNetConfig(**sizes)),
+    ):
+        model = small(architecture, config)
+        src = tiny.save(model, tmp_path / architecture)
+        plan = tiny.convert_files(src, tmp_path / f"{architecture}-moe", CONFIG)
+        assert plan.sites[0].activation == "custom" and plan.sites[0].learned
+        with open_source(src) as source:
+            assert verify_slice(source, tmp_path / f"{architecture}-moe", plan).passed
+        loaded = moeify.load(tmp_path / f"{architecture}-moe")
+        moeify.convert(model, CONFIG)
+        expected, found = model.state_dict(), loaded.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
