@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from moeify.kernels.activations import Activation, find_activation
 from moeify.kernels.layout import invert, sort_by_expert
 
 CHUNK_ROWS = 512
+MANY_ROWS = 64
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 FEW_PAIRS = 64  # below this, sorting a Python list is faster than calling the operators that sort
 
 
@@ -216,7 +219,7 @@ def _linear(x_RH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, chunk: Chunk, out:
         if x.shape[0] in few:  # MKL is up to twice as fast with the few rows on the other side
             y.copy_(torch.mm(_cast(w_ENH[e], x), x.t()).t())
         else:
-            torch.mm(x, _cast(w_EHN[e], x), out=y)
+            _multiply(x, _cast(w_EHN[e], x), out=y)
         if b_EN is not None:
             y += b_EN[e]
     return out
@@ -227,8 +230,16 @@ def _times(dy_RN: Tensor, w_ENH: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
     for e, dy, dx in zip(
         chunk.experts, dy_RN.split_with_sizes(chunk.sizes), out.split_with_sizes(chunk.sizes), strict=True
     ):
-        torch.mm(dy, _cast(w_ENH[e], dy), out=dx)
+        _multiply(dy, _cast(w_ENH[e], dy), out=dx)
     return out
+
+
+def _multiply(x: Tensor, w_HN: Tensor, out: Tensor) -> None:
+    """Write x @ w; in fp32, many rows go to oneDNN, a tenth faster than MKL on AMD."""
+    if x.dtype == torch.float32 and x.shape[0] >= MANY_ROWS and x.device.type == "cpu" and _ONEDNN is not None:
+        out.copy_(_ONEDNN(x, w_HN.t(), None, "none", [], ""))
+    else:
+        torch.mm(x, w_HN, out=out)
 
 
 def _outer(dy_RN: Tensor, x_RH: Tensor, chunk: Chunk, out: Tensor) -> None:

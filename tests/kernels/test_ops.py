@@ -49,6 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "more choices than experts": {"tokens": 5, "top_k": 4, "experts": 2},
     "no tokens": {"tokens": 0, "top_k": 2, "experts": 4},
     "one expert": {"tokens": 40, "top_k": 1, "experts": 1},
+    "many rows": {"tokens": 100, "top_k": 1, "experts": 1},
 }
 
 
