@@ -82,24 +82,25 @@ class Places:
         where = ffn.name or "the model"
         if len(ffn.ups) > 1 or ffn.kind != "mlp":
             raise RefusedError(f"{where}: its gated FFN is computed in the block itself; convert the graph instead")
-        through = [self._leaf(ffn.ups[0].node, where)]
+        through = [self._leaf(ffn.ups[0].node, ffn, where)]
         for node in ffn.nodes:
             if flow.op_name(node) in flow.TRANSPARENT and flow.module_stack(node)[-1] == ffn.name:
                 continue  # dropout or a cast written in the block: nothing to neutralise in evaluation
             path = flow.module_stack(node)[-1]
-            if path == ffn.name or not set(self._work(path)) <= set(ffn.nodes):
+            own = [n for n in self._work(path) if n in ffn.nodes]
+            if path == ffn.name or len(self._work(path)) != ffn.calls * len(own):
                 raise RefusedError(
                     f"{where}: its activation `{flow.op_name(node)}` is not a module; convert the graph instead"
                 )
             through.append(path)
-        path = self._leaf(ffn.down.node, where)
+        path = self._leaf(ffn.down.node, ffn, where)
         return Placement(path, tuple(dict.fromkeys(through)), 0.0, _dropout_among(ffn.nodes))
 
-    def _leaf(self, node: fx.Node, where: str) -> str:
+    def _leaf(self, node: fx.Node, ffn: FFN, where: str) -> str:
         """The module that does this projection and nothing else."""
         path = flow.module_stack(node)[-1]
-        others = [n for n in self._work(path) if n is not node and flow.op_name(n) not in flow.TRANSPARENT]
-        if others:
+        work = [n for n in self._work(path) if flow.op_name(n) not in flow.TRANSPARENT]
+        if len(work) != ffn.calls:
             raise RefusedError(f"{where}: its projection `{node.name}` is not a module; convert the graph instead")
         return path
 

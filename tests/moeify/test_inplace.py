@@ -197,3 +197,19 @@ def test_a_model_without_an_ffn_says_what_was_looked_at() -> None:
     model = nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 3))
     with pytest.raises(RefusedError, match=r"no dense FFN was found in Sequential: .*1"):
         moeify.convert(model, CONFIG, example_inputs=(torch.zeros(2, 7),))
+
+
+def test_layers_that_share_one_ffn_share_one_moe() -> None:
+    import transformers
+
+    config = transformers.AlbertConfig(hidden_size=24, intermediate_size=37, num_hidden_layers=3, num_attention_heads=2,
+                                       vocab_size=50, embedding_size=16)  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.AlbertModel(config).eval()
+    ids = torch.arange(18).reshape(2, 9)
+    with torch.no_grad():
+        before = model(input_ids=ids).last_hidden_state
+        moeify.convert(model, CONFIG)
+        after = model(input_ids=ids).last_hidden_state
+    assert len(layers_of(model)) == 1
+    assert tiny.relative(after, before) < TOLERANCE_FP32
