@@ -42,6 +42,7 @@ def reads_features(source: fx.Node, axis: int, projections: Collection[fx.Node])
         moved = moved or before != position
         node = inputs[0]
         axis = before - len(flow.shape(node))
+    return True
 
 
 def _dimension_before(node: fx.Node, source: fx.Node, position: int) -> int | None:
