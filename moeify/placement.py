@@ -78,8 +78,21 @@ class Places:
         return Placement(ffn.name, (), dropout, _dropout_among(ffn.nodes))
 
     def _splice(self, ffn: FFN) -> Placement:
-        """The projection back, with every module between the input and it passing through."""
+        """The projection back, with what stands before it passing its input through."""
         where = ffn.name or "the model"
+        through = self._inner_module(ffn) or self._inner_modules(ffn, where)
+        return Placement(self._leaf(ffn.down.node, ffn, where), through, 0.0, _dropout_among(ffn.nodes))
+
+    def _inner_module(self, ffn: FFN) -> tuple[str, ...]:
+        """The one module that holds first projections and activation, if there is one (BERT's `intermediate`)."""
+        inside = {*(n for p in ffn.ups for n in (p.product, p.node)), *ffn.nodes}
+        path = flow.innermost_module(inside)
+        own = [node for node in self._work(path) if node in inside]
+        alone = path and path != ffn.name and len(self._work(path)) == ffn.calls * len(own)
+        return (path,) if alone else ()
+
+    def _inner_modules(self, ffn: FFN, where: str) -> tuple[str, ...]:
+        """Every module between the input and the projection back (OPT's `fc1` and `activation_fn`)."""
         if len(ffn.ups) > 1 or ffn.kind != "mlp":
             raise RefusedError(f"{where}: its gated FFN is computed in the block itself; convert the graph instead")
         through = [self._leaf(ffn.ups[0].node, ffn, where)]
@@ -93,8 +106,7 @@ class Places:
                     f"{where}: its activation `{flow.op_name(node)}` is not a module; convert the graph instead"
                 )
             through.append(path)
-        path = self._leaf(ffn.down.node, ffn, where)
-        return Placement(path, tuple(dict.fromkeys(through)), 0.0, _dropout_among(ffn.nodes))
+        return tuple(dict.fromkeys(through))
 
     def _leaf(self, node: fx.Node, ffn: FFN, where: str) -> str:
         """The module that does this projection and nothing else."""

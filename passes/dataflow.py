@@ -12,7 +12,7 @@ Vocabulary, used throughout `passes/`:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx
@@ -165,3 +165,13 @@ def module_stack(node: fx.Node) -> list[str]:
     """Return the paths of the modules around a node, outermost first; a second call of a module has the same path."""
     stack = node.meta.get("nn_module_stack") or {}
     return [path.split("@")[0] for path, _ in stack.values()]
+
+
+def innermost_module(nodes: Iterable[fx.Node]) -> str:
+    """Return the path of the innermost module around all nodes, "" where there is none."""
+    common = ""
+    for paths in zip(*(module_stack(node) for node in nodes), strict=False):
+        if len(set(paths)) > 1:
+            break
+        common = paths[0]
+    return common

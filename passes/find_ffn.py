@@ -188,7 +188,7 @@ class _Finder:
         region = capture(self.graph_module, [u.node for u in ups], down.source, down.axis)
         recognised = recognise(region, [u.out_features for u in ups], down.in_features)
         return FFN(
-            name=_owner([u.node for u in ups] + [*nodes, down.node]),
+            name=flow.innermost_module([u.node for u in ups] + [*nodes, down.node]),
             kind=kind,
             activation=recognised.activation,
             hidden=down.out_features,
@@ -215,17 +215,6 @@ def _stopped_at(node: fx.Node) -> str:
 
 def _refusal(weight: str, reason: str, node: fx.Node) -> Refusal:
     return Refusal(weight.rsplit(".", 1)[0], reason, node.name, (flow.module_stack(node) or [""])[-1])
-
-
-def _owner(nodes: list[fx.Node]) -> str:
-    """Return the path of the innermost module around all nodes."""
-    stacks = [flow.module_stack(node) for node in nodes]
-    common = ""
-    for paths in zip(*stacks, strict=False):
-        if len(set(paths)) > 1:
-            break
-        common = paths[0]
-    return common
 
 
 def _without_strays(ffns: list[FFN], unseen: set[fx.Node]) -> Inspection:

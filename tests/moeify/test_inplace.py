@@ -205,11 +205,29 @@ def test_layers_that_share_one_ffn_share_one_moe() -> None:
     config = transformers.AlbertConfig(hidden_size=24, intermediate_size=37, num_hidden_layers=3, num_attention_heads=2,
                                        vocab_size=50, embedding_size=16)  # fmt: skip
     torch.manual_seed(0)
-    model: Any = transformers.AlbertModel(config).eval()
+    model: Any = transformers.AlbertModel(config)
+    model.eval()
     ids = torch.arange(18).reshape(2, 9)
     with torch.no_grad():
         before = model(input_ids=ids).last_hidden_state
         moeify.convert(model, CONFIG)
         after = model(input_ids=ids).last_hidden_state
     assert len(layers_of(model)) == 1
+    assert tiny.relative(after, before) < TOLERANCE_FP32
+
+
+def test_an_activation_written_in_the_module_of_the_first_projection_is_no_obstacle() -> None:
+    import transformers
+
+    config = transformers.EsmConfig(hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=2,
+                                    vocab_size=33, pad_token_id=1, mask_token_id=32)  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.EsmForMaskedLM(config)
+    model.eval()
+    ids = torch.arange(2, 20).reshape(2, 9)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        moeify.convert(model, CONFIG)
+        after = model(input_ids=ids).logits
+    assert len(layers_of(model)) == 2
     assert tiny.relative(after, before) < TOLERANCE_FP32
