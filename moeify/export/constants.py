@@ -42,7 +42,7 @@ class ConstantReader:
 
     def unstack(self, stacked: ir.Value) -> list[ir.Value]:
         """Return one initializer for each entry of a stacked weight's first dimension."""
-        name = _base_name(stacked)
+        name = base_name(stacked)
         if name not in self.parts:
             tensor = self.tensor(stacked)
             self.parts[name] = [self.add(f"{name}.{e}", part) for e, part in enumerate(tensor.detach())]
@@ -71,8 +71,8 @@ class ConstantReader:
         return value
 
 
-def _base_name(value: ir.Value) -> str:
-    """The name of the initializer behind a value."""
+def base_name(value: ir.Value) -> str:
+    """Return the name of the initializer behind a value."""
     node = value.producer()
     while node is not None and node.inputs and node.inputs[0] is not None:
         value = node.inputs[0]

@@ -31,7 +31,10 @@ def lower_standard(model: ir.Model) -> None:
             lowering.experts(node)
         elif node.domain == DOMAIN and node.op_type == GROUPED_LINEAR:
             lowering.grouped_linear(node)
-    model.opset_imports.setdefault(DOMAIN, 1)
+    if lowering.names:
+        model.opset_imports[DOMAIN] = 1
+    else:
+        model.opset_imports.pop(DOMAIN, None)
     lowering.constants.remove_unused()
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,66 +13,17 @@ import torch
 from torch import nn
 
 from moeify.errors import ConfigError, VerificationError
-from moeify.export.requirements import MINIMUM, check_installed, package_versions, runtime_version
-from moeify.tolerances import TOLERANCE
+from moeify.export.report import OnnxReport
+from moeify.export.requirements import check_installed, package_versions, runtime_version
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from moeify.export.prove import Difference
-
 Target = Literal["cpu", "cuda", "portable"]
 Quantization = Literal["int8", "int4"]
-TARGETS = ("cpu", "portable")
+TARGETS = ("cpu", "cuda", "portable")
 QUANTIZATIONS = ("int8", "int4")
-
-
-@dataclass(frozen=True)
-class OnnxReport:
-    """What was written, and its proof.
-
-    Attributes:
-        path: The file.
-        target: What it was made for.
-        quantize: How the experts' weights are stored, None for as they were.
-        operators: How often each operator occurs in the graph, functions of the model named with their domain.
-        relative: Largest difference from PyTorch by its largest value.
-        max_abs_diff: Largest difference.
-        top1_agreement: Share of rows whose largest value is at the same place.
-        tolerance: Largest relative difference that passes, None where none is promised.
-        cases: The shapes of the proof.
-        runtime: The ONNX Runtime that ran the proof, and its provider.
-        requires: The oldest ONNX Runtime for this file.
-    """
-
-    path: str
-    target: str
-    quantize: str | None
-    operators: Mapping[str, int]
-    relative: float
-    max_abs_diff: float
-    top1_agreement: float
-    tolerance: float | None
-    cases: tuple[str, ...]
-    runtime: str
-    requires: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether the promise holds."""
-        return math.isfinite(self.relative) and (self.tolerance is None or self.relative <= self.tolerance)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data."""
-        return asdict(self)
-
-    def summary(self) -> str:
-        """Return one line for people."""
-        promise = "no exactness promised" if self.tolerance is None else f"tolerance {self.tolerance:.0e}"
-        return (
-            f"relative difference {self.relative:.2e} ({promise}) in {self.runtime}, "
-            f"top-1 agreement {self.top1_agreement:.2%}, on {', '.join(self.cases)}"
-        )
+_HALF = {torch.float16, torch.bfloat16}
 
 
 def export_onnx(
@@ -114,45 +65,82 @@ def export_onnx(
     check_request(Path(path), target, quantize, overwrite=overwrite)
     from moeify.export.write import staged_file
 
-    _check_dtype(model, target)
+    _check_dtype(model, target, quantize)
     training = model.training
     try:
         with staged_file(Path(path).expanduser().resolve(), overwrite=overwrite) as staged:
-            return _export(model.eval(), staged, Path(path), target, quantize, example_inputs, metadata or {})
+            return _export(model.eval(), staged, _Request(Path(path), target, quantize, example_inputs, metadata or {}))
     finally:
         model.train(training)
 
 
-def _export(
-    model: nn.Module,
-    staged: Path,
-    path: Path,
-    target: Target,
-    quantize: Quantization | None,
-    example_inputs: Mapping[str, Any] | None,
-    metadata: Mapping[str, str],
-) -> OnnxReport:
-    from moeify.export.capture import interface
-    from moeify.export.generation import open_session
-    from moeify.export.graph import to_onnx
-    from moeify.export.lower_standard import lower_standard
-    from moeify.export.prove import compare, expected_cases
-    from moeify.export.write import write
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for: the arguments of `export_onnx` that the graph depends on."""
 
-    captured = interface(model, example_inputs)
-    cases = expected_cases(model, captured)
-    graph = to_onnx(captured)
-    lower_standard(graph)
-    made = {"target": target, "quantize": quantize or "", "onnxruntime": _version(MINIMUM), **package_versions()}
-    graph.metadata_props.update({f"moeify.{key}": value for key, value in {**made, **metadata}.items()})
-    operators = _operators(graph)
-    write(graph, staged)
-    del graph
-    session = open_session(staged, provider="cpu")
-    report = _report(path, target, quantize, operators, compare(session, captured, cases), session)
+    path: Path
+    target: Target
+    quantize: Quantization | None
+    example_inputs: Mapping[str, Any] | None
+    metadata: Mapping[str, str]
+
+
+def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
+    """Prove, then leave the file at `staged`; a model in half precision is proved by its twin in float32."""
+    dtype = _dtype(model)
+    if dtype not in _HALF:
+        report = _prove(model, staged, request, "float32")
+    else:
+        twin = copy.deepcopy(model).float()
+        report = _prove(twin, staged, request, str(dtype).removeprefix("torch."))
+        del twin
     if not report.passed:
         raise VerificationError(f"the exported graph differs from PyTorch: {report.summary()}; nothing was written")
+    if dtype in _HALF:
+        _write(model, staged, request)
     return report
+
+
+def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> OnnxReport:
+    """Write the graph of a float32 model and run it beside PyTorch."""
+    from moeify.export.capture import interface
+    from moeify.export.generation import open_session
+    from moeify.export.prove import compare, expected_cases, tolerance
+
+    captured = interface(model, request.example_inputs)
+    cases = expected_cases(model, captured)
+    operators, minimum = _write(model, staged, request)
+    session = open_session(staged, provider="cpu")
+    measured = compare(session, captured, cases)
+    return OnnxReport(
+        path=str(request.path),
+        target=request.target,
+        quantize=request.quantize,
+        dtype=dtype,
+        operators=operators,
+        relative=measured.relative,
+        max_abs_diff=measured.max_abs_diff,
+        top1_agreement=measured.top1_agreement,
+        tolerance=tolerance(request.quantize),
+        cases=measured.cases,
+        runtime=f"onnxruntime {runtime_version()}, {session.get_providers()[0]}",
+        requires=minimum,
+    )
+
+
+def _write(model: nn.Module, staged: Path, request: _Request) -> tuple[dict[str, int], str]:
+    """Trace, lower and save; returns how often each operator occurs, and the oldest ONNX Runtime for the file."""
+    from moeify.export.capture import interface
+    from moeify.export.graph import to_onnx
+    from moeify.export.lower import lower
+    from moeify.export.write import write
+
+    graph = to_onnx(interface(model, request.example_inputs))
+    minimum = ".".join(map(str, lower(graph, request.target, request.quantize)))
+    made = {"target": request.target, "quantize": request.quantize or "", "onnxruntime": minimum, **package_versions()}
+    graph.metadata_props.update({f"moeify.{key}": value for key, value in {**made, **request.metadata}.items()})
+    write(graph, staged)
+    return _operators(graph), minimum
 
 
 def check_request(path: Path, target: str, quantize: str | None, *, overwrite: bool) -> None:
@@ -167,45 +155,35 @@ def check_request(path: Path, target: str, quantize: str | None, *, overwrite: b
         raise ConfigError(f"target is {target!r}: expected one of {', '.join(TARGETS)}")
     if quantize is not None and quantize not in QUANTIZATIONS:
         raise ConfigError(f"quantize is {quantize!r}: expected one of {', '.join(QUANTIZATIONS)}, or None")
+    if target == "portable" and quantize is not None:
+        raise ConfigError("the portable target holds standard operators only, and QMoE is not one: use cpu or cuda")
     check_installed()
     from moeify.export.write import check_place
 
     check_place(path, overwrite=overwrite)
 
 
-def _check_dtype(model: nn.Module, target: str) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32 and target != "cuda":
-            raise ConfigError(
-                f"{name} is {str(parameter.dtype).removeprefix('torch.')}: ONNX Runtime's CPU kernels take float32; "
-                "call model.float() first, or load with dtype=torch.float32"
-            )
+def _check_dtype(model: nn.Module, target: str, quantize: str | None) -> None:
+    dtype = _dtype(model)
+    if dtype != torch.float32 and not (target == "cuda" and dtype in _HALF):
+        raise ConfigError(
+            f"the model is in {str(dtype).removeprefix('torch.')}, the target {target} computes in float32"
+            f"{', float16 or bfloat16' * (target == 'cuda')}: call model.float(), or load it with dtype=torch.float32"
+        )
+    if target == "cuda" and quantize is not None and dtype not in _HALF:
+        raise ConfigError(
+            "QMoE on CUDA computes in float16 or bfloat16, and with float32 falls back to the CPU: load the model with "
+            "dtype=torch.float16"
+        )
 
 
-def _report(
-    path: Path, target: str, quantize: str | None, operators: Mapping[str, int], measured: Difference, session: Any
-) -> OnnxReport:
-    provider = session.get_providers()[0]
-    return OnnxReport(
-        path=str(path),
-        target=target,
-        quantize=quantize,
-        operators=operators,
-        relative=measured.relative,
-        max_abs_diff=measured.max_abs_diff,
-        top1_agreement=measured.top1_agreement,
-        tolerance=TOLERANCE["float32"],
-        cases=measured.cases,
-        runtime=f"onnxruntime {runtime_version()}, {provider}",
-        requires=_version(MINIMUM),
-    )
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The narrowest floating-point dtype of the weights."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
+    return min(dtypes, key=lambda dtype: (dtype.itemsize, str(dtype)))
 
 
 def _operators(graph: ir.Model) -> dict[str, int]:
     """Count the graph's operators, the most frequent first."""
     names = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.graph)
     return dict(names.most_common())
-
-
-def _version(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))

@@ -17,9 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from moeify.export.capture import Interface, flat_outputs, quiet
+from moeify.tolerances import TOLERANCE
 
 _DECODER_CASES = ((1, (1, 1, 1), 0), (2, (7, 1, 3), 0), (3, (5, 1, 1), 3))  # batch, pieces, padding of the first row
 _PLAIN_CASES = ((1, 1), (1, 9), (3, 5))  # batch, sequence
+
+
+_QUANTIZED_TOLERANCE = {"int8": 2e-2, "int4": 0.5}  # int4 promises no accuracy: this only catches a broken graph
+
+
+def tolerance(quantize: str | None) -> float:
+    """Return the largest relative difference that passes, for how the experts' weights are stored."""
+    return TOLERANCE["float32"] if quantize is None else _QUANTIZED_TOLERANCE[quantize]
 
 
 @dataclass(frozen=True)

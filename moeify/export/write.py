@@ -59,7 +59,7 @@ def staged_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def write(model: ir.Model, path: Path) -> None:
-    """Save a model, with its weights outside where one file cannot hold them; they are read one at a time.
+    """Save a model over what is there, with large weights in a file beside it; they are read one at a time.
 
     Raises:
         CheckpointError: the disk has too little space.
@@ -70,6 +70,7 @@ def write(model: ir.Model, path: Path) -> None:
         raise CheckpointError(
             f"not enough space for {path.name}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
         )
+    data_file(path).unlink(missing_ok=True)
     if size <= _IN_ONE_FILE:
         ir.save(model, path)
     else:

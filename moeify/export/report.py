@@ -1,0 +1,58 @@
+"""What an export says about itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written, and its proof.
+
+    Attributes:
+        path: The file.
+        target: What it was made for.
+        quantize: How the experts' weights are stored, None for as they were.
+        dtype: What it computes in.
+        operators: How often each operator occurs in the graph, those of other domains with their domain.
+        relative: Largest difference from PyTorch by its largest value.
+        max_abs_diff: Largest difference.
+        top1_agreement: Share of rows whose largest value is at the same place.
+        tolerance: Largest relative difference that passes.
+        cases: The shapes of the proof.
+        runtime: The ONNX Runtime that ran the proof, and its provider.
+        requires: The oldest ONNX Runtime for this file.
+    """
+
+    path: str
+    target: str
+    quantize: str | None
+    dtype: str
+    operators: Mapping[str, int]
+    relative: float
+    max_abs_diff: float
+    top1_agreement: float
+    tolerance: float
+    cases: tuple[str, ...]
+    runtime: str
+    requires: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the promise holds."""
+        return math.isfinite(self.relative) and self.relative <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Return one line for people."""
+        twin = f", of the same graph in float32 (its {self.dtype} needs a GPU)" if self.dtype != "float32" else ""
+        return (
+            f"relative difference {self.relative:.2e} (tolerance {self.tolerance:.0e}) in {self.runtime}{twin}, "
+            f"top-1 agreement {self.top1_agreement:.2%}, on {', '.join(self.cases)}"
+        )
