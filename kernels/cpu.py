@@ -25,7 +25,7 @@ from moeify.kernels.layout import invert, sort_by_expert
 
 CHUNK_ROWS = 512
 MANY_ROWS = 64
-_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent from builds without it
 FEW_PAIRS = 64  # below this, sorting a Python list is faster than calling the operators that sort
 
 
