@@ -145,8 +145,8 @@ def main() -> int:
         for candidate, found in report["times"][name].items():
             share = found["forward_tflops"] / report["dense_tflops"]
             print(
-                f"{name:26}{candidate:12}{found['forward_ms']:9.3f} ms {found['forward_tflops']:7.1f} TFLOP/s {share:4.0%}"
-                f"   with backward {found['both_ms']:9.3f} ms {found['both_tflops']:7.1f} TFLOP/s"
+                f"{name:26}{candidate:12}{found['forward_ms']:9.3f} ms {found['forward_tflops']:7.1f} TFLOP/s"
+                f" {share:4.0%}   with backward {found['both_ms']:9.3f} ms {found['both_tflops']:7.1f} TFLOP/s"
             )
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))
