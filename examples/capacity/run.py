@@ -10,7 +10,7 @@ import moeify
 from examples import small_lm as lm
 
 HERE = Path(__file__).parent
-FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 2.0, None)
+FACTORS = (0.25, 0.5, 1.0, 1.5, None)
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     text = lm.Text(lm.reference_text())
     dense = lm.dense_model()
     optimizer = lm.optimizer_for(dense)
-    lm.train("dense", dense, optimizer, text, round(200 * args.steps), seed=args.seed)
+    lm.train("dense", dense, optimizer, text, round(150 * args.steps), seed=args.seed)
     rows, shares, same, free = [], [], [], []
     for factor in FACTORS:
         model = copy.deepcopy(dense)
@@ -33,7 +33,7 @@ def main() -> None:
             dropped.append(share_dropped(m))
 
         name = "no limit" if factor is None else str(factor)
-        curve = lm.train(name, model, state, text, round(150 * args.steps), seed=args.seed + 1, watch=watch)
+        curve = lm.train(name, model, state, text, round(100 * args.steps), seed=args.seed + 1, watch=watch)
         shares.append(sum(dropped[-50:]) / len(dropped[-50:]))
         same.append(curve.losses[-1])
         evaluated = share_dropped(model)

@@ -14,15 +14,20 @@ from torch import Tensor, nn
 
 import moeify
 from examples import small_lm as lm
+from moeify.layers import MoELayer
 
 HERE = Path(__file__).parent
 CONFIG = moeify.MoEConfig(experts=8, top_k=2, aux_loss=0.01)
-LENGTH, EXAMPLES = 24, 256  # bytes of an instruction with its answer; examples of the one task to learn from
+LETTERS, LENGTH, EXAMPLES = (
+    "abcdefghij",
+    18,
+    64,
+)  # bytes of an instruction with its answer; examples of the one task to learn from
 TASKS: dict[str, Callable[[str], str]] = {
     "copy": lambda word: word,
     "upper": str.upper,
     "double": lambda word: "".join(c + c for c in word),
-    "next": lambda word: "".join(chr((ord(c) - 96) % 26 + 97) for c in word),
+    "next": lambda word: "".join(LETTERS[(LETTERS.index(c) + 1) % 10] for c in word),
     "last": lambda word: word[-1],
     "swap": lambda word: word[1:] + word[0],
     "sort": lambda word: "".join(sorted(word)),
@@ -37,7 +42,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     one = [(ONE, word(rng)) for _ in range(EXAMPLES)]
     held_out = [(ONE, word(random.Random(10_000 + i))) for i in range(300)]
-    many, few = round(700 * args.steps), round(250 * args.steps)
+    many, few = round(500 * args.steps), round(150 * args.steps)
     torch.manual_seed(args.seed)
     start = lm.dense_model()
     rows, lines = [], []
@@ -64,15 +69,15 @@ def model_of(kind: str, start: Any) -> Any:
 
 
 def word(rng: random.Random) -> str:
-    """Three to seven letters."""
-    return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 7)))
+    """Three or four letters."""
+    return "".join(rng.choice(LETTERS) for _ in range(rng.randint(3, 4)))
 
 
 def windows(examples: list[tuple[str, str]]) -> tuple[Tensor, Tensor]:
     """Bytes (B, LENGTH) of `task:word=answer` and zeros, and a mask of the answer with the zero that ends it."""
     ids, answers = torch.zeros(len(examples), LENGTH, dtype=torch.int64), torch.zeros(len(examples), LENGTH)
     for row, (task, given) in enumerate(examples):
-        question, answer = f"{task[:3]}:{given}=", TASKS[task](given)[: LENGTH - 13]
+        question, answer = f"{task[:3]}:{given}=", TASKS[task](given)
         text = lm.as_bytes(question + answer)
         ids[row, : len(text)] = text
         answers[row, len(question) : len(text) + 1] = 1
@@ -88,7 +93,7 @@ def fit(model: Any, draw: Callable[[], list[tuple[str, str]]], count: int, held_
         ids, answers = windows([example for _ in range(4) for example in draw()])
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = nn.functional.cross_entropy(logits[answers[:, 1:]], ids[:, 1:][answers[:, 1:]])
-        if any(isinstance(m, lm.MoELayer) for m in model.modules()):
+        if any(isinstance(m, MoELayer) for m in model.modules()):
             loss = loss + moeify.aux_loss(model)
         optimizer.zero_grad()
         torch.autograd.backward(loss)

@@ -1,0 +1,86 @@
+"""What routing costs beside the experts: router, capacity, losses and bookkeeping, forward and backward, on one thread.
+
+    python benchmarks/routing_overhead.py
+
+CPU time, medians of alternating runs, at T=2048, H=512, I=1408, 8 experts, top-2 (the preset's own k where it has one).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeify.config import MoEConfig
+from moeify.layers import Experts, SparseMoE
+from moeify.layers.routing import ROUTERS
+
+TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, REPEATS = 2048, 512, 1408, 8, 9
+CONFIGS = {
+    "softmax top-2, balance and z loss": MoEConfig(EXPERTS, 2, z_loss=1e-3, attach_losses=True),
+    "the same, capacity 1.25": MoEConfig(EXPERTS, 2, z_loss=1e-3, attach_losses=True, capacity_factor=1.25),
+    "switch": MoEConfig.switch(EXPERTS, attach_losses=True),
+    "gshard": MoEConfig.gshard(EXPERTS, attach_losses=True),
+    "noisy_topk": MoEConfig.noisy_topk(EXPERTS, 2, attach_losses=True),
+    "deepseek_v3": MoEConfig.deepseek_v3(EXPERTS, 2, groups=4, groups_kept=2, attach_losses=True),
+    "expert_choice": MoEConfig.expert_choice(EXPERTS),
+}
+
+
+class Nothing(nn.Module):
+    """Experts that cost nothing: they hand the routing weights on, so that their gradient flows."""
+
+    def forward(self, x: torch.Tensor, routing: Any) -> torch.Tensor:
+        """Return the input, plus the weights' sum times zero."""
+        result: torch.Tensor = x + 0 * routing.weights_TK.sum()
+        return result
+
+
+def main() -> None:
+    """Measure each setting and print a table."""
+    torch.set_num_threads(1)
+    x = torch.randn(1, TOKENS, HIDDEN, requires_grad=True)
+    print("| routing | layer, ms | routing alone, ms | share |\n| --- | --- | --- | --- |")
+    for name, config in CONFIGS.items():
+        layer = make(config)
+        bare = SparseMoE(layer.router, Nothing())
+        times: dict[str, list[float]] = {"layer": [], "routing": [], "nothing": []}
+        for _ in range(REPEATS):
+            times["layer"].append(cpu_time(partial(run, layer, x)))
+            times["routing"].append(cpu_time(partial(run, bare, x)))
+            times["nothing"].append(cpu_time(partial(run, nn.Identity(), x)))
+        whole = median(times["layer"])
+        routing = median(times["routing"]) - median(times["nothing"])
+        print(f"| {name} | {1e3 * whole:.0f} | {1e3 * routing:.1f} | {routing / whole:.1%} |", flush=True)
+
+
+def make(config: MoEConfig) -> SparseMoE:
+    """A layer in training mode."""
+    experts = Experts(HIDDEN, INTERMEDIATE, experts=config.experts, activation="silu", gated=True,
+                      up_rows=2 * INTERMEDIATE)  # fmt: skip
+    layer = SparseMoE(ROUTERS[config.router](HIDDEN, config), experts)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=HIDDEN**-0.5)
+    return layer.train()
+
+
+def run(layer: nn.Module, x: torch.Tensor) -> None:
+    """Forward, and backward from a sum."""
+    x.grad = None
+    torch.autograd.backward((layer(x) + 0.0).sum())
+
+
+def cpu_time(call: Callable[[], None]) -> float:
+    """Seconds of CPU that a call takes, in this process."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+if __name__ == "__main__":
+    main()
