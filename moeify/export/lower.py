@@ -18,7 +18,7 @@ Quantization = Literal["int8", "int4"]
 # (benchmarks/onnx_layer.md).
 MANY_EXPERTS = 48
 _CUDA = (1, 28)  # before, the CUDA kernel ignored the attributes of SwiGLU
-_QUANTIZED = (1, 30)  # the oldest that the tests of QMoE were run with
+_FOUR_BITS = (1, 31)  # before, QMoE knew no accuracy_level, and no blocks on CUDA
 _BLOCK = 32  # values that share a scale: the smallest that the CUDA kernel takes too
 
 
@@ -32,17 +32,16 @@ def lower(model: ir.Model, target: Target, quantize: Quantization | None) -> tup
         RefusedError: the target has no operator for a layer, or there is nothing to quantize.
         MoeifyError: the ONNX Runtime that is installed is too old for the proof.
     """
-    minimum = MINIMUM
+    minimum = _CUDA if target == "cuda" else MINIMUM
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == EXPERTS]
     if quantize is not None:
-        minimum = _QUANTIZED
+        minimum = _FOUR_BITS if quantize == "int4" else minimum
         if not nodes:
             raise RefusedError("the model has no experts to quantize: convert it first, or leave quantize out")
         bits = {"int8": Contrib(8), "int4": Contrib(4, _BLOCK, int8_activations=target == "cpu")}
         check_runtime(minimum)
         lower_contrib(model, bits[quantize])
     elif target == "cuda":
-        minimum = _CUDA
         check_runtime(minimum)
         lower_contrib(model, Contrib())
     elif target == "cpu":
