@@ -60,8 +60,14 @@ NAMES: dict[str, tuple[str, ...]] = {
     "pointwise_conv2": ("pointwise_conv1",), "linear_fc2": ("linear_fc1",), "dense2": ("dense1",), "2": ("0",),
     "output_linear": ("input_linear",), "proj_out": ("proj_in", "up_proj"), "layers.1": ("layers.0",), "3": ("1", "0"),
     "w_2": ("w_1",), "layer2": ("layer1",), "linear_out": ("linear_in",), "final_dense": ("intermediate_dense",),
-    "proj_2": ("proj_1",), "out_proj": ("in_proj", "up_proj"), "lin_2": ("lin_1",), "dense_2": ("dense_1",),
+    "proj_2": ("proj_1",), "lin_2": ("lin_1",), "dense_2": ("dense_1",), "Wo": ("Wi",),
+    "down_proj.linear": ("up_proj.linear",), "conv2.convolution": ("conv1.convolution",),
 }  # fmt: skip
+# What has such names and is something else: convolution modules, projectors between towers, heads, codecs.
+OTHER = re.compile(
+    r"conv(_module)?\.pointwise_conv|merger|connector|project(or|ion)|aligner|bbox|quantizer|upsample|vocoder|_head|pooler"
+    r"|spatial_linear|temporal_linear|object_pointer_proj|hypernetworks|output_layer"
+)
 
 
 @dataclass(frozen=True)
@@ -175,10 +181,10 @@ def by_name(model: nn.Module, also: list[str], without: list[str]) -> Sizes:
         ups = [shapes.get(f"{name[: -len(down) - 7]}{up}.weight") for down, up in pairs]
         stored_in_out = type(model.get_submodule(name.removesuffix(".weight"))).__name__ == "Conv1D"
         sizes = next((size for up in ups if up and (size := _sizes(shape, up, stored_in_out))), None)
-        routed = re.search(r"\bexperts\.\d", name)
+        other = re.search(r"\bexperts\.\d", name) or OTHER.search(name)
         if any(re.search(pattern, name) for pattern in also):
             sizes = (shape[0], shape[1])
-        if sizes and not routed and not any(re.search(pattern, name) for pattern in without):
+        if sizes and not other and not any(re.search(pattern, name) for pattern in without):
             found[name] = sizes
     return found
 

@@ -13,7 +13,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,10 +196,14 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     try:
         return _export_with(nullcontext(), module, args, kwargs)
     except GuardOnDataDependentSymNode as error:
+        failures = []
         for taken in (False, True):
-            with suppress(Exception):
+            try:
                 return _export_with(_Branches(taken), module, args, kwargs)
-        raise error
+            except Exception as failure:
+                failures.append(failure)
+        either_way = str(failures[0]) == str(failures[1])
+        raise (failures[0] if either_way else error) from error
 
 
 def _export_with(

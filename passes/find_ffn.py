@@ -220,8 +220,8 @@ def _refusal(weight: str, reason: str, node: fx.Node) -> Refusal:
 def _without_strays(ffns: list[FFN], unseen: set[fx.Node]) -> Inspection:
     """Refuse FFNs whose residual connection was not traced, unless the like stands in several layers."""
 
-    def form(ffn: FFN) -> tuple[object, ...]:
-        return re.sub(r"\d+", "#", ffn.down.weight), ffn.kind, ffn.activation, ffn.hidden
+    def form(ffn: FFN) -> tuple[str, str]:
+        return re.sub(r"\d+", "#", ffn.down.weight), ffn.kind
 
     alike = Counter(form(ffn) for ffn in ffns)
     strays = [ffn for ffn in ffns if ffn.down.node in unseen and alike[form(ffn)] == 1]
