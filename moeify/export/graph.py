@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,9 @@ from moeify.export.standard import OPSET
 from moeify.export.translate import translations
 from moeify.stock_experts import through_moeify
 
+_SPECIALIZED = re.compile(
+    r"\[(\d+)\]\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)"
+)
 _PREFIX = "model."  # the attribute under which the wrapper holds the model
 
 
@@ -60,7 +64,17 @@ def _trace(captured: Interface) -> torch.export.ExportedProgram:
         )
     except Exception as error:
         model = type(captured.module.model).__name__
-        raise RefusedError(f"torch.export cannot trace {model}: {_cause(error)}{_place(error)}") from error
+        reason = _fixed_size(error, captured) or f"{_cause(error)}{_place(error)}"
+        raise RefusedError(f"torch.export cannot trace {model}: {reason}") from error
+
+
+def _fixed_size(error: BaseException, captured: Interface) -> str | None:
+    """Say which dimension the model wants fixed, if that is what went wrong."""
+    found = _SPECIALIZED.search(str(error))
+    if found is None:
+        return None
+    name, axis = list(captured.inputs)[int(found[1])], int(found[2])
+    return f"it works only where the {captured.axes[name][axis]} of {name} is {found[3]}; the graph needs it dynamic"
 
 
 def _name(graph: ir.Graph, captured: Interface) -> None:

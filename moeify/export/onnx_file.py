@@ -108,8 +108,8 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
     from moeify.export.prove import compare, expected_cases, tolerance
 
     captured = interface(model, request.example_inputs)
-    cases = expected_cases(model, captured)
     operators, minimum = _write(model, staged, request)
+    cases = expected_cases(model, captured)
     session = open_session(staged, provider="cpu")
     measured = compare(session, captured, cases)
     return OnnxReport(

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import moeify
+from moeify.errors import CheckpointError, ConfigError, RefusedError, VerificationError
+from moeify.export import requirements, standard, write
+from moeify.export.capture import cache_states
+from moeify.export.generation import TextModel
+from tests.moeify import tiny
+
+tf: Any = transformers
+
+
+@pytest.fixture(scope="module")
+def moe() -> nn.Module:
+    """A converted Llama whose experts and routers differ."""
+    model = moeify.convert(tiny.build("llama"), moeify.MoEConfig(4, 2))
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name or ".router." in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def exported(moe: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, moeify.OnnxReport]:
+    path = tmp_path_factory.mktemp("decoder") / "model.onnx"
+    return path, moeify.export_onnx(moe, path)
+
+
+def test_a_decoder_has_the_names_that_users_expect(exported: tuple[Path, moeify.OnnxReport]) -> None:
+    graph = onnx.load(exported[0]).graph
+    states = [f"{layer}.{part}" for layer in range(tiny.LAYERS) for part in ("key", "value")]
+    assert [value.name for value in graph.input] == [
+        "input_ids", "attention_mask", "position_ids", *(f"past_key_values.{state}" for state in states)
+    ]  # fmt: skip
+    assert [value.name for value in graph.output] == ["logits", *(f"present.{state}" for state in states)]
+    assert [d.dim_param for d in graph.input[0].type.tensor_type.shape.dim] == ["batch", "sequence"]
+
+
+def test_checker_and_shape_inference_accept_the_file(exported: tuple[Path, moeify.OnnxReport]) -> None:
+    model = onnx.load(exported[0])
+    onnx.checker.check_model(model, full_check=True)
+    onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    assert {o.domain: o.version for o in model.opset_import} == {"": 20, "moeify": 1}
+    assert [f.name for f in model.functions] == ["SparseMoE"]
+
+
+def test_the_report_says_what_was_measured(exported: tuple[Path, moeify.OnnxReport]) -> None:
+    report = exported[1]
+    assert report.passed and 0 < report.relative < report.tolerance == 1e-5
+    assert report.operators["moeify::SparseMoE"] == tiny.LAYERS
+    metadata = {entry.key: entry.value for entry in onnx.load(exported[0]).metadata_props}
+    assert metadata["moeify.target"] == "cpu" and metadata["moeify.onnxruntime"] == report.requires
+
+
+def test_it_generates_what_the_model_generates(moe: nn.Module, exported: tuple[Path, moeify.OnnxReport]) -> None:
+    prompt = [5, 17, 3, 99, 41]
+    tokens = list(TextModel(exported[0], provider="cpu", threads=1).tokens(prompt, 12))
+    untyped: Any = moe
+    generated = untyped.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, 5, dtype=torch.long), max_new_tokens=12, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert tokens == generated[0, 5:].tolist()
+
+
+def test_an_encoder_of_two_outputs(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 36, "intermediate_size": 57, "num_hidden_layers": 1, "num_attention_heads": 3}
+    model = moeify.convert(tf.BertModel(tf.BertConfig(vocab_size=101, **sizes)).eval(), moeify.MoEConfig(3, 2))
+    report = moeify.export_onnx(model, tmp_path / "bert.onnx", "portable")
+    graph = onnx.load(tmp_path / "bert.onnx").graph
+    assert [value.name for value in graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert [value.name for value in graph.output] == ["last_hidden_state", "pooler_output"]
+    assert report.passed
+
+
+class FFN(nn.Module):
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.activation = nn.Linear(7, 11), nn.Linear(11, 7), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.activation(self.up(x)))
+        return y
+
+
+class Net(nn.Module):
+    """Not from transformers; its experts have an activation that nobody named."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor] = lambda z: torch.sin(z) * 2) -> None:
+        super().__init__()
+        self.ffn = FFN(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.ffn(x)
+        return y
+
+
+def test_a_model_of_ones_own_with_an_activation_of_ones_own(tmp_path: Path) -> None:
+    inputs = {"x": torch.randn(4, 3, 7)}
+    model = moeify.convert(Net().eval(), moeify.MoEConfig(3, 2), example_inputs=inputs)
+    report = moeify.export_onnx(model, tmp_path / "net.onnx", example_inputs=inputs)
+    assert report.passed and report.operators["moeify::GroupedLinear"] == 2
+    with pytest.raises(RefusedError, match="no name for"):
+        moeify.export_onnx(model, tmp_path / "cuda.onnx", "cuda", example_inputs=inputs)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_a_wrong_graph_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = standard.activate
+    monkeypatch.setattr(standard, "activate", lambda body, name, x, dtype: right(body, "relu", x, dtype))
+    inputs = {"x": torch.randn(4, 3, 7)}
+    model = moeify.convert(Net(nn.functional.silu).eval(), moeify.MoEConfig(3, 2), example_inputs=inputs)
+    with pytest.raises(VerificationError, match=r"differs from PyTorch.*nothing was written"):
+        moeify.export_onnx(model, tmp_path / "net.onnx", example_inputs=inputs)
+    assert not list(tmp_path.iterdir())
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+class Fixed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(4, 21).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(Branching(), "in forward, .*test_onnx_file.py:"), (Fixed(), "it works only where the batch of x is 4")],
+)
+def test_what_cannot_be_traced_is_refused_with_the_place(tmp_path: Path, model: nn.Module, reason: str) -> None:
+    with pytest.raises(RefusedError, match=f"torch.export cannot trace {type(model).__name__}: .*{reason}"):
+        moeify.export_onnx(model, tmp_path / "net.onnx", example_inputs={"x": torch.randn(4, 3, 7)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_that_is_not_keys_and_values_is_refused() -> None:
+    config = tf.MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, state_size=3)
+    with pytest.raises(RefusedError, match="layer 0 of MambaForCausalLM keeps"):
+        cache_states(tf.MambaForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": "tpu"}, "target is 'tpu': expected one of cpu, cuda, portable"),
+        ({"quantize": "int3"}, "quantize is 'int3'"),
+        ({"target": "portable", "quantize": "int8"}, "standard operators only"),
+        ({"target": "cuda", "quantize": "int8"}, "QMoE on CUDA computes in float16"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        moeify.export_onnx(Net(), tmp_path / "net.onnx", **arguments)
+
+
+def test_half_precision_is_for_cuda(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="float16, the target cpu computes in float32"):
+        moeify.export_onnx(Net().half(), tmp_path / "net.onnx")
+
+
+def test_an_existing_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    path.write_text("mine")
+    with pytest.raises(CheckpointError, match="exists"):
+        moeify.export_onnx(Net(), path, example_inputs={"x": torch.randn(4, 3, 7)})
+    with pytest.raises(CheckpointError, match="is a folder: name the file"):
+        moeify.export_onnx(Net(), tmp_path)
+    assert path.read_text() == "mine"
+    moeify.export_onnx(Net(), path, example_inputs={"x": torch.randn(4, 3, 7)}, overwrite=True)
+    onnx.load(path)
+
+
+def test_a_missing_package_and_an_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "runtime_version", lambda: "1.22.1")
+    with pytest.raises(moeify.MoeifyError, match=r"onnxruntime 1\.22\.1 is too old: 1.23 or newer"):
+        moeify.export_onnx(Net(), tmp_path / "net.onnx")
+
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(requirements, "import_module", missing)
+    with pytest.raises(moeify.MoeifyError, match=r"needs onnx: pip install 'moeify\[onnx\]'"):
+        moeify.export_onnx(Net(), tmp_path / "net.onnx")
+
+
+def test_weights_of_a_large_model_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "_IN_ONE_FILE", 0)
+    monkeypatch.setattr(write, "_SMALLEST_OUTSIDE", 16)
+    inputs = {"x": torch.randn(4, 3, 7)}
+    moeify.export_onnx(Net(), tmp_path / "net.onnx", example_inputs=inputs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+    onnx.checker.check_model(str(tmp_path / "net.onnx"))
+    monkeypatch.undo()
+    moeify.export_onnx(Net(), tmp_path / "net.onnx", example_inputs=inputs, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("onnx_ir.save", full)
+    with pytest.raises(CheckpointError, match="the disk became full; free some space and run again; nothing was left"):
+        moeify.export_onnx(Net(), tmp_path / "net.onnx", example_inputs={"x": torch.randn(4, 3, 7)})
+    assert not list(tmp_path.iterdir())
