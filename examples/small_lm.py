@@ -201,8 +201,13 @@ def write_table(folder: Path, header: Sequence[str], rows: Sequence[Sequence[obj
     readme.write_text(marked)
 
 
-def plot(path: Path, *panels: tuple[str, Sequence[tuple[str, Sequence[float], Sequence[float]]]], y: str) -> None:
-    """Draw panels side by side: (x label, lines), each line (name, xs, ys)."""
+def plot(
+    path: Path,
+    *panels: tuple[str, Sequence[tuple[str, Sequence[float], Sequence[float]]]],
+    y: str,
+    top: float | None = None,
+) -> None:
+    """Draw panels side by side: (x label, lines), each line (name, xs, ys); `top` is where the y axis ends."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -211,7 +216,8 @@ def plot(path: Path, *panels: tuple[str, Sequence[tuple[str, Sequence[float], Se
     figure, all_axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False)
     for axes, (label, drawn) in zip(all_axes[0], panels, strict=True):
         for name, xs, ys in drawn:
-            axes.plot(xs, ys, marker=".", label=name)
+            shown = [(x, value) for x, value in zip(xs, ys, strict=True) if top is None or value <= top]
+            axes.plot(*zip(*shown, strict=True), marker=".", label=name)
         axes.set_xlabel(label)
         axes.set_ylabel(y)
         axes.grid(alpha=0.3)

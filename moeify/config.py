@@ -54,7 +54,7 @@ class MoEConfig:
         groups: "sigmoid" only: groups of experts that the choice is limited to `groups_kept` of.
         groups_kept: "sigmoid" only.
         routed_scale: "sigmoid" only: the weights are multiplied by it.
-        bias_rate: "sigmoid" only: step of the selection bias per optimizer step; 0 leaves the bias at zero.
+        bias_rate: "sigmoid" only: step of the selection bias per optimizer step; 0 leaves the bias as it is.
         slots: "soft" only: slots of each expert.
         vocabulary: "hash" only: number of token ids.
 

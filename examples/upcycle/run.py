@@ -59,6 +59,7 @@ def write(first: lm.Curve, curves: list[lm.Curve]) -> None:
         ("tokens", [(c.name, c.tokens, c.losses) for c in shown]),
         ("training FLOPs", [(c.name, c.flops, c.losses) for c in shown]),
         y="held-out loss, nats per byte",
+        top=1.15 * first.losses[-1],
     )
 
 

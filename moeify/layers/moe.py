@@ -18,8 +18,8 @@ from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
 from moeify.layers.balance import layer_losses, weighted_sum
 from moeify.layers.batch import Batch
-from moeify.layers.routing import Context, SigmoidRouter
-from moeify.losses import attach_loss
+from moeify.layers.routing import Context
+from moeify.losses import attach_loss, expert_counts
 from moeify.routers import Routing
 
 
@@ -54,6 +54,7 @@ class MoELayer(nn.Module):
         capacity_factor: The limit in training, None for none; `set_capacity` changes it.
         eval_capacity_factor: The limit in evaluation, likewise.
         loss_scale: Multiplies the attached losses: what a script multiplies its own loss by before backward.
+        counts_E: With a selection bias: tokens that chose each expert in training since the bias was last moved.
         record: What the last forward pass computed; None before the first, and not kept by pickle or deepcopy.
     """
 
@@ -68,6 +69,8 @@ class MoELayer(nn.Module):
         self.loss_scale = 1.0
         self.batch = Batch()
         self.record: Record | None = None
+        # Not a buffer: DistributedDataParallel would overwrite every rank's counts with the first one's.
+        self.counts_E: Tensor | None = None
 
     def set_capacity(self, *, train: float | Fraction | None, evaluation: float | Fraction | None) -> None:
         """Change the limits.
@@ -117,7 +120,7 @@ class SparseMoE(MoELayer):
         routing = self.router(x_TH, Context(mask_T, token_ids_T, factor))
         self._refuse_nan(routing, mask_T)
         record = Record(routing, mask_T, sequences=x.shape[0] if x.dim() == 3 else 1)
-        if factor is not None and not self.router.keeps_capacity:
+        if factor is not None and self.config.router != "expert_choice":  # which keeps to it itself
             routing, record.dropped = self._limit(routing, mask_T, factor)
         if self.training and self.config.attach_losses:
             routing = self._attach(routing, record)
@@ -146,8 +149,9 @@ class SparseMoE(MoELayer):
         if torch.compiler.is_exporting() or _in_backward():
             return
         self.record = record
-        if self.training and isinstance(self.router, SigmoidRouter) and self.config.bias_rate:
-            self.router.count(record.routing, record.mask_T)
+        if self.training and self.config.bias_rate:
+            counts_E = expert_counts(record.routing.expert_ids_TK, self.config.experts, mask_T=record.mask_T)
+            self.counts_E = counts_E if self.counts_E is None else self.counts_E + counts_E
 
     def _refuse_nan(self, routing: Routing, mask_T: Tensor | None) -> None:
         logits_TE = routing.logits_TE

@@ -17,7 +17,6 @@ from moeify import routers_joint as joint
 from moeify.capacity import exact_factor, expert_capacity
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
-from moeify.losses import expert_counts
 from moeify.routers import (
     Routing,
     gshard,
@@ -55,8 +54,6 @@ class LinearRouter(nn.Module):
         device: Of the weight.
         dtype: Of the weight.
     """
-
-    keeps_capacity = False  # whether it respects the capacity itself
 
     def __init__(
         self, hidden: int, config: MoEConfig, *, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -119,8 +116,6 @@ class SinkhornRouter(LinearRouter):
 class ExpertChoiceRouter(LinearRouter):
     """Each expert takes its most probable tokens (expert choice)."""
 
-    keeps_capacity = True
-
     def __init__(self, hidden: int, config: MoEConfig, **options: Any) -> None:
         super().__init__(hidden, config, **options)
         self.factor = exact_factor(config.capacity_factor or 1.0)
@@ -148,16 +143,14 @@ class NoisyTopKRouter(LinearRouter):
 class SigmoidRouter(LinearRouter):
     """Sigmoid scores, a limit on groups, and a selection bias that no gradient moves (DeepSeek-V3).
 
-    The bias is a float32 buffer. `update_bias` moves it by the choices of all training forwards since the last call;
-    `moeify.attach_bias_update` makes an optimizer call it.
+    The bias is a float32 buffer. The layer counts the choices of its training forwards, and
+    `moeify.attach_bias_update` makes an optimizer move the bias by them after each step.
     """
 
     def __init__(self, hidden: int, config: MoEConfig, **options: Any) -> None:
         super().__init__(hidden, config, **options)
         self.selection_bias: Tensor
         self.register_buffer("selection_bias", torch.zeros(config.experts, device=self.weight.device))
-        # Not a buffer: DistributedDataParallel would overwrite every rank's counts with the first one's.
-        self.counts_E: Tensor | None = None
 
     def route(self, x_TH: Tensor, context: Context) -> Routing:
         """Choose the k best after the bias."""
@@ -165,23 +158,17 @@ class SigmoidRouter(LinearRouter):
         return sigmoid_grouped(
             self.logits(x_TH),
             config.top_k,
-            bias_E=self.selection_bias if config.bias_rate else None,
+            bias_E=self.selection_bias,
             groups=config.groups,
             groups_kept=config.groups_kept,
             renormalize=config.renormalize,
             scale=config.routed_scale,
         )
 
-    def count(self, routing: Routing, mask_T: Tensor | None) -> None:
-        """Remember the choices of a forward pass for the next update."""
-        counts_E = expert_counts(routing.expert_ids_TK, self.config.experts, mask_T=mask_T)
-        self.counts_E = counts_E if self.counts_E is None else self.counts_E + counts_E
-
     @torch.no_grad()
     def update_bias(self, counts_E: Tensor) -> None:
-        """Move the bias by what was counted, over all ranks, and start counting afresh."""
+        """Move the bias by how many tokens chose each expert, (E,)."""
         self.selection_bias.copy_(updated_bias(self.selection_bias, counts_E, self.config.bias_rate))
-        self.counts_E = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmoidRouter:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -191,8 +178,6 @@ class SigmoidRouter(LinearRouter):
 
 class HashRouter(nn.Module):
     """By token id, through a fixed random table (Hash Layers)."""
-
-    keeps_capacity = False
 
     def __init__(self, hidden: int, config: MoEConfig, *, device: torch.device | None = None, **_: Any) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from moeify.errors import MoeifyError
+from moeify.layers import MoELayer
 from moeify.layers.routing import SigmoidRouter
 from moeify.training.layers_of import layers_of
 
@@ -25,21 +26,25 @@ def update_selection_bias(model: nn.Module, group: dist.ProcessGroup | None = No
         model: A converted model; without such a router nothing happens.
         group: The data-parallel ranks; None is all of them.
     """
-    routers = _biased(model)
-    if not routers:
+    layers = _biased(model)
+    if not layers:
         return
+    device = next(model.parameters()).device
     counts = [
-        router.selection_bias.new_zeros(router.config.experts, dtype=torch.int64)
-        if router.counts_E is None
-        else router.counts_E
-        for router in routers
+        torch.zeros(layer.config.experts, dtype=torch.int64, device=device)
+        if layer.counts_E is None
+        else layer.counts_E
+        for layer in layers
     ]
     if dist.is_initialized():
-        together = torch.cat([c.to(counts[0].device) for c in counts])
+        together = torch.cat([c.to(device) for c in counts])
         dist.all_reduce(together, group=group)
         counts = list(torch.split(together, [len(c) for c in counts]))
-    for router, counts_E in zip(routers, counts, strict=True):
-        router.update_bias(counts_E.to(router.selection_bias.device))
+    for layer, counts_E in zip(layers, counts, strict=True):
+        layer.counts_E = None
+        for router in layer.router.modules():  # PEFT may have put a wrapper around it
+            if isinstance(router, SigmoidRouter):
+                router.update_bias(counts_E.to(router.selection_bias.device))
 
 
 def attach_bias_update(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
@@ -64,6 +69,5 @@ def attach_bias_update(model: nn.Module, optimizer: Optimizer) -> RemovableHandl
     return optimizer.register_step_post_hook(update)
 
 
-def _biased(model: nn.Module) -> list[SigmoidRouter]:
-    routers = [layer.router for layer in layers_of(model).values()]
-    return [router for router in routers if isinstance(router, SigmoidRouter) and router.config.bias_rate]
+def _biased(model: nn.Module) -> list[MoELayer]:
+    return [layer for layer in layers_of(model).values() if layer.config.bias_rate]

@@ -147,3 +147,20 @@ def test_lora_on_the_experts_and_on_everything_else() -> None:
     merged: Any = wrapped.merge_and_unload().eval()
     assert tiny.relative(tiny.logits(merged, "llama"), before) > 1e-4
     assert any(isinstance(layer, SparseMoE) for layer in merged.modules())
+
+
+@pytest.mark.parametrize("way", [{"target_parameters": ["mlp.router.weight"]}, {"modules_to_save": ["router"]}])
+def test_routers_inside_wrappers_of_peft(way: dict[str, Any]) -> None:
+    import peft
+
+    config = replace(CONFIGS["deepseek_v3"], capacity_factor=1.0)
+    model: Any = moeify.convert(tiny.build("llama"), config)
+    lora: Any = peft.LoraConfig(r=2, **{"target_modules": ["q_proj"], **way})
+    wrapped: Any = peft.get_peft_model(model, lora).train()
+    ids = torch.arange(60).reshape(4, 15) % tiny.VOCABULARY
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    assert any("router" in name and p.grad is not None for name, p in wrapped.named_parameters())
+    moeify.update_selection_bias(wrapped)
+    buffers = [b for name, b in wrapped.named_buffers() if name.endswith("selection_bias")]
+    assert buffers and all(bias.any() for bias in buffers)
+    assert moeify.routing_stats(wrapped)
