@@ -14,9 +14,9 @@ from moeify.export.translate import DOMAIN, EXPERTS
 
 Target = Literal["cpu", "cuda", "portable"]
 Quantization = Literal["int8", "int4"]
-# From this many experts on, one MoE node is faster on the CPU than a few standard nodes per expert
+# From this many experts on, one MoE node decodes faster on the CPU than two standard nodes per expert
 # (benchmarks/onnx_layer.md).
-MANY_EXPERTS = 48
+MANY_EXPERTS = 64
 _CUDA = (1, 28)  # before, the CUDA kernel ignored the attributes of SwiGLU
 _FOUR_BITS = (1, 31)  # before, QMoE knew no accuracy_level, and no blocks on CUDA
 _BLOCK = 32  # values that share a scale: the smallest that the CUDA kernel takes too

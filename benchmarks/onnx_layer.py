@@ -1,0 +1,168 @@
+"""Time one MoE layer in ONNX Runtime on one CPU thread: every form that the export writes, beside a dense FFN.
+
+    python benchmarks/onnx_layer.py            prints the table
+    python benchmarks/onnx_layer.py --write    also writes it beside this file
+
+Every form holds the router too and computes the same thing from the same weights. Rounds are interleaved, and routings
+change from round to round; each figure is the median over rounds of the CPU time of the thread, which a busy machine
+disturbs less than wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+from moeify.export.capture import interface
+from moeify.export.graph import to_onnx
+from moeify.export.lower_contrib import Contrib, interleaved, lower_contrib
+from moeify.export.lower_standard import lower_standard
+from moeify.kernels import ops
+
+HIDDEN, INNER, TOP_K = 576, 1536, 2
+EXPERTS = (8, 64)
+TOKENS = {1: 300, 32: 60, 512: 9}  # and how many rounds
+BASE = "com.microsoft::MoE, by hand"
+DENSE = "dense FFN of the active size"
+
+
+class Layer(nn.Module):
+    """A router and experts."""
+
+    def __init__(self, experts: int, inner: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Parameter(torch.randn(experts, HIDDEN) * HIDDEN**-0.5)
+        self.up = nn.Parameter(torch.randn(experts, 2 * inner, HIDDEN) * HIDDEN**-0.5)
+        self.down = nn.Parameter(torch.randn(experts, HIDDEN, inner) * inner**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Route tokens (T, H) to two experts each."""
+        logits, ids = (x @ self.router.t()).topk(TOP_K, dim=-1)
+        return ops.experts(x, ids, logits.softmax(-1), self.up, self.down, activation="silu", gated=True)
+
+
+class Dense(nn.Module):
+    """A gated FFN as wide as the experts that a token visits."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(HIDDEN, TOP_K * inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(TOP_K * inner, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (T, H)."""
+        y: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+def by_hand(layer: Layer) -> ir.Model:
+    """The contrib operator fed with the router's logits, as one would write it without moeify."""
+    weights = {"router": layer.router.t().contiguous(), "up": interleaved(layer.up), "down": layer.down}
+    value = helper.make_tensor_value_info
+    node = helper.make_node(
+        "MoE", ["x", "logits", "up", "", "down"], ["y"], domain="com.microsoft", k=TOP_K, activation_type="swiglu",
+        swiglu_fusion=1, normalize_routing_weights=1, activation_alpha=1.0, activation_beta=0.0,
+    )  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "router"], ["logits"]), node],
+        "layer",
+        [value("x", onnx.TensorProto.FLOAT, ["T", HIDDEN])],
+        [value("y", onnx.TensorProto.FLOAT, ["T", HIDDEN])],
+        [numpy_helper.from_array(tensor.detach().numpy(), name) for name, tensor in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return ir.serde.deserialize_model(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+
+
+def forms(experts: int, inner: int) -> dict[str, ir.Model]:
+    """Every form of the layer, by name."""
+    layer = Layer(experts, inner)
+    example = {"x": torch.randn(5, HIDDEN)}
+
+    def lowered(how: Contrib | None) -> ir.Model:
+        model = to_onnx(interface(layer, example))
+        lower_standard(model) if how is None else lower_contrib(model, how)
+        return model
+
+    return {
+        "moeify::SparseMoE": lowered(None),
+        BASE: by_hand(layer),
+        "com.microsoft::MoE": lowered(Contrib()),
+        "QMoE int8": lowered(Contrib(8)),
+        "QMoE int4": lowered(Contrib(4, 32, int8_activations=True)),
+        DENSE: to_onnx(interface(Dense(inner), example)),
+    }
+
+
+def session(model: ir.Model, folder: Path) -> Any:
+    """Load a model with one thread."""
+    onnxruntime = import_module("onnxruntime")
+    ir.save(model, folder / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    return onnxruntime.InferenceSession(
+        (folder / "model.onnx").read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def times(sessions: dict[str, Any], tokens: int, rounds: int) -> dict[str, float]:
+    """Median milliseconds of CPU time for each form."""
+    inputs = [torch.randn(tokens, HIDDEN).numpy() for _ in range(8)]
+    taken: dict[str, list[float]] = {name: [] for name in sessions}
+    for number in range(-2, rounds):
+        for name, form in sessions.items():
+            start = time.thread_time()
+            form.run(None, {"x": inputs[number % 8]})
+            if number >= 0:
+                taken[name].append((time.thread_time() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def table(experts: int, inner: int) -> str:
+    """Measure one size and draw it."""
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = {name: session(model, Path(folder)) for name, model in forms(experts, inner).items()}
+    columns = {tokens: times(sessions, tokens, rounds) for tokens, rounds in TOKENS.items()}
+    title = f"### {experts} experts, top-{TOP_K}, H = {HIDDEN}, I = {inner}"
+    lines = [title, "", "| form | " + " | ".join(f"{t} tokens" for t in TOKENS) + " |", "|---|" + "--:|" * len(TOKENS)]
+    for name in sessions:
+        cells = [f"{c[name]:.2f} ms ({c[BASE] / c[name]:.2f}x)" for c in columns.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure all sizes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write onnx_layer.md")
+    write = parser.parse_args().write
+    versions = (
+        f"onnxruntime {import_module('onnxruntime').__version__}, torch {torch.__version__}, {platform.machine()}"
+    )
+    text = "\n\n".join(
+        [
+            "# One MoE layer in ONNX Runtime",
+            f"{versions}, 1 thread, float32. Median CPU time; in brackets how many times as fast as {BASE}.",
+            *(table(experts, INNER * 8 // experts) for experts in EXPERTS),
+        ]
+    )
+    print(text)
+    if write:
+        Path(__file__).with_suffix(".md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
