@@ -16,6 +16,7 @@ from torch.export import Dim
 
 from moeify.errors import RefusedError
 from moeify.export.capture import Interface
+from moeify.export.masks import broadcast_padding
 from moeify.export.standard import OPSET
 from moeify.export.translate import translations
 from moeify.stock_experts import through_moeify
@@ -35,7 +36,7 @@ def to_onnx(captured: Interface) -> ir.Model:
     Raises:
         RefusedError: torch.export or the translation cannot carry the model; the message names the place.
     """
-    with _undisturbed(), through_moeify(captured.module.model):  # type: ignore[arg-type]
+    with _undisturbed(), broadcast_padding(), through_moeify(captured.module.model):  # type: ignore[arg-type]
         program = _trace(captured)
         try:
             translated = torch.onnx.export(

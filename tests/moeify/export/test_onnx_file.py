@@ -75,6 +75,16 @@ def test_it_generates_what_the_model_generates(moe: nn.Module, exported: tuple[P
     assert tokens == generated[0, 5:].tolist()
 
 
+def test_a_stock_moe_for_cuda_waits_for_nothing_that_only_the_device_knows(tmp_path: Path) -> None:
+    config = tf.MixtralConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=101, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    report = moeify.export_onnx(tf.MixtralForCausalLM(config).eval(), tmp_path / "mixtral.onnx", "cuda")
+    assert report.passed and report.operators["com.microsoft::MoE"] == 1 and report.requires == "1.28"
+    assert not {"NonZero", "Split", "If", "Loop", "GatherND"} & report.operators.keys()
+
+
 def test_an_encoder_of_two_outputs(tmp_path: Path) -> None:
     sizes = {"hidden_size": 36, "intermediate_size": 57, "num_hidden_layers": 1, "num_attention_heads": 3}
     model = moeify.convert(tf.BertModel(tf.BertConfig(vocab_size=101, **sizes)).eval(), moeify.MoEConfig(3, 2))
