@@ -183,7 +183,7 @@ def by_name(model: nn.Module, also: list[str], without: list[str]) -> Sizes:
         sizes = next((size for up in ups if up and (size := _sizes(shape, up, stored_in_out))), None)
         other = re.search(r"\bexperts\.\d", name) or OTHER.search(name)
         if any(re.search(pattern, name) for pattern in also):
-            sizes = (shape[0], shape[1])
+            sizes, other = (shape[0], shape[1]), None
         if sizes and not other and not any(re.search(pattern, name) for pattern in without):
             found[name] = sizes
     return found

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moeify.config import MoEConfig
     from moeify.errors import MoeifyError
     from moeify.export import OnnxReport, export_onnx
+    from moeify.graph_convert import convert_graph
     from moeify.inplace import convert
     from moeify.loading import load
     from moeify.plan import Plan
@@ -38,6 +39,7 @@ _HOME = {
     "attach_bias_update": "training.bias",
     "aux_loss": "training.losses",
     "convert": "inplace",
+    "convert_graph": "graph_convert",
     "export_onnx": "export",
     "find_ffns": "planning",
     "freeze": "training.control",
@@ -62,6 +64,7 @@ __all__ = [
     "attach_bias_update",
     "aux_loss",
     "convert",
+    "convert_graph",
     "export_onnx",
     "find_ffns",
     "freeze",
