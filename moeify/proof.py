@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from moeify.checkpoint.source import Source, open_source
+from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.config import MoEConfig
 from moeify.loading import Slice, load, load_slice
 from moeify.plan import Plan
 from moeify.skeleton import build_on_meta, config_of, stored_names
+from moeify.stream import PLAN_FILE
 from moeify.verification import VerifyReport, verify
 
 _SLICE = 2  # converted layers in a slice
@@ -25,6 +28,9 @@ _PLAIN = {"experts_implementation": "eager"}  # transformers' default needs widt
 def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> VerifyReport:
     """Load both checkpoints whole, in float32, and compare their logits.
 
+    Where the conversion was told to store another dtype, the dense weights are rounded to it first: what is proved is
+    the conversion, not the rounding that was asked for.
+
     Args:
         dense: A folder or GGUF file.
         moe: A folder.
@@ -34,11 +40,14 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
         CheckpointError: a tensor of either is missing or unexpected.
     """
     dense_model, moe_model = load(dense, dtype=torch.float32), load(moe, dtype=torch.float32, **_PLAIN)
+    record = _record(moe)
+    if record.get("cast_to"):
+        _round(dense_model, torch_dtype(record["cast_to"]))
     inputs = None if text is None else _tokens(moe, text)
-    return verify(dense_model, moe_model, inputs, exact=_promises_equality(moe))
+    return verify(dense_model, moe_model, inputs, exact=_promises_equality(record))
 
 
-def verify_slice(source: Source, moe: Path, plan: Plan) -> VerifyReport:
+def verify_slice(source: Source, moe: Path, plan: Plan, *, cast_to: str | None = None) -> VerifyReport:
     """Compare the first layers of a dense checkpoint and of its MoE, up to the second converted one, in float32.
 
     Models that are not one stack of numbered layers are compared whole.
@@ -47,6 +56,7 @@ def verify_slice(source: Source, moe: Path, plan: Plan) -> VerifyReport:
         source: The opened dense checkpoint.
         moe: The folder that was written.
         plan: What was converted.
+        cast_to: safetensors name of the dtype that the output was told to store, if it was.
 
     Raises:
         CheckpointError: a tensor of either is missing or unexpected.
@@ -55,6 +65,8 @@ def verify_slice(source: Source, moe: Path, plan: Plan) -> VerifyReport:
     before = None if after is None else replace(after, stack=_stack_on_disk(source, plan))
     with open_source(moe) as converted:
         dense_model, moe_model = load_slice(source, before), load_slice(converted, after, **_PLAIN)
+        if cast_to:
+            _round(dense_model, torch_dtype(cast_to))
         return verify(dense_model, moe_model, exact=plan.config.exact)
 
 
@@ -82,9 +94,21 @@ def _tokens(folder: Path, text: str) -> dict[str, Any]:
     return {"input_ids": ids[:, :512]}
 
 
-def _promises_equality(moe: Path) -> bool:
+def _record(moe: Path) -> dict[str, Any]:
+    """What moeify wrote beside a checkpoint; nothing for one that it did not make."""
+    path = moe / PLAN_FILE
+    data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return data
+
+
+def _promises_equality(record: dict[str, Any]) -> bool:
     """Whether the method that made a checkpoint is exact; one without a record is held to equality."""
-    record = moe / "moeify.json"
-    if not record.is_file():
-        return True
-    return MoEConfig(**json.loads(record.read_text())["config"]).exact
+    return MoEConfig(**record["config"]).exact if record else True
+
+
+@torch.no_grad()
+def _round(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every weight the value that it has in a narrower dtype."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))

@@ -132,7 +132,7 @@ def convert_checkpoint(
         stored = dtype or _stored_dtype(source, plan)
         _write_json(folder / "config.json", output_config(source, plan, stored))
         proof = check(folder)
-        _write_json(folder / PLAN_FILE, {**plan.to_dict(), "verification": proof})
+        _write_json(folder / PLAN_FILE, {**plan.to_dict(), "cast_to": dtype, "verification": proof})
 
 
 def output_config(source: Source, plan: Plan, dtype: str) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def _write(
 
     def check(folder: Path) -> dict[str, Any] | None:
         progress.stop()
-        return _prove(source, folder, plan, console) if verified else None
+        return _prove(source, folder, plan, options["dtype"], console) if verified else None
 
     watch = Watch(
         total=lambda nbytes: progress.update(task, total=nbytes),
@@ -194,12 +194,12 @@ def _write(
         raise CheckpointError(f"interrupted; {dst} was not made: run again with --resume to go on") from stop
 
 
-def _prove(source: Source, folder: Path, plan: Plan, console: Console) -> dict[str, Any]:
+def _prove(source: Source, folder: Path, plan: Plan, dtype: str | None, console: Console) -> dict[str, Any]:
     from moeify.cli.quiet import quiet_transformers
     from moeify.proof import verify_slice
 
     with quiet_transformers():
-        report = verify_slice(source, folder, plan)
+        report = verify_slice(source, folder, plan, cast_to=dtype)
     console.print(f"verified on a slice: {report.summary()}")
     if not report.passed:
         raise VerificationError(f"the MoE differs from the dense model: {report.summary()}; nothing was written")

@@ -76,6 +76,14 @@ def test_convert_verifies_and_says_what_it_did(src: Path, tmp_path: Path) -> Non
     assert record["verification"]["passed"] and record["verification"]["relative"] < 1e-5
 
 
+def test_a_narrower_dtype_is_proved_against_the_rounded_weights(src: Path, tmp_path: Path) -> None:
+    result = convert(src, tmp_path / "moe", *BASE, "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    verified = CliRunner().invoke(main, ["verify", str(src), str(tmp_path / "moe")])
+    assert verified.exit_code == 0, verified.output
+    assert load_file(tmp_path / "moe/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(src: Path) -> None:
     beside = set(src.parent.iterdir())
     result = convert(src, *BASE, "--dry-run")
