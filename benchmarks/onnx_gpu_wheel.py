@@ -21,7 +21,7 @@ import onnx
 VERSION = "1.31.1"
 NAMES = {1: "f", 10: "NS_9MLFloat16E", 16: "NS_8BFloat16E"}
 # Kernel classes of another name; None where the kernel is the CPU's own, which reads a shape and no data.
-ALIASES = {"Max": "Max_8", "LayerNormalization": "LayerNorm", "Shape": None, "Constant": None}
+ALIASES = {"Max": "VariadicElementwiseOp", "LayerNormalization": "LayerNorm", "Shape": None, "Constant": None}
 RUN = """
 import sys, numpy as np, onnxruntime as ort
 ort.set_default_logger_severity(4)
