@@ -51,9 +51,16 @@ def build_on_meta(config: dict[str, Any]) -> nn.Module:
         config: The contents of `config.json`.
 
     Raises:
-        MoeifyError: the configuration is not one that transformers can build.
+        MoeifyError: the configuration is not one that transformers can build, or its model is converted already.
     """
     cls = model_class(config)
+    entry = config.get("quantization_config")
+    if entry and "plan" in entry:
+        layers, moe = len(entry["plan"]["sites"]), entry["plan"]["config"]
+        raise MoeifyError(
+            f"this {cls.__name__} is converted already: {layers} of its FFNs are {moe['experts']} experts, "
+            f"top-{moe['top_k']}; start from the dense checkpoint"
+        )
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")

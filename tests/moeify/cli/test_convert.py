@@ -221,6 +221,15 @@ def test_a_family_that_would_not_be_exact(tmp_path: Path, changes: dict[str, Any
     assert words in refused(src, *BASE, "--to", target, code=2 if target == "nonsense" else 1)
 
 
+def test_what_is_converted_already_is_not_converted_again(src: Path, tmp_path: Path) -> None:
+    assert convert(src, tmp_path / "once", *BASE, "--layers", "0", "--to", "moeify", "--no-verify").exit_code == 0
+    again = convert(tmp_path / "once", tmp_path / "twice", *BASE)
+    assert again.exit_code == 1 and "converted already: 1 of its FFNs are 3 experts, top-2" in again.stderr
+    native = convert(src, tmp_path / "native", *BASE, "--no-verify")
+    assert native.exit_code == 0
+    assert "no dense FFN was found in mixtral" in convert(tmp_path / "native", tmp_path / "thrice", *BASE).stderr
+
+
 def test_missing_settings_are_wrong_usage(src: Path) -> None:
     assert "--experts and --top-k are needed" in refused(src, "--experts", 3, code=2)
     assert "is not a size" in refused(src, *BASE, "--shard-size", "lots", code=2)
