@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import onnx_ir as ir
 
 from moeify.errors import RefusedError
 from moeify.export.lower_contrib import Contrib, lower_contrib, why_not
 from moeify.export.lower_standard import lower_standard
+from moeify.export.report import Quantization, Target
 from moeify.export.requirements import MINIMUM, check_runtime
 from moeify.export.translate import DOMAIN, EXPERTS
 
-Target = Literal["cpu", "cuda", "portable"]
-Quantization = Literal["int8", "int4"]
 # From this many experts on, one MoE node decodes faster on the CPU than two standard nodes per expert
 # (benchmarks/onnx_layer.md).
 MANY_EXPERTS = 64

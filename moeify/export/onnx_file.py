@@ -7,22 +7,22 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
 
 from moeify.errors import ConfigError, VerificationError
-from moeify.export.report import OnnxReport
+from moeify.export.report import OnnxReport, Quantization, Target
 from moeify.export.requirements import check_installed, package_versions, runtime_version
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Target = Literal["cpu", "cuda", "portable"]
-Quantization = Literal["int8", "int4"]
-TARGETS = ("cpu", "cuda", "portable")
-QUANTIZATIONS = ("int8", "int4")
+    from moeify.export.capture import Interface
+
+TARGETS: tuple[Target, ...] = get_args(Target)
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 _HALF = {torch.float16, torch.bfloat16}
 
 
@@ -87,6 +87,8 @@ class _Request:
 
 def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
     """Prove, then leave the file at `staged`; a model in half precision is proved by its twin in float32."""
+    from moeify.export.capture import interface
+
     dtype = _dtype(model)
     if dtype not in _HALF:
         report = _prove(model, staged, request, "float32")
@@ -97,7 +99,7 @@ def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
     if not report.passed:
         raise VerificationError(f"the exported graph differs from PyTorch: {report.summary()}; nothing was written")
     if dtype in _HALF:
-        _write(model, staged, request)
+        _write(interface(model, request.example_inputs), staged, request)
     return report
 
 
@@ -108,7 +110,7 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
     from moeify.export.prove import compare, expected_cases, tolerance
 
     captured = interface(model, request.example_inputs)
-    operators, minimum = _write(model, staged, request)
+    operators, minimum = _write(captured, staged, request)
     cases = expected_cases(model, captured)
     session = open_session(staged, provider="cpu")
     measured = compare(session, captured, cases)
@@ -128,14 +130,13 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
     )
 
 
-def _write(model: nn.Module, staged: Path, request: _Request) -> tuple[dict[str, int], str]:
+def _write(captured: Interface, staged: Path, request: _Request) -> tuple[dict[str, int], str]:
     """Trace, lower and save; returns how often each operator occurs, and the oldest ONNX Runtime for the file."""
-    from moeify.export.capture import interface
     from moeify.export.graph import to_onnx
     from moeify.export.lower import lower
     from moeify.export.write import write
 
-    graph = to_onnx(interface(model, request.example_inputs))
+    graph = to_onnx(captured)
     minimum = ".".join(map(str, lower(graph, request.target, request.quantize)))
     made = {"target": request.target, "quantize": request.quantize or "", "onnxruntime": minimum, **package_versions()}
     graph.metadata_props.update({f"moeify.{key}": value for key, value in {**made, **request.metadata}.items()})

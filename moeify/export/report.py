@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+Target = Literal["cpu", "cuda", "portable"]
+Quantization = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True)
