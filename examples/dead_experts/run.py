@@ -27,7 +27,7 @@ DEAD = 0.1 / EXPERTS  # an expert with less than a tenth of its share
 def main() -> None:
     """Train a model for each setting, write the table and the plot."""
     args = lm.options(__doc__)
-    text, steps = lm.Text(lm.reference_text()), round(300 * args.steps)
+    text, steps = lm.Text(lm.reference_text()), round(150 * args.steps)
     curves, loads = [], {}
     for name, config in CONFIGS.items():
         torch.manual_seed(args.seed)

@@ -42,7 +42,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     one = [(ONE, word(rng)) for _ in range(EXAMPLES)]
     held_out = [(ONE, word(random.Random(10_000 + i))) for i in range(300)]
-    many, few = round(500 * args.steps), round(150 * args.steps)
+    many, few = round(400 * args.steps), round(120 * args.steps)
     torch.manual_seed(args.seed)
     start = lm.dense_model()
     rows, lines = [], []

@@ -64,7 +64,7 @@ def test_a_model_without_such_a_router_is_told() -> None:
     moeify.update_selection_bias(model)
 
 
-def test_data_parallel_ranks_agree_on_the_counts_of_all(tmp_path: Path) -> None:
+def test_data_parallel_ranks_count_what_all_of_them_chose(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[3])
     program = [sys.executable, "-m", "tests.moeify.training.two_ranks"]
     ranks = [subprocess.Popen([*program, str(rank), str(tmp_path)], cwd=root) for rank in range(2)]
@@ -75,3 +75,9 @@ def test_data_parallel_ranks_agree_on_the_counts_of_all(tmp_path: Path) -> None:
     ids = torch.cat([router(x.view(-1, make.HIDDEN)).expert_ids_TK.flatten() for x in batches])
     expected = updated_bias(torch.zeros(6), ids.bincount(minlength=6), 1e-3)
     assert found[0].equal(found[1]) and found[0].equal(expected)
+    layer = make.layer(MoEConfig(5, 2))
+    routings = [layer.router(make.inputs(3, 7, seed=rank).view(-1, make.HIDDEN)) for rank in range(2)]
+    shares = torch.cat([r.expert_ids_TK.flatten() for r in routings]).bincount(minlength=5) / (2 * 21 * 2)
+    for rank, routing in enumerate(routings):
+        loss = torch.load(tmp_path / f"loss{rank}.pt", weights_only=True)
+        torch.testing.assert_close(loss, 5 * (shares * routing.scores_TE.mean(0)).sum().detach())

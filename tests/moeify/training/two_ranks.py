@@ -1,4 +1,4 @@
-"""One of two data-parallel ranks: accumulates two micro-batches, steps, and saves its selection bias."""
+"""One of two data-parallel ranks: accumulates two micro-batches, steps, saves its selection bias and a global loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 
 import moeify
+from moeify.config import MoEConfig
 from tests.moeify.layers import make
+
+GLOBAL = MoEConfig(5, 2, balance_level="global", normalize_topk=True)
 
 
 def main(rank: int, folder: str) -> None:
@@ -22,6 +25,9 @@ def main(rank: int, folder: str) -> None:
     torch.autograd.backward(model(make.inputs(3, 7, seed=rank)).square().mean())
     optimizer.step()
     torch.save(model.module.router.selection_bias, f"{folder}/{rank}.pt")
+    layer = make.layer(GLOBAL)
+    layer(make.inputs(3, 7, seed=rank))
+    torch.save(layer.losses()["balance"].detach(), f"{folder}/loss{rank}.pt")
     dist.destroy_process_group()
 
 
