@@ -14,7 +14,7 @@ from torch import nn
 
 from moeify.errors import ConfigError, VerificationError
 from moeify.export.report import OnnxReport, Quantization, Target
-from moeify.export.requirements import check_installed, package_versions, runtime_version
+from moeify.export.requirements import check_installed, oldest_runtime, package_versions, runtime_version
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -84,6 +84,11 @@ class _Request:
     example_inputs: Mapping[str, Any] | None
     metadata: Mapping[str, str]
 
+    @property
+    def oldest_runtime(self) -> str:
+        """The oldest ONNX Runtime for the file."""
+        return ".".join(map(str, oldest_runtime(self.target, self.quantize)))
+
 
 def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
     """Prove, then leave the file at `staged`; a model in half precision is proved by its twin in float32."""
@@ -110,7 +115,7 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
     from moeify.export.prove import compare, expected_cases, tolerance
 
     captured = interface(model, request.example_inputs)
-    operators, minimum = _write(captured, staged, request)
+    operators = _write(captured, staged, request)
     cases = expected_cases(model, captured)
     session = open_session(staged, provider="cpu")
     measured = compare(session, captured, cases)
@@ -126,25 +131,30 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
         tolerance=tolerance(request.quantize),
         cases=measured.cases,
         runtime=f"onnxruntime {runtime_version()}, {session.get_providers()[0]}",
-        requires=minimum,
+        requires=request.oldest_runtime,
     )
 
 
-def _write(captured: Interface, staged: Path, request: _Request) -> tuple[dict[str, int], str]:
-    """Trace, lower and save; returns how often each operator occurs, and the oldest ONNX Runtime for the file."""
+def _write(captured: Interface, staged: Path, request: _Request) -> dict[str, int]:
+    """Trace, lower and save; returns how often each operator occurs."""
     from moeify.export.graph import to_onnx
     from moeify.export.lower import lower
     from moeify.export.write import write
 
     graph = to_onnx(captured)
-    minimum = ".".join(map(str, lower(graph, request.target, request.quantize)))
-    made = {"target": request.target, "quantize": request.quantize or "", "onnxruntime": minimum, **package_versions()}
+    lower(graph, request.target, request.quantize)
+    made = {
+        "target": request.target,
+        "quantize": request.quantize or "",
+        "onnxruntime": request.oldest_runtime,
+        **package_versions(),
+    }
     graph.metadata_props.update({f"moeify.{key}": value for key, value in {**made, **request.metadata}.items()})
     write(graph, staged)
-    return _operators(graph), minimum
+    return _operators(graph)
 
 
-def check_request(path: Path, target: str, quantize: str | None, *, overwrite: bool) -> None:
+def check_request(path: Path, target: Any, quantize: Any, *, overwrite: bool) -> None:
     """Raise what can be said before a model is loaded; arguments as of `export_onnx`.
 
     Raises:
@@ -158,7 +168,7 @@ def check_request(path: Path, target: str, quantize: str | None, *, overwrite: b
         raise ConfigError(f"quantize is {quantize!r}: expected one of {', '.join(QUANTIZATIONS)}, or None")
     if target == "portable" and quantize is not None:
         raise ConfigError("the portable target holds standard operators only, and QMoE is not one: use cpu or cuda")
-    check_installed()
+    check_installed(oldest_runtime(target, quantize))
     from moeify.export.write import check_place
 
     check_place(path, overwrite=overwrite)

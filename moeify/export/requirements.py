@@ -5,12 +5,23 @@ from __future__ import annotations
 from importlib import import_module, metadata
 
 from moeify.errors import MoeifyError
+from moeify.export.report import Quantization, Target
 
-MINIMUM = (1, 23)  # the oldest ONNX Runtime that the targets are tested with
+_TESTED = (1, 23)  # the oldest ONNX Runtime that the tests were run with
+_CUDA = (1, 28)  # before, the CUDA kernel of MoE ignored the attributes of SwiGLU
+_FOUR_BITS = (1, 31)  # before, QMoE knew no accuracy_level, and no blocks on CUDA
 
 
-def check_installed() -> None:
+def oldest_runtime(target: Target, quantize: Quantization | None) -> tuple[int, ...]:
+    """Return the oldest ONNX Runtime that computes a target right."""
+    return _FOUR_BITS if quantize == "int4" else _CUDA if target == "cuda" else _TESTED
+
+
+def check_installed(minimum: tuple[int, ...]) -> None:
     """Raise unless what the export imports is there.
+
+    Args:
+        minimum: The oldest ONNX Runtime that will do.
 
     Raises:
         MoeifyError: a package is missing, or ONNX Runtime is too old.
@@ -20,7 +31,7 @@ def check_installed() -> None:
             import_module(name)
         except ImportError as error:
             raise MoeifyError(f"ONNX export needs {name}: pip install 'moeify[onnx]'") from error
-    check_runtime(MINIMUM)
+    check_runtime(minimum)
 
 
 def runtime_version() -> str:
