@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from moeify.export.generation import TextModel
-from moeify.loading import load
+from moeify.hub.loading import load
 
 PROMPT, NEW, ROUNDS = 128, 24, 5
 Timing = tuple[float, float | None]

@@ -21,7 +21,7 @@ def measure(layers: int) -> None:
     import transformers
 
     from moeify.passes.find_ffn import FindFFN
-    from moeify.trace import trace
+    from moeify.tracing.trace import trace
 
     config = transformers.LlamaConfig(
         hidden_size=8192,

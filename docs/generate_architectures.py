@@ -30,8 +30,8 @@ from transformers.models.auto import modeling_auto as auto
 from moeify.errors import MoeifyError
 from moeify.passes.ffn import FFN, Inspection
 from moeify.passes.find_ffn import FindFFN
-from moeify.placement import Places
-from moeify.trace import UNTRACED, trace
+from moeify.planning.placement import Places
+from moeify.tracing.trace import UNTRACED, trace
 
 HERE = Path(__file__).resolve().parent
 LAYERS = 2

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from moeify.errors import MoeifyError
     from moeify.export import OnnxReport, export_onnx
     from moeify.graph_convert import convert_graph
+    from moeify.hub.loading import load
+    from moeify.hub.registration import register
     from moeify.inplace import convert
-    from moeify.loading import load
     from moeify.plan import Plan
-    from moeify.planning import find_ffns
-    from moeify.registration import register
+    from moeify.planning.make import find_ffns
+    from moeify.proving.verification import VerifyReport, verify
     from moeify.training.bias import attach_bias_update, update_selection_bias
     from moeify.training.callback import RoutingCallback
     from moeify.training.control import freeze, param_groups, set_capacity
     from moeify.training.losses import aux_loss, scale_attached_losses
     from moeify.training.stats import LayerStats, routing_stats
-    from moeify.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
 
@@ -35,22 +35,22 @@ _HOME = {
     "OnnxReport": "export",
     "Plan": "plan",
     "RoutingCallback": "training.callback",
-    "VerifyReport": "verification",
+    "VerifyReport": "proving.verification",
     "attach_bias_update": "training.bias",
     "aux_loss": "training.losses",
     "convert": "inplace",
     "convert_graph": "graph_convert",
     "export_onnx": "export",
-    "find_ffns": "planning",
+    "find_ffns": "planning.make",
     "freeze": "training.control",
-    "load": "loading",
+    "load": "hub.loading",
     "param_groups": "training.control",
-    "register": "registration",
+    "register": "hub.registration",
     "routing_stats": "training.stats",
     "scale_attached_losses": "training.losses",
     "set_capacity": "training.control",
     "update_selection_bias": "training.bias",
-    "verify": "verification",
+    "verify": "proving.verification",
 }
 
 __all__ = [

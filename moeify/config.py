@@ -178,8 +178,8 @@ class MoEConfig:
         """GShard (Lepikhin et al. 2020, arXiv:2006.16668).
 
         Top-2, the second at random with probability min(1, 2*g2), a loss that counts first choices. Expert capacity
-        2*tokens/experts in training and evaluation, which is factor 1 here (see `moeify.capacity`). The paper does not
-        print the loss's coefficient; 1e-2 is that of its code.
+        2*tokens/experts in training and evaluation, which is factor 1 here (`moeify.routing.capacity`). The paper does
+        not print the loss's coefficient; 1e-2 is that of its code.
         """
         paper = {"top_k": 2, "router": "gshard", "aux_loss": 1e-2, "balance": "first_choice"}
         return cls._preset(experts, paper, {"capacity_factor": 1.0, "eval_capacity_factor": 1.0}, changes)

@@ -20,9 +20,9 @@ from moeify.passes.ffn import FFN
 from moeify.passes.insert_losses import InsertLosses
 from moeify.passes.insert_moe import InsertMoE
 from moeify.plan import Site
-from moeify.planning import make_plan, survey
-from moeify.trace import Inputs
-from moeify.weights import dense_ffn, held
+from moeify.planning.make import make_plan, survey
+from moeify.planning.weights import dense_ffn, held
+from moeify.tracing.trace import Inputs
 
 
 def convert_graph(
@@ -39,7 +39,7 @@ def convert_graph(
     New parameters are named as the in-place conversion names them.
 
     Args:
-        graph: What `torch.export.export`, `moeify.trace.trace` or `torch.fx.symbolic_trace` returned. It is not
+        graph: What `torch.export.export`, `moeify.tracing.trace.trace` or `torch.fx.symbolic_trace` returned. It is not
             changed; parameters that stay are shared with it.
         config: Experts, top_k and the rest.
         layers: Which FFNs: "all", "every:2", "last:8", "0,3-7", or a regular expression on their paths.

@@ -18,10 +18,10 @@ from moeify.layers.build import build_layer, expert_values, start_router
 from moeify.methods.copy import copy_experts
 from moeify.passes.activation import bind
 from moeify.plan import Plan, Site
-from moeify.planning import Survey, make_plan, survey
-from moeify.trace import UNTRACED, Inputs, meta_twin, trace
+from moeify.planning.make import Survey, make_plan, survey
+from moeify.planning.weights import dense_ffn, held
+from moeify.tracing.trace import UNTRACED, Inputs, meta_twin, trace
 from moeify.training.carry import take_up
-from moeify.weights import dense_ffn, held
 
 Regions = Mapping[tuple[str, ...], fx.GraphModule]
 

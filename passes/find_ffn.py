@@ -54,7 +54,7 @@ class FindFFN:
     """
 
     def __call__(self, graph_module: fx.GraphModule) -> Inspection:
-        """Analyse an ATen graph whose `get_attr` targets are parameter names (`moeify.trace.trace` makes one)."""
+        """Analyse an ATen graph whose `get_attr` targets are parameter names (`moeify.tracing.trace` makes them)."""
         projections = find_projections(graph_module.graph)
         finder = _Finder(graph_module, projections)
         ffns: dict[tuple[str, ...], FFN] = {}

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from moeify.layers import MoELayer
 from moeify.layers.balance import layer_losses, weighted_sum
 from moeify.passes.base import PassResult
-from moeify.routers import Routing
+from moeify.routing.routers import Routing
 
 
 @dataclass(frozen=True)

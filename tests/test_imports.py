@@ -16,16 +16,15 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "__main__",
     "cli",
-    "proof report",
-    "loading",
-    "registration",
-    "stream inplace graph_convert export verification overview evaluate",
-    "planning outputs native cost training",
-    "placement weights stock_experts",
-    "passes trace",
+    "export",
+    "proving",
+    "hub",
+    "streaming inplace graph_convert",
+    "training",
+    "planning",
+    "passes",
     "layers",
-    "routers_joint",
-    "routers capacity losses selection inputs graphs methods skeleton checkpoint families",
+    "families methods routing tracing checkpoint",
     "plan",
     "config",
     "errors tolerances kernels",
@@ -99,15 +98,15 @@ def test_imports_point_down(path: Path) -> None:
 @pytest.mark.parametrize(
     ("unit", "source"),
     [
-        ("planning", "from moeify.stream import convert_checkpoint"),
-        ("stream", "from moeify.inplace import convert"),
+        ("planning", "from moeify.streaming.stream import convert_checkpoint"),
+        ("streaming", "from moeify.inplace import convert"),
         ("layers", "def forward():\n    from moeify.passes.base import PassResult"),
         ("layers", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import moeify.planning"),
         ("plan", "from moeify import MoEConfig"),
         ("plan", "import moeify"),
         ("kernels", "from moeify.errors import MoeifyError"),
         ("kernels", "import numpy"),
-        ("report", "from rich.table import Table"),
+        ("proving", "from rich.table import Table"),
     ],
 )
 def test_an_import_that_does_not_point_down_is_found(unit: str, source: str) -> None:
@@ -117,7 +116,7 @@ def test_an_import_that_does_not_point_down_is_found(unit: str, source: str) -> 
 @pytest.mark.parametrize(
     ("unit", "source"),
     [
-        ("cli", "import click\nfrom moeify import __version__\nfrom moeify.stream import convert_checkpoint"),
+        ("cli", "import click\nfrom moeify import __version__\nfrom moeify.streaming.stream import convert_checkpoint"),
         ("passes", "from moeify.passes.base import PassResult\nfrom moeify import layers"),
         ("layers", "import numpy\nfrom moeify.kernels.ops import experts"),
         ("kernels", "import math\nimport torch\nfrom triton import language\nfrom moeify.kernels.layout import Layout"),

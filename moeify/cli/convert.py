@@ -126,7 +126,7 @@ def _refuse_target(dst: Path, overwrite: bool) -> None:
 
 def _plan(source: Source, config: MoEConfig | None, layers: str, target: str, plan_file: Path | None) -> Plan:
     from moeify.plan import Plan
-    from moeify.stream import check_plan, plan_checkpoint
+    from moeify.streaming.stream import check_plan, plan_checkpoint
 
     if plan_file is None:
         assert config is not None
@@ -142,8 +142,8 @@ def _plan(source: Source, config: MoEConfig | None, layers: str, target: str, pl
 def _show(source: Source, plan: Plan) -> None:
     """Print a plan and what it would cost."""
     from moeify.cli import display
-    from moeify.cost import moe_cost
-    from moeify.overview import dense_side
+    from moeify.planning.cost import moe_cost
+    from moeify.planning.overview import dense_side
 
     dense, itemsize = dense_side(source)
     console = display.stdout()
@@ -166,7 +166,7 @@ def _write(
         TransferSpeedColumn,
     )
 
-    from moeify.stream import Watch, convert_checkpoint
+    from moeify.streaming.stream import Watch, convert_checkpoint
 
     speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     progress = Progress(TextColumn("{task.description}"), BarColumn(), *speed, console=console)
@@ -196,7 +196,7 @@ def _write(
 
 def _prove(source: Source, folder: Path, plan: Plan, dtype: str | None, console: Console) -> dict[str, Any]:
     from moeify.cli.quiet import quiet_transformers
-    from moeify.proof import verify_slice
+    from moeify.proving.proof import verify_slice
 
     with quiet_transformers():
         report = verify_slice(source, folder, plan, cast_to=dtype)

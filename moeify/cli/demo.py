@@ -53,9 +53,9 @@ def _compare(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from moeify.evaluate import perplexity
-    from moeify.loading import load
-    from moeify.verification import verify
+    from moeify.hub.loading import load
+    from moeify.proving.perplexity import perplexity
+    from moeify.proving.verification import verify
 
     tokenizer: Any = AutoTokenizer.from_pretrained(target)
     ids_L = _text_ids(tokenizer)

@@ -62,8 +62,8 @@ def _load(src: Path, dtype: str, experts: int | None, top_k: int | None, layers:
     import torch
 
     from moeify.config import MoEConfig
+    from moeify.hub.loading import load
     from moeify.inplace import convert
-    from moeify.loading import load
 
     if (experts is None) != (top_k is None):
         raise click.UsageError("--experts and --top-k go together: for example --experts 8 --top-k 2")

@@ -23,7 +23,7 @@ def inspect(src: str, experts: int, top_k: int, as_json: bool, allow_pickle: boo
     from moeify.checkpoint.source import open_source
     from moeify.cli import display
     from moeify.config import MoEConfig
-    from moeify.overview import overview
+    from moeify.planning.overview import overview
 
     with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
         seen = overview(source, MoEConfig(experts, top_k))

@@ -24,7 +24,7 @@ def verify(dense: Path, moe: Path, text: TextIO | None, as_json: bool) -> None:
     Every tensor of both checkpoints must find its place: a missing or unexpected one is an error.
     """
     from moeify.cli.quiet import quiet_transformers
-    from moeify.proof import verify_checkpoints
+    from moeify.proving.proof import verify_checkpoints
 
     for path in (dense, moe):
         if not path.exists():

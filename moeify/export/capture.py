@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.errors import MoeifyError, RefusedError
-from moeify.inputs import guess_inputs
+from moeify.tracing.inputs import guess_inputs
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")

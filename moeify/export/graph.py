@@ -19,7 +19,7 @@ from moeify.export.capture import Interface
 from moeify.export.masks import broadcast_padding
 from moeify.export.standard import OPSET
 from moeify.export.translate import translations
-from moeify.stock_experts import through_moeify
+from moeify.hub.stock_experts import through_moeify
 
 _SPECIALIZED = re.compile(
     r"\[(\d+)\]\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from moeify import losses
 from moeify.config import MoEConfig
-from moeify.routers import Routing
+from moeify.routing import losses
+from moeify.routing.routers import Routing
 
 
 def layer_losses(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None, sequences: int) -> dict[str, Tensor]:

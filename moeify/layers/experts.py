@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moeify.kernels import ops
 from moeify.kernels.activations import ACTIVATIONS
 from moeify.kernels.layout import routing_layout
-from moeify.routers import Routing
+from moeify.routing.routers import Routing
 
 
 class Experts(nn.Module):

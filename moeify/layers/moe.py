@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeify.capacity import drop_overflow, exact_factor, expert_capacity
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
 from moeify.layers.balance import layer_losses, weighted_sum
 from moeify.layers.batch import Batch
 from moeify.layers.routing import Context
-from moeify.losses import attach_loss, expert_counts
-from moeify.routers import Routing
+from moeify.routing.capacity import drop_overflow, exact_factor, expert_capacity
+from moeify.routing.losses import attach_loss, expert_counts
+from moeify.routing.routers import Routing
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Routers as modules: each holds what its function in `moeify.routers` needs, and is called with tokens and a context.
+"""Routers as modules: each holds what its function in `moeify.routing` needs, and takes tokens and a context.
 
 Shape legend: T tokens, H hidden, E experts, K experts per token, V vocabulary.
 """
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify import routers_joint as joint
-from moeify.capacity import exact_factor, expert_capacity
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
-from moeify.routers import (
+from moeify.routing import joint
+from moeify.routing.capacity import exact_factor, expert_capacity
+from moeify.routing.routers import (
     Routing,
     gshard,
     hash_tokens,

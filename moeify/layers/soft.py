@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from moeify.config import MoEConfig
 from moeify.layers.moe import MoELayer
-from moeify.routers import Routing
-from moeify.routers_joint import SoftRouting, soft_moe
+from moeify.routing.joint import SoftRouting, soft_moe
+from moeify.routing.routers import Routing
 
 
 class SoftRouter(nn.Module):

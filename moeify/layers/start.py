@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeify.config import MoEConfig
-from moeify.routers import hash_table, router_init
+from moeify.routing.routers import hash_table, router_init
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from moeify.errors import RefusedError
 from moeify.layers.build import expert_values
 from moeify.methods.copy import copy_experts
 from moeify.plan import Plan, Site
-from moeify.weights import dense_ffn
+from moeify.planning.weights import dense_ffn
 
 
 @dataclass(frozen=True)

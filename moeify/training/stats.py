@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moeify.errors import MoeifyError
 from moeify.layers import MoELayer
 from moeify.layers.moe import Record
-from moeify.losses import expert_counts
+from moeify.routing.losses import expert_counts
 from moeify.training.layers_of import layers_of
 
 

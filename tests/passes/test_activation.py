@@ -9,7 +9,7 @@ from torch import nn
 
 from moeify.passes.find_ffn import FFN, FindFFN
 from moeify.tolerances import TOLERANCE
-from moeify.trace import trace
+from moeify.tracing.trace import trace
 
 HIDDEN, INNER = 10, 23
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from moeify.passes import dataflow as flow
-from moeify.trace import trace
+from moeify.tracing.trace import trace
 
 
 class Apply(nn.Module):

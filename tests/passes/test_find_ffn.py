@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeify.passes.find_ffn import FindFFN, Inspection
-from moeify.trace import trace
+from moeify.tracing.trace import trace
 from tests.moeify import tiny
 
 HIDDEN, INNER, TOKENS = 10, 23, 5

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeify.passes.find_ffn import FindFFN, Inspection
-from moeify.trace import trace
+from moeify.tracing.trace import trace
 
 HIDDEN, INNER, TOKENS = 12, 31, 6
 

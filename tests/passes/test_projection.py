@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moeify.passes.projection import Projection, find_projections
-from moeify.trace import trace
+from moeify.tracing.trace import trace
 
 Function = Callable[..., torch.Tensor]
 

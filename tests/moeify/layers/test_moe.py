@@ -14,7 +14,7 @@ from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
 from moeify.kernels import reference
 from moeify.layers.balance import weighted_sum
-from moeify.routers import updated_bias
+from moeify.routing.routers import updated_bias
 from moeify.tolerances import TOLERANCE
 from tests.moeify.layers import make
 

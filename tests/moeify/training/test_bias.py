@@ -11,7 +11,7 @@ import torch
 import moeify
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
-from moeify.routers import updated_bias
+from moeify.routing.routers import updated_bias
 from tests.moeify.layers import make
 
 CONFIG = make.CONFIGS["deepseek_v3"]

@@ -1,0 +1,1 @@
+"""The native formats that a dense checkpoint can become, as data."""

@@ -1,0 +1,1 @@
+"""What transformers loads, and what it is told: checkpoints, the moeify format, experts of stock models."""

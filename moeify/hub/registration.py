@@ -1,0 +1,73 @@
+"""Tell transformers about moeify: checkpoints in moeify format load with `from_pretrained`.
+
+transformers lets a checkpoint's `quantization_config` name a class that rebuilds the model before weights are loaded.
+That is what a converted model needs, so the moeify format uses it: the config holds the plan, and this module puts the
+`SparseMoE` layers in place on the meta device. A program that does not know moeify stops with "unknown quantization
+method" instead of loading half a model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moeify.inplace import apply_plan, remember_plan
+from moeify.plan import Plan
+from moeify.planning.make import survey
+from moeify.tracing.trace import trace
+
+FORMAT = "moeify"
+
+
+class MoeifyFormat(QuantizationConfigMixin):
+    """The entry in a checkpoint's config: the plan, as data."""
+
+    def __init__(self, plan: dict[str, Any], **_: Any) -> None:
+        self.quant_method: Any = FORMAT
+        self.plan = plan
+
+
+class MoeifyLoader(HfQuantizer):
+    """Rebuilds the layers before the weights are loaded; afterwards the model is an ordinary one."""
+
+    quantization_config: MoeifyFormat
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        plan = Plan.from_dict(self.quantization_config.plan)
+        custom = any(site.activation == "custom" for site in plan.sites)
+        regions = survey(trace(model)).regions if custom else {}
+        if plan.config.router == "sigmoid":
+            untyped: Any = model  # whatever dtype is asked for: the bias's steps would be lost in bfloat16
+            untyped._keep_in_fp32_modules_strict = {*(untyped._keep_in_fp32_modules_strict or ()), "selection_bias"}
+        return apply_plan(model, plan, regions, fill=False)
+
+    def postprocess_model(self, model: nn.Module, **_: Any) -> nn.Module:
+        """Leave an ordinary model that trains and saves, with the plan in its config."""
+        untyped: Any = self
+        untyped.remove_quantization_config(model)
+        remember_plan(model, Plan.from_dict(self.quantization_config.plan))
+        return model
+
+    def is_serializable(self) -> bool:
+        """Saving is transformers' own."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Every weight is a plain parameter."""
+        return True
+
+
+def register() -> None:
+    """Make `from_pretrained` read moeify checkpoints. Calling it again changes nothing."""
+    if FORMAT not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(FORMAT)(MoeifyLoader)
+        register_quantization_config(FORMAT)(MoeifyFormat)

@@ -1,0 +1,115 @@
+"""From what the passes found to a plan: place every FFN, choose layers, name the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from moeify.config import MoEConfig
+from moeify.errors import RefusedError
+from moeify.passes.activation import CUSTOM, learned, own_names
+from moeify.passes.find_ffn import FFN, FindFFN, Inspection
+from moeify.passes.projection import Projection
+from moeify.plan import Plan, Rows, Site
+from moeify.planning.placement import Placement, Places
+from moeify.planning.selection import select_layers
+from moeify.tracing.trace import Inputs, trace
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A traced model, what was found in it, and what a plan made of it refers to.
+
+    Attributes:
+        graph_module: The traced graph.
+        inspection: FFNs and refusals.
+    """
+
+    graph_module: fx.GraphModule
+    inspection: Inspection
+
+    @property
+    def regions(self) -> Mapping[tuple[str, ...], fx.GraphModule]:
+        """The captured activation of every FFN, by the names of its projections' parameters."""
+        return {ffn.projected: ffn.region for ffn in self.inspection.ffns}
+
+
+def survey(graph_module: fx.GraphModule) -> Survey:
+    """Find the FFNs of a traced graph."""
+    return Survey(graph_module, FindFFN()(graph_module))
+
+
+def find_ffns(model: nn.Module, example_inputs: Inputs | None = None) -> Inspection:
+    """Find the dense FFNs of a model, and say of everything that looks like one why it is not.
+
+    Args:
+        model: Any module; it is neither run nor changed.
+        example_inputs: Inputs that the forward accepts; None guesses them for a transformers model.
+
+    Raises:
+        MoeifyError: the model cannot be traced.
+    """
+    return survey(trace(model, example_inputs)).inspection
+
+
+def make_plan(
+    model: nn.Module, found: Survey, config: MoEConfig, layers: str = "all", *, in_place: bool = True
+) -> Plan:
+    """Plan the conversion of the selected FFNs.
+
+    Args:
+        model: The model that was traced, for its name.
+        found: What `survey` returned for its graph.
+        config: The settings.
+        layers: A selection (see `moeify.planning.selection`).
+        in_place: For the module tree; False for a graph, where every FFN can be replaced.
+
+    Raises:
+        RefusedError: no FFN was found, or one of the selected cannot be replaced in place.
+        ConfigError: the selection matches nothing.
+    """
+    ffns = found.inspection.ffns
+    model_type = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    if not ffns:
+        raise RefusedError(_nothing_found(model_type, found.inspection))
+    chosen = [ffns[i] for i in select_layers(layers, [ffn.name for ffn in ffns])]
+    places = Places(found.graph_module)
+    place = places.place if in_place else places.place_in_graph
+    sites = tuple(_site(ffn, place(ffn)) for ffn in chosen)
+    return Plan(model_type, config, sites)
+
+
+def _nothing_found(model_type: str, inspection: Inspection) -> str:
+    reasons: dict[str, list[str]] = {}
+    for refusal in inspection.refused:
+        reasons.setdefault(refusal.reason, []).append(refusal.name)
+    looked = "; ".join(f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {reason}"
+                       for reason, names in reasons.items())  # fmt: skip
+    return f"no dense FFN was found in {model_type}: " + (looked or "it projects no activation by a parameter")
+
+
+def _site(ffn: FFN, place: Placement) -> Site:
+    inside = own_names(learned(ffn.region)) if ffn.activation == CUSTOM else {}
+    whole = tuple((i, 0, up.out_features, 1) for i, up in enumerate(ffn.ups))
+    halves = ffn.halves
+    parts = whole if halves is None else tuple(h for h in (halves.gate, halves.up) if h is not None)
+    return Site(
+        path=place.path,
+        through=place.through,
+        kind=ffn.kind,
+        activation=ffn.activation,
+        hidden=ffn.hidden,
+        intermediate=ffn.intermediate,
+        ups=tuple(_rows(ffn.ups[i], start, stop, step) for i, start, stop, step in parts),
+        down=_rows(ffn.down, 0, ffn.down.out_features, 1),
+        transposed=ffn.down.transposed,
+        dropout=place.dropout,
+        expert_dropout=place.expert_dropout,
+        learned=tuple(inside.items()),
+    )
+
+
+def _rows(projection: Projection, start: int, stop: int, step: int) -> Rows:
+    return Rows(projection.weight, projection.bias, start, stop, step, projection.out_features)

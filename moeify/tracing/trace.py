@@ -1,0 +1,234 @@
+"""A model becomes an FX graph, through torch.export on the meta device: no weight is read, any size takes seconds.
+
+The graph's `get_attr` nodes carry the parameters' own names and every node carries the path of the module that
+issued it, which is all that the passes need to know about the model.
+
+What torch.export cannot trace whole is traced by its parts: one untraceable corner, or a tower that the inputs do not
+reach, does not lose the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx.config as fx_config
+from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from moeify.errors import MoeifyError
+from moeify.tracing.graphs import Part, inline_blocks, union
+from moeify.tracing.inputs import candidate_inputs, part_inputs
+
+Inputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor
+
+UNTRACED = "untraced"
+_LIMITS = ("DataDependent", "Unsupported", "DynamicOutputShape", "Data dependent", "data-dependent", "is_meta")
+
+
+def trace(model: nn.Module, example_inputs: Inputs | None = None) -> fx.GraphModule:
+    """Trace `model` in evaluation mode into an ATen-level graph.
+
+    Args:
+        model: Any module, on any device; it is neither run nor changed.
+        example_inputs: Keyword arguments, positional arguments, or one tensor; only shapes and dtypes matter.
+            None guesses them for a transformers model.
+
+    Returns:
+        A GraphModule on the meta device whose `get_attr` targets are the model's parameter names. Its
+        `meta["untraced"]` says of each module that could not be traced why ("" is the model as a whole: then the
+        graph holds its parts beside each other).
+
+    Raises:
+        MoeifyError: the inputs cannot be guessed or do not fit, and nothing in the model can be traced without them.
+    """
+    twin = meta_twin(model).eval()
+    _without_caches(twin)
+    parts = _Parts()
+    try:
+        candidates = candidate_inputs(twin) if example_inputs is None else iter([example_inputs])
+        graph_module, failure = _first_that_traces(twin, candidates)
+    except MoeifyError as error:
+        graph_module, failure = None, error
+    if graph_module is None:
+        if example_inputs is not None and not _is_limit(failure):
+            raise failure
+        parts.failed[""] = str(failure)
+        parts.collect_children(twin, "")
+        if not parts.found:
+            raise failure
+        graph_module = union(parts.found)
+    else:
+        parts.collect_untouched(twin, "", graph_module)
+        graph_module = union([("", graph_module), *parts.found]) if parts.found else graph_module
+    graph_module.meta[UNTRACED] = parts.failed
+    return graph_module
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """Copy a module's structure onto the meta device; no weight is read and ties between parameters stay ties."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in held:
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = _to_meta(tensor)
+    return copy.deepcopy(model, memo)
+
+
+def _to_meta(value: Any) -> Any:
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=value.requires_grad)
+    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
+
+
+def _without_caches(twin: nn.Module) -> None:
+    """Turn caches off: they are outputs that torch.export does not know."""
+    for module in twin.modules():
+        config = getattr(module, "config", None)
+        for holder in (config, *vars(config).values()) if hasattr(config, "__dict__") else ():
+            if getattr(holder, "use_cache", False) is True:
+                holder.use_cache = False
+
+
+@dataclass
+class _Parts:
+    """The parts of a model that trace by themselves, and why the others do not.
+
+    Attributes:
+        found: Graphs with their paths.
+        failed: Reasons by path, for modules of which no part was traced whole.
+        hopeless: Forms (path without numbers, class) that failed before: their siblings fail too.
+    """
+
+    found: list[Part] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    hopeless: set[tuple[str, type]] = field(default_factory=set)
+
+    def collect(self, module: nn.Module, path: str) -> None:
+        """Trace a module, or else its parts."""
+        if sum(p.dim() > 1 for p in module.parameters()) < 2:
+            return  # an FFN has two matrices
+        form = (re.sub(r"\d+", "#", path), type(module))
+        if form not in self.hopeless and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            graph_module, failure = _first_that_traces(module, part_inputs(module))
+            if graph_module is not None:
+                self.found.append((path, graph_module))
+                self.collect_untouched(module, path, graph_module)
+                return
+            self.hopeless.add(form)
+            self.failed[path] = str(failure)
+        self.collect_children(module, path)
+
+    def collect_untouched(self, module: nn.Module, path: str, graph_module: fx.GraphModule) -> None:
+        """Trace the modules inside a traced one that its inputs did not reach."""
+        for inside in _untouched(module, graph_module):
+            self.collect(module.get_submodule(inside), _join(path, inside))
+
+    def collect_children(self, module: nn.Module, path: str) -> None:
+        """Trace the modules inside a module that does not trace itself."""
+        for name, child in module.named_children():
+            self.collect(child, _join(path, name))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _untouched(twin: nn.Module, graph_module: fx.GraphModule) -> Iterator[str]:
+    """Yield the outermost modules none of whose parameters the graph reads."""
+    used = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr") if node.users}
+    names: dict[int, list[str]] = {}
+    for name, parameter in twin.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    touched = {""}
+    for ties in names.values():
+        if used.intersection(ties):
+            touched |= {name[:end] for name in ties for end in range(len(name)) if name[end] == "."}
+    for path, module in twin.named_modules():
+        outer = path.rpartition(".")[0]
+        if path not in touched and outer in touched and any(True for _ in module.parameters()):
+            yield path
+
+
+def _first_that_traces(module: nn.Module, candidates: Iterable[Inputs]) -> tuple[fx.GraphModule | None, MoeifyError]:
+    """Return the graph for the first inputs that trace, or None and why the first of them did not."""
+    failure = MoeifyError(f"the inputs of {type(module).__name__} cannot be guessed; pass example_inputs")
+    for number, inputs in enumerate(candidates):
+        args, kwargs = _split_inputs(inputs)
+        try:
+            return _export(module, args, kwargs), failure
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            if number == 0:
+                failure = MoeifyError(
+                    f"torch.export cannot trace {type(module).__name__}: {type(error).__name__}: {reason}; "
+                    "pass example_inputs that its forward accepts"
+                )
+                failure.__cause__ = error
+    return None, failure
+
+
+class _Branches(TorchFunctionMode):
+    """Every `if` on the data of a tensor goes one way: which FFNs a model has does not depend on it."""
+
+    def __init__(self, taken: bool) -> None:
+        super().__init__()
+        self.taken = taken
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        decides = func is torch.Tensor.__bool__ or (func is torch.Tensor.item and args[0].dtype is torch.bool)
+        return self.taken if decides else func(*args, **(kwargs or {}))
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """Export a module; where it branches on data, try one way and then the other."""
+    try:
+        return _export_with(nullcontext(), module, args, kwargs)
+    except GuardOnDataDependentSymNode as error:
+        failures = []
+        for taken in (False, True):
+            try:
+                return _export_with(_Branches(taken), module, args, kwargs)
+            except Exception as failure:
+                failures.append(failure)
+        either_way = str(failures[0]) == str(failures[1])
+        raise (failures[0] if either_way else error) from error
+
+
+def _export_with(
+    mode: AbstractContextManager[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> fx.GraphModule:
+    fast_path, traces = torch.backends.mha.get_fastpath_enabled(), fx_config.do_not_emit_stack_traces
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoderLayer's fused operator hides its FFN
+    fx_config.do_not_emit_stack_traces = True  # nobody reads them here, and they are a third of the time
+    try:
+        with warnings.catch_warnings(), mode:
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, args, kwargs, strict=False)
+            return inline_blocks(program.module(check_guards=False))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        fx_config.do_not_emit_stack_traces = traces
+
+
+def _is_limit(failure: MoeifyError) -> bool:
+    """Whether torch.export gave up on the model's code, as opposed to the forward on its inputs."""
+    return any(word in str(failure) for word in _LIMITS)
+
+
+def _split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), {name: pytree.tree_map(_to_meta, value) for name, value in inputs.items()}
+    positional = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    return tuple(pytree.tree_map(_to_meta, positional)), {}

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from moeify.checkpoint.source import open_source
+from moeify.config import MoEConfig
+from moeify.errors import ConfigError, MoeifyError, RefusedError
+from moeify.families.table import FAMILIES, choose_target
+from moeify.plan import Plan
+from moeify.streaming.stream import output_config, plan_checkpoint
+from moeify.tracing.skeleton import build_on_meta, full_config, model_class
+from tests.moeify import tiny
+
+CONFIG = MoEConfig(experts=3, top_k=2)
+
+
+def plan_for(name: str, tmp_path: Path, layers: str = "all", **changes: Any) -> tuple[Plan, dict[str, Any]]:
+    """A plan, and the dense config with its defaults, some of them changed."""
+    src = tiny.save(tiny.build(name), tmp_path / "src")
+    with open_source(src) as source:
+        plan = plan_checkpoint(source, CONFIG, layers)
+        return plan, {**full_config(source.config), **changes}
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "changes", "expected"),
+    [
+        ("llama", "all", {}, "mixtral"),
+        ("mistral", "all", {}, "mixtral"),
+        ("qwen2", "all", {}, "qwen2_moe"),
+        ("qwen3", "all", {}, "qwen3_moe"),
+        ("gemma", "all", {}, "moeify"),
+        ("llama", "0", {}, "qwen2_moe"),
+        ("llama", "0", {"head_dim": 10}, "moeify"),
+        ("llama", "all", {"mlp_bias": True}, "moeify"),
+        ("mistral", "0", {}, "moeify"),
+        ("qwen3", "all", {"layer_types": ["sliding_attention"] * 3}, "moeify"),
+    ],
+)
+def test_auto_takes_the_first_exact_family(
+    name: str, layers: str, changes: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    plan, dense = plan_for(name, tmp_path, layers, **changes)
+    assert choose_target(plan, dense, "auto") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "target", "words"),
+    [
+        ("llama", {"attention_bias": True}, "mixtral", "attention_bias"),
+        ("llama", {"mlp_bias": True}, "qwen2_moe", "mlp_bias"),
+        ("llama", {"head_dim": 10}, "qwen2_moe", "head_dim"),
+        ("mistral", {}, "qwen2_moe", "sliding_window"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "qwen3_moe", "sliding-window"),
+        ("gpt2", {}, "mixtral", "can be made from llama, mistral"),
+    ],
+)
+def test_a_condition_that_fails_is_said(
+    name: str, changes: dict[str, Any], target: str, words: str, tmp_path: Path
+) -> None:
+    plan, dense = plan_for(name, tmp_path, **changes)
+    with pytest.raises(RefusedError, match=words):
+        choose_target(plan, dense, target)
+
+
+def test_mixtral_cannot_keep_layers_dense_or_leave_weights_unnormalised(tmp_path: Path) -> None:
+    plan, dense = plan_for("llama", tmp_path, "1")
+    with pytest.raises(RefusedError, match="2 of its layers stay dense"):
+        choose_target(plan, dense, "mixtral")
+    whole, dense = plan_for("llama", tmp_path / "again")
+    loose = replace(whole, config=MoEConfig(3, 2, renormalize=False))
+    with pytest.raises(RefusedError, match="renormalises"):
+        choose_target(loose, dense, "mixtral")
+
+
+def test_an_unknown_family_is_wrong_usage(tmp_path: Path) -> None:
+    plan, dense = plan_for("llama", tmp_path)
+    with pytest.raises(ConfigError, match="expected auto, moeify, mixtral"):
+        choose_target(plan, dense, "phimoe")
+
+
+def test_native_configs_say_what_older_engines_read(tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("qwen3"), tmp_path / "src")
+    with open_source(src) as source:
+        config = output_config(source, plan_checkpoint(source, CONFIG), "BF16")
+    assert config["num_experts"] == config["num_local_experts"] == 3
+    assert config["norm_topk_prob"] is True and config["num_experts_per_tok"] == 2
+    assert config["moe_intermediate_size"] == tiny.INTERMEDIATE
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert config["rope_scaling"] is None
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    assert config["architectures"] == ["Qwen3MoeForCausalLM"]
+    assert config["head_dim"] == 10
+
+
+def test_rotary_scaling_of_llama_3_reaches_mixtral(tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    model: Any = tiny.build("llama")
+    config = transformers.LlamaConfig.from_dict(
+        {**model.config.to_dict(), "rope_parameters": scaling, "max_position_embeddings": 512}
+    )
+    src = tiny.save(transformers.LlamaForCausalLM(config), tmp_path / "src")
+    with open_source(src) as source:
+        native = output_config(source, plan_checkpoint(source, CONFIG), "F32")
+    assert native["rope_parameters"] == scaling and native["rope_theta"] == 5e5
+    assert native["rope_scaling"] == {key: value for key, value in scaling.items() if key != "rope_theta"}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_family_names_a_class_of_transformers_and_sources_it_knows(family: Any) -> None:
+    assert getattr(transformers, family.architecture).config_class.model_type == family.model_type
+    for source in family.sources:
+        assert source in transformers.CONFIG_MAPPING
+
+
+def test_an_architecture_that_transformers_lacks_is_named() -> None:
+    with pytest.raises(MoeifyError, match="does not know NoneSuchForCausalLM"):
+        build_on_meta({"model_type": "nonesuch", "architectures": ["NoneSuchForCausalLM"]})
+    with pytest.raises(MoeifyError, match="does not know the model type 'nonesuch'"):
+        build_on_meta({"model_type": "nonesuch"})
+    with pytest.raises(MoeifyError, match="cannot be built"):
+        build_on_meta(json.loads('{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": "x"}'))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("llama", "LlamaForCausalLM"), ("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration"),
+     ("vit", "ViTForImageClassification")],
+)  # fmt: skip
+def test_a_config_that_names_no_class_gets_the_usual_one(model_type: str, name: str) -> None:
+    assert model_class({"model_type": model_type}).__name__ == name
