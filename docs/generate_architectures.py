@@ -241,8 +241,8 @@ def table(rows: list[Row]) -> str:
         f"Every model type that transformers {transformers.__version__} registers for language, vision and audio,",
         "built with two layers a stack on the meta device, traced, and searched for dense FFNs. This page is written",
         "by `make docs`. Expected numbers are counted by the names and shapes of parameters; for the types of",
-        f"docs/architectures.json that name patterns ({corrected}), names said too much or too little, and a look at the",
-        "model after the two disagreed decided.",
+        f"docs/architectures.json that name patterns ({corrected}), names said too much or too little, and a look at",
+        "the model after the two disagreed decided.",
         "",
         f"{len(rows)} types: {right} with exactly the expected FFNs, {len(wrong)} not "
         f"({extra} of them with something that is no FFN), {len(rows) - len(dense)} that could not be built or traced.",
