@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from moeify.export.capture import interface
 from moeify.export.graph import to_onnx
-from moeify.export.lower_contrib import Contrib, interleaved, lower_contrib
+from moeify.export.lower_contrib import Contrib, interleaved, lower_contrib, round_activations
 from moeify.export.lower_standard import lower_standard
 from moeify.kernels import ops
 
@@ -94,7 +94,12 @@ def forms(experts: int, inner: int) -> dict[str, ir.Model]:
 
     def lowered(how: Contrib | None) -> ir.Model:
         model = to_onnx(interface(layer, example))
-        lower_standard(model) if how is None else lower_contrib(model, how)
+        if how is None:
+            lower_standard(model)
+        else:
+            lower_contrib(model, how)
+        if how is not None and how.bits == 4:
+            round_activations(model)
         return model
 
     return {
@@ -102,7 +107,7 @@ def forms(experts: int, inner: int) -> dict[str, ir.Model]:
         BASE: by_hand(layer),
         "com.microsoft::MoE": lowered(Contrib()),
         "QMoE int8": lowered(Contrib(8)),
-        "QMoE int4": lowered(Contrib(4, 32, int8_activations=True)),
+        "QMoE int4": lowered(Contrib(4, 32)),
         DENSE: to_onnx(interface(Dense(inner), example)),
     }
 

@@ -7,13 +7,13 @@ import onnx_ir as ir
 from moeify.errors import RefusedError
 from moeify.export.lower_contrib import Contrib, lower_contrib, why_not
 from moeify.export.lower_standard import lower_standard
+from moeify.export.quantize import SCHEMES
 from moeify.export.report import Quantization, Target
 from moeify.export.translate import DOMAIN, EXPERTS
 
 # From this many experts on, one MoE node decodes faster on the CPU than two standard nodes per expert
 # (benchmarks/onnx_layer.md).
 MANY_EXPERTS = 64
-_BLOCK = 32  # values that share a scale: the smallest that the CUDA kernel takes too
 
 
 def lower(model: ir.Model, target: Target, quantize: Quantization | None) -> None:
@@ -26,8 +26,7 @@ def lower(model: ir.Model, target: Target, quantize: Quantization | None) -> Non
     if quantize is not None:
         if not nodes:
             raise RefusedError("the model has no experts to quantize: convert it first, or leave quantize out")
-        bits = {"int8": Contrib(8), "int4": Contrib(4, _BLOCK, int8_activations=target == "cpu")}
-        lower_contrib(model, bits[quantize])
+        lower_contrib(model, Contrib(*SCHEMES[quantize]))
     elif target == "cuda":
         lower_contrib(model, Contrib())
     elif target == "cpu":

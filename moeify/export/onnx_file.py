@@ -15,11 +15,13 @@ from torch import nn
 from moeify.errors import ConfigError, VerificationError
 from moeify.export.report import OnnxReport, Quantization, Target
 from moeify.export.requirements import check_installed, oldest_runtime, package_versions, runtime_version
+from moeify.tolerances import TOLERANCE
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from moeify.export.capture import Interface
+    from moeify.export.prove import Case
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
@@ -93,6 +95,7 @@ class _Request:
 def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
     """Prove, then leave the file at `staged`; a model in half precision is proved by its twin in float32."""
     from moeify.export.capture import interface
+    from moeify.export.write import write
 
     dtype = _dtype(model)
     if dtype not in _HALF:
@@ -104,7 +107,7 @@ def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
     if not report.passed:
         raise VerificationError(f"the exported graph differs from PyTorch: {report.summary()}; nothing was written")
     if dtype in _HALF:
-        _write(interface(model, request.example_inputs), staged, request)
+        write(_graph(interface(model, request.example_inputs), request), staged)
     return report
 
 
@@ -112,34 +115,64 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
     """Write the graph of a float32 model and run it beside PyTorch."""
     from moeify.export.capture import interface
     from moeify.export.generation import open_session
-    from moeify.export.prove import compare, expected_cases, tolerance
+    from moeify.export.prove import compare, expected_cases
+    from moeify.export.write import write
 
     captured = interface(model, request.example_inputs)
-    operators = _write(captured, staged, request)
+    graph = _graph(captured, request)
+    write(graph, staged)
     cases = expected_cases(model, captured)
-    session = open_session(staged, provider="cpu")
-    measured = compare(session, captured, cases)
+    if request.quantize is None:
+        measured, rounding = compare(open_session(staged, provider="cpu"), captured, cases), None
+    else:
+        measured = compare(
+            open_session(staged, provider="cpu"), captured, _rounded_cases(model, captured, graph, request)
+        )
+        _finish_quantized(graph, staged, request)
+        rounding = compare(open_session(staged, provider="cpu"), captured, cases)
     return OnnxReport(
         path=str(request.path),
         target=request.target,
         quantize=request.quantize,
         dtype=dtype,
-        operators=operators,
+        operators=_operators(graph),
         relative=measured.relative,
         max_abs_diff=measured.max_abs_diff,
         top1_agreement=measured.top1_agreement,
-        tolerance=tolerance(request.quantize),
+        tolerance=TOLERANCE["float32"],
+        rounding=None if rounding is None else rounding.relative,
+        rounding_top1=None if rounding is None else rounding.top1_agreement,
         cases=measured.cases,
-        runtime=f"onnxruntime {runtime_version()}, {session.get_providers()[0]}",
+        runtime=f"onnxruntime {runtime_version()}, CPUExecutionProvider",
         requires=request.oldest_runtime,
     )
 
 
-def _write(captured: Interface, staged: Path, request: _Request) -> dict[str, int]:
-    """Trace, lower and save; returns how often each operator occurs."""
+def _rounded_cases(model: nn.Module, captured: Interface, graph: ir.Model, request: _Request) -> list[Case]:
+    """What PyTorch gives with the weights that the graph holds: rounding is no excuse for a wrong graph."""
+    from moeify.export.lower_contrib import quantized_names
+    from moeify.export.prove import expected_cases, rounded_weights
+    from moeify.export.quantize import SCHEMES
+
+    assert request.quantize is not None
+    with rounded_weights(model, quantized_names(graph), *SCHEMES[request.quantize]):
+        return expected_cases(model, captured)
+
+
+def _finish_quantized(graph: ir.Model, staged: Path, request: _Request) -> None:
+    """Turn on what the proof needed off."""
+    from moeify.export.lower_contrib import round_activations
+    from moeify.export.write import write
+
+    if request.target == "cpu" and request.quantize == "int4":
+        round_activations(graph)
+        write(graph, staged)
+
+
+def _graph(captured: Interface, request: _Request) -> ir.Model:
+    """Trace, lower, and say in the metadata how it was made."""
     from moeify.export.graph import to_onnx
     from moeify.export.lower import lower
-    from moeify.export.write import write
 
     graph = to_onnx(captured)
     lower(graph, request.target, request.quantize)
@@ -150,8 +183,7 @@ def _write(captured: Interface, staged: Path, request: _Request) -> dict[str, in
         **package_versions(),
     }
     graph.metadata_props.update({f"moeify.{key}": value for key, value in {**made, **request.metadata}.items()})
-    write(graph, staged)
-    return _operators(graph)
+    return graph
 
 
 def check_request(path: Path, target: Any, quantize: Any, *, overwrite: bool) -> None:

@@ -8,7 +8,8 @@ Shape legend: B batch, L tokens of the whole sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from moeify.export.capture import Interface, flat_outputs, quiet
-from moeify.tolerances import TOLERANCE
+from moeify.export.quantize import quantize
 
 _DECODER_CASES = ((1, (1, 1, 1), 0), (2, (7, 1, 3), 0), (3, (5, 1, 1), 3))  # batch, pieces, padding of the first row
 _PLAIN_CASES = ((1, 1), (1, 9), (3, 5))  # batch, sequence
-
-
-_QUANTIZED_TOLERANCE = {"int8": 2e-2, "int4": 0.5}  # int4 promises no accuracy: this only catches a broken graph
-
-
-def tolerance(quantize: str | None) -> float:
-    """Return the largest relative difference that passes, for how the experts' weights are stored."""
-    return TOLERANCE["float32"] if quantize is None else _QUANTIZED_TOLERANCE[quantize]
 
 
 @dataclass(frozen=True)
@@ -84,6 +77,19 @@ class Case:
     pieces: tuple[int, ...]
     live: Tensor | None
     outputs: Mapping[str, Tensor]
+
+
+@contextmanager
+def rounded_weights(model: nn.Module, names: Sequence[str], bits: int, block: int | None) -> Iterator[None]:
+    """Inside the block PyTorch computes with the rounded weights too; afterwards the model is as it was."""
+    before = {name: model.get_parameter(name).data for name in names}
+    try:
+        for name, weights in before.items():
+            model.get_parameter(name).data = quantize(weights, bits, block).dequantized()
+        yield
+    finally:
+        for name, weights in before.items():
+            model.get_parameter(name).data = weights
 
 
 def compare(session: Any, captured: Interface, cases: list[Case]) -> Difference:

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# How experts are stored, by name: bits, and the values that share a scale. Rows of 8 bits have one scale each, because
+# QMoE on the CPU also rounds activations where 8 bits come in blocks. 32 is the smallest block that CUDA takes.
+SCHEMES: dict[str, tuple[int, int | None]] = {"int8": (8, None), "int4": (4, 32)}
+
 
 @dataclass(frozen=True)
 class Quantized:

@@ -21,10 +21,13 @@ class OnnxReport:
         quantize: How the experts' weights are stored, None for as they were.
         dtype: What it computes in.
         operators: How often each operator occurs in the graph, those of other domains with their domain.
-        relative: Largest difference from PyTorch by its largest value.
+        relative: Largest difference from PyTorch by its largest value; where weights were rounded, from PyTorch with
+            the same rounded weights.
         max_abs_diff: Largest difference.
         top1_agreement: Share of rows whose largest value is at the same place.
         tolerance: Largest relative difference that passes.
+        rounding: What rounding does: the relative difference from PyTorch with the original weights, None without it.
+        rounding_top1: Share of rows whose largest value stays at its place in spite of it.
         cases: The shapes of the proof.
         runtime: The ONNX Runtime that ran the proof, and its provider.
         requires: The oldest ONNX Runtime for this file.
@@ -39,6 +42,8 @@ class OnnxReport:
     max_abs_diff: float
     top1_agreement: float
     tolerance: float
+    rounding: float | None
+    rounding_top1: float | None
     cases: tuple[str, ...]
     runtime: str
     requires: str
@@ -55,7 +60,13 @@ class OnnxReport:
     def summary(self) -> str:
         """Return one line for people."""
         twin = f", of the same graph in float32 (its {self.dtype} needs a GPU)" if self.dtype != "float32" else ""
+        same = " with the same rounded weights" if self.quantize else ""
+        effect = ""
+        if self.rounding is not None and self.rounding_top1 is not None:
+            effect = (
+                f"; rounding to {self.quantize} changes {self.rounding:.1e}, top-1 agreement {self.rounding_top1:.2%}"
+            )
         return (
-            f"relative difference {self.relative:.2e} (tolerance {self.tolerance:.0e}) in {self.runtime}{twin}, "
-            f"top-1 agreement {self.top1_agreement:.2%}, on {', '.join(self.cases)}"
+            f"relative difference {self.relative:.2e} from PyTorch{same} (tolerance {self.tolerance:.0e}) in "
+            f"{self.runtime}{twin}, top-1 agreement {self.top1_agreement:.2%}, on {', '.join(self.cases)}{effect}"
         )

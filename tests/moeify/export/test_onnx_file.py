@@ -85,6 +85,20 @@ def test_a_stock_moe_for_cuda_waits_for_nothing_that_only_the_device_knows(tmp_p
     assert not {"NonZero", "Split", "If", "Loop", "GatherND"} & report.operators.keys()
 
 
+def test_a_rounded_graph_is_held_to_pytorch_with_the_same_rounded_weights(tmp_path: Path) -> None:
+    config = tf.MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=101, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = tf.MixtralForCausalLM(config).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = moeify.export_onnx(model, tmp_path / "mixtral.onnx", quantize="int4")
+    assert report.passed and report.relative < 1e-5 < (report.rounding or 0) < 0.5
+    (node,) = [node for node in onnx.load(tmp_path / "mixtral.onnx").graph.node if node.op_type == "QMoE"]
+    assert {a.name: a.i for a in node.attribute}["accuracy_level"] == 4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_an_encoder_of_two_outputs(tmp_path: Path) -> None:
     sizes = {"hidden_size": 36, "intermediate_size": 57, "num_hidden_layers": 1, "num_attention_heads": 3}
     model = moeify.convert(tf.BertModel(tf.BertConfig(vocab_size=101, **sizes)).eval(), moeify.MoEConfig(3, 2))
