@@ -1,0 +1,19 @@
+"""`moeify passes`: the graph passes, each with its one-line summary and what it does to a graph."""
+
+from __future__ import annotations
+
+from textwrap import indent
+
+import click
+
+
+@click.command()
+def passes() -> None:
+    """List the graph passes: what each does, before and after, and what it refuses."""
+    from moeify.passes.catalog import describe
+
+    for entry in describe():
+        click.secho(f"{entry.name}  ", bold=True, nl=False)
+        click.echo(entry.summary)
+        click.echo(f"\n  before\n{indent(entry.before, '    ')}\n  after\n{indent(entry.after, '    ')}")
+        click.echo(f"  refuses  {entry.refuses}\n")
