@@ -19,6 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moeify.hub.stock_experts import offer_stock_experts
 from moeify.inplace import apply_plan, remember_plan
 from moeify.plan import Plan
 from moeify.planning.make import survey
@@ -67,7 +68,11 @@ class MoeifyLoader(HfQuantizer):
 
 
 def register() -> None:
-    """Make `from_pretrained` read moeify checkpoints. Calling it again changes nothing."""
+    """Make `from_pretrained` read moeify checkpoints and `experts_implementation="moeify"` use our operator.
+
+    Calling it again changes nothing.
+    """
     if FORMAT not in AUTO_QUANTIZER_MAPPING:
         register_quantizer(FORMAT)(MoeifyLoader)
         register_quantization_config(FORMAT)(MoeifyFormat)
+    offer_stock_experts()

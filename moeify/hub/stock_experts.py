@@ -47,6 +47,12 @@ def stock_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     return ops.combine(y_SH, top_k_weights, layout).to(hidden_states.dtype)
 
 
+def offer_stock_experts() -> None:
+    """Add `stock_experts` to the implementations that transformers knows by name."""
+    if NAME not in moe.ALL_EXPERTS_FUNCTIONS:
+        moe.ALL_EXPERTS_FUNCTIONS.register(NAME, stock_experts)
+
+
 @contextmanager
 def through_moeify(model: nn.Module) -> Iterator[None]:
     """Let a transformers model compute its experts with `stock_experts` inside the block; others stay as they are."""
@@ -54,8 +60,7 @@ def through_moeify(model: nn.Module) -> Iterator[None]:
     if not hasattr(model, "set_experts_implementation"):
         yield
         return
-    if NAME not in moe.ALL_EXPERTS_FUNCTIONS:
-        moe.ALL_EXPERTS_FUNCTIONS.register(NAME, stock_experts)
+    offer_stock_experts()
     before = untyped.get_experts_implementation()
     untyped.set_experts_implementation(NAME)
     try:
