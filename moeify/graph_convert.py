@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
 from moeify.layers import MoELayer
-from moeify.layers.build import build_layer, start_router
+from moeify.layers.build import build_layer, expert_values, start_router
 from moeify.methods.copy import copy_experts
 from moeify.passes.activation import bind
 from moeify.passes.dataflow import op_name
@@ -111,14 +111,7 @@ def _make(graph_module: fx.GraphModule, ffn: FFN, site: Site, config: MoEConfig)
     region = bind(ffn.region, partial(held, graph_module)) if site.activation == "custom" else None
     layer = build_layer(site, config, region, graph_module.get_parameter(site.down.parameter))
     weights = copy_experts(dense_ffn(site, read), config.experts)
-    values = {
-        site.up_name: weights.up_EJH,
-        "down_proj": weights.down_EHI,
-        f"{site.up_name}_bias": weights.up_bias_EJ,
-        "down_proj_bias": weights.down_bias_EH,
-    }
-    for name, value in values.items():
-        if value is not None:
-            layer.experts.get_parameter(name).copy_(value)
+    for name, value in expert_values(site, weights).items():
+        layer.experts.get_parameter(name).copy_(value)
     start_router(layer)
     return layer.train(graph_module.training)
