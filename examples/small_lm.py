@@ -188,21 +188,26 @@ def end_of(curve: Curve) -> tuple[int, float]:
     return curve.tokens[-1], curve.flops[-1]
 
 
-def write_table(folder: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Put a table between the markers of a README."""
+def write_table(folder: Path, seed: int, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Put the table of a seed between its markers in a README, after the others where it has none yet."""
     lines = [header, ["---"] * len(header), *rows]
     table = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
     print(table)
+    section = f"<!-- seed {seed} -->\nSeed {seed}:\n\n{table}\n<!-- end of seed {seed} -->\n"
     readme = folder / "README.md"
     text = readme.read_text()
-    marked = re.sub(
-        r"<!-- table -->.*<!-- end -->", lambda _: f"<!-- table -->\n{table}\n<!-- end -->", text, flags=re.DOTALL
-    )
-    readme.write_text(marked)
+    marked = rf"<!-- seed {seed} -->.*<!-- end of seed {seed} -->\n"
+    if re.search(marked, text, flags=re.DOTALL):
+        text = re.sub(marked, lambda _: section, text, flags=re.DOTALL)
+    else:
+        end = [found.end() for found in re.finditer(r"<!-- end of seed \d+ -->\n", text)]
+        text = f"{text[: end[-1]]}\n{section}{text[end[-1] :]}" if end else f"{text}\n{section}"
+    readme.write_text(text)
 
 
 def plot(
     path: Path,
+    seed: int,
     *panels: tuple[str, Sequence[tuple[str, Sequence[float], Sequence[float]]]],
     y: str,
     top: float | None = None,
@@ -222,6 +227,7 @@ def plot(
         axes.set_ylabel(y)
         axes.grid(alpha=0.3)
     all_axes[0][0].legend(fontsize=8)
+    figure.suptitle(f"seed {seed}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def main() -> None:
     curves, loads = [], {}
     for name, config in CONFIGS.items():
         torch.manual_seed(args.seed)
-        model = lm.moe_from_scratch(config)
+        model = lm.moe_from_scratch(replace(config, seed=args.seed))
         optimizer = lm.optimizer_for(model)
         if config.bias_rate:
             moeify.attach_bias_update(model, optimizer)
@@ -43,9 +44,9 @@ def main() -> None:
          f"{max(max(layer) for layer in loads[c.name][1]) * EXPERTS:.1f} x"]
         for c in curves
     ]  # fmt: skip
-    lm.write_table(HERE, ["balancing", "held-out loss", "dead experts", "busiest expert"], rows)
+    lm.write_table(HERE, args.seed, ["balancing", "held-out loss", "dead experts", "busiest expert"], rows)
     lm.plot(
-        HERE / "dead.png",
+        HERE / "dead.png", args.seed,
         ("step", [(n, list(range(len(h))), [sum(h[max(i - 9, 0) : i + 1]) / min(i + 1, 10) for i in range(len(h))])
                   for n, (h, _) in loads.items()]),
         y=f"dead experts of {lm.LAYERS * EXPERTS} (mean of 10 steps)",

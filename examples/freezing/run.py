@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def main() -> None:
     dense = lm.dense_model()
     optimizer = lm.optimizer_for(dense)
     lm.train("dense", dense, optimizer, reference, round(200 * args.steps), seed=args.seed)
-    base = moeify.convert(dense, CONFIG, optimizer=optimizer)
+    base = moeify.convert(dense, replace(CONFIG, seed=args.seed), optimizer=optimizer)
     lm.train("MoE", base, optimizer, reference, round(80 * args.steps), seed=args.seed + 1)
     curves, rows = [], []
     for name, frozen in WAYS.items():
@@ -40,8 +41,8 @@ def main() -> None:
         rows.append([name, f"{trained / 1e6:.2f} M", f"{curve.losses[0]:.3f}", f"{curve.losses[-1]:.3f}",
                      f"{reference.measure(model):.3f}", f"{curve.seconds:.0f}"])  # fmt: skip
     header = ["trained", "parameters", "source code, before", "after", "reference, after", "seconds"]
-    lm.write_table(HERE, header, rows)
-    lm.plot(HERE / "loss.png", ("tokens", [(c.name, c.tokens, c.losses) for c in curves]),
+    lm.write_table(HERE, args.seed, header, rows)
+    lm.plot(HERE / "loss.png", args.seed, ("tokens", [(c.name, c.tokens, c.losses) for c in curves]),
             y="held-out loss on source code, nats per byte")  # fmt: skip
 
 

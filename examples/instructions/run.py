@@ -6,6 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def main() -> None:
     start = lm.dense_model()
     rows, lines = [], []
     for kind in ("dense", "MoE"):
-        alone, staged = (model_of(kind, start) for _ in range(2))
+        alone, staged = (model_of(kind, start, args.seed) for _ in range(2))
         names = f"{kind}, one task alone", f"{kind}, many tasks, then one"
         began = time.perf_counter()
         first = fit(alone, lambda: rng.sample(one, lm.BATCH), many + few, held_out)
@@ -58,14 +59,14 @@ def main() -> None:
         rows += [[names[0], "-", f"{first[-1]:.1%}"], [names[1], f"{zero_shot:.1%}", f"{second[-1]:.1%}"]]
         lines += [(names[0], steps(first, many + few), first), (names[1], steps(second, few, many), second)]
         print(f"{kind}: {time.perf_counter() - began:.0f} s", flush=True)
-    lm.write_table(HERE, ["training", "before the one task", "right answers at the end"], rows)
-    lm.plot(HERE / "accuracy.png", ("step", lines), y=f"right answers to `{ONE}`, held-out words")
+    lm.write_table(HERE, args.seed, ["training", "before the one task", "right answers at the end"], rows)
+    lm.plot(HERE / "accuracy.png", args.seed, ("step", lines), y=f"right answers to `{ONE}`, held-out words")
 
 
-def model_of(kind: str, start: Any) -> Any:
+def model_of(kind: str, start: Any, seed: int) -> Any:
     """The dense model, or the MoE that copies it."""
     model = copy.deepcopy(start)
-    return model if kind == "dense" else moeify.convert(model, CONFIG)
+    return model if kind == "dense" else moeify.convert(model, replace(CONFIG, seed=seed))
 
 
 def word(rng: random.Random) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def main() -> None:
     optimizer = lm.optimizer_for(dense)
     first = lm.train("dense, first half", dense, optimizer, text, steps, seed=args.seed)
     spent, seed = lm.end_of(first), args.seed + 1
+    config = replace(CONFIG, seed=args.seed)
 
     def split() -> tuple[Any, AdamW]:
         model = copy.deepcopy(dense)
@@ -33,18 +35,18 @@ def main() -> None:
     model, state = split()
     curves = [lm.train("dense, going on", model, state, text, steps, seed=seed, start=spent)]
     model, state = split()
-    moeify.convert(model, CONFIG, optimizer=state)
+    moeify.convert(model, config, optimizer=state)
     curves.append(lm.train("upcycled, optimizer carried over", model, state, text, steps, seed=seed, start=spent))
     model, _ = split()
-    moeify.convert(model, CONFIG)
+    moeify.convert(model, config)
     fresh = lm.optimizer_for(model)
     curves.append(lm.train("upcycled, new optimizer", model, fresh, text, steps, seed=seed, start=spent))
-    scratch = lm.moe_from_scratch(CONFIG)
+    scratch = lm.moe_from_scratch(config)
     curves.append(lm.train("MoE from scratch", scratch, lm.optimizer_for(scratch), text, 2 * steps, seed=args.seed))
-    write(first, curves)
+    write(first, curves, args.seed)
 
 
-def write(first: lm.Curve, curves: list[lm.Curve]) -> None:
+def write(first: lm.Curve, curves: list[lm.Curve], seed: int) -> None:
     """Write the table and the plot."""
     rows = [
         [c.name, f"{c.losses[0]:.3f}", f"{c.losses[1]:.3f}", f"{c.losses[-1]:.3f}", f"{c.tokens[-1] / 1e6:.2f} M",
@@ -52,10 +54,11 @@ def write(first: lm.Curve, curves: list[lm.Curve]) -> None:
         for c in [first, *curves]
     ]  # fmt: skip
     header = ["model", "loss at its start", "after 50 steps", "at the end", "tokens in all", "TFLOPs in all", "seconds"]
-    lm.write_table(HERE, header, rows)
+    lm.write_table(HERE, seed, header, rows)
     shown = [first, *curves]
     lm.plot(
         HERE / "loss.png",
+        seed,
         ("tokens", [(c.name, c.tokens, c.losses) for c in shown]),
         ("training FLOPs", [(c.name, c.flops, c.losses) for c in shown]),
         y="held-out loss, nats per byte",
