@@ -10,7 +10,7 @@ from typing import Any
 from moeify.errors import ConfigError
 
 Fields = Mapping[str, Any]
-METHODS = ("copy",)
+METHODS = ("copy", "noise", "drop")
 ROUTERS = ("softmax", "gshard", "noisy_topk", "sigmoid", "expert_choice", "sinkhorn", "hash", "soft")
 BALANCES = ("topk", "first_choice", "deepseek", "cv2")
 LEVELS = ("batch", "sequence", "global")
@@ -27,6 +27,13 @@ class MoEConfig:
         experts: Experts in each converted layer.
         top_k: Experts that each token visits; with expert choice, the mean number.
         method: How experts are made from the FFN. "copy": each is a copy (sparse upcycling, Komatsuzaki et al. 2022).
+            "noise": a copy with noise on a share of its weights. "drop": a copy with a share of its neurons drawn anew
+            (Drop-Upcycling, Nakamura et al. 2025). Only "copy" is exact.
+        granularity: Each expert is one of this many shards of the FFN, and tokens choose whole groups of them, so
+            `experts` and `top_k` count shards: 8 experts of which 2 are chosen are 32 and 8 with granularity 4.
+        shared_experts: Experts, as wide as the routed ones, that every token visits besides its top_k.
+        share: "noise" and "drop" only: the share of weights, or of neurons, that is changed.
+        noise_std: "noise" only: its standard deviation.
         renormalize: The weights of the chosen experts sum to 1; with "copy" this makes the conversion exact.
         aux_loss: Coefficient of the balancing loss of each layer; 0 for none. Layers are summed.
         seed: Start of every random number; each tensor's numbers depend on this and the tensor's name only.
@@ -85,6 +92,10 @@ class MoEConfig:
     bias_rate: float = 0.0
     slots: int = 1
     vocabulary: int | None = None
+    granularity: int = 1
+    shared_experts: int = 0
+    share: float = 0.5
+    noise_std: float = 0.02
 
     def __post_init__(self) -> None:
         if self.experts < 1:
@@ -96,6 +107,7 @@ class MoEConfig:
         self._check_words()
         self._check_numbers()
         self._check_router()
+        self._check_method()
 
     def _check_words(self) -> None:
         for field, known in (
@@ -109,7 +121,7 @@ class MoEConfig:
                 raise ConfigError(f"{field} is {getattr(self, field)!r}: expected one of {', '.join(known)}")
 
     def _check_numbers(self) -> None:
-        for field in ("aux_loss", "z_loss", "bias_rate", "routed_scale"):
+        for field in ("aux_loss", "z_loss", "bias_rate", "routed_scale", "noise_std"):
             value = getattr(self, field)
             if not 0 <= value < math.inf:
                 raise ConfigError(f"{field} is {value}: expected a number that is not negative")
@@ -141,6 +153,23 @@ class MoEConfig:
         if self.top_k > self.groups_kept * (self.experts // self.groups):
             raise ConfigError(f"top_k is {self.top_k}: more than the experts in {self.groups_kept} groups")
         self._check_strangers()
+
+    def _check_method(self) -> None:
+        if self.granularity < 1:
+            raise ConfigError(f"granularity is {self.granularity}: each FFN is cut into at least 1 shard")
+        if self.experts % (self.granularity * self.groups):
+            what = f"{self.groups} groups of whole FFNs" if self.groups > 1 else "whole FFNs"
+            raise ConfigError(f"granularity is {self.granularity}: {self.experts} experts do not make up {what}")
+        if self.top_k % self.granularity:
+            raise ConfigError(f"top_k is {self.top_k}: with granularity {self.granularity} choose a multiple of it")
+        if self.shared_experts < 0:
+            raise ConfigError(f"shared_experts is {self.shared_experts}: expected a number that is not negative")
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"share is {self.share}: expected a number from 0 to 1")
+        for field, methods in (("share", ("noise", "drop")), ("noise_std", ("noise",))):
+            if self.method not in methods and getattr(self, field) != type(self).__dataclass_fields__[field].default:
+                wanted = " or ".join(map(repr, methods))
+                raise ConfigError(f"{field} is for the method {wanted}, and this one is {self.method!r}: leave it out")
 
     def _check_strangers(self) -> None:
         owners = {"groups": "sigmoid", "groups_kept": "sigmoid", "routed_scale": "sigmoid", "bias_rate": "sigmoid"}

@@ -12,8 +12,7 @@ from torch import Tensor, fx
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
 from moeify.layers import MoELayer
-from moeify.layers.build import build_layer, expert_values, start_router
-from moeify.methods.copy import copy_experts
+from moeify.layers.build import build_layer, start_layer
 from moeify.passes.activation import bind
 from moeify.passes.dataflow import op_name
 from moeify.passes.ffn import FFN
@@ -95,7 +94,6 @@ def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     return fresh.train(any(node.args[2] for node in graph.nodes if op_name(node) == "dropout"))
 
 
-@torch.no_grad()
 def _make(graph_module: fx.GraphModule, ffn: FFN, site: Site, config: MoEConfig) -> MoELayer:
     """Make the layer of a site from the graph's dense weights."""
     stored = {p.weight: p for p in (*ffn.ups, ffn.down)}
@@ -110,8 +108,5 @@ def _make(graph_module: fx.GraphModule, ffn: FFN, site: Site, config: MoEConfig)
 
     region = bind(ffn.region, partial(held, graph_module)) if site.activation == "custom" else None
     layer = build_layer(site, config, region, graph_module.get_parameter(site.down.parameter))
-    weights = copy_experts(dense_ffn(site, read), config.experts)
-    for name, value in expert_values(site, weights).items():
-        layer.experts.get_parameter(name).copy_(value)
-    start_router(layer)
+    start_layer(layer, site, dense_ffn(site, read))
     return layer.train(graph_module.training)

@@ -6,16 +6,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.optim import Optimizer
 
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError, RefusedError
-from moeify.layers import MoELayer
 from moeify.layers.batch import connect
-from moeify.layers.build import build_layer, expert_values, start_router
-from moeify.methods.copy import copy_experts
+from moeify.layers.build import build_layer, start_layer
 from moeify.passes.activation import bind
 from moeify.plan import Plan, Site
 from moeify.planning.make import Survey, make_plan, survey
@@ -90,21 +87,13 @@ def apply_plan(model: nn.Module, plan: Plan, regions: Regions, *, fill: bool = T
         layer = build_layer(site, plan.config, region, dense)
         layer.train(model.get_submodule(site.path).training)
         if fill:
-            _fill(layer, site, plan.config, model)
+            start_layer(layer, site, dense_ffn(site, model.get_parameter))
         model.set_submodule(site.path, layer)
         for path in site.through:
             model.set_submodule(path, nn.Identity())
         made[site.path] = layer
     connect(model, made)
     return model
-
-
-@torch.no_grad()
-def _fill(layer: MoELayer, site: Site, config: MoEConfig, model: nn.Module) -> None:
-    weights = copy_experts(dense_ffn(site, model.get_parameter), config.experts)
-    for name, value in expert_values(site, weights).items():
-        layer.experts.get_parameter(name).copy_(value)
-    start_router(layer)
 
 
 def check_replaceable(model: nn.Module, plan: Plan) -> None:

@@ -7,7 +7,6 @@ The three appliers (in place, on a graph, from checkpoint to checkpoint) do what
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -42,6 +41,11 @@ class Rows:
         """Number of rows."""
         return (self.stop - self.start + self.step - 1) // self.step
 
+    def shard(self, index: int, shards: int) -> Rows:
+        """Return one of `shards` equal runs of these rows."""
+        start = self.start + index * (self.count // shards) * self.step
+        return replace(self, start=start, stop=start + (self.count // shards) * self.step)
+
     @property
     def all(self) -> bool:
         """Whether these are all rows of the parameter, in order."""
@@ -58,7 +62,7 @@ class Site:
         kind: "glu" or "mlp".
         activation: Canonical name, or "custom" (then the captured graph is the activation).
         hidden: Width of the model here.
-        intermediate: Width of one expert.
+        intermediate: Width of the FFN; an expert's is this divided by the granularity.
         ups: Rows of the projections that read the input: gate, then up; a single one without a gate; for a custom
             activation every projection whole, in the order in which the region takes them.
         down: The projection back.
@@ -171,13 +175,3 @@ def _site(data: dict[str, Any]) -> Site:
     learned = tuple((dense, own) for dense, own in data["learned"])
     down, through = Rows(**data["down"]), tuple(data["through"])
     return Site(**{**data, "ups": ups, "down": down, "through": through, "learned": learned})
-
-
-def names_under(site: Site) -> Iterator[str]:
-    """Yield the full names of the experts' parameters, in the order of the layer's state dict."""
-    yield f"{site.path}.experts.{site.up_name}"
-    yield f"{site.path}.experts.down_proj"
-    if site.up_bias:
-        yield f"{site.path}.experts.{site.up_name}_bias"
-    if site.down.bias:
-        yield f"{site.path}.experts.down_proj_bias"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeify.config import MoEConfig
 from moeify.errors import ConfigError, RefusedError
 from moeify.plan import Plan
 
@@ -56,6 +57,13 @@ class Family:
     shared: str | None = None
 
 
+# What a native format cannot hold: it routes by top-k softmax without a limit, and trains with its own balancing loss.
+_UNSAID = (
+    "router", "capacity_factor", "eval_capacity_factor", "shared_experts", "balance", "normalize_topk", "balance_level",
+    "z_loss", "attach_losses", "jitter", "expert_dropout",
+)  # fmt: skip
+_DEFAULTS = MoEConfig.__dataclass_fields__
+
 _NO_ATTENTION_BIAS = _is("attention_bias", False, "the format has no attention biases")
 _NO_MLP_BIAS = _is("mlp_bias", False, "the experts have no biases")
 _FULL_ATTENTION = Condition(
@@ -73,6 +81,7 @@ def _mixtral_fields(plan: Plan, config: Config) -> dict[str, Any]:
     return {
         "num_local_experts": plan.config.experts,
         "num_experts_per_tok": plan.config.top_k,
+        "intermediate_size": plan.sites[0].intermediate // plan.config.granularity,
         "router_aux_loss_coef": plan.config.aux_loss,
         "router_jitter_noise": 0.0,
         "output_router_logits": False,
@@ -85,7 +94,7 @@ def _qwen_fields(plan: Plan, config: Config) -> dict[str, Any]:
     return {
         "num_experts": plan.config.experts,
         "num_experts_per_tok": plan.config.top_k,
-        "moe_intermediate_size": plan.sites[0].intermediate,
+        "moe_intermediate_size": plan.sites[0].intermediate // plan.config.granularity,
         "norm_topk_prob": plan.config.renormalize,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i in range(config["num_hidden_layers"]) if i not in converted],
@@ -196,6 +205,8 @@ def why_not(family: Family, plan: Plan, config: Config) -> str | None:
         return f"{dense} of its layers stay dense, and every layer of {family.model_type} is an MoE"
     if not plan.config.renormalize and not family.any_layer:
         return f"{family.model_type} always renormalises the weights of the chosen experts"
-    if plan.config.router != "softmax" or plan.config.eval_capacity_factor is not None:
-        return f"{family.model_type} routes by top-k softmax without a capacity, and nothing else"
+    unsaid = [field for field in _UNSAID if getattr(plan.config, field) != _DEFAULTS[field].default]
+    if unsaid:
+        value = getattr(plan.config, unsaid[0])
+        return f"{family.model_type} has no place for {unsaid[0]} = {value!r}; moeify format holds it"
     return None

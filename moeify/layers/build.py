@@ -11,7 +11,8 @@ from moeify.layers.moe import MoELayer, SparseMoE
 from moeify.layers.routing import ROUTERS
 from moeify.layers.soft import SoftMoE, SoftRouter
 from moeify.layers.start import router_start
-from moeify.methods import ExpertWeights
+from moeify.methods import DenseFFN
+from moeify.methods.parts import Part, routed_parts, shared_parts
 from moeify.plan import Site
 
 
@@ -24,14 +25,24 @@ def build_layer(site: Site, config: MoEConfig, region: nn.Module | None, like: T
         region: The captured activation; used when it has no name.
         like: A dense weight.
     """
+    experts = _stack(site, config, config.experts, region, like)
+    shared = _stack(site, config, config.shared_experts, region, like) if config.shared_experts else None
+    if config.router == "soft":
+        soft = SoftRouter(site.hidden, config, device=like.device, dtype=like.dtype)
+        return SoftMoE(soft, experts, shared, dropout=site.dropout, path=site.path)
+    router = ROUTERS[config.router](site.hidden, config, device=like.device, dtype=like.dtype)
+    return SparseMoE(router, experts, shared, dropout=site.dropout, path=site.path)
+
+
+def _stack(site: Site, config: MoEConfig, count: int, region: nn.Module | None, like: Tensor) -> Experts:
     custom = site.activation == "custom"
-    experts = Experts(
+    return Experts(
         site.hidden,
-        site.intermediate,
-        experts=config.experts,
+        site.intermediate // config.granularity,
+        experts=count,
         activation=site.activation,
         gated=site.gated,
-        up_rows=sum(rows.count for rows in site.ups),
+        up_rows=sum(rows.count for rows in site.ups) // config.granularity,
         up_bias=site.up_bias,
         down_bias=site.down.bias is not None,
         region=region if custom else None,
@@ -40,28 +51,39 @@ def build_layer(site: Site, config: MoEConfig, region: nn.Module | None, like: T
         device=like.device,
         dtype=like.dtype,
     )
-    if config.router == "soft":
-        soft = SoftRouter(site.hidden, config, device=like.device, dtype=like.dtype)
-        return SoftMoE(soft, experts, dropout=site.dropout, path=site.path)
-    router = ROUTERS[config.router](site.hidden, config, device=like.device, dtype=like.dtype)
-    return SparseMoE(router, experts, dropout=site.dropout, path=site.path)
 
 
 @torch.no_grad()
-def start_router(layer: MoELayer) -> None:
-    """Give a layer's router the values that it starts with."""
+def start_layer(layer: MoELayer, site: Site, dense: DenseFFN) -> None:
+    """Give a layer the values that it starts with.
+
+    Args:
+        layer: What `build_layer` returned for the site.
+        site: The dense FFN.
+        dense: Its weights.
+    """
+    for name, parts in expert_parts(site, layer.config).items():
+        stack = layer.get_submodule(name)
+        for expert, part in enumerate(parts):
+            for parameter, value in expert_values(site, part, dense).items():
+                stack.get_parameter(parameter)[expert].copy_(value)
     state = layer.router.state_dict(keep_vars=True)
-    hidden: int = layer.experts.hidden  # type: ignore[assignment]
-    for name, start in router_start(layer.config, hidden, layer.path).items():
+    for name, start in router_start(layer.config, site.hidden, layer.path).items():
         state[name].copy_(start.build())
 
 
-def expert_values(site: Site, weights: ExpertWeights) -> dict[str, Tensor]:
-    """Return stacked values by the names that a site's experts give them."""
-    values = {
-        site.up_name: weights.up_EJH,
-        "down_proj": weights.down_EHI,
-        f"{site.up_name}_bias": weights.up_bias_EJ,
-        "down_proj_bias": weights.down_bias_EH,
-    }
-    return {name: value for name, value in values.items() if value is not None}
+def expert_parts(site: Site, config: MoEConfig) -> dict[str, list[Part]]:
+    """Return the part of each expert of a site, by the name of the stack that it is in."""
+    found = {"experts": routed_parts(config, site.path), "shared_expert": shared_parts(config, site.path)}
+    return {name: parts for name, parts in found.items() if parts}
+
+
+def expert_values(site: Site, part: Part, dense: DenseFFN) -> dict[str, Tensor]:
+    """Return one expert's values by the names of the stack's parameters."""
+    widths = [rows.count for rows in site.ups]
+    values = {site.up_name: part.ups(dense.up_JH, widths), "down_proj": part.down(dense.down_HI)}
+    if dense.up_bias_J is not None:
+        values[f"{site.up_name}_bias"] = part.ups(dense.up_bias_J, widths)
+    if dense.down_bias_H is not None:
+        values["down_proj_bias"] = part.down_bias(dense.down_bias_H)
+    return values

@@ -46,6 +46,7 @@ class MoELayer(nn.Module):
     Args:
         router: Chooses; its `config` is the layer's.
         experts: Compute.
+        shared_expert: Experts that every token visits, or None.
         dropout: Probability with which the dense FFN dropped its output, in training.
         path: The layer's place in the model, for messages.
 
@@ -58,9 +59,18 @@ class MoELayer(nn.Module):
         record: What the last forward pass computed; None before the first, and not kept by pickle or deepcopy.
     """
 
-    def __init__(self, router: Any, experts: nn.Module, *, dropout: float = 0.0, path: str = "") -> None:
+    def __init__(
+        self,
+        router: Any,
+        experts: nn.Module,
+        shared_expert: nn.Module | None = None,
+        *,
+        dropout: float = 0.0,
+        path: str = "",
+    ) -> None:
         super().__init__()
-        self.router, self.experts, self.dropout, self.path = router, experts, dropout, path
+        self.router, self.experts, self.shared_expert = router, experts, shared_expert
+        self.dropout, self.path = dropout, path
         config: MoEConfig = router.config
         self.config = config
         self.capacity_factor: Fraction | None = None
@@ -80,6 +90,16 @@ class MoELayer(nn.Module):
         """
         limits = [None if factor is None else exact_factor(factor) for factor in (train, evaluation)]
         self.capacity_factor, self.eval_capacity_factor = limits
+
+    def with_shared(self, out_TH: Tensor, x_TH: Tensor) -> Tensor:
+        """Add what the shared experts make of tokens (T, H) to what the routed ones made."""
+        if self.shared_expert is None:
+            return out_TH
+        ids_TK = torch.arange(self.config.shared_experts, device=x_TH.device).expand(x_TH.shape[0], -1)
+        weights_TK = torch.ones_like(ids_TK, dtype=torch.float32)
+        unused = weights_TK.new_zeros(())
+        shared_TH: Tensor = self.shared_expert(x_TH, Routing(ids_TK, weights_TK, unused, unused))
+        return out_TH + shared_TH
 
     def losses(self) -> dict[str, Tensor]:
         """Return the losses of the last forward pass, without their coefficients."""
@@ -125,7 +145,7 @@ class SparseMoE(MoELayer):
         if self.training and self.config.attach_losses:
             routing = self._attach(routing, record)
         self._remember(record)
-        out_TH = self.experts(x_TH, routing)
+        out_TH = self.with_shared(self.experts(x_TH, routing), x_TH)
         return F.dropout(out_TH.view(x.shape), self.dropout, self.training)
 
     def _limit(self, routing: Routing, mask_T: Tensor | None, factor: Fraction) -> tuple[Routing, Tensor]:

@@ -54,7 +54,8 @@ class SoftMoE(MoELayer):
         rows = slots_BSH.flatten(0, 1)
         out_BSH = self.experts(rows, self._everyone(slots_BSH)).view(slots_BSH.shape)
         out_BLH = (routing.combine_TS @ out_BSH.to(routing.combine_TS.dtype)).to(x.dtype)
-        return F.dropout(out_BLH.view(x.shape), self.dropout, self.training)
+        out_TH = self.with_shared(out_BLH.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
+        return F.dropout(out_TH.view(x.shape), self.dropout, self.training)
 
     def _everyone(self, slots_BSH: Tensor) -> Routing:
         """Send every slot to its own expert with weight 1."""

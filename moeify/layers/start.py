@@ -40,18 +40,24 @@ def router_start(config: MoEConfig, hidden: int, path: str) -> dict[str, StartVa
     """
     square = (config.experts, hidden)
 
-    def drawn(name: str, *shape: int) -> StartValue:
-        rows, columns = shape
-        return StartValue(shape, None, lambda: router_init((rows, columns), config.seed, f"{path}.router.{name}"))
+    def drawn(name: str, rows: int) -> StartValue:
+        """Rows for each expert: the same for the experts of a group, which hold the shards of one copy of the FFN."""
+
+        def build() -> Tensor:
+            groups = config.experts // config.granularity
+            init = router_init((groups * rows, hidden), config.seed, f"{path}.router.{name}")
+            return init.view(groups, rows, hidden).repeat_interleave(config.granularity, dim=0).flatten(0, 1)
+
+        return StartValue((config.experts * rows, hidden), None, build)
 
     match config.router:
         case "noisy_topk":
             # The paper starts the noise at zero weight, where its standard deviation is log 2 for every token.
             noise = StartValue(square, None, lambda: torch.zeros(square))
-            return {"weight": drawn("weight", *square), "noise_weight": noise}
+            return {"weight": drawn("weight", 1), "noise_weight": noise}
         case "sigmoid":
             bias = StartValue((config.experts,), "F32", lambda: torch.zeros(config.experts))
-            return {"weight": drawn("weight", *square), "selection_bias": bias}
+            return {"weight": drawn("weight", 1), "selection_bias": bias}
         case "hash":
             vocabulary = config.vocabulary or 0
             name = f"{path}.router.table"
@@ -59,6 +65,6 @@ def router_start(config: MoEConfig, hidden: int, path: str) -> dict[str, StartVa
             return {"table": StartValue((vocabulary,), "I64", build)}
         case "soft":
             scale = StartValue((), None, lambda: torch.ones(()))
-            return {"slots": drawn("slots", config.experts * config.slots, hidden), "scale": scale}
+            return {"slots": drawn("slots", config.slots), "scale": scale}
         case _:
-            return {"weight": drawn("weight", *square)}
+            return {"weight": drawn("weight", 1)}

@@ -1,7 +1,7 @@
 """Ways to make experts from a dense FFN: tensors in, tensors out.
 
 Shape legend, here and in the methods: H hidden, I intermediate, J rows of the first weight (2I with a gate, gate rows
-first), E experts.
+first), F width of one expert (I / granularity), E experts.
 """
 
 from __future__ import annotations
@@ -26,13 +26,3 @@ class DenseFFN:
     down_HI: Tensor
     up_bias_J: Tensor | None
     down_bias_H: Tensor | None
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """The weights of all experts of a layer, stacked as transformers holds them."""
-
-    up_EJH: Tensor
-    down_EHI: Tensor
-    up_bias_EJ: Tensor | None
-    down_bias_EH: Tensor | None

@@ -53,23 +53,27 @@ def moe_cost(dense: Cost, plan: Plan, itemsize: float) -> Cost:
         itemsize: Bytes per stored parameter.
     """
     added = active = flops = 0
+    config = plan.config
     for site in plan.sites:
-        ffn, router = ffn_parameters(site), plan.config.experts * site.hidden
-        shared = (3 * SHARED_WIDTH + 1) * site.hidden if plan.target == "qwen2_moe" else 0
-        added += (plan.config.experts - 1) * ffn + router + shared
-        active += (plan.config.top_k - 1) * ffn + router + shared
-        flops += 2 * ((plan.config.top_k - 1) * ffn_products(site) + router + shared)
+        ffn, products, router = ffn_parameters(site), ffn_products(site), config.experts * site.hidden
+        # a shard has 1/granularity of everything but the bias of the projection back, which each has whole
+        back = site.hidden if site.down.bias else 0
+        expert, work = (ffn - back) // config.granularity + back, products // config.granularity
+        unused = (3 * SHARED_WIDTH + 1) * site.hidden if plan.target == "qwen2_moe" else 0
+        added += (config.experts + config.shared_experts) * expert - ffn + router + unused
+        active += (config.top_k + config.shared_experts) * expert - ffn + router + unused
+        flops += 2 * ((config.top_k + config.shared_experts) * work - products + router + unused)
     return Cost(
         dense.parameters + added, dense.active + active, dense.bytes + int(added * itemsize), dense.flops + flops
     )
 
 
 def ffn_products(site: Site) -> int:
-    """Multiply-adds of one expert for one token: the size of its weight matrices."""
+    """Multiply-adds of an FFN for one token: the size of its weight matrices."""
     return site.hidden * (sum(rows.count for rows in site.ups) + site.intermediate)
 
 
 def ffn_parameters(site: Site) -> int:
-    """Parameters of one expert; a missing bias beside one that exists counts, because the stack holds zeros for it."""
+    """Parameters of a copy of an FFN; a missing bias beside one that exists counts: the stack holds zeros for it."""
     up_bias = sum(rows.count for rows in site.ups) if site.up_bias else 0
     return ffn_products(site) + up_bias + (site.hidden if site.down.bias else 0)

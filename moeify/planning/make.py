@@ -78,7 +78,18 @@ def make_plan(
     places = Places(found.graph_module)
     place = places.place if in_place else places.place_in_graph
     sites = tuple(_site(ffn, place(ffn)) for ffn in chosen)
+    if config.granularity > 1:
+        for site in sites:
+            _check_shards(site, config.granularity)
     return Plan(model_type, config, sites)
+
+
+def _check_shards(site: Site, granularity: int) -> None:
+    """Refuse an FFN that does not fall into shards whose outputs add up to its own."""
+    if site.activation == CUSTOM:
+        raise RefusedError(f"{site.path}: its activation has no name, so it cannot be cut: use granularity 1")
+    if site.intermediate % granularity:
+        raise RefusedError(f"{site.path}: its width {site.intermediate} does not divide into {granularity} shards")
 
 
 def _nothing_found(model_type: str, inspection: Inspection) -> str:

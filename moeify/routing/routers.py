@@ -14,7 +14,6 @@ Shape suffixes: T tokens, H hidden width, E experts, K experts per token, V voca
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeify.errors import ConfigError
+from moeify.seeding import generator, normal
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def router_init(shape: tuple[int, int], seed: int, name: str) -> Tensor:
     Their standard deviation is 1/sqrt(H), so inputs of unit root mean square (what an RMSNorm or LayerNorm gives) make
     logits of standard deviation 1: with 8 experts the first choice has probability 0.36 on average.
 
-    The values depend on seed and name alone, not on what was drawn before or on the default device. They are drawn in
-    float64, because torch's float32 sampler rounds differently where vector units differ.
+    The values depend on seed and name alone, not on what was drawn before or on the default device.
 
     Args:
         shape: (E, H).
@@ -64,8 +63,7 @@ def router_init(shape: tuple[int, int], seed: int, name: str) -> Tensor:
     Returns:
         float32 (E, H), on the CPU.
     """
-    draws_EH = torch.randn(shape, generator=_generator(seed, name), dtype=torch.float64, device="cpu")
-    init_EH: Tensor = draws_EH / math.sqrt(shape[-1])
+    init_EH: Tensor = normal(shape, seed, name) / math.sqrt(shape[-1])
     return init_EH.float()
 
 
@@ -266,7 +264,7 @@ def updated_bias(bias_E: Tensor, counts_E: Tensor, rate: float = 1e-3) -> Tensor
 
 def hash_table(vocabulary: int, experts: int, seed: int, name: str) -> Tensor:
     """Token id to expert, random, as many ids for each (Hash Layers, Roller et al. 2021): (V,) int64, on the CPU."""
-    order_V = torch.randperm(vocabulary, generator=_generator(seed, name), device="cpu")
+    order_V = torch.randperm(vocabulary, generator=generator(seed, name), device="cpu")
     return order_V % experts
 
 
@@ -280,11 +278,6 @@ def hash_tokens(token_ids_T: Tensor, table_V: Tensor, experts: int) -> Routing:
     logits_TE = torch.zeros(ids_TK.shape[0], experts, dtype=torch.float32, device=ids_TK.device)
     scores_TE = logits_TE.scatter(-1, ids_TK, 1.0)
     return Routing(ids_TK, torch.ones_like(ids_TK, dtype=torch.float32), logits_TE, scores_TE)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:

@@ -12,9 +12,12 @@ from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
 from moeify.errors import CheckpointError
 from moeify.families.table import FAMILIES, MOEIFY, SHARED_WIDTH, layer_number
+from moeify.layers.build import expert_parts
 from moeify.layers.start import StartValue, router_start
-from moeify.plan import Plan, Rows, Site, names_under
-from moeify.planning.weights import dense_rows, up_bias, up_rows
+from moeify.methods.parts import Part as ExpertPart
+from moeify.methods.parts import routed_parts
+from moeify.plan import Plan, Rows, Site
+from moeify.planning.weights import dense_rows, up_bias
 from moeify.routing.routers import router_init
 from moeify.tracing.skeleton import StoredNames, build_on_meta, may_be_missing, stored_names
 
@@ -92,55 +95,91 @@ class _Maker:
         """The dtype of a site's experts and router."""
         return self.stored_dtype(self.source.tensors[self.on_disk[site.down.parameter]])
 
-    def router(self, site: Site, name: str) -> OutTensor:
-        """The router, from the seed and the name that the layer has in place."""
-        shape = (self.plan.config.experts, site.hidden)
-        dtype = self.site_dtype(site)
-
-        def build() -> torch.Tensor:
-            init = router_init(shape, self.plan.config.seed, f"{site.path}.router.weight")
-            return init.to(torch_dtype(dtype))
-
-        return OutTensor(name, dtype, shape, (build,))
-
     def stacked(self, site: Site) -> Iterator[OutTensor]:
         """A site in moeify format: the state dict of the layer."""
-        experts, dtype = self.plan.config.experts, self.site_dtype(site)
-        rows = sum(r.count for r in site.ups)
-        up, down, *biases = names_under(site)
         for name, start in router_start(self.plan.config, site.hidden, site.path).items():
-            kind = start.dtype or dtype
-            build = functools.partial(_start_value, start, kind)
-            yield OutTensor(f"{site.path}.router.{name}", kind, start.shape, (build,))
-        ups = self.verbatim(site, site.ups) or (functools.partial(up_rows, site, self.read),)
-        yield OutTensor(up, dtype, (experts, rows, site.hidden), ups * experts)
-        yield OutTensor(
-            down, dtype, (experts, site.hidden, site.intermediate), self.projection(site, site.down) * experts
-        )
-        if site.up_bias:
-            build = functools.partial(up_bias, site, self.read)
-            yield OutTensor(biases.pop(0), dtype, (experts, rows), (build,) * experts)
-        if site.down.bias:
-            build = functools.partial(self.read, site.down.bias)
-            yield OutTensor(biases.pop(0), dtype, (experts, site.hidden), (build,) * experts)
+            yield self.started(start, site, f"{site.path}.router.{name}")
+        for stack, parts in expert_parts(site, self.plan.config).items():
+            experts = self.experts(site, parts)
+            for name, first in experts[0].items():
+                pieces = tuple(piece for expert in experts for piece in expert[name].parts)
+                shape = (len(parts), *first.shape)
+                yield OutTensor(f"{site.path}.{stack}.{name}", first.dtype, shape, pieces)
         for dense, own in site.learned:
             if dense in self.on_disk:  # a buffer that is not saved is none of the checkpoint's
                 yield self.copied(self.on_disk[dense], f"{site.path}.experts.region.{own}")
 
+    def started(self, start: StartValue, site: Site, name: str) -> OutTensor:
+        """A tensor of a router, from the seed and the name that the layer has in place."""
+        kind = start.dtype or self.site_dtype(site)
+        return OutTensor(name, kind, start.shape, (lambda: start.build().to(torch_dtype(kind)),))
+
+    def experts(self, site: Site, parts: list[ExpertPart]) -> list[dict[str, OutTensor]]:
+        """Each expert's tensors by the stack's names for them; equal experts share their pieces, computed once."""
+        made: dict[object, dict[str, OutTensor]] = {}
+        experts = []
+        for part in parts:
+            key = (part.shard, part.down_scale) if part.method == "copy" else part.name
+            if key not in made:
+                made[key] = self.expert(site, part)
+            experts.append(made[key])
+        return experts
+
+    def expert(self, site: Site, part: ExpertPart) -> dict[str, OutTensor]:
+        """One expert's tensors by the stack's names for them."""
+        dtype, inner = self.site_dtype(site), site.intermediate // self.plan.config.granularity
+        ups = [self.up(site, part, i) for i in range(len(site.ups))]
+        rows = sum(up.shape[0] for up in ups)
+        pieces = tuple(piece for up in ups for piece in up.parts)
+        found = [
+            OutTensor(site.up_name, dtype, (rows, site.hidden), pieces),
+            OutTensor("down_proj", dtype, (site.hidden, inner), self.down(site, part)),
+        ]
+        if site.up_bias:
+            build = functools.partial(self.up_bias, site, part)
+            found.append(OutTensor(f"{site.up_name}_bias", dtype, (rows,), (build,)))
+        if site.down.bias:
+            build = functools.partial(self.down_bias, site, part)
+            found.append(OutTensor("down_proj_bias", dtype, (site.hidden,), (build,)))
+        return {tensor.name: tensor for tensor in found}
+
+    def up(self, site: Site, part: ExpertPart, index: int) -> OutTensor:
+        """An expert's rows of one projection into the intermediate width."""
+        whole = site.ups[index]
+        rows = whole.shard(part.shard, self.plan.config.granularity)
+        verbatim = self.verbatim(site, rows) if part.method == "copy" else None
+
+        def build() -> torch.Tensor:
+            return part.up(dense_rows(whole, self.read, site.transposed), index)
+
+        return OutTensor("", self.site_dtype(site), (rows.count, site.hidden), verbatim or (build,))
+
+    def up_bias(self, site: Site, part: ExpertPart) -> torch.Tensor:
+        """An expert's bias of all of them."""
+        return part.ups(up_bias(site, self.read), [rows.count for rows in site.ups])
+
+    def down_bias(self, site: Site, part: ExpertPart) -> torch.Tensor:
+        """The bias of an expert's projection back."""
+        assert site.down.bias is not None
+        return part.down_bias(self.read(site.down.bias))
+
+    def down(self, site: Site, part: ExpertPart) -> tuple[Part | Compute, ...]:
+        """An expert's projection back (H, F)."""
+        whole = part.method == "copy" and part.down_scale == 1 and self.plan.config.granularity == 1
+        verbatim = self.verbatim(site, site.down) if whole else None
+        return verbatim or (lambda: part.down(dense_rows(site.down, self.read, site.transposed)),)
+
     def native(self, site: Site) -> Iterator[OutTensor]:
         """A site in the key layout of a native family."""
         family, dtype, layer = FAMILIES[self.plan.target], self.site_dtype(site), layer_number(site.path)
-        gate, up = site.ups
-        yield self.router(site, family.router.format(layer=layer))
-        # Each piece is described once, so that what must be computed is computed once for all experts.
-        inner = [
-            (family.gate, (gate.count, site.hidden), self.projection(site, gate)),
-            (family.up, (up.count, site.hidden), self.projection(site, up)),
-            (family.down, (site.hidden, site.intermediate), self.projection(site, site.down)),
-        ]
-        for expert in range(self.plan.config.experts):
-            for key, shape, parts in inner:
-                yield OutTensor(key.format(layer=layer, expert=expert), dtype, shape, parts)
+        router = router_start(self.plan.config, site.hidden, site.path)["weight"]
+        yield self.started(router, site, family.router.format(layer=layer))
+        for number, expert in enumerate(self.experts(site, routed_parts(self.plan.config, site.path))):
+            both, down = expert["gate_up_proj"], expert["down_proj"]
+            half = (both.shape[0] // 2, site.hidden)
+            for key, piece in zip((family.gate, family.up), both.parts, strict=True):
+                yield OutTensor(key.format(layer=layer, expert=number), dtype, half, (piece,))
+            yield OutTensor(family.down.format(layer=layer, expert=number), dtype, down.shape, down.parts)
         if family.shared:
             yield from self.shared(site, family.shared.format(layer=layer), dtype)
 
@@ -167,17 +206,9 @@ class _Maker:
         yield zeros(f"{prefix}.down_proj.weight", site.hidden, SHARED_WIDTH)
         yield zeros(f"{prefix}_gate.weight", 1, site.hidden)
 
-    def projection(self, site: Site, rows: Rows) -> tuple[Part | Compute, ...]:
-        """Some rows of one projection as (out, in)."""
-        return self.verbatim(site, (rows,)) or (functools.partial(dense_rows, rows, self.read, site.transposed),)
-
-    def verbatim(self, site: Site, rows: tuple[Rows, ...]) -> tuple[Part, ...] | None:
+    def verbatim(self, site: Site, rows: Rows) -> tuple[Part] | None:
         """The source's own bytes, where these rows lie in them one after the other; None when they must be computed."""
-        infos = [self.source.tensors[self.on_disk[r.parameter]] for r in rows]
-        if site.transposed or any(r.step != 1 for r in rows) or any(self.stored_dtype(i) != i.dtype for i in infos):
+        info = self.source.tensors[self.on_disk[rows.parameter]]
+        if site.transposed or rows.step != 1 or self.stored_dtype(info) != info.dtype:
             return None
-        return tuple(Part(i.name, None if r.all else (r.start, r.stop)) for i, r in zip(infos, rows, strict=True))
-
-
-def _start_value(start: StartValue, dtype: str) -> torch.Tensor:
-    return start.build().to(torch_dtype(dtype))
+        return (Part(info.name, None if rows.all else (rows.start, rows.stop)),)

@@ -1,7 +1,8 @@
 """An optimizer's state follows the weights into the experts, so that training goes on where it was.
 
-Momentum and second moments of a dense weight are split and copied as the weight itself is; steps are copied. Each
-expert then starts with the dense weight's moments (the upcycling paper's choice for vision, Komatsuzaki et al. 2022).
+Momentum and second moments of a dense weight are cut and copied as the weight itself is, without scaling; steps are
+copied. Each expert then starts with the dense weight's moments (the upcycling paper's choice for vision, Komatsuzaki et
+al. 2022).
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moeify.errors import RefusedError
-from moeify.layers.build import expert_values
-from moeify.methods.copy import copy_experts
+from moeify.layers.build import expert_parts, expert_values
 from moeify.plan import Plan, Site
 from moeify.planning.weights import dense_ffn
 
@@ -42,16 +42,16 @@ class Carried:
         for site in self.plan.sites:
             sources = _sources(site)
             for name, value in self._site_state(site).items():
-                parameter = model.get_parameter(f"{site.path}.experts.{name}")
-                self.optimizer.state[parameter] = {**self._scalars(sources[name]), **value}
+                parameter = model.get_parameter(f"{site.path}.{name}")
+                self.optimizer.state[parameter] = {**self._scalars(sources[name.rpartition(".")[2]]), **value}
             layer = model.get_submodule(site.path)
             for name, parameter in layer.named_parameters():
-                source = sources.get(name.removeprefix("experts."), site.down.parameter)
+                source = site.down.parameter if name.startswith("router.") else sources[name.partition(".")[2]]
                 self._add(self.dense[source], parameter, f"{site.path}.{name}")
         self._forget_dense()
 
     def _site_state(self, site: Site) -> dict[str, dict[str, Tensor]]:
-        """The experts' state tensors: by expert parameter, then by the optimizer's name for the state."""
+        """The experts' state tensors: by parameter of the layer, then by the optimizer's name for the state."""
         found: dict[str, dict[str, Tensor]] = {}
         states = [self.optimizer.state.get(self.dense[name], {}) for name in site.parameters]
         for key in dict.fromkeys(key for state in states for key, value in state.items() if _is_moment(value)):
@@ -61,9 +61,11 @@ class Carried:
                 value = self.optimizer.state.get(parameter, {}).get(key)
                 return torch.zeros_like(parameter) if value is None else value
 
-            weights = copy_experts(dense_ffn(site, read), self.plan.config.experts)
-            for name, value in expert_values(site, weights).items():
-                found.setdefault(name, {})[key] = value
+            dense = dense_ffn(site, read)
+            for stack, parts in expert_parts(site, self.plan.config).items():
+                experts = [expert_values(site, part.moments(), dense) for part in parts]
+                for name in experts[0]:
+                    found.setdefault(f"{stack}.{name}", {})[key] = torch.stack([values[name] for values in experts])
         return found
 
     def _scalars(self, source: str) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def _divide(model: nn.Module) -> dict[str, list[Tensor]]:
     kinds: dict[int, str] = {}
     for layer in layers_of(model).values():
         kinds |= {id(p): "routers" for p in layer.router.parameters()}
-        kinds |= {id(p): "experts" for p in layer.experts.parameters()}
+        for stack in (layer.experts, layer.shared_expert):
+            kinds |= {} if stack is None else {id(p): "experts" for p in stack.parameters()}
     divided: dict[str, list[Tensor]] = {"routers": [], "experts": [], "rest": []}
     for parameter in model.parameters():
         divided[kinds.get(id(parameter), "rest")].append(parameter)

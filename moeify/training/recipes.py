@@ -62,8 +62,10 @@ class FineTuning:
         """Set the experts' dropout and freeze; rates, batches and the other dropout belong to the script."""
         if self.expert_dropout is not None:
             for layer in layers_of(model).values():
-                experts: Any = layer.experts
-                experts.dropout = self.expert_dropout
+                for stack in (layer.experts, layer.shared_expert):
+                    experts: Any = stack
+                    if experts is not None:
+                        experts.dropout = self.expert_dropout
         if self.frozen is not None:
             freeze(model, self.frozen)
 

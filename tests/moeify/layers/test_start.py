@@ -50,8 +50,16 @@ def test_a_bias_that_was_moved_stays_float32_in_a_bfloat16_model(tmp_path: Path)
     assert loaded.model.layers[1].mlp.router.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("config", [CONFIGS["deepseek_v3"], MoEConfig(5, 2, eval_capacity_factor=2.0)])
-def test_native_formats_refuse_what_they_cannot_say(config: MoEConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (CONFIGS["deepseek_v3"], "router = 'sigmoid'"),
+        (MoEConfig(5, 2, eval_capacity_factor=2.0), "eval_capacity_factor"),
+        (MoEConfig(5, 2, z_loss=1e-3), "z_loss"),
+        (MoEConfig(5, 2, shared_experts=1), "shared_experts"),
+    ],
+)
+def test_native_formats_refuse_what_they_cannot_say(config: MoEConfig, field: str, tmp_path: Path) -> None:
     tiny.save(tiny.build("llama"), tmp_path / "dense")
-    with pytest.raises(RefusedError, match="mixtral routes by top-k softmax without a capacity"):
+    with pytest.raises(RefusedError, match=f"mixtral has no place for {field}"):
         tiny.convert_files(tmp_path / "dense", tmp_path / "moe", config, target="mixtral")
