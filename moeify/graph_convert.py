@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from moeify.config import MoEConfig
-from moeify.errors import MoeifyError
+from moeify.errors import MoeifyError, RefusedError
 from moeify.layers import MoELayer
 from moeify.layers.build import build_layer, start_layer
 from moeify.passes.activation import bind
@@ -19,8 +19,9 @@ from moeify.passes.ffn import FFN
 from moeify.passes.insert_losses import InsertLosses
 from moeify.passes.insert_moe import InsertMoE
 from moeify.plan import Site
-from moeify.planning.make import make_plan, survey
+from moeify.planning.make import Survey, make_plan, survey
 from moeify.planning.weights import dense_ffn, held
+from moeify.tracing.graphs import inline_blocks
 from moeify.tracing.trace import Inputs
 
 
@@ -56,6 +57,7 @@ def convert_graph(
     """
     graph_module = _fresh(graph, example_inputs)
     found = survey(graph_module)
+    _refuse_blocks(graph_module, found)
     plan = make_plan(graph_module, found, config, layers, in_place=False)
     ffns = {ffn.down.weight: ffn for ffn in found.inspection.ffns}
     made = {site.down.parameter: _make(graph_module, ffns[site.down.parameter], site, config) for site in plan.sites}
@@ -78,6 +80,19 @@ def _fresh(graph: torch.export.ExportedProgram | fx.GraphModule, example_inputs:
     inputs: Any = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, dict) else (tuple(inputs), {})
     return _copy(torch.export.export(graph, args, kwargs, strict=False).module(check_guards=False))
+
+
+def _refuse_blocks(graph_module: fx.GraphModule, found: Survey) -> None:
+    """Refuse FFNs in what torch.export sets apart, `with torch.no_grad()` and `with autocast`: passes do not go in."""
+    inlined = inline_blocks(_copy(graph_module))
+    seen = {ffn.down.weight for ffn in found.inspection.ffns}
+    hidden = [ffn for ffn in survey(inlined).inspection.ffns if ffn.down.weight not in seen]
+    if hidden:
+        more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
+        raise RefusedError(
+            f"{hidden[0].name}{more}: computed in a block `with torch.no_grad()` or `with autocast`, which torch.export "
+            "sets apart (checkpoint's use_reentrant=True is one too): export without it, or convert the model in place"
+        )
 
 
 def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -110,6 +110,8 @@ def check_replaceable(model: nn.Module, plan: Plan) -> None:
             for inner in model.get_submodule(path).modules():
                 if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks:
                     raise RefusedError(f"{path} has hooks, which would be lost: remove them, convert, register again")
+        if isinstance(model.get_submodule(site.path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise RefusedError(f"{site.path}: its layer's fused fast path reads its weights; convert the graph instead")
         for dense in site.parameters:
             tied = [n for n in names[id(model.get_parameter(dense))] if not _beside(n, site)]
             if tied:
@@ -131,7 +133,12 @@ def rehearse(model: nn.Module, plan: Plan, found: Survey, example_inputs: Inputs
     try:
         untraced = trace(twin, example_inputs).meta[UNTRACED]
     except MoeifyError as error:
-        raise RefusedError(f"the converted model does not run ({error}); convert the graph instead") from error
+        raise RefusedError(f"the converted model does not run ({_why(error)}); convert the graph instead") from error
     for path, reason in untraced.items():
         if path not in found.graph_module.meta[UNTRACED]:
             raise RefusedError(f"the converted model does not run ({reason}); convert the graph instead")
+
+
+def _why(error: MoeifyError) -> str:
+    """What went wrong, without the advice for who calls `trace`."""
+    return str(error).split("; pass example_inputs")[0]

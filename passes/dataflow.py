@@ -39,15 +39,19 @@ _SPLITS = {"chunk", "split", "split_with_sizes", "slice", "narrow", "glu", "tens
 NORMS = {"layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"}
 _ROW_REDUCTIONS = {"mean", "sum", "amax", "amin", "softmax", "_softmax", "log_softmax", "var", "std", "norm",
                    "linalg_vector_norm"}  # fmt: skip
+# They choose among the neurons of a row: sparse activations.
+CHOOSES = {"topk", "kthvalue", "sort"}
+_ROW_MOVES = {"scatter", "gather", "cumsum"}
 # Pointwise by nature but not tagged so by torch 2.13.
 _POINTWISE = {"silu", "gelu", "relu6", "hardswish", "mish", "softplus", "elu", "celu", "selu", "leaky_relu", "prelu",
               "hardtanh", "hardsigmoid", "log_sigmoid", "square", "rrelu", "threshold", "clamp", "clip", "where",
-              "relu", "rsub", "softsign", "logsigmoid", "hardshrink", "softshrink", "tanhshrink"}  # fmt: skip
+              "relu", "rsub", "softsign", "logsigmoid", "hardshrink", "softshrink", "tanhshrink", "zeros_like",
+              "ones_like"}  # fmt: skip
 # Learnt mixing: what they return is another activation than what they read. (A product of two activations is not in
 # the list: attention reads projections, and what hyper-connections multiply is the stream.)
 MIXES = {"linear", "mm", "addmm", "embedding", "embedding_bag", "multi_head_attention_forward"}
 # They tie the neurons of a row together, so an FFN around them cannot be split into groups of neurons.
-REDUCES = NORMS | _ROW_REDUCTIONS
+REDUCES = NORMS | _ROW_REDUCTIONS | CHOOSES | _ROW_MOVES
 # Sums and scalings, with the reshapes: no nonlinearity.
 LINEAR = (TRANSPARENT | _SPLITS | {"add", "sub", "neg", "rsub", "cat", "mean", "sum", "getitem", "movedim"}) - {"glu"}
 
@@ -85,13 +89,16 @@ def is_row_wise(node: fx.Node, axis: int = -1) -> bool:
     name = op_name(node)
     if name == "getitem":
         return True
-    if name in _SPLITS | _ROW_REDUCTIONS | {"cat"}:
+    if name in _SPLITS | _ROW_REDUCTIONS | CHOOSES | _ROW_MOVES | {"cat"}:
         return _over(node, axis)
     if name in RESHAPES:
         first = node.all_input_nodes[0]
         return axis == -1 and size(first) == size(node) and size(node) > 1
     if name in NORMS:
         return axis == -1 and (name in {"rms_norm", "_fused_rms_norm"} or list(node.args[1]) == [size(node)])  # type: ignore[arg-type]
+    if name == "expand_as":
+        source = node.all_input_nodes[0]
+        return axis == -1 and shape(source)[:-1] == shape(node)[:-1]
     if name == "prelu":
         return is_per_position(node, axis)
     tags = getattr(node.target, "tags", ())

@@ -95,6 +95,8 @@ class _Finder:
             raise _NoMatch("no nonlinearity between the projections: a low-rank factor", down.node)
         if classes := [n for n in nodes if "softmax" in flow.op_name(n)]:
             raise _NoMatch("a softmax over its hidden layer: classes fed back, or attention to a memory", classes[0])
+        if chosen := [n for n in nodes if flow.op_name(n) in flow.CHOOSES and not self.among_neurons(n, down)]:
+            raise _NoMatch(f"`{chosen[0].name}` chooses, and not among its neurons: a router", chosen[0])
         kind = "glu" if sum(u.out_features for u in ups) > down.in_features else "mlp"
         if down.in_features * _BOTTLENECK[kind] <= hidden:
             raise _NoMatch(f"its hidden layer ({down.in_features}) is a bottleneck of {hidden}: an adapter", down.node)
@@ -155,6 +157,10 @@ class _Finder:
         """Whether a product or quotient has at most one factor that depends on the input."""
         varying = [a for a in node.all_input_nodes if not flow.is_static(a, self.static)]
         return flow.op_name(node) in {"mul", "div"} and len(varying) <= 1
+
+    def among_neurons(self, node: fx.Node, down: Projection) -> bool:
+        """Whether a choice is made among the values that the projection back reads."""
+        return flow.size(node.all_input_nodes[0], down.axis) == down.in_features
 
     def check_private(self, inner: list[fx.Node], down: Projection) -> None:
         """Refuse when a value between the projections is used outside them."""
@@ -237,7 +243,11 @@ def _without_shared_weights(found: Inspection, projections: Iterable[Projection]
     for ffn in found.ffns:
         inside = Counter(p.weight for p in (*ffn.ups, ffn.down))
         shared = [name for name, count in inside.items() if uses[name] > count * ffn.calls]
-        if shared:
+        tied = [name for name, count in inside.items() if count > 1]
+        if tied:
+            reason = f"two of its projections share the weight {tied[0]}: the experts would hold it twice"
+            refused.append(_refusal(ffn.down.weight, reason, ffn.down.node))
+        elif shared:
             refused.append(_refusal(ffn.down.weight, f"its weight {shared[0]} is also used elsewhere", ffn.down.node))
         else:
             kept.append(ffn)

@@ -60,12 +60,16 @@ def moe_calls(graph_module: fx.GraphModule) -> list[fx.Node]:
     return [node for node in nodes if isinstance(graph_module.get_submodule(str(node.target)), MoELayer)]
 
 
-def call_with_loss(layer: MoELayer, x: Tensor) -> tuple[Tensor, Tensor]:
+def call_with_loss(
+    layer: MoELayer, x: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Run a layer; return its output and the sum of its losses, each times its coefficient.
 
     Args:
         layer: Router and experts.
         x: (…, H).
+        token_ids: (B, L), or None.
+        mask: (B, at least L), 0 for padding, or None.
 
     Returns:
         (…, H) and ().
@@ -73,13 +77,14 @@ def call_with_loss(layer: MoELayer, x: Tensor) -> tuple[Tensor, Tensor]:
     kept: list[Routing] = []
     handle = layer.router.register_forward_hook(lambda module, args, routing: kept.append(routing))
     try:
-        out: Tensor = layer(x)
+        out: Tensor = layer(x, token_ids, mask)
     finally:
         handle.remove()
     loss = None
     if isinstance(kept[0], Routing):  # soft routing has nothing to balance
         sequences = x.shape[0] if x.dim() == 3 else 1
-        loss = weighted_sum(layer_losses(kept[0], layer.config, mask_T=None, sequences=sequences), layer.config)
+        mask_T, _ = layer.batch.tokens(x, token_ids, mask)
+        loss = weighted_sum(layer_losses(kept[0], layer.config, mask_T=mask_T, sequences=sequences), layer.config)
     return out, x.new_zeros(()) if loss is None else loss
 
 
@@ -87,7 +92,7 @@ def _with_loss(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """Replace a call by one that returns the loss too; return the loss."""
     with graph.inserting_before(node):
         layer = graph.get_attr(str(node.target))
-        both = graph.call_function(call_with_loss, (layer, *node.args))
+        both = graph.call_function(call_with_loss, (layer, *node.args), dict(node.kwargs))
         out, loss = graph.call_function(getitem, (both, 0)), graph.call_function(getitem, (both, 1))
     out.meta = dict(node.meta)
     node.replace_all_uses_with(out)

@@ -9,11 +9,13 @@ import torch
 from torch import fx, nn
 
 from moeify.errors import RefusedError
+from moeify.layers.routing import HashRouter
 from moeify.passes import dataflow as flow
 from moeify.passes.base import PassResult
 from moeify.passes.ffn import FFN
 from moeify.passes.find_ffn import FindFFN
 from moeify.passes.tidy import drop_unused
+from moeify.passes.token_inputs import token_arguments
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class InsertMoE:
         %moe  = mlp(%x)        a SparseMoE: mlp.router.weight, mlp.experts.up_proj, mlp.experts.down_proj
         %out  = add(%x, %moe)
 
+    Where the graph has inputs named `input_ids` and `attention_mask`, the layers are handed those too.
+
     Refuses: a layer for an FFN that the graph does not have; a graph in which the FFN's result has another shape than
-    its input.
+    its input; hash routing where the graph has no input named `input_ids`.
 
     Attributes:
         layers: The layer for each FFN, by the name of the weight that leads back.
@@ -52,6 +56,7 @@ class InsertMoE:
             if name not in found:
                 raise RefusedError(f"the graph has no FFN that ends in {name}: make the layers from what FindFFN found")
             _check_shape(found[name])
+            _check_tokens(graph_module.graph, found[name], self.layers[name])
         for name in self.layers:
             for _ in range(found[name].calls):
                 (ffn,) = [f for f in FindFFN()(graph_module).ffns if f.down.weight == name]
@@ -79,12 +84,22 @@ def _check_shape(ffn: FFN) -> None:
         raise RefusedError(f"{ffn.name}: it reads {read} and writes {written}; only the list of positions may differ")
 
 
+def _check_tokens(graph: fx.Graph, ffn: FFN, layer: nn.Module) -> None:
+    routed_by_id = isinstance(getattr(layer, "router", None), HashRouter)
+    if routed_by_id and "token_ids" not in token_arguments(graph, ffn.ups[0].source):
+        raise RefusedError(
+            f"{ffn.name}: hash routing needs the token ids, and its activations (batch, length, hidden) are made from no "
+            "input `input_ids` (batch, length) of the graph: name it so, or choose another router"
+        )
+
+
 def _replace(graph: fx.Graph, ffn: FFN, path: str) -> None:
     """Call the layer instead of the FFN, and erase the FFN's nodes."""
     down, source, axis = ffn.down.node, ffn.ups[0].source, ffn.down.axis
     with graph.inserting_before(down):
         rows = source if axis == -1 else _move(graph, source, axis, -1)
-        call = graph.create_node("call_module", path, (rows,))  # graph.call_module wants the module to be there already
+        # graph.call_module wants the module to be there already
+        call = graph.create_node("call_module", path, (rows,), token_arguments(graph, source))
         result = call if axis == -1 else _move(graph, call, -1, axis)
     for node in {rows, call, result} - {source}:
         value = down.meta["val"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from moeify.kernels import reference
 from moeify.layers import MoELayer
 from moeify.passes.base import PassResult
 from moeify.passes.insert_losses import call_with_loss, moe_calls
+from moeify.passes.insert_moe import put
 from moeify.passes.tidy import drop_unused
 
 IMPLEMENTATIONS = ("auto", "cpu", "triton", "reference")
@@ -51,7 +53,7 @@ class Lower:
         with_loss = graph.find_nodes(op="call_function", target=call_with_loss)
         bodies = {node: self._export(graph_module, node) for node in (*plain, *with_loss)}
         for node, body in bodies.items():
-            self._write_out(graph, node, body)
+            self._write_out(graph_module, node, body)
         drop_unused(graph_module, keep=())
         graph.lint()
         graph_module.recompile()
@@ -59,22 +61,24 @@ class Lower:
 
     def _export(self, graph_module: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
         """Trace a layer for activations of any leading shape."""
-        *_, x = node.all_input_nodes
         layer = graph_module.get_submodule(_path(node))
-        like = next(layer.parameters())
-        shape = tuple(x.meta["val"].shape)
-        example = torch.zeros(
-            [int(d) if isinstance(d, int) else 7 for d in shape], device=like.device, dtype=like.dtype
-        )
-        free = {d: torch.export.Dim.AUTO for d in range(len(shape) - 1) if shape[d] > 1}
+        device = next(chain(layer.parameters(), layer.buffers())).device
+        examples = {name: _example(each, device) for name, each in _inputs(node).items()}
+        free = {
+            name: {d: torch.export.Dim.AUTO for d in range(2 if name != "x" else each.dim() - 1) if each.shape[d] > 1}
+            for name, each in examples.items()
+        }
         module: nn.Module = _Called(layer) if node.target is call_with_loss else _Plain(layer)
-        program = torch.export.export(module.train(layer.training), (example,), dynamic_shapes=(free,), strict=False)
+        module.train(layer.training)
+        program = torch.export.export(module, (), examples, dynamic_shapes=free, strict=False)
         return program.module(check_guards=False)
 
-    def _write_out(self, graph: fx.Graph, node: fx.Node, body: fx.GraphModule) -> None:
+    def _write_out(self, graph_module: fx.GraphModule, node: fx.Node, body: fx.GraphModule) -> None:
         """Put a layer's operators in the place of its call."""
-        path = _path(node)
-        values: dict[fx.Node, Any] = {body.graph.find_nodes(op="placeholder")[0]: node.args[-1]}
+        graph, path = graph_module.graph, _path(node)
+        values: dict[fx.Node, Any] = dict(
+            zip(body.graph.find_nodes(op="placeholder"), _inputs(node).values(), strict=True)
+        )
         with graph.inserting_before(node):
             for inner in body.graph.nodes:
                 if inner.op == "output":
@@ -83,6 +87,9 @@ class Lower:
                     values[inner] = copied = graph.node_copy(inner, values.__getitem__)
                     if inner.op in {"get_attr", "call_module"}:
                         copied.target = f"{path}.{str(inner.target).removeprefix('layer.')}"
+                        block = getattr(body, str(inner.target), None)
+                        if isinstance(block, fx.GraphModule):  # what the layer does `with torch.no_grad()`
+                            put(graph_module, copied.target, block)
                     elif inner.target is torch.ops.moeify.experts.default:
                         self._choose(copied)
         _use(graph, node, results)
@@ -101,20 +108,31 @@ class _Plain(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.layer(x),)
+    def forward(self, x: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (self.layer(x, token_ids, mask),)
 
 
 class _Called(_Plain):
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         assert isinstance(self.layer, MoELayer)
-        return call_with_loss(self.layer, x)
+        return call_with_loss(self.layer, x, token_ids, mask)
 
 
 def _path(node: fx.Node) -> str:
     """Where a call's layer lies."""
     called = node.target if node.op == "call_module" else node.all_input_nodes[0].target
     return str(called)
+
+
+def _inputs(node: fx.Node) -> dict[str, Any]:
+    """What a call gives to the layer's forward, by name."""
+    return {"x": node.args[-1], **node.kwargs}
+
+
+def _example(node: fx.Node, device: torch.device) -> Tensor:
+    """Zeros shaped as the traced value; where a size was free, any."""
+    value: Tensor = node.meta["val"]
+    return torch.zeros([d if isinstance(d, int) else 7 for d in value.shape], device=device, dtype=value.dtype)
 
 
 def _use(graph: fx.Graph, node: fx.Node, results: tuple[fx.Node, ...]) -> None:

@@ -6,20 +6,25 @@ from collections.abc import Collection
 
 from torch import fx, nn
 
+from moeify.passes import dataflow as flow
+
 
 def drop_unused(graph_module: fx.GraphModule, keep: Collection[str]) -> None:
     """Delete parameters and buffers that no node reads, then modules that are empty.
 
     Args:
-        graph_module: Changed in place; its graph too, where unused `get_attr` nodes go.
+        graph_module: Changed in place; its graph too, where nodes go that only prepare unused parameters.
         keep: Paths of modules that are left alone.
     """
     graph = graph_module.graph
-    for node in graph.find_nodes(op="get_attr"):
-        if not node.users:
+    static: dict[fx.Node, bool] = {}
+    for node in reversed(list(graph.nodes)):
+        prepares = node.op == "get_attr" or node.all_input_nodes
+        if prepares and not node.users and node.op != "output" and flow.is_static(node, static):
             graph.erase_node(node)
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     called = {str(node.target) for node in graph.find_nodes(op="call_module")} | set(keep)
+    called |= {path for path, _ in graph_module.named_modules() if path in read}  # blocks that an operator runs
     for path, module in list(graph_module.named_modules()):
         if any(path == name or path.startswith(f"{name}.") for name in called):
             continue

@@ -34,13 +34,20 @@ class Batch:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.token_ids, self.mask = given.get("input_ids"), given.get("attention_mask")
 
-    def tokens(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def tokens(
+        self, x: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Return the mask (T,) bool and the token ids (T,) for activations (B, L, H), each None where it does not fit.
 
         While a cache is in use the mask covers earlier positions too: the last L are taken.
+
+        Args:
+            x: (B, L, H).
+            token_ids: (B, L), where the caller hands them over, as a graph does.
+            mask: (B, at least L), likewise; 0 for padding.
         """
-        mask = _last(self.mask, x)
-        token_ids = _last(self.token_ids, x)
+        mask = _last(self.mask if mask is None else mask, x)
+        token_ids = _last(self.token_ids if token_ids is None else token_ids, x)
         return None if mask is None else mask.reshape(-1) != 0, None if token_ids is None else token_ids.reshape(-1)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -128,14 +128,19 @@ class MoELayer(nn.Module):
 class SparseMoE(MoELayer):
     """A sparse mixture of experts in the place of a dense FFN: same input, same output."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Map activations (…, H) to (…, H).
+
+        Args:
+            x: (…, H).
+            token_ids: (B, L), where the caller hands them over (see `Batch.tokens`).
+            mask: (B, at least L), likewise.
 
         Raises:
             MoeifyError: a logit is NaN (looked for on the CPU only, where looking does not wait for a device).
         """
         x_TH = x.reshape(-1, x.shape[-1])
-        mask_T, token_ids_T = self.batch.tokens(x)
+        mask_T, token_ids_T = self.batch.tokens(x, token_ids, mask)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         routing = self.router(x_TH, Context(mask_T, token_ids_T, factor))
         self._refuse_nan(routing, mask_T)

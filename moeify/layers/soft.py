@@ -45,10 +45,10 @@ class SoftRouter(nn.Module):
 class SoftMoE(MoELayer):
     """A soft mixture of experts in the place of a dense FFN: nothing is chosen, nothing dropped, nothing to balance."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map activations (B, L, H), or (L, H) of one sequence, to the same shape."""
+    def forward(self, x: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Map activations (B, L, H), or (L, H) of one sequence, to the same shape (see `Batch.tokens`)."""
         x_BLH = x.reshape(-1, *x.shape[-2:])
-        mask_T, _ = self.batch.tokens(x)
+        mask_T, _ = self.batch.tokens(x, token_ids, mask)
         routing = self.router(x_BLH, None if mask_T is None else mask_T.view(x_BLH.shape[:2]))
         slots_BSH = (routing.dispatch_TS.transpose(-1, -2) @ x_BLH.to(routing.dispatch_TS.dtype)).to(x.dtype)
         rows = slots_BSH.flatten(0, 1)

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
+from moeify.kernels.activations import ACTIVATIONS as KERNELS_KNOW
 from moeify.passes.activation import CUSTOM, learned, own_names
 from moeify.passes.find_ffn import FFN, FindFFN, Inspection
 from moeify.passes.projection import Projection
@@ -102,15 +103,16 @@ def _nothing_found(model_type: str, inspection: Inspection) -> str:
 
 
 def _site(ffn: FFN, place: Placement) -> Site:
-    inside = own_names(learned(ffn.region)) if ffn.activation == CUSTOM else {}
+    activation = ffn.activation if ffn.activation in KERNELS_KNOW else CUSTOM
+    inside = own_names(learned(ffn.region)) if activation == CUSTOM else {}
     whole = tuple((i, 0, up.out_features, 1) for i, up in enumerate(ffn.ups))
-    halves = ffn.halves
+    halves = None if activation == CUSTOM else ffn.halves
     parts = whole if halves is None else tuple(h for h in (halves.gate, halves.up) if h is not None)
     return Site(
         path=place.path,
         through=place.through,
         kind=ffn.kind,
-        activation=ffn.activation,
+        activation=activation,
         hidden=ffn.hidden,
         intermediate=ffn.intermediate,
         ups=tuple(_rows(ffn.ups[i], start, stop, step) for i, start, stop, step in parts),

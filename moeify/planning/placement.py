@@ -35,7 +35,7 @@ class Places:
         self.by_module: dict[str, list[fx.Node]] = {}
         self.static: dict[fx.Node, bool] = {}
         for node in graph_module.graph.nodes:
-            if node.op != "call_function" or flow.op_name(node) == "_assert_tensor_metadata":
+            if node.op != "call_function" or not node.users:  # a check, or the unused part of a split
                 continue
             for path in dict.fromkeys(flow.module_stack(node)):
                 self.by_module.setdefault(path, []).append(node)

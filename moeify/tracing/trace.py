@@ -81,7 +81,11 @@ def meta_twin(model: nn.Module) -> nn.Module:
         for tensor in held:
             if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
                 memo[id(tensor)] = _to_meta(tensor)
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    for module, copied in zip(model.modules(), twin.modules(), strict=True):
+        for name in vars(copied).keys() & copied._modules.keys() - vars(module).keys():
+            del vars(copied)[name]  # nn.TransformerDecoderLayer puts F.relu before its activation when it is copied
+    return twin
 
 
 def _to_meta(value: Any) -> Any:

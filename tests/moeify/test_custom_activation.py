@@ -67,11 +67,46 @@ class Normed(nn.Module):
         return out
 
 
+class Snake(nn.Module):
+    """x + sin(ax)²/a with a frequency for each neuron, prepared from its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.rand(INNER))
+
+    def forward(self, x: Tensor) -> Tensor:
+        frequency = self.log.abs() + 0.5
+        return x + torch.sin(frequency * x).square() / frequency
+
+
+class LargestFive(nn.Module):
+    """A sparse activation: the five largest neurons of each token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() * (x >= x.topk(5, dim=-1).values[..., -1:])
+
+
+class Scattered(nn.Module):
+    """The same, written with indices, and of length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, indices = x.relu().topk(5, dim=-1)
+        return nn.functional.normalize(torch.zeros_like(x).scatter(-1, indices, values), dim=-1)
+
+
+def between(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(HIDDEN, INNER), activation, nn.Linear(INNER, HIDDEN))
+
+
 FFNS = {
-    "learned": lambda: nn.Sequential(nn.Linear(HIDDEN, INNER), Learned(), nn.Linear(INNER, HIDDEN)),
+    "learned": lambda: between(Learned()),
     "three": Three,
     "packed": Packed,
     "normed": Normed,
+    "snake": lambda: between(Snake()),
+    "largest": lambda: between(LargestFive()),
+    "scattered": lambda: between(Scattered()),
+    "mish": lambda: between(nn.Mish()),  # it has a name, but no kernel
 }
 
 

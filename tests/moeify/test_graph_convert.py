@@ -171,3 +171,36 @@ def test_lowered_graphs_compute_the_same(block: Block, implementation: str) -> N
 def test_lower_names_what_it_knows() -> None:
     with pytest.raises(ValueError, match="implementation is 'fast': expected one of auto"):
         Lower("fast")
+
+
+class Prepared(nn.Module):
+    """Weights that the forward transposes first: nodes that nothing needs once the FFN is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(torch.randn(23, 10) / 3), nn.Parameter(torch.randn(10, 23) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(x @ self.w1.t()) @ self.w2.t()
+
+
+def test_what_prepared_the_dense_weights_goes_with_them() -> None:
+    x, model = torch.randn(2, 5, 10), nn.Sequential(Prepared())
+    graph = convert_graph(torch.export.export(model, (x,)), CONFIG)
+    assert tiny.relative(graph(x).detach(), model(x).detach()) < FP32
+    assert not any(name.endswith(("w1", "w2")) for name in graph.state_dict())
+
+
+class SetApart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.Linear(10, 23), nn.GELU(), nn.Linear(23, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return x + self.ffn(x)
+
+
+def test_ffns_in_blocks_that_export_sets_apart_are_named() -> None:
+    with pytest.raises(RefusedError, match=r"^ffn: computed in a block `with torch.no_grad\(\)` or `with autocast`"):
+        convert_graph(torch.export.export(SetApart(), (torch.randn(2, 5, 10),)), CONFIG)

@@ -162,3 +162,46 @@ def test_an_adapter_on_the_result_of_an_ffn_is_refused_and_the_ffn_is_found() ->
     found = find(AdapterBlock())
     assert [ffn.down.weight for ffn in found.ffns] == ["down.weight"]
     assert any(refusal.name == "spread" and "an adapter" in refusal.reason for refusal in found.refused)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(INNER, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.linear(F.relu(F.linear(x, self.w)), self.w.t())
+
+
+def test_an_ffn_that_projects_back_with_the_same_weight_is_refused() -> None:
+    found = find(Tied())
+    assert found.ffns == ()
+    assert any("share the weight w" in refusal.reason for refusal in found.refused)
+
+
+class WeighedBefore(nn.Module):
+    """A mixture by hand: the router's k best weigh the experts' hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, 3)
+        self.up = nn.ModuleList(nn.Linear(HIDDEN, INNER) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(INNER, HIDDEN) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).sigmoid()
+        values, chosen = scores.topk(2, dim=-1)
+        weights = torch.zeros_like(scores).scatter(-1, chosen, values)
+        for expert, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            x = x + down(F.gelu(up(x)) * weights[..., expert : expert + 1])
+        return x
+
+
+def test_a_choice_among_experts_is_no_activation() -> None:
+    assert find(WeighedBefore()).ffns == ()
+
+
+def test_activations_that_torch_loses_in_a_copy_are_seen() -> None:
+    layer = nn.TransformerDecoderLayer(HIDDEN, 2, INNER, activation=nn.GELU(), batch_first=True)
+    (ffn,) = find(layer, *[torch.zeros(2, TOKENS, HIDDEN)] * 2).ffns
+    assert ffn.activation == "gelu"
