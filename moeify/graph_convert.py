@@ -90,8 +90,8 @@ def _refuse_blocks(graph_module: fx.GraphModule, found: Survey) -> None:
     if hidden:
         more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
         raise RefusedError(
-            f"{hidden[0].name}{more}: computed in a block `with torch.no_grad()` or `with autocast`, which torch.export "
-            "sets apart (checkpoint's use_reentrant=True is one too): export without it, or convert the model in place"
+            f"{hidden[0].name}{more}: computed in a block `with torch.no_grad()` or `with autocast` (checkpoint's "
+            "use_reentrant=True is one), which torch.export sets apart: export without it, or convert in place"
         )
 
 

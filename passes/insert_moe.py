@@ -88,8 +88,8 @@ def _check_tokens(graph: fx.Graph, ffn: FFN, layer: nn.Module) -> None:
     routed_by_id = isinstance(getattr(layer, "router", None), HashRouter)
     if routed_by_id and "token_ids" not in token_arguments(graph, ffn.ups[0].source):
         raise RefusedError(
-            f"{ffn.name}: hash routing needs the token ids, and its activations (batch, length, hidden) are made from no "
-            "input `input_ids` (batch, length) of the graph: name it so, or choose another router"
+            f"{ffn.name}: hash routing needs the token ids, and its activations (batch, length, hidden) are made from "
+            "no input `input_ids` (batch, length) of the graph: name it so, or choose another router"
         )
 
 

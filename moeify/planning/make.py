@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -76,6 +76,7 @@ def make_plan(
     if not ffns:
         raise RefusedError(_nothing_found(model_type, found.inspection))
     chosen = [ffns[i] for i in select_layers(layers, [ffn.name for ffn in ffns])]
+    _refuse_buffers(model, chosen)
     places = Places(found.graph_module)
     place = places.place if in_place else places.place_in_graph
     sites = tuple(_site(ffn, place(ffn)) for ffn in chosen)
@@ -100,6 +101,15 @@ def _nothing_found(model_type: str, inspection: Inspection) -> str:
     looked = "; ".join(f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {reason}"
                        for reason, names in reasons.items())  # fmt: skip
     return f"no dense FFN was found in {model_type}: " + (looked or "it projects no activation by a parameter")
+
+
+def _refuse_buffers(model: nn.Module, ffns: Iterable[FFN]) -> None:
+    """Refuse weights that are not trained: buffers, as quantised layers have them."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for ffn in ffns:
+        for name in ffn.projected:
+            if name not in parameters:
+                raise RefusedError(f"{name} is a buffer, not a parameter (quantised?): convert the model before that")
 
 
 def _site(ffn: FFN, place: Placement) -> Site:

@@ -204,3 +204,18 @@ class SetApart(nn.Module):
 def test_ffns_in_blocks_that_export_sets_apart_are_named() -> None:
     with pytest.raises(RefusedError, match=r"^ffn: computed in a block `with torch.no_grad\(\)` or `with autocast`"):
         convert_graph(torch.export.export(SetApart(), (torch.randn(2, 5, 10),)), CONFIG)
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("w1", torch.randn(23, 10))
+        self.register_buffer("w2", torch.randn(10, 23))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.linear(F.gelu(F.linear(x, self.w1)), self.w2)  # type: ignore[arg-type]
+
+
+def test_weights_in_buffers_are_refused() -> None:
+    with pytest.raises(RefusedError, match="w1 is a buffer, not a parameter"):
+        convert_graph(torch.export.export(Frozen(), (torch.randn(2, 5, 10),)), CONFIG)
