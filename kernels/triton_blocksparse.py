@@ -10,12 +10,16 @@ K summed dimension, M free dimension of the dense operand.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moeify.kernels.topology import BlockTopology
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -64,7 +68,8 @@ def dsd_kernel(
         acc = tl.zeros((BLOCK, BN), tl.float32)
         for c0 in range(0, G * BLOCK, BK):
             col = c0 + k
-            s = tl.load(data + (c0 // BLOCK) * (BLOCK * BLOCK) + c0 % BLOCK)
+            s_ptr = data + (c0 // BLOCK) * (BLOCK * BLOCK) + c0 % BLOCK
+            s = tl.load(s_ptr, mask=(row < end)[:, None] & (col < F)[None, :], other=0.0)
             d_ptr = dense + (expert * F + col).to(tl.int64)[:, None] * stride_dk
             d = tl.load(d_ptr, mask=(col < F)[:, None] & (m < M)[None, :], other=0.0)
             acc = tl.dot(s, d, acc, input_precision=PRECISION)
@@ -84,6 +89,7 @@ def dsd_transposed_kernel(
     inside, k = tl.arange(0, BLOCK), tl.arange(0, BK)
     m = tl.program_id(1) * BN + tl.arange(0, BN)
     dense = D + m.to(tl.int64)[None, :] * stride_dm
+    col = (column % G) * BLOCK + inside
     acc = tl.zeros((BLOCK, BN), tl.float32)
     for entry in range(tl.load(COLUMN_OFFSETS + column), tl.load(COLUMN_OFFSETS + column + 1)):
         block = tl.load(COLUMN_BLOCKS + entry)
@@ -91,99 +97,150 @@ def dsd_transposed_kernel(
         data = DATA + block.to(tl.int64) * (BLOCK * BLOCK) + inside[:, None] + k[None, :] * BLOCK
         for k0 in range(0, BLOCK, BK):
             row = first + k0 + k
-            s = tl.load(data + k0 * BLOCK)
+            s = tl.load(data + k0 * BLOCK, mask=(col < F)[:, None] & (row < end)[None, :], other=0.0)
             d_ptr = dense + row.to(tl.int64)[:, None] * stride_dk
             d = tl.load(d_ptr, mask=(row < end)[:, None] & (m < M)[None, :], other=0.0)
             acc = tl.dot(s, d, acc, input_precision=PRECISION)
-    col = (column % G) * BLOCK + inside
     out = OUT + (expert * F + col).to(tl.int64)[:, None] * stride_om + m.to(tl.int64)[None, :] * stride_on
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=(col < F)[:, None] & (m < M)[None, :])
 
 
 def sdd(a_SK: Tensor, b_KC: Tensor, topology: BlockTopology) -> Tensor:
-    """Return the filled blocks of a @ b, (N, B, B) in a's dtype; what lies outside an expert's rows or columns is zero.
+    """Return the filled blocks of a @ b, (N, B, B); what lies outside an expert's rows or columns is zero.
+
+    Differentiable, any number of times: its gradients are a `dsd` and a `dds`.
 
     Args:
-        a_SK: (S, K), any strides.
-        b_KC: (K, E*F), any strides.
+        a_SK: (S, K), float32, float16 or bfloat16, any strides.
+        b_KC: (K, E*F) in a's dtype, any strides.
         topology: where the blocks are.
 
     Raises:
-        ValueError: shapes that do not fit the topology.
+        ValueError: shapes that do not fit the topology, dtypes that differ or a device without Triton.
     """
-    _check("a", a_SK, (topology.rows, a_SK.shape[1]))
+    _check("a", a_SK, (topology.rows, None))
     _check("b", b_KC, (a_SK.shape[1], topology.experts * topology.columns))
-    data_NBB = a_SK.new_empty(topology.blocks, topology.block, topology.block)
-    sdd_kernel[(topology.blocks,)](
-        a_SK, b_KC, topology.offsets_E1, topology.expert_L, topology.first_row_L, topology.row_N, topology.column_N,
-        data_NBB, *a_SK.stride(), *b_KC.stride(), a_SK.shape[1],
-        F=topology.columns, G=topology.expert_blocks, BLOCK=topology.block, BK=32, **_options(a_SK, topology),
-    )  # fmt: skip
+    _check_operands("a", a_SK, "b", b_KC)
+    data_NBB: Tensor = _Sdd.apply(a_SK, b_KC, topology)  # type: ignore[no-untyped-call]
     return data_NBB
 
 
 def dsd(data_NBB: Tensor, dense: Tensor, topology: BlockTopology, *, transpose: bool = False) -> Tensor:
-    """Return sparse @ dense, (S, M), or with `transpose` sparse^T @ dense, (E*F, M), in the dtype of the data.
+    """Return sparse @ dense, (S, M), or with `transpose` sparse^T @ dense, (E*F, M).
+
+    What the blocks hold outside an expert's rows or columns is not read. Differentiable, any number of times: its
+    gradients are an `sdd` and a `dsd`.
 
     Args:
         data_NBB: (N, B, B) blocks, as `sdd` returns them.
-        dense: (E*F, M), or (S, M) with `transpose`; any strides.
+        dense: (E*F, M), or (S, M) with `transpose`; in the dtype of the blocks, any strides.
         topology: where the blocks are.
         transpose: whether the sparse operand is transposed.
 
     Raises:
-        ValueError: shapes that do not fit the topology.
+        ValueError: shapes that do not fit the topology, dtypes that differ or a device without Triton.
     """
-    width = topology.experts * topology.columns
     _check("data", data_NBB, (topology.blocks, topology.block, topology.block))
-    _check("dense", dense, (topology.rows if transpose else width, dense.shape[1]))
-    out = data_NBB.new_zeros(width if transpose else topology.rows, dense.shape[1])
-    _dsd(data_NBB.contiguous(), dense, out, topology, transpose)
+    _check("dense", dense, (topology.rows if transpose else topology.experts * topology.columns, None))
+    _check_operands("data", data_NBB, "dense", dense)
+    out: Tensor = _Dsd.apply(data_NBB, dense, topology, transpose)  # type: ignore[no-untyped-call]
     return out
 
 
 def dds(dense: Tensor, data_NBB: Tensor, topology: BlockTopology, *, transpose: bool = False) -> Tensor:
     """Return dense @ sparse, (M, E*F), or with `transpose` dense @ sparse^T, (M, S): `dsd` seen from the other side.
 
+    The result is a transposed view. Differentiable, any number of times.
+
     Args:
-        dense: (M, S), or (M, E*F) with `transpose`; any strides.
+        dense: (M, S), or (M, E*F) with `transpose`; in the dtype of the blocks, any strides.
         data_NBB: (N, B, B) blocks, as `sdd` returns them.
         topology: where the blocks are.
         transpose: whether the sparse operand is transposed.
 
     Raises:
-        ValueError: shapes that do not fit the topology.
+        ValueError: shapes that do not fit the topology, dtypes that differ or a device without Triton.
     """
-    width = topology.experts * topology.columns
-    _check("data", data_NBB, (topology.blocks, topology.block, topology.block))
-    _check("dense", dense, (dense.shape[0], width if transpose else topology.rows))
-    out = data_NBB.new_zeros(dense.shape[0], topology.rows if transpose else width)
-    _dsd(data_NBB.contiguous(), dense.t(), out.t(), topology, not transpose)
-    return out
+    _check("dense", dense, (None, topology.experts * topology.columns if transpose else topology.rows))
+    return dsd(data_NBB, dense.t(), topology, transpose=not transpose).t()
 
 
-def _dsd(data_NBB: Tensor, dense: Tensor, out: Tensor, topology: BlockTopology, transpose: bool) -> None:
-    options = _options(data_NBB, topology)
-    options |= {"F": topology.columns, "G": topology.expert_blocks, "BLOCK": topology.block, "BN": 64}
-    options["BK"] = min(topology.block, 32)
-    columns = triton.cdiv(dense.shape[1], 64)
-    strides = (*dense.stride(), *out.stride(), dense.shape[1])
-    if transpose:
-        dsd_transposed_kernel[(topology.offsets_C1.shape[0] - 1, columns)](
-            data_NBB, dense, topology.offsets_E1, topology.first_row_L, topology.row_N, topology.offsets_C1,
-            topology.block_N, out, *strides, **options,
+class _Sdd(torch.autograd.Function):
+    """The product and its autograd rule; the gradient of the blocks counts inside an expert's rows and columns."""
+
+    @staticmethod
+    def forward(ctx: Any, a_SK: Tensor, b_KC: Tensor, topology: BlockTopology) -> Tensor:
+        ctx.save_for_backward(a_SK, b_KC)
+        ctx.topology = topology
+        data_NBB = a_SK.new_empty(topology.blocks, topology.block, topology.block)
+        sdd_kernel[(topology.blocks,)](
+            a_SK, b_KC, topology.offsets_E1, topology.expert_L, topology.first_row_L, topology.row_N,
+            topology.column_N, data_NBB, *a_SK.stride(), *b_KC.stride(), a_SK.shape[1],
+            F=topology.columns, G=topology.expert_blocks, BLOCK=topology.block, BK=32, **_options(a_SK, topology),
         )  # fmt: skip
-    else:
-        dsd_kernel[(topology.expert_L.shape[0], columns)](
-            data_NBB, dense, topology.offsets_E1, topology.expert_L, topology.first_row_L, out, *strides, **options
-        )
+        return data_NBB
+
+    @staticmethod
+    def backward(ctx: Any, grad_NBB: Tensor) -> tuple[Tensor | None, ...]:
+        a_SK, b_KC = ctx.saved_tensors
+        da_SK = dsd(grad_NBB, b_KC.t(), ctx.topology) if ctx.needs_input_grad[0] else None
+        db_KC = dds(a_SK.t(), grad_NBB, ctx.topology) if ctx.needs_input_grad[1] else None
+        return da_SK, db_KC, None
 
 
-def _options(data: Tensor, topology: BlockTopology) -> dict[str, object]:
+class _Dsd(torch.autograd.Function):
+    """The product, transposed or not, and its autograd rule."""
+
+    @staticmethod
+    def forward(ctx: Any, data_NBB: Tensor, dense: Tensor, topology: BlockTopology, transpose: bool) -> Tensor:
+        ctx.save_for_backward(data_NBB, dense)
+        ctx.topology, ctx.transpose = topology, transpose
+        data_NBB, rows = data_NBB.contiguous(), topology.experts * topology.columns if transpose else topology.rows
+        out = data_NBB.new_zeros(rows, dense.shape[1])
+        options = {"F": topology.columns, "G": topology.expert_blocks, "BLOCK": topology.block, "BN": 64}
+        options |= {"BK": min(topology.block, 32)} | _options(data_NBB, topology)
+        columns, strides = triton.cdiv(dense.shape[1], 64), (*dense.stride(), *out.stride(), dense.shape[1])
+        if transpose:
+            dsd_transposed_kernel[(topology.offsets_C1.shape[0] - 1, columns)](
+                data_NBB, dense, topology.offsets_E1, topology.first_row_L, topology.row_N, topology.offsets_C1,
+                topology.block_N, out, *strides, **options,
+            )  # fmt: skip
+        else:
+            dsd_kernel[(topology.expert_L.shape[0], columns)](
+                data_NBB, dense, topology.offsets_E1, topology.expert_L, topology.first_row_L, out, *strides, **options
+            )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        data_NBB, dense = ctx.saved_tensors
+        a, b = (dense, grad) if ctx.transpose else (grad, dense)
+        ddata_NBB = sdd(a, b.t(), ctx.topology) if ctx.needs_input_grad[0] else None
+        ddense = dsd(data_NBB, grad, ctx.topology, transpose=not ctx.transpose) if ctx.needs_input_grad[1] else None
+        return ddata_NBB, ddense, None, None
+
+
+def _options(data: Tensor, topology: BlockTopology) -> dict[str, Any]:
     tf32 = data.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {"PRECISION": "tf32" if tf32 else "ieee", "num_warps": 8 if topology.block > 64 else 4, "num_stages": 3}
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}; build the topology for these rows")
+def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    """None stands for any size."""
+    found = tuple(tensor.shape)
+    if len(found) != len(shape) or any(n not in {None, size} for n, size in zip(shape, found, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} has shape {found}: expected ({wanted}); build the topology for these rows")
+
+
+def _check_operands(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {tensor.dtype}: expected float32, float16 or bfloat16; cast it")
+    if other.dtype != tensor.dtype:
+        raise ValueError(
+            f"{other_name} has dtype {other.dtype}, {name} has {tensor.dtype}: expected one dtype; cast one of them"
+        )
+    if tensor.device.type != "cuda" and isinstance(sdd_kernel, triton.JITFunction):
+        raise ValueError(
+            f"{name} is on {tensor.device}: expected a GPU; use the dense product, or TRITON_INTERPRET=1 to try it"
+        )
