@@ -8,6 +8,7 @@ from torch import Tensor
 from moeify.kernels.activations import find_activation
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_experts(
@@ -32,6 +33,7 @@ def check_experts(
         ("down", down_EHI, 3),
     ):
         _check_dims(name, tensor, dims)
+    _check_not_empty("down", down_EHI)
     experts, hidden, inner = down_EHI.shape
     rows = 2 * inner if gated else inner
     _check_shape("x", x_TH, (x_TH.shape[0], hidden))
@@ -48,7 +50,9 @@ def check_experts(
         raise ValueError(f"expert_ids has dtype {expert_ids_TK.dtype}: expected integers; pass the indices of topk")
     _check_float("x", x_TH)
     _check_float("weights", weights_TK)
-    _check_dtypes(x_TH, up=up_EJH, down=down_EHI, up_bias=up_bias_EJ, down_bias=down_bias_EH)
+    others = {"up": up_EJH, "down": down_EHI, "up_bias": up_bias_EJ, "down_bias": down_bias_EH}
+    _check_dtypes(x_TH, **others)
+    _check_devices(x_TH, expert_ids=expert_ids_TK, weights=weights_TK, **others)
 
 
 def check_grouped_linear(
@@ -58,6 +62,7 @@ def check_grouped_linear(
     _check_implementation(implementation)
     _check_dims("x", x_SH, 2)
     _check_dims("w", w_ENH, 3)
+    _check_not_empty("w", w_ENH)
     _check_shape("x", x_SH, (x_SH.shape[0], w_ENH.shape[2]))
     _check_shape("offsets", offsets_E1, (w_ENH.shape[0] + 1,))
     if b_EN is not None:
@@ -68,6 +73,7 @@ def check_grouped_linear(
         )
     _check_float("x", x_SH)
     _check_dtypes(x_SH, w=w_ENH, b=b_EN)
+    _check_devices(x_SH, w=w_ENH, b=b_EN, offsets=offsets_E1)
 
 
 def _check_implementation(implementation: str) -> None:
@@ -88,8 +94,15 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _check_float(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} has dtype {tensor.dtype}: expected a floating-point dtype; cast it")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {tensor.dtype}: expected a float of 16, 32 or 64 bits; cast it")
+
+
+def _check_not_empty(name: str, tensor: Tensor) -> None:
+    if tensor.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}: expected an expert and a width at least; skip the layer instead"
+        )
 
 
 def _check_dtypes(x: Tensor, **others: Tensor | None) -> None:
@@ -98,3 +111,9 @@ def _check_dtypes(x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(
                 f"{name} has dtype {tensor.dtype}, x has {x.dtype}: expected one dtype; cast one or use autocast"
             )
+
+
+def _check_devices(x: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: expected one device; move one of them")

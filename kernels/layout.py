@@ -52,7 +52,7 @@ def routing_layout(expert_ids_TK: Tensor, experts: int) -> RoutingLayout:
 
 def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Return `(order_S, offsets_E1)` of `RoutingLayout`."""
-    ids_S = expert_ids_TK.reshape(-1)
+    ids_S = wide_enough(expert_ids_TK).reshape(-1)
     ids_S = torch.where((ids_S < 0) | (ids_S >= experts), experts, ids_S)
     sorted_S, order_S = torch.sort(ids_S, stable=True)
     edges_E1 = torch.arange(experts + 1, device=ids_S.device, dtype=ids_S.dtype)
@@ -60,6 +60,11 @@ def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]
         sorted_S, edges_E1, out_int32=True
     )  # row where expert e starts; [E] = number of valid pairs
     return order_S.to(torch.int32), offsets_E1
+
+
+def wide_enough(expert_ids: Tensor) -> Tensor:
+    """Ids in a type that can also hold the number of experts, which narrower ones may not: int32 or int64."""
+    return expert_ids if expert_ids.dtype in {torch.int32, torch.int64} else expert_ids.long()
 
 
 def invert(order_S: Tensor) -> Tensor:

@@ -47,8 +47,10 @@ def _backend(implementation: str, x: Tensor) -> Any:
         return cpu
     from moeify.kernels import triton_experts
 
-    if x.device.type != "cuda" and triton_experts.architecture() != "interpreter":
+    if x.device.type != "cuda" and not triton_experts.interpreted():
         raise ValueError(f"implementation 'triton' got a tensor on {x.device}: expected a GPU; use 'auto'")
+    if x.dtype == torch.float64:
+        raise ValueError("implementation 'triton' got float64: expected 16 or 32 bits; use 'auto' or 'reference'")
     return triton_experts
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeify.kernels.activations import find_activation
+from moeify.kernels.layout import wide_enough
 from moeify.kernels.topology import BlockTopology
 
 
@@ -29,7 +30,7 @@ def experts(
 ) -> Tensor:
     """Sum over choices k of weights[t, k] * FFN of expert ids[t, k] applied to x[t]. Returns (T, H) in x's dtype."""
     act = find_activation(activation).forward
-    out_TH = torch.zeros_like(x_TH)
+    expert_ids_TK, out_TH = wide_enough(expert_ids_TK), torch.zeros_like(x_TH)
     for e in range(up_EJH.shape[0]):
         token, choice = torch.where(expert_ids_TK == e)
         z = F.linear(x_TH[token], up_EJH[e], None if up_bias_EJ is None else up_bias_EJ[e])

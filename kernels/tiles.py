@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,18 @@ def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int
     The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the width of the kernels
     that hold a gate beside the rest, for registers, of which products without tensor cores need more.
     """
-    if architecture not in TILES and architecture != "interpreter":
-        warnings.warn(f"no tiles were chosen for {architecture}: using small ones that fit everywhere", stacklevel=2)
-    tile = TILES.get(architecture, UNKNOWN)[kernel][m]
+    tile = _table(architecture)[kernel][m]
     if itemsize > 2:
         tile = replace(tile, k=tile.k // 2, n=tile.n // 2 if kernel in {"up", "down_backward"} else tile.n)
     return replace(tile, n=min(tile.n, _power_of_two(n)), k=min(tile.k, _power_of_two(k)))
+
+
+@cache
+def _table(architecture: str) -> Table:
+    """Cached, so that a process hears once of an architecture that is not in the table."""
+    if architecture not in TILES and architecture != "interpreter":
+        warnings.warn(f"no tiles were chosen for {architecture}: using small ones that fit everywhere", stacklevel=3)
+    return TILES.get(architecture, UNKNOWN)
 
 
 def _power_of_two(width: int) -> int:

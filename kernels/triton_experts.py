@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from moeify.kernels import tiles
-from moeify.kernels.layout import invert
+from moeify.kernels.layout import invert, wide_enough
 from moeify.kernels.triton_gemm import (
     bias_kernel,
     combine_kernel,
@@ -28,6 +28,8 @@ from moeify.kernels.triton_gemm import (
     weights_kernel,
 )
 from moeify.kernels.triton_layout import routing_layout, tile_map
+
+WIDEST = 128  # rows or columns of the largest tile
 
 
 def experts_forward(
@@ -114,9 +116,14 @@ def grouped_linear_backward(
     return gradients
 
 
+def interpreted() -> bool:
+    """Whether this process runs kernels in Triton's interpreter, on CPU: TRITON_INTERPRET=1 when it started."""
+    return not isinstance(up_kernel, triton.JITFunction)
+
+
 def architecture() -> str:
     """What the kernels will run on: "sm_90", "gfx942", or "interpreter"."""
-    if not isinstance(up_kernel, triton.JITFunction):
+    if interpreted():
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
@@ -124,8 +131,10 @@ def architecture() -> str:
 
 def _options(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments of a matrix product: tile, schedule and precision."""
-    tile = tiles.choose(kernel, architecture(), m, n, k, dtype.itemsize)
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    target = architecture()
+    tile = tiles.choose(kernel, target, m, n, k, dtype.itemsize)
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = allowed and not target.startswith("gfx")  # not every AMD GPU has such products
     return {
         "EVEN": k % tile.k == 0,
         "BM": tile.m,
@@ -142,6 +151,11 @@ def _unit_stride(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def _within_reach(t: Tensor) -> Tensor:
+    """Copy a matrix (or a stack of them) so spread out that 32 bits do not hold the offsets within one tile."""
+    return t.contiguous() if WIDEST * sum(t.stride()[-2:]) >= 1 << 31 else t
+
+
 def _up(
     x_TH: Tensor,
     up_EJH: Tensor,
@@ -153,7 +167,7 @@ def _up(
     gated: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    x_TH = _unit_stride(x_TH)
+    x_TH, up_EJH = _unit_stride(x_TH), _within_reach(up_EJH)
     bias = up_EJH if up_bias_EJ is None else _unit_stride(up_bias_EJ)
     (experts, rows, hidden), pairs = up_EJH.shape, order_S.shape[0]
     inner = rows // 2 if gated else rows
@@ -172,7 +186,8 @@ def _up(
 
 def _rows(p_SK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, offsets_E1: Tensor, fill: bool = False) -> Tensor:
     """Rows times the weight of their expert; rows of no expert are zero if `fill`, else left as they are."""
-    p_SK, (experts, inner, width), pairs = _unit_stride(p_SK), w_EKN.shape, p_SK.shape[0]
+    p_SK, w_EKN = _within_reach(_unit_stride(p_SK)), _within_reach(w_EKN)
+    (experts, inner, width), pairs = w_EKN.shape, p_SK.shape[0]
     bias = w_EKN if bias_EN is None else _unit_stride(bias_EN)
     y_SN = (p_SK.new_zeros if fill else p_SK.new_empty)(pairs, width)
     options = _options("rows", tiles.row_tile(pairs, experts), width, inner, p_SK.dtype)
@@ -196,7 +211,8 @@ def _down_backward(
     gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dz_SJ, weight * a_SI, dweight_S)`; the last is fp32, without the bias."""
-    (experts, hidden, inner), pairs = down_EHI.shape, order_S.shape[0]
+    down_EHI, pairs = _within_reach(down_EHI), order_S.shape[0]
+    experts, hidden, inner = down_EHI.shape
     options = _options("down_backward", tiles.row_tile(pairs, experts), inner, hidden, grad_TH.dtype)
     tile = tile_map(offsets_E1, pairs, options["BM"])
     count, columns = tile.expert_L.shape[0], triton.cdiv(inner, options["BN"])
@@ -237,6 +253,7 @@ def _bias(rows: Tensor, weights_TK: Tensor | None, order_S: Tensor, offsets_E1: 
 
 def _bias_scores(grad_TH: Tensor, down_bias_EH: Tensor, expert_ids_TK: Tensor) -> Tensor:
     """<dO[t], bias of expert ids[t, k]> in fp32, zero for ids outside [0, E)."""
+    expert_ids_TK = wide_enough(expert_ids_TK)
     scores_TE = grad_TH.float() @ down_bias_EH.float().t()
     inside_TK = (expert_ids_TK >= 0) & (expert_ids_TK < down_bias_EH.shape[0])
     return torch.where(inside_TK, scores_TE.gather(1, torch.where(inside_TK, expert_ids_TK, 0).long()), 0)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeify.kernels.layout import RoutingLayout, TileMap, max_tiles
+from moeify.kernels.layout import RoutingLayout, TileMap, max_tiles, wide_enough
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def count_kernel(IDS, COUNTS, pairs, blocks, E: tl.constexpr, X: tl.constexpr, B
     ids = tl.where((ids < 0) | (ids >= E), E, ids).to(tl.int32)
     expert = tl.arange(0, X)
     hits = (ids[:, None] == expert[None, :]) & (pair < pairs)[:, None]
-    tl.store(COUNTS + expert * blocks + tl.program_id(0), tl.sum(hits.to(tl.int32), 0))
+    tl.store(COUNTS + expert.to(tl.int64) * blocks + tl.program_id(0), tl.sum(hits.to(tl.int32), 0))
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def place_kernel(IDS, STARTS, ORDER, INVERSE, pairs, blocks, E: tl.constexpr, X:
     ids = tl.where((ids < 0) | (ids >= E), E, ids).to(tl.int32)
     hits = ((ids[:, None] == tl.arange(0, X)[None, :]) & live[:, None]).to(tl.int32)
     rank = tl.sum(tl.cumsum(hits, 0) * hits, 1) - 1
-    row = tl.load(STARTS + ids * blocks + tl.program_id(0)) + rank
+    row = tl.load(STARTS + ids.to(tl.int64) * blocks + tl.program_id(0)) + rank
     tl.store(ORDER + row, pair, mask=live)
     tl.store(INVERSE + pair, row, mask=live)
 
@@ -66,7 +66,7 @@ def tile_map_kernel(OFFSETS, TILE_EXPERT, TILE_ROW, tiles, E: tl.constexpr, X: t
 
 def routing_layout(expert_ids_TK: Tensor, experts: int) -> RoutingLayout:
     """The same as `moeify.kernels.layout.routing_layout`, in three launches."""
-    ids_S = expert_ids_TK.contiguous().view(-1)
+    ids_S = wide_enough(expert_ids_TK).contiguous().view(-1)
     pairs, bins = ids_S.shape[0], triton.next_power_of_2(experts + 1)
     block = max(min(8192 // bins, 64), 16)  # what one program holds in registers: block x bins counters
     blocks = max(triton.cdiv(pairs, block), 1)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 
 from moeify.kernels.ops import experts, grouped_linear
+from moeify.kernels.topology import block_topology
+from moeify.kernels.triton_blocksparse import sdd
 from tests.kernels import oracle
 
 WRONG: dict[str, oracle.Inputs] = {
@@ -21,6 +24,9 @@ WRONG: dict[str, oracle.Inputs] = {
     "x has dtype": {"x": torch.zeros(3, 6, dtype=torch.long)},
     "weights has dtype": {"weights": torch.zeros(3, 2, dtype=torch.long)},
     "down has dtype": {"down": torch.randn(4, 6, 7, dtype=torch.float64)},
+    "x has dtype torch.float8_e4m3fn": {"x": torch.zeros(3, 6).to(torch.float8_e4m3fn)},
+    "up is on meta": {"up": torch.zeros(4, 14, 6, device="meta")},
+    "down has shape .0, 6, 7.": {"down": torch.zeros(0, 6, 7), "up": torch.zeros(0, 14, 6)},
 }
 
 
@@ -30,6 +36,16 @@ def test_wrong_arguments_are_named(message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}.*: expected .*;") as raised:
         experts(*(inputs | WRONG[message]).values(), activation="silu", gated=True)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes tensors on CPU")
+def test_triton_needs_a_gpu() -> None:
+    inputs = oracle.make_inputs(3, 2, 6, 7, 4, gated=True, bias=True, dtype=torch.float32)
+    with pytest.raises(ValueError, match="got a tensor on cpu: expected a GPU; use 'auto'"):
+        experts(*inputs.values(), activation="silu", gated=True, implementation="triton")
+    with pytest.raises(ValueError, match="a is on cpu: expected a GPU"):
+        topology = block_topology(torch.tensor([0, 3], dtype=torch.int32), 3, 4, 16)
+        sdd(torch.zeros(3, 5), torch.zeros(5, 4), topology)
 
 
 @pytest.mark.parametrize("options", [{"activation": "mish"}, {"implementation": "cuda"}])

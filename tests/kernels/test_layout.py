@@ -33,3 +33,8 @@ def test_metadata_is_int32_and_shapes_do_not_depend_on_values() -> None:
         assert {layout.order_S.dtype, layout.inverse_S.dtype, layout.offsets_E1.dtype} == {torch.int32}
         assert layout.order_S.shape == layout.inverse_S.shape == (4,) and layout.offsets_E1.shape == (4,)
         assert layout.offsets_E1.tolist() == [0, 1, 1, 2]
+
+
+def test_ids_of_a_type_that_cannot_hold_the_number_of_experts() -> None:
+    layout = routing_layout(torch.tensor([[127, -56], [-1, 3]], dtype=torch.int8), 200)  # -56 is 200 in eight bits
+    assert layout.order_S.tolist() == [3, 0, 1, 2] and layout.offsets_E1[-1] == 2

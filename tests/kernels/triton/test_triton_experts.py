@@ -64,6 +64,11 @@ def test_expert_ids(ids: list[list[int]]) -> None:
     check(inputs, "silu", True, torch.float32, recompute=True)
 
 
+def test_ids_of_a_type_that_cannot_hold_the_number_of_experts() -> None:
+    ids = torch.tensor([[1, 127], [-56, 3]], dtype=torch.int8)  # -56 is 200 in eight bits
+    check(oracle.make_inputs(2, 2, 5, 3, 201, gated=True, bias=True, ids=ids), "silu", True, torch.float32)
+
+
 @pytest.mark.parametrize("layout", ["gaps", "transposed"])
 def test_strided_inputs(layout: str) -> None:
     def stride(t: torch.Tensor) -> torch.Tensor:
@@ -103,6 +108,15 @@ def test_addresses_past_two_to_the_31() -> None:
         results.append([out, *oracle.gradients(out, leaves, grad).values()])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_rows_of_one_tile_more_than_two_to_the_31_apart() -> None:
+    x, w, offsets = torch.randn(24, 5), torch.randn(2, 3, 5), torch.tensor([0, 3, 24], dtype=torch.int32)
+    wide = far_apart(w[0])[None].expand(2, 3, 5)
+    assert torch.equal(
+        grouped_linear(far_apart(x), wide, None, offsets, "triton"),
+        grouped_linear(x, w[:1].expand(2, 3, 5), None, offsets, "triton"),
+    )
 
 
 def test_twice_gives_the_same_bits() -> None:
