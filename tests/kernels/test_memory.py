@@ -11,7 +11,6 @@ from moeify.kernels import memory
 def test_unused_ranges_are_zero_and_the_rest_can_be_written(
     monkeypatch: pytest.MonkeyPatch, limit: int, unused: list[slice]
 ) -> None:
-    monkeypatch.setattr(memory, "ALWAYS_MAPPED", limit)
     monkeypatch.setattr(memory, "MAPPED_IF_MOSTLY_UNUSED", limit)
     torch.empty(3, 5).fill_(torch.nan)  # what malloc is likely to hand out next
     out = memory.room((3, 5), torch.float32, torch.device("cpu"), unused)
@@ -22,7 +21,8 @@ def test_unused_ranges_are_zero_and_the_rest_can_be_written(
 
 
 def test_mapped_memory_lives_as_long_as_the_tensor() -> None:
-    out = memory.room((memory.ALWAYS_MAPPED + 1,), torch.uint8, torch.device("cpu"), [])
+    size = memory.MAPPED_IF_MOSTLY_UNUSED + 1
+    out = memory.room((size,), torch.uint8, torch.device("cpu"), [slice(0, size)])
     view = out[-10:]
     del out
     assert view.tolist() == [0] * 10
