@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from moeify.errors import ConfigError
@@ -98,6 +99,7 @@ class MoEConfig:
     noise_std: float = 0.02
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.experts < 1:
             raise ConfigError(f"experts is {self.experts}: at least 1 is needed")
         if self.top_k < 1:
@@ -108,6 +110,14 @@ class MoEConfig:
         self._check_numbers()
         self._check_router()
         self._check_method()
+
+    def _check_types(self) -> None:
+        kinds = {"int": Integral, "float": Real, "bool": bool, "str": str}
+        for name, field in type(self).__dataclass_fields__.items():
+            value, (kind, _, optional) = getattr(self, name), str(field.type).partition(" | ")
+            right = isinstance(value, kinds[kind]) and (kind == "bool" or not isinstance(value, bool))
+            if not right and not (optional and value is None):
+                raise ConfigError(f"{name} is {value!r}: expected {kind}{' or None' if optional else ''}")
 
     def _check_words(self) -> None:
         for field, known in (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moeify.cli.options import source_options
+from moeify.cli.settings import config_from, config_options
 from moeify.errors import CheckpointError, ConfigError, VerificationError
 
 if TYPE_CHECKING:
@@ -42,13 +43,10 @@ class Size(click.ParamType[int]):
 @click.command()
 @click.argument("src")
 @click.argument("dst", required=False, type=click.Path(path_type=Path))
-@click.option("--experts", type=int, help="Experts in each converted layer.")
-@click.option("--top-k", type=int, help="Experts that each token visits.")
-@click.option("--method", default="copy", show_default=True, help="How experts are made.")
+@config_options
 @click.option("--layers", default="all", show_default=True, help="all, every:N, last:N, first:N, 0,3-7, or a regex.")
 @click.option("--to", "target", default="auto", show_default=True, help="auto, moeify, or a native family.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Store floating-point tensors in this dtype.")
-@click.option("--seed", default=0, show_default=True, help="Start of the router's random numbers.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, dir_okay=False), help="Do what a saved plan says.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its cost; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for --plan.")
@@ -61,13 +59,9 @@ class Size(click.ParamType[int]):
 def convert(
     src: str,
     dst: Path | None,
-    experts: int | None,
-    top_k: int | None,
-    method: str,
     layers: str,
     target: str,
     dtype: str | None,
-    seed: int,
     plan_file: Path | None,
     dry_run: bool,
     as_json: bool,
@@ -78,6 +72,7 @@ def convert(
     no_verify: bool,
     allow_pickle: bool,
     trust_remote_code: bool,
+    **settings: Any,
 ) -> None:
     """Convert the dense checkpoint SRC into a sparse MoE checkpoint DST.
 
@@ -91,7 +86,10 @@ def convert(
         raise click.UsageError("DST is missing: where should the MoE be written? (--dry-run needs none)")
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run: the plan of a conversion is kept in DST/moeify.json")
-    config = None if plan_file else _config(experts, top_k, method, seed)
+    typed = [name for name, value in settings.items() if value not in (None, ())]
+    if plan_file and typed:
+        raise click.UsageError(f"{typed[0]} goes without --plan: the plan says how to convert")
+    config = None if plan_file else config_from(settings)
     console = display.stderr()
     with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
         if dry_run:
@@ -108,14 +106,6 @@ def convert(
         _write(source, dst, plan, console, verified=not no_verify, strict=strict, shard_size=shard_size,
                dtype=_DTYPES[dtype] if dtype else None, resume=resume, overwrite=overwrite)  # fmt: skip
     console.print(f"written to {dst}")
-
-
-def _config(experts: int | None, top_k: int | None, method: str, seed: int) -> MoEConfig:
-    from moeify.config import MoEConfig
-
-    if experts is None or top_k is None:
-        raise click.UsageError("--experts and --top-k are needed: for example --experts 8 --top-k 2")
-    return MoEConfig(experts, top_k, method=method, seed=seed)
 
 
 def _refuse_target(dst: Path, overwrite: bool) -> None:

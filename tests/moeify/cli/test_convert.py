@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from moeify.checkpoint import writer
 from moeify.cli import main
+from moeify.config import MoEConfig
 from tests.moeify import tiny
 
 BASE = ("--experts", "3", "--top-k", "2")
@@ -228,6 +229,37 @@ def test_what_is_converted_already_is_not_converted_again(src: Path, tmp_path: P
     native = convert(src, tmp_path / "native", *BASE, "--no-verify")
     assert native.exit_code == 0
     assert "no dense FFN was found in mixtral" in convert(tmp_path / "native", tmp_path / "thrice", *BASE).stderr
+
+
+def test_routers_presets_and_fields_reach_the_checkpoint(src: Path, tmp_path: Path) -> None:
+    result = convert(src, tmp_path / "moe", "--preset", "deepseek_v3", "--experts", 6, "--top-k", 3, "--granularity", 3,
+                     "--shared-experts", 1, "--seed", 5, "--set", "groups=2", "--set", "groups_kept=1",
+                     "--set", "routed_scale=1", "--set", "attach_losses=true")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "moe/moeify.json").read_text())["config"]
+    expected = MoEConfig.deepseek_v3(6, 3, granularity=3, shared_experts=1, seed=5, groups=2, groups_kept=1,
+                                     routed_scale=1.0, attach_losses=True)  # fmt: skip
+    assert MoEConfig(**config) == expected and expected.exact
+    assert "relative" in result.output and "tolerance 1e-05" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--router", "topk"), "router is 'topk': expected one of softmax, gshard"),
+        (("--set", "zloss=1"), "there is no field zloss; there are experts, top_k"),
+        (("--set", "z_loss=much"), "z_loss takes a number"),
+        (("--set", "attach_losses=1"), "attach_losses is true or false"),
+        (("--set", "z_loss"), "expected FIELD=VALUE"),
+        (("--set", "seed=1", "--seed", 2), "seed is given twice"),
+        (("--granularity", 2), "top_k is 3: with granularity 2"),
+        (("--plan", "plan.json"), "experts goes without --plan"),
+    ],
+)
+def test_settings_that_are_wrong(src: Path, options: tuple[object, ...], words: str) -> None:
+    result = convert(src, "--dry-run", "--experts", 6, "--top-k", 3, *options)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
 
 
 def test_missing_settings_are_wrong_usage(src: Path) -> None:
