@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,19 +22,23 @@ class Description:
 
     Attributes:
         name: The word that its file has: `find_ffn`.
+        class_name: The class in that file.
         summary: One line.
         before: Graph text.
         after: Graph text.
+        notes: What else is to be said, or "".
         refuses: What it does not do.
-        options: Its fields.
+        options: Its fields, with what they mean.
     """
 
     name: str
+    class_name: str
     summary: str
     before: str
     after: str
+    notes: str
     refuses: str
-    options: tuple[str, ...]
+    options: dict[str, str]
 
 
 def describe() -> tuple[Description, ...]:
@@ -42,18 +47,28 @@ def describe() -> tuple[Description, ...]:
 
 
 def _describe(each: type[Any]) -> Description:
-    text = inspect.cleandoc(each.__doc__ or "")
+    summary, *paragraphs = inspect.cleandoc(each.__doc__ or "").split("\n\n")
+    sections: dict[str, str] = {}
+    notes = []
+    for paragraph in paragraphs:
+        titled = re.match(r"(\w+):[ \n]", paragraph)
+        if titled:
+            sections[titled[1]] = textwrap.dedent(paragraph[titled.end() :])
+        else:
+            notes.append(" ".join(paragraph.split()))
     return Description(
         name=each.__module__.rsplit(".", 1)[-1],
-        summary=text.split("\n")[0],
-        before=_section(text, "Before"),
-        after=_section(text, "After"),
-        refuses=" ".join(_section(text, "Refuses").split()),
-        options=tuple(option.name for option in fields(each)),
+        class_name=each.__name__,
+        summary=summary,
+        before=sections["Before"],
+        after=sections["After"],
+        notes=" ".join(notes),
+        refuses=" ".join(sections["Refuses"].split()),
+        options=_options(each, sections.get("Attributes", "")),
     )
 
 
-def _section(text: str, title: str) -> str:
-    """Return what follows `title:` up to the next section."""
-    found = re.search(rf"^{title}:[ \n](.*?)(?=^\S[\w ]*:|^With |\Z)", text, flags=re.MULTILINE | re.DOTALL)
-    return inspect.cleandoc(found.group(1)).strip() if found else ""
+def _options(each: type[Any], text: str) -> dict[str, str]:
+    """Return what the docstring says of each field."""
+    said = dict(re.findall(r"^(\w+): ((?:.|\n(?= ))*)", text, flags=re.MULTILINE))
+    return {option.name: " ".join(said[option.name].split()) for option in fields(each)}

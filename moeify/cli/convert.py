@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeify.cli.options import source_options
+from moeify.cli.options import example_inputs_option, source_options
 from moeify.cli.settings import config_from, config_options
 from moeify.errors import CheckpointError, ConfigError, VerificationError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moeify.config import MoEConfig
     from moeify.plan import Plan
 
+Inputs = dict[str, Any]
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -55,6 +56,7 @@ class Size(click.ParamType[int]):
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
 @click.option("--strict", is_flag=True, help="Refuse weights that hold NaN or Inf instead of warning.")
 @click.option("--no-verify", is_flag=True, help="Do not compare logits with the dense model.")
+@example_inputs_option
 @source_options
 def convert(
     src: str,
@@ -70,6 +72,7 @@ def convert(
     overwrite: bool,
     strict: bool,
     no_verify: bool,
+    example_inputs: Path | None,
     allow_pickle: bool,
     trust_remote_code: bool,
     **settings: Any,
@@ -81,6 +84,7 @@ def convert(
     """
     from moeify.checkpoint.source import open_source
     from moeify.cli import display
+    from moeify.tracing.given_inputs import read_inputs
 
     if dst is None and not dry_run:
         raise click.UsageError("DST is missing: where should the MoE be written? (--dry-run needs none)")
@@ -90,20 +94,21 @@ def convert(
     if plan_file and typed:
         raise click.UsageError(f"{typed[0]} goes without --plan: the plan says how to convert")
     config = None if plan_file else config_from(settings)
+    inputs = None if example_inputs is None else read_inputs(example_inputs)
     console = display.stderr()
     with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
         if dry_run:
-            plan = _plan(source, config, layers, target, plan_file)
-            click.echo(plan.to_json(), nl=False) if as_json else _show(source, plan)
+            plan = _plan(source, config, layers, target, plan_file, inputs)
+            click.echo(plan.to_json(), nl=False) if as_json else _show(source, plan, inputs)
             return
         assert dst is not None
         _refuse_target(dst, overwrite)
-        plan = _plan(source, config, layers, target, plan_file)
+        plan = _plan(source, config, layers, target, plan_file, inputs)
         console.print(
             f"{plan.model_type} → {plan.target}: {len(plan.sites)} FFNs become {plan.config.experts} experts, "
             f"top-{plan.config.top_k}"
         )
-        _write(source, dst, plan, console, verified=not no_verify, strict=strict, shard_size=shard_size,
+        _write(source, dst, plan, console, inputs, verified=not no_verify, strict=strict, shard_size=shard_size,
                dtype=_DTYPES[dtype] if dtype else None, resume=resume, overwrite=overwrite)  # fmt: skip
     console.print(f"written to {dst}")
 
@@ -114,28 +119,30 @@ def _refuse_target(dst: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{dst} exists: choose another output folder, or pass --overwrite")
 
 
-def _plan(source: Source, config: MoEConfig | None, layers: str, target: str, plan_file: Path | None) -> Plan:
+def _plan(
+    source: Source, config: MoEConfig | None, layers: str, target: str, plan_file: Path | None, inputs: Inputs | None
+) -> Plan:
     from moeify.plan import Plan
     from moeify.streaming.stream import check_plan, plan_checkpoint
 
     if plan_file is None:
         assert config is not None
-        return plan_checkpoint(source, config, layers, target)
+        return plan_checkpoint(source, config, layers, target, example_inputs=inputs)
     try:
         saved = Plan.from_json(plan_file.read_text())
     except OSError as error:
         raise ConfigError(f"--plan {plan_file} cannot be read: {error.strerror}") from error
-    check_plan(source, saved)
+    check_plan(source, saved, example_inputs=inputs)
     return saved
 
 
-def _show(source: Source, plan: Plan) -> None:
+def _show(source: Source, plan: Plan, inputs: Inputs | None) -> None:
     """Print a plan and what it would cost."""
     from moeify.cli import display
     from moeify.planning.cost import moe_cost
     from moeify.planning.overview import dense_side
 
-    dense, itemsize = dense_side(source)
+    dense, itemsize = dense_side(source, inputs)
     console = display.stdout()
     console.print(f"{plan.model_type} → {plan.target}, nothing is written")
     console.print(display.plan_table(plan))
@@ -144,7 +151,15 @@ def _show(source: Source, plan: Plan) -> None:
 
 
 def _write(
-    source: Source, dst: Path, plan: Plan, console: Console, *, verified: bool, strict: bool, **options: Any
+    source: Source,
+    dst: Path,
+    plan: Plan,
+    console: Console,
+    inputs: Inputs | None,
+    *,
+    verified: bool,
+    strict: bool,
+    **options: Any,
 ) -> None:
     """Stream the conversion with a progress bar and, unless told otherwise, its proof."""
     from rich.progress import (
@@ -169,7 +184,7 @@ def _write(
 
     def check(folder: Path) -> dict[str, Any] | None:
         progress.stop()
-        return _prove(source, folder, plan, options["dtype"], console) if verified else None
+        return _prove(source, folder, plan, options["dtype"], inputs, console) if verified else None
 
     watch = Watch(
         total=lambda nbytes: progress.update(task, total=nbytes),
@@ -184,12 +199,14 @@ def _write(
         raise CheckpointError(f"interrupted; {dst} was not made: run again with --resume to go on") from stop
 
 
-def _prove(source: Source, folder: Path, plan: Plan, dtype: str | None, console: Console) -> dict[str, Any]:
+def _prove(
+    source: Source, folder: Path, plan: Plan, dtype: str | None, inputs: Inputs | None, console: Console
+) -> dict[str, Any]:
     from moeify.cli.quiet import quiet_transformers
     from moeify.proving.proof import verify_slice
 
     with quiet_transformers():
-        report = verify_slice(source, folder, plan, cast_to=dtype)
+        report = verify_slice(source, folder, plan, cast_to=dtype, example_inputs=inputs)
     console.print(f"verified on a slice: {report.summary()}")
     if not report.passed:
         raise VerificationError(f"the MoE differs from the dense model: {report.summary()}; nothing was written")

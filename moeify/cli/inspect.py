@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import click
 
-from moeify.cli.options import json_option, source_options
+from moeify.cli.options import example_inputs_option, json_option, source_options
 
 
 @click.command()
 @click.argument("src")
 @click.option("--experts", default=8, show_default=True, help="Experts to count the cost for.")
 @click.option("--top-k", default=2, show_default=True, help="Experts per token to count the cost for.")
+@example_inputs_option
 @json_option
 @source_options
-def inspect(src: str, experts: int, top_k: int, as_json: bool, allow_pickle: bool, trust_remote_code: bool) -> None:
+def inspect(
+    src: str,
+    experts: int,
+    top_k: int,
+    example_inputs: Path | None,
+    as_json: bool,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+) -> None:
     """Show the FFNs found in SRC, the look-alikes with reasons, and what an MoE would cost.
 
     SRC is a folder in Hugging Face layout, a GGUF file, or a hub id. No weight is read.
@@ -24,9 +34,11 @@ def inspect(src: str, experts: int, top_k: int, as_json: bool, allow_pickle: boo
     from moeify.cli import display
     from moeify.config import MoEConfig
     from moeify.planning.overview import overview
+    from moeify.tracing.given_inputs import read_inputs
 
+    inputs = None if example_inputs is None else read_inputs(example_inputs)
     with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
-        seen = overview(source, MoEConfig(experts, top_k))
+        seen = overview(source, MoEConfig(experts, top_k), example_inputs=inputs)
     if as_json:
         click.echo(json.dumps(seen.to_dict(), indent=2))
         return

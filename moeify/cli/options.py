@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -19,5 +20,11 @@ def source_options(command: F) -> F:
         command
     )
 
+
+example_inputs_option = click.option(
+    "--example-inputs",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Arguments of the model's forward by name (.json, .safetensors), where they cannot be guessed.",
+)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, nothing else on stdout.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from textwrap import indent
+from textwrap import fill, indent
 
 import click
 
@@ -16,4 +16,9 @@ def passes() -> None:
         click.secho(f"{entry.name}  ", bold=True, nl=False)
         click.echo(entry.summary)
         click.echo(f"\n  before\n{indent(entry.before, '    ')}\n  after\n{indent(entry.after, '    ')}")
-        click.echo(f"  refuses  {entry.refuses}\n")
+        for title, text in (("note", entry.notes), ("refuses", entry.refuses)):
+            if text:
+                click.echo(f"  {title}\n{fill(text, 110, initial_indent='    ', subsequent_indent='    ')}")
+        for name, meaning in entry.options.items():
+            click.echo(f"  option {name}: {meaning}")
+        click.echo()

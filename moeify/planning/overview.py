@@ -14,7 +14,7 @@ from moeify.plan import Plan
 from moeify.planning.cost import Cost, dense_cost, moe_cost
 from moeify.planning.make import make_plan, survey
 from moeify.tracing.skeleton import build_on_meta, full_config
-from moeify.tracing.trace import trace
+from moeify.tracing.trace import Inputs, trace
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,22 @@ class Overview:
         }
 
 
-def dense_side(source: Source) -> tuple[Cost, float]:
+def dense_side(source: Source, example_inputs: Inputs | None = None) -> tuple[Cost, float]:
     """Return the cost of a dense checkpoint and its bytes per parameter; no weight is read."""
     model = build_on_meta(source.config)
     nbytes = sum(info.nbytes for info in source.tensors.values())
-    cost = dense_cost(model, trace(model), nbytes)
+    cost = dense_cost(model, trace(model, example_inputs), nbytes)
     return cost, nbytes / max(cost.parameters, 1)
 
 
-def overview(source: Source, config: MoEConfig, layers: str = "all", target: str = "auto") -> Overview:
+def overview(
+    source: Source,
+    config: MoEConfig,
+    layers: str = "all",
+    target: str = "auto",
+    *,
+    example_inputs: Inputs | None = None,
+) -> Overview:
     """Look at a checkpoint without reading a weight.
 
     Args:
@@ -81,9 +88,10 @@ def overview(source: Source, config: MoEConfig, layers: str = "all", target: str
         config: The conversion to count the cost of.
         layers: Which FFNs.
         target: Which format.
+        example_inputs: Inputs that the forward accepts; None guesses them.
     """
     model = build_on_meta(source.config)
-    graph = trace(model)
+    graph = trace(model, example_inputs)
     found = survey(graph)
     nbytes = sum(info.nbytes for info in source.tensors.values())
     dense = dense_cost(model, graph, nbytes)

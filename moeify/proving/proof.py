@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.config import MoEConfig
 from moeify.hub.loading import Slice, load, load_slice
 from moeify.plan import Plan
-from moeify.proving.verification import VerifyReport, verify
+from moeify.proving.verification import VerifyReport, random_inputs, verify
 from moeify.streaming.stream import PLAN_FILE
 from moeify.tracing.skeleton import build_on_meta, config_of, stored_names
 
@@ -47,7 +48,14 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
     return verify(dense_model, moe_model, inputs, exact=_promises_equality(record))
 
 
-def verify_slice(source: Source, moe: Path, plan: Plan, *, cast_to: str | None = None) -> VerifyReport:
+def verify_slice(
+    source: Source,
+    moe: Path,
+    plan: Plan,
+    *,
+    cast_to: str | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+) -> VerifyReport:
     """Compare the first layers of a dense checkpoint and of its MoE, up to the second converted one, in float32.
 
     Models that are not one stack of numbered layers are compared whole.
@@ -57,6 +65,7 @@ def verify_slice(source: Source, moe: Path, plan: Plan, *, cast_to: str | None =
         moe: The folder that was written.
         plan: What was converted.
         cast_to: safetensors name of the dtype that the output was told to store, if it was.
+        example_inputs: What to run them on, where it cannot be guessed; tensors on the meta device are filled.
 
     Raises:
         CheckpointError: a tensor of either is missing or unexpected.
@@ -67,7 +76,8 @@ def verify_slice(source: Source, moe: Path, plan: Plan, *, cast_to: str | None =
         dense_model, moe_model = load_slice(source, before), load_slice(converted, after, **_PLAIN)
         if cast_to:
             _round(dense_model, torch_dtype(cast_to))
-        return verify(dense_model, moe_model, exact=plan.config.exact)
+        inputs = random_inputs(dense_model, like=example_inputs)
+        return verify(dense_model, moe_model, inputs, exact=plan.config.exact)
 
 
 def _slice(source: Source, plan: Plan) -> Slice | None:

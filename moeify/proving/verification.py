@@ -77,20 +77,28 @@ def verify(
     return VerifyReport(difference, scale, relative, agreement, tolerance, passed)
 
 
-def random_inputs(model: nn.Module, seed: int = 0) -> dict[str, Any]:
-    """Return inputs of the shapes that the model takes, filled with random token ids or normal values."""
+def random_inputs(model: nn.Module, seed: int = 0, *, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return inputs of the shapes that the model takes, filled with random token ids or normal values.
+
+    Args:
+        model: From transformers.
+        seed: Of the numbers.
+        like: Inputs of which those on the meta device are filled; None guesses them all.
+    """
     generator = torch.Generator().manual_seed(seed)
     config: Any = model.config
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 2
 
     def fill(value: Any) -> Any:
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not value.is_meta:
             return value
         if value.is_floating_point():
             return torch.randn(value.shape, generator=generator)
+        if value.dtype is torch.bool:
+            return torch.ones(value.shape, dtype=torch.bool)
         return torch.randint(0, vocabulary, value.shape, generator=generator)
 
-    return {name: fill(value) for name, value in guess_inputs(model).items()}
+    return {name: fill(value) for name, value in (guess_inputs(model) if like is None else like).items()}
 
 
 def _evaluate(model: nn.Module, arguments: dict[str, Any]) -> Any:

@@ -25,7 +25,7 @@ from moeify.plan import Plan
 from moeify.planning.make import make_plan, survey
 from moeify.streaming.outputs import output_tensors
 from moeify.tracing.skeleton import build_on_meta, full_config, stored_names
-from moeify.tracing.trace import trace
+from moeify.tracing.trace import Inputs, trace
 
 if TYPE_CHECKING:
     pass
@@ -50,7 +50,14 @@ class Watch:
     unused: Callable[[str], None]
 
 
-def plan_checkpoint(source: Source, config: MoEConfig, layers: str = "all", target: str = "auto") -> Plan:
+def plan_checkpoint(
+    source: Source,
+    config: MoEConfig,
+    layers: str = "all",
+    target: str = "auto",
+    *,
+    example_inputs: Inputs | None = None,
+) -> Plan:
     """Plan the conversion of a checkpoint; no weight is read.
 
     Args:
@@ -58,16 +65,17 @@ def plan_checkpoint(source: Source, config: MoEConfig, layers: str = "all", targ
         config: The settings.
         layers: Which FFNs (see `moeify.planning.selection`).
         target: "auto", "moeify" or a native family.
+        example_inputs: Inputs that the forward accepts; None guesses them.
 
     Raises:
         MoeifyError: nothing to convert, or the target would not be exact.
     """
     model = build_on_meta(source.config)
-    plan = make_plan(model, survey(trace(model)), config, layers)
+    plan = make_plan(model, survey(trace(model, example_inputs)), config, layers)
     return plan.with_target(choose_target(plan, full_config(source.config), target))
 
 
-def check_plan(source: Source, plan: Plan) -> None:
+def check_plan(source: Source, plan: Plan, *, example_inputs: Inputs | None = None) -> None:
     """Hold a plan that was saved to the checkpoint that it is to be used on.
 
     Raises:
@@ -76,7 +84,7 @@ def check_plan(source: Source, plan: Plan) -> None:
     """
     if plan.model_type != source.model_type:
         raise ConfigError(f"the plan is for {plan.model_type}, the checkpoint is {source.model_type}")
-    fresh = plan_checkpoint(source, plan.config, target=MOEIFY)
+    fresh = plan_checkpoint(source, plan.config, target=MOEIFY, example_inputs=example_inputs)
     known = {site.path: site for site in fresh.sites}
     for site in plan.sites:
         if known.get(site.path) != site:

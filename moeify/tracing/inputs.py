@@ -17,6 +17,7 @@ from torch import nn
 from moeify.errors import MoeifyError
 
 BATCH, TOKENS, SIDE, SAMPLES = 2, 8, 224, 4000
+ADVICE = "pass example_inputs (inspect and convert: --example-inputs FILE)"
 _COMPANIONS = ("input_ids", "pixel_values", "input_features", "decoder_input_ids")
 
 
@@ -39,8 +40,7 @@ def candidate_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
     shapes = [] if config is None or not isinstance(name, str) else list(_tensors(name, config))
     if not shapes:
         raise MoeifyError(
-            f"the inputs of {type(model).__name__} cannot be guessed: its forward takes {_arguments(model)}; "
-            "pass example_inputs"
+            f"the inputs of {type(model).__name__} cannot be guessed: its forward takes {_arguments(model)}; {ADVICE}"
         )
     accepted = inspect.signature(model.forward).parameters
     always: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}

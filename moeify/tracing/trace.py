@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from moeify.errors import MoeifyError
 from moeify.tracing.graphs import Part, inline_blocks, union
-from moeify.tracing.inputs import candidate_inputs, part_inputs
+from moeify.tracing.inputs import ADVICE, candidate_inputs, part_inputs
 
 Inputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor
 
@@ -165,7 +165,7 @@ def _untouched(twin: nn.Module, graph_module: fx.GraphModule) -> Iterator[str]:
 
 def _first_that_traces(module: nn.Module, candidates: Iterable[Inputs]) -> tuple[fx.GraphModule | None, MoeifyError]:
     """Return the graph for the first inputs that trace, or None and why the first of them did not."""
-    failure = MoeifyError(f"the inputs of {type(module).__name__} cannot be guessed; pass example_inputs")
+    failure = MoeifyError(f"the inputs of {type(module).__name__} cannot be guessed; {ADVICE}")
     for number, inputs in enumerate(candidates):
         args, kwargs = _split_inputs(inputs)
         try:
@@ -175,7 +175,7 @@ def _first_that_traces(module: nn.Module, candidates: Iterable[Inputs]) -> tuple
             if number == 0:
                 failure = MoeifyError(
                     f"torch.export cannot trace {type(module).__name__}: {type(error).__name__}: {reason}; "
-                    "pass example_inputs that its forward accepts"
+                    f"{ADVICE} that its forward accepts"
                 )
                 failure.__cause__ = error
     return None, failure

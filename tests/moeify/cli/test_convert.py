@@ -286,3 +286,11 @@ def test_a_kill_leaves_the_output_absent_and_a_resume_makes_it_whole(tmp_path: P
     assert convert(src, whole, *command[3:]).exit_code == 0
     assert digest(dst) == digest(whole) and not partial.exists()
     assert os.listdir(whole)
+
+
+def test_example_inputs_serve_the_plan_and_the_proof(src: Path) -> None:
+    given, dst = src.parent / "inputs.json", src.parent / "moe"
+    given.write_text('{"inputs_embeds": {"shape": [2, 5, 36]}, "use_cache": false}')
+    result = convert(src, dst, *BASE, "--example-inputs", given)
+    assert result.exit_code == 0, result.output
+    assert "verified on a slice" in result.stderr and (dst / "moeify.json").is_file()

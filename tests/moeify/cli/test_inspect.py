@@ -39,3 +39,15 @@ def test_people_get_tables(tmp_path: Path) -> None:
 )
 def test_quantities_are_short(number: float, unit: str, text: str) -> None:
     assert quantity(number, unit) == text
+
+
+def test_example_inputs_are_taken_in_the_place_of_guesses(tmp_path: Path) -> None:
+    src, given = tiny.save(tiny.build("llama"), tmp_path / "src"), tmp_path / "inputs.json"
+    given.write_text('{"inputs_embeds": {"shape": [2, 5, 36]}, "use_cache": false}')
+    result = CliRunner().invoke(main, ["inspect", str(src), "--json", "--example-inputs", str(given)])
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["ffns"]) == tiny.LAYERS
+    given.write_text('{"waveform": [[0.5]]}')
+    result = CliRunner().invoke(main, ["inspect", str(src), "--example-inputs", str(given)])
+    assert result.exit_code == 1
+    assert "exactly one of input_ids" in result.stderr and "--example-inputs FILE" in result.stderr
