@@ -146,7 +146,16 @@ class _Finder:
         if len({flow.same_activation(p.source) for p in ups.values()}) > 1:
             names = " and ".join(ups[n].weight.removesuffix(".weight") for n in sorted(ups, key=self.order.__getitem__))
             reason = f"the projections behind it read different activations: {names}"
+            if any(self.reads_the_same_through_another(p, ups.values()) for p in ups.values()):
+                reason += " (an adapter? merge it first)"
             raise _NoMatch(reason, last, near=not self.crosses_sum(nodes))
+
+    def reads_the_same_through_another(self, up: Projection, others: Iterable[Projection]) -> bool:
+        """Whether `up` reads a narrow projection of what another one reads, as LoRA does."""
+        narrow = self.projections.get(flow.same_activation(up.source))
+        return narrow is not None and any(
+            flow.same_activation(p.source) is flow.same_activation(narrow.source) for p in others
+        )
 
     def crosses_sum(self, nodes: Iterable[fx.Node]) -> bool:
         """Whether the walk went through a sum of two activations: it followed the residual stream, not an FFN."""

@@ -54,7 +54,7 @@ def _value(path: Path, name: str, value: Any) -> Any:
             case list():
                 return torch.tensor(value)
             case {"shape": shape, **rest}:
-                return _shaped(shape, rest)
+                return _shaped(shape, {str(key): each for key, each in rest.items()})
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"{path}: {name} is no tensor ({error}): write nested lists of numbers, or "

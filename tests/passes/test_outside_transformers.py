@@ -138,7 +138,10 @@ class Wrapped(nn.Module):
 
 
 def test_layers_wrapped_by_lora_are_refused() -> None:
-    for up, down, reason in ((True, False, "different activations"), (False, True, "merge it first")):
+    for up, down, reason in (
+        (True, False, "read different activations: up.base_layer and up.lora_B (an adapter? merge it first)"),
+        (False, True, "merge it first"),
+    ):
         found = find(Wrapped(up, down))
         assert found.ffns == ()
         assert any(reason in refusal.reason for refusal in found.refused), found.refused
