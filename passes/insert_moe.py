@@ -99,7 +99,7 @@ def _replace(graph: fx.Graph, ffn: FFN, path: str) -> None:
     with graph.inserting_before(down):
         rows = source if axis == -1 else _move(graph, source, axis, -1)
         # graph.call_module wants the module to be there already
-        call = graph.create_node("call_module", path, (rows,), token_arguments(graph, source))
+        call = graph.create_node("call_module", path, (rows,), {**token_arguments(graph, source)})
         result = call if axis == -1 else _move(graph, call, -1, axis)
     for node in {rows, call, result} - {source}:
         value = down.meta["val"]
