@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from moeify.passes.cut import Cut
 from moeify.passes.dataflow import RESHAPES, op_name, shape, size
 
 Unary = Callable[[torch.Tensor], torch.Tensor]
@@ -52,7 +54,13 @@ class Recognised:
     halves: Halves | None
 
 
-def capture(graph_module: fx.GraphModule, inputs: Iterable[fx.Node], output: fx.Node, axis: int = -1) -> fx.GraphModule:
+def capture(
+    graph_module: fx.GraphModule,
+    inputs: Iterable[fx.Node],
+    output: fx.Node,
+    axis: int = -1,
+    cuts: Mapping[fx.Node, Cut] = MappingProxyType({}),
+) -> fx.GraphModule:
     """Copy the computation from `inputs` to `output` into a graph of its own, for rows in the last dimension.
 
     The copy takes activations of any leading shape. Reshapes that keep rows whole are left out and dropout too (the
@@ -63,13 +71,16 @@ def capture(graph_module: fx.GraphModule, inputs: Iterable[fx.Node], output: fx.
         inputs: The projections at the region's edge.
         output: What the projection back reads.
         axis: Where the rows lie in the traced model.
+        cuts: Which nodes hold a slice of each row, made by reshapes and selections; the copy slices.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for index, node in enumerate(inputs):
         copies[node] = graph.placeholder(f"z{index}")
-    for node in _in_order(output, set(copies)):
-        if op_name(node) in _LEFT_OUT and size(node, axis) == size(node.all_input_nodes[0], axis):
+    for node in _in_order(output, set(copies), cuts):
+        if node in cuts:
+            copies[node] = _sliced(graph, copies[cuts[node].source], cuts[node])
+        elif op_name(node) in _LEFT_OUT and size(node, axis) == size(node.all_input_nodes[0], axis):
             copies[node] = copies[node.all_input_nodes[0]]
         else:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
@@ -79,14 +90,18 @@ def capture(graph_module: fx.GraphModule, inputs: Iterable[fx.Node], output: fx.
     return fx.GraphModule(graph_module, graph, class_name="Activation")
 
 
-def _in_order(output: fx.Node, stop: set[fx.Node]) -> list[fx.Node]:
+def _sliced(graph: fx.Graph, row: fx.Node, cut: Cut) -> fx.Node:
+    return graph.call_function(torch.ops.aten.slice.Tensor, (row, -1, cut.start, cut.stop, cut.step))
+
+
+def _in_order(output: fx.Node, stop: set[fx.Node], cuts: Mapping[fx.Node, Cut]) -> list[fx.Node]:
     """Return the ancestors of `output` down to `stop` (not included), each after its inputs."""
     order: dict[fx.Node, None] = {}
 
     def visit(node: fx.Node) -> None:
         if node in stop or node in order:
             return
-        for argument in node.all_input_nodes:
+        for argument in [cuts[node].source] if node in cuts else node.all_input_nodes:
             visit(argument)
         order[node] = None
 

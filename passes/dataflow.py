@@ -34,8 +34,7 @@ MOVES = {
     "masked_fill", "masked_scatter", "getitem", "constant_pad_nd", "index_copy", "scatter", "where", "split", "chunk",
     "unsafe_split", "split_with_sizes",
 }  # fmt: skip
-_SPLITS = {"chunk", "split", "split_with_sizes", "slice", "narrow", "glu", "tensor_split", "unsafe_chunk", "select",
-           "unbind"}  # fmt: skip
+_SPLITS = {"chunk", "split", "split_with_sizes", "slice", "narrow", "glu", "tensor_split", "unsafe_chunk"}
 NORMS = {"layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"}
 _ROW_REDUCTIONS = {"mean", "sum", "amax", "amin", "softmax", "_softmax", "log_softmax", "var", "std", "norm",
                    "linalg_vector_norm"}  # fmt: skip
@@ -47,13 +46,16 @@ _POINTWISE = {"silu", "gelu", "relu6", "hardswish", "mish", "softplus", "elu", "
               "hardtanh", "hardsigmoid", "log_sigmoid", "square", "rrelu", "threshold", "clamp", "clip", "where",
               "relu", "rsub", "softsign", "logsigmoid", "hardshrink", "softshrink", "tanhshrink", "zeros_like",
               "ones_like"}  # fmt: skip
+# The operator that stands in for a module that could not be traced (`moeify.tracing.stand_in`).
+UNKNOWN = "stand_in"
 # Learnt mixing: what they return is another activation than what they read. (A product of two activations is not in
 # the list: attention reads projections, and what hyper-connections multiply is the stream.)
-MIXES = {"linear", "mm", "addmm", "embedding", "embedding_bag", "multi_head_attention_forward"}
+MIXES = {"linear", "mm", "addmm", "embedding", "embedding_bag", "multi_head_attention_forward", UNKNOWN}
 # They tie the neurons of a row together, so an FFN around them cannot be split into groups of neurons.
 REDUCES = NORMS | _ROW_REDUCTIONS | CHOOSES | _ROW_MOVES
 # Sums and scalings, with the reshapes: no nonlinearity.
-LINEAR = (TRANSPARENT | _SPLITS | {"add", "sub", "neg", "rsub", "cat", "mean", "sum", "getitem", "movedim"}) - {"glu"}
+LINEAR = (TRANSPARENT | _SPLITS | {"add", "sub", "neg", "rsub", "cat", "mean", "sum", "getitem", "movedim", "select",
+           "unbind", "transpose", "permute", "t", "swapaxes"}) - {"glu"}  # fmt: skip
 
 
 def op_name(node: fx.Node) -> str:
@@ -88,7 +90,7 @@ def is_row_wise(node: fx.Node, axis: int = -1) -> bool:
     """Whether each output row is computed from the same row of the inputs."""
     name = op_name(node)
     if name == "getitem":
-        return True
+        return is_row_wise(node.all_input_nodes[0], axis)
     if name in _SPLITS | _ROW_REDUCTIONS | CHOOSES | _ROW_MOVES | {"cat"}:
         return _over(node, axis)
     if name in RESHAPES:

@@ -16,6 +16,7 @@ from torch import fx
 from moeify.passes import dataflow as flow
 from moeify.passes.activation import capture, recognise
 from moeify.passes.axes import reads_features
+from moeify.passes.cut import Cut, as_cut
 from moeify.passes.ffn import FFN, Inspection, Refusal
 from moeify.passes.projection import Projection, find_projections
 from moeify.passes.residual import End, Streams
@@ -87,7 +88,7 @@ class _Finder:
 
     def match(self, down: Projection) -> FFN:
         """Return the FFN that ends in `down`, or raise `_NoMatch`."""
-        ups, nodes = self.walk_back(down)
+        ups, nodes, cuts = self.walk_back(down)
         hidden = ups[0].in_features
         if down.out_features != hidden:
             raise _NoMatch(f"it projects back to width {down.out_features}, not {hidden}: a head", down.node)
@@ -104,7 +105,8 @@ class _Finder:
             raise _NoMatch("it projects over positions, not over features: token mixing", ups[0].node)
         self.check_private([n for u in ups for n in (u.product, u.node)] + nodes, down)
         shared_expert = self.check_residual(ups[0], down)
-        return self.describe(ups, nodes, down, kind, shared_expert)
+        region = capture(self.graph_module, [u.node for u in ups], down.source, down.axis, cuts)
+        return self.describe(ups, nodes, down, kind, region, shared_expert)
 
     def computed_weights(self) -> list[Refusal]:
         """Refuse products with a weight that is computed (a parametrization, a rescaling): nothing could replace it."""
@@ -119,10 +121,11 @@ class _Finder:
                 computed.append(Refusal(where, _stopped_at(node), node.name, where))
         return computed
 
-    def walk_back(self, down: Projection) -> tuple[list[Projection], list[fx.Node]]:
-        """Collect the row-wise region behind `down` and the projections at its edge."""
+    def walk_back(self, down: Projection) -> tuple[list[Projection], list[fx.Node], dict[fx.Node, Cut]]:
+        """Collect the row-wise region behind `down`, the projections at its edge, and where the region cuts rows."""
         ups: dict[fx.Node, Projection] = {}
         nodes: dict[fx.Node, None] = {}
+        cuts: dict[fx.Node, Cut] = {}
         pending = [down.source]
         while pending:
             node = pending.pop()
@@ -134,11 +137,16 @@ class _Finder:
             elif flow.is_row_wise(node, down.axis):
                 nodes[node] = None
                 pending.extend(node.all_input_nodes)
+            elif cut := as_cut(node, down.axis):
+                cuts[node] = cut
+                nodes |= dict.fromkeys(cut.nodes)
+                pending.append(cut.source)
             else:
                 raise _NoMatch(_stopped_at(node), node, near=bool(ups) and not self.crosses_sum(nodes))
         if not ups:
             raise _NoMatch("nothing is projected before it", down.node, near=False)
-        return sorted(ups.values(), key=lambda p: self.order[p.node]), sorted(nodes, key=self.order.__getitem__)
+        ordered = sorted(ups.values(), key=lambda p: self.order[p.node])
+        return ordered, sorted(nodes, key=self.order.__getitem__), cuts
 
     def check_one_source(self, ups: dict[fx.Node, Projection], nodes: Iterable[fx.Node]) -> None:
         """Refuse when the projections read different activations."""
@@ -197,10 +205,15 @@ class _Finder:
         return outcome.beside_experts
 
     def describe(
-        self, ups: list[Projection], nodes: list[fx.Node], down: Projection, kind: str, shared_expert: bool
+        self,
+        ups: list[Projection],
+        nodes: list[fx.Node],
+        down: Projection,
+        kind: str,
+        region: fx.GraphModule,
+        shared_expert: bool,
     ) -> FFN:
         """Name a match: its owner, its activation, and which projection is the gate."""
-        region = capture(self.graph_module, [u.node for u in ups], down.source, down.axis)
         recognised = recognise(region, [u.out_features for u in ups], down.in_features)
         return FFN(
             name=flow.innermost_module([u.node for u in ups] + [*nodes, down.node]),
@@ -222,6 +235,10 @@ def _stopped_at(node: fx.Node) -> str:
     match flow.op_name(node):
         case "linear" | "mm" | "addmm" | "matmul":
             return f"`{node.name}` multiplies by a computed weight (a parametrization? merge it first)"
+        case "getitem":
+            return _stopped_at(node.all_input_nodes[0])
+        case flow.UNKNOWN:
+            return "behind it stands a module that could not be traced"
         case "batch_norm":
             return f"`{node.name}` normalises over positions in training"
         case name:

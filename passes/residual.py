@@ -21,6 +21,8 @@ _NEAR, _FAR = 96, 600  # nodes that a search may visit; blocks have tens
 _SUMS = {"add", "sub", "rsub"}
 _FORWARD = flow.TRANSPARENT | flow.MOVES | flow.NORMS | {"mul", "div", "neg", "sum", "mean", "addcmul", "lerp"}
 _ROUTING = {"topk", "argmax", "sort", "argsort", "one_hot", "multinomial"}
+# What was not traced may hold a router: where it chooses or weighs rows, it counts as one.
+_MAY_ROUTE = _ROUTING | {flow.UNKNOWN}
 _READS = {"index", "index_select", "gather"}
 _WEIGHS = {"mul", "index_put", "index_add", "scatter", "scatter_add", "where"}
 
@@ -61,7 +63,7 @@ class Streams:
         while pending and len(seen) < _NEAR:
             for user in flow.data_users(pending.popleft()):
                 others = [n for n in user.all_input_nodes if n not in seen and not flow.is_static(n, self.static)]
-                if flow.op_name(user) in _WEIGHS and self.any_routed(others, stream):
+                if flow.op_name(user) in _WEIGHS and self.any_routed(others, stream, _MAY_ROUTE):
                     return Outcome(End.ROUTED)
                 if flow.op_name(user) in _SUMS and any(self.meets(n, stream) for n in others):
                     return Outcome(End.JOINS, beside or self.any_routed(others, stream))
@@ -105,11 +107,13 @@ class Streams:
         for node in self.behind(source):
             if flow.op_name(node) in _SUMS:
                 return False  # beyond it lies the stream, which other MoE layers may have written
-            if flow.op_name(node) in _READS and self.any_routed(node.all_input_nodes[1:], ()):
+            if flow.op_name(node) in _READS and self.any_routed(node.all_input_nodes[1:], (), _MAY_ROUTE):
                 return True
         return False
 
-    def any_routed(self, nodes: Iterable[fx.Node], stream: Collection[fx.Node]) -> bool:
+    def any_routed(
+        self, nodes: Iterable[fx.Node], stream: Collection[fx.Node], signs: Collection[str] = frozenset(_ROUTING)
+    ) -> bool:
         """Whether a choice of experts stands behind one of `nodes`, this side of the stream."""
         seen: set[fx.Node] = set()
         pending = deque(nodes)
@@ -118,7 +122,7 @@ class Streams:
             if node in seen or node in stream:
                 continue
             seen.add(node)
-            if flow.op_name(node) in _ROUTING:
+            if flow.op_name(node) in signs:
                 return True
             pending.extend(node.all_input_nodes)
         return False

@@ -61,6 +61,8 @@ def _join(path: str, inside: str) -> str:
 def inline_blocks(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Put the bodies of `with torch.no_grad()` and `with autocast` blocks where they are called, for analysis."""
     graph = graph_module.graph
+    if not any(_block_position(node) is not None for node in graph.nodes):
+        return graph_module  # most models: compiling a graph anew takes long
     while calls := [node for node in graph.nodes if _block_position(node) is not None]:
         for call in calls:
             position = _block_position(call) or 0

@@ -58,7 +58,7 @@ def candidate_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
 def part_inputs(module: nn.Module) -> Iterator[dict[str, Any]]:
     """Yield keyword arguments that a part of a model may accept: activations as wide as its first weight reads.
 
-    Other arguments that its forward requires get None.
+    Other arguments that its forward requires get None, or else the activation too.
     """
     if hasattr(module, "main_input_name") and hasattr(module, "config"):
         with suppress(MoeifyError):
@@ -72,6 +72,9 @@ def part_inputs(module: nn.Module) -> Iterator[dict[str, Any]]:
     if required:
         for shape in shapes:
             yield {**dict.fromkeys(required), required[0]: torch.zeros(shape, device="meta")}
+    if len(required) > 1:
+        for shape in shapes:
+            yield dict.fromkeys(required, torch.zeros(shape, device="meta"))
 
 
 def _tensors(name: str, config: Any) -> Iterator[torch.Tensor]:

@@ -10,10 +10,12 @@ reach, does not lose the model.
 from __future__ import annotations
 
 import copy
+import gc
+import io
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +29,10 @@ from torch.utils import _pytree as pytree
 from moeify.errors import MoeifyError
 from moeify.tracing.graphs import Part, inline_blocks, union
 from moeify.tracing.inputs import ADVICE, candidate_inputs, part_inputs
+from moeify.tracing.stand_in import RESULTS, standing_in
 
 Inputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor
+Result = Callable[[torch.Tensor], object]
 
 UNTRACED = "untraced"
 _LIMITS = ("DataDependent", "Unsupported", "DynamicOutputShape", "Data dependent", "data-dependent", "is_meta")
@@ -111,17 +115,19 @@ class _Parts:
         found: Graphs with their paths.
         failed: Reasons by path, for modules of which no part was traced whole.
         hopeless: Forms (path without numbers, class) that failed before: their siblings fail too.
+        results: What stand-ins inside a module of a form may return.
     """
 
     found: list[Part] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     hopeless: set[tuple[str, type]] = field(default_factory=set)
+    results: dict[tuple[str, type], Sequence[Result]] = field(default_factory=dict)
 
     def collect(self, module: nn.Module, path: str) -> None:
         """Trace a module, or else its parts."""
-        if sum(p.dim() > 1 for p in module.parameters()) < 2:
+        if _matrices(module) < 2:
             return  # an FFN has two matrices
-        form = (re.sub(r"\d+", "#", path), type(module))
+        form = _form(module, path)
         if form not in self.hopeless and not isinstance(module, nn.ModuleList | nn.ModuleDict):
             graph_module, failure = _first_that_traces(module, part_inputs(module))
             if graph_module is not None:
@@ -130,7 +136,28 @@ class _Parts:
                 return
             self.hopeless.add(form)
             self.failed[path] = str(failure)
+        before = len(self.found)
         self.collect_children(module, path)
+        self.collect_around(module, path, before)
+
+    def collect_around(self, module: nn.Module, path: str, before: int) -> None:
+        """Trace a module with stand-ins for its children that do not trace; its parts since `before` lie in it."""
+        children = {name: child for name, child in module.named_children() if _matrices(child)}
+        opaque = [child for name, child in children.items() if _form(child, _join(path, name)) in self.hopeless]
+        form = _form(module, path)
+        results = self.results.get(form, RESULTS)
+        if not opaque or _matrices(module) - sum(map(_matrices, opaque)) < 2 or isinstance(module, nn.ModuleList):
+            return
+        self.results[form] = ()
+        for result in results:
+            with standing_in(opaque, result):
+                graph_module, _ = _first_that_traces(module, part_inputs(module))
+            if graph_module is not None:
+                self.results[form] = (result,)
+                outside = set(_untouched(module, graph_module))
+                self.found[before:] = [part for part in self.found[before:] if _relative(part[0], path) & outside]
+                self.found.append((path, graph_module))
+                return
 
     def collect_untouched(self, module: nn.Module, path: str, graph_module: fx.GraphModule) -> None:
         """Trace the modules inside a traced one that its inputs did not reach."""
@@ -141,6 +168,20 @@ class _Parts:
         """Trace the modules inside a module that does not trace itself."""
         for name, child in module.named_children():
             self.collect(child, _join(path, name))
+
+
+def _form(module: nn.Module, path: str) -> tuple[str, type]:
+    return re.sub(r"\d+", "#", path), type(module)
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(p.dim() > 1 for p in module.parameters())
+
+
+def _relative(path: str, outer: str) -> set[str]:
+    """Return the paths of a module and of those around it, as far as they lie in the module at `outer`."""
+    inside = path[len(outer) :].lstrip(".").split(".")
+    return {".".join(inside[:end]) for end in range(1, len(inside) + 1)}
 
 
 def _join(path: str, name: str) -> str:
@@ -214,16 +255,21 @@ def _export_with(
     mode: AbstractContextManager[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> fx.GraphModule:
     fast_path, traces = torch.backends.mha.get_fastpath_enabled(), fx_config.do_not_emit_stack_traces
+    collects = gc.isenabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoderLayer's fused operator hides its FFN
     fx_config.do_not_emit_stack_traces = True  # nobody reads them here, and they are a third of the time
+    gc.disable()  # a quarter of the time goes into looking for garbage among nodes that live on
     try:
-        with warnings.catch_warnings(), mode:
+        # Where it fails, torch.export prints the graph so far.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), mode:
             warnings.simplefilter("ignore")
             program = torch.export.export(module, args, kwargs, strict=False)
             return inline_blocks(program.module(check_guards=False))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         fx_config.do_not_emit_stack_traces = traces
+        if collects:
+            gc.enable()
 
 
 def _is_limit(failure: MoeifyError) -> bool:

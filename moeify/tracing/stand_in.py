@@ -1,0 +1,57 @@
+"""Stand-ins for modules that do not trace, so that the module around them does.
+
+What a stand-in returns is a guess: a value of the shape of the first activation that it gets, made by an operator of
+its own (`moeify::stand_in`). The passes take that operator for learnt mixing that may hold a router, so a guess can
+hide an FFN but not make one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+# What modules return that hold an attention. Tuples first: code that wants a tensor fails on a tuple, but code that
+# wants a tuple may take a tensor apart.
+RESULTS: tuple[Callable[[Tensor], object], ...] = (
+    lambda x: (x, None),
+    lambda x: (x,),
+    lambda x: x,
+    lambda x: (x, None, None),
+)
+
+
+@contextmanager
+def standing_in(modules: Iterable[nn.Module], result: Callable[[Tensor], object]) -> Iterator[None]:
+    """Let modules return `result` of a value that nothing is known of but its shape."""
+
+    def forward(*args: Any, **kwargs: Any) -> object:
+        leaves = pytree.tree_leaves((args, kwargs))
+        first = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        return result(_operator()(first))
+
+    replaced = [(module, vars(module).get("forward")) for module in modules]
+    for module, _ in replaced:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in replaced:
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+
+@cache
+def _operator() -> Callable[[Tensor], Tensor]:
+    @torch.library.custom_op("moeify::stand_in", mutates_args=())
+    def stand_in(x: Tensor) -> Tensor:
+        return x.clone()
+
+    stand_in.register_fake(torch.empty_like)
+    return stand_in
