@@ -139,10 +139,8 @@ def examine(model_type: str) -> Row:
 def build(model_type: str, task: str, changes: dict[str, Any]) -> nn.Module:
     """Build a small model on the meta device: default widths, two layers."""
     config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
-    top = {name: _configuration(value) for name, value in changes.items() if "." not in name}
+    top = {name: value for name, value in changes.items() if "." not in name}
     config = config_class(**top)
-    for name in [name for name, value in top.items() if isinstance(value, transformers.PreTrainedConfig)]:
-        setattr(config, name, top[name])  # some classes make a dictionary of it
     _cut(config, set())
     for path, value in changes.items():
         *holders, name = path.split(".")
@@ -158,12 +156,6 @@ def build(model_type: str, task: str, changes: dict[str, Any]) -> nn.Module:
             name = names[model_type]
             model = getattr(transformers, name if isinstance(name, str) else name[0])(config)
     return model
-
-
-def _configuration(value: Any) -> Any:
-    """Return a configuration for a dictionary that names a model type, and anything else as it is."""
-    named = isinstance(value, dict) and "model_type" in value
-    return transformers.AutoConfig.for_model(**value) if named else value
 
 
 def _cut(config: Any, seen: set[int]) -> None:
