@@ -255,8 +255,8 @@ class MoEConfig:
         """DeepSeek-V3 (arXiv:2412.19437): sigmoid scores, a selection bias instead of a strong loss.
 
         4 of 8 groups, weights scaled by 2.5, bias rate 1e-3 (the paper: 0 for the last 3% of training), sequence loss
-        1e-4. The scale belongs to training from scratch next to a shared expert: give `routed_scale=1.0` to convert a
-        dense model exactly. With few experts, give `groups=1, groups_kept=1`.
+        1e-4. The scale belongs to training from scratch next to a shared expert (`shared_experts=1`): give
+        `routed_scale=1.0` to convert a dense model exactly. With few experts, give `groups=1, groups_kept=1`.
         """
         paper = {"top_k": top_k, "router": "sigmoid", "aux_loss": 1e-4, "balance": "deepseek", "bias_rate": 1e-3}
         return cls._preset(experts, paper, {"groups": 8, "groups_kept": 4, "routed_scale": 2.5}, changes)

@@ -52,7 +52,7 @@ def attach_bias_update(model: nn.Module, optimizer: Optimizer) -> RemovableHandl
 
     Args:
         model: A converted model.
-        optimizer: The one that steps once per global batch (under accelerate, the optimizer inside the wrapper).
+        optimizer: The one that steps once per global batch, as it is or as accelerate wrapped it.
 
     Returns:
         A handle whose `remove()` undoes it.
@@ -66,7 +66,8 @@ def attach_bias_update(model: nn.Module, optimizer: Optimizer) -> RemovableHandl
     def update(*_: Any) -> None:
         update_selection_bias(model)
 
-    return optimizer.register_step_post_hook(update)
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own
+    return inner.register_step_post_hook(update)
 
 
 def _biased(model: nn.Module) -> list[MoELayer]:

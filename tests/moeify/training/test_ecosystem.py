@@ -164,3 +164,17 @@ def test_routers_inside_wrappers_of_peft(way: dict[str, Any]) -> None:
     buffers = [b for name, b in wrapped.named_buffers() if name.endswith("selection_bias")]
     assert buffers and all(bias.any() for bias in buffers)
     assert moeify.routing_stats(wrapped)
+
+
+def test_the_optimizer_that_accelerate_wrapped_moves_the_bias() -> None:
+    accelerate: Any = import_module("accelerate")
+    model: Any = tiny.build("llama")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    moeify.convert(model, replace(CONFIGS["deepseek_v3"], shared_experts=1), optimizer=optimizer)
+    moeify.attach_bias_update(model.train(), optimizer)
+    ids = torch.arange(60).reshape(4, 15) % tiny.VOCABULARY
+    accelerator.backward(model(input_ids=ids, labels=ids).loss)
+    optimizer.step()
+    assert all(layer.router.selection_bias.any() for layer in model.modules() if isinstance(layer, SparseMoE))
+    assert model.model.layers[0].mlp.shared_expert.down_proj.grad.any()
