@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from torch import fx, nn
 from torch.optim import Optimizer
@@ -15,6 +14,7 @@ from moeify.layers.batch import connect
 from moeify.layers.build import build_layer, start_layer
 from moeify.passes.activation import bind
 from moeify.plan import Plan, Site
+from moeify.planning.live import check_plain, check_replaceable
 from moeify.planning.make import Survey, make_plan, survey
 from moeify.planning.weights import dense_ffn, held
 from moeify.tracing.trace import UNTRACED, Inputs, meta_twin, trace
@@ -52,6 +52,7 @@ def convert(
         MoeifyError: the model cannot be traced.
         ConfigError: the selection matches nothing.
     """
+    check_plain(model)
     found = survey(trace(model, example_inputs))
     plan = make_plan(model, found, config, layers)
     check_replaceable(model, plan)
@@ -67,8 +68,8 @@ def convert(
 def remember_plan(model: nn.Module, plan: Plan) -> None:
     """Write a plan into a transformers model's config, so that `save_pretrained` makes a moeify checkpoint."""
     if hasattr(getattr(model, "config", None), "to_json_string"):
-        config: Any = model.config
-        config.quantization_config = {"quant_method": "moeify", "plan": plan.to_dict()}
+        for name, value in plan.config_entries.items():
+            setattr(model.config, name, value)
 
 
 def apply_plan(model: nn.Module, plan: Plan, regions: Regions, *, fill: bool = True) -> nn.Module:
@@ -85,42 +86,24 @@ def apply_plan(model: nn.Module, plan: Plan, regions: Regions, *, fill: bool = T
         dense = model.get_parameter(site.down.parameter)
         region = bind(regions[site.parameters], partial(held, model)) if site.activation == "custom" else None
         layer = build_layer(site, plan.config, region, dense)
+        layer.requires_grad_(any(model.get_parameter(name).requires_grad for name in site.parameters))
+        layer.router.requires_grad_(True)  # nobody froze what was not there
         layer.train(model.get_submodule(site.path).training)
         if fill:
             start_layer(layer, site, dense_ffn(site, model.get_parameter))
-        model.set_submodule(site.path, layer)
-        for path in site.through:
+        for path in _paths_to(model, site.path):
+            model.set_submodule(path, layer)
+        for path in [alias for through in site.through for alias in _paths_to(model, through)]:
             model.set_submodule(path, nn.Identity())
         made[site.path] = layer
     connect(model, made)
     return model
 
 
-def check_replaceable(model: nn.Module, plan: Plan) -> None:
-    """Refuse, with names, what a replacement would silently lose: hooks, shared parameters.
-
-    Raises:
-        RefusedError: one of them is in the way.
-    """
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for site in plan.sites:
-        for path in (site.path, *site.through):
-            for inner in model.get_submodule(path).modules():
-                if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks:
-                    raise RefusedError(f"{path} has hooks, which would be lost: remove them, convert, register again")
-        if isinstance(model.get_submodule(site.path.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            raise RefusedError(f"{site.path}: its layer's fused fast path reads its weights; convert the graph instead")
-        for dense in site.parameters:
-            tied = [n for n in names[id(model.get_parameter(dense))] if not _beside(n, site)]
-            if tied:
-                raise RefusedError(f"{dense} is tied to {tied[0]}: converting it would tear the tie apart")
-
-
-def _beside(name: str, site: Site) -> bool:
-    """Whether a parameter's name lies in what a site replaces."""
-    return any(name.startswith(f"{path}.") for path in (site.path, *site.through))
+def _paths_to(model: nn.Module, path: str) -> list[str]:
+    """Every path of a module: layers may share it."""
+    module = model.get_submodule(path)
+    return [other for other, found in model.named_modules(remove_duplicate=False) if found is module]
 
 
 def rehearse(model: nn.Module, plan: Plan, found: Survey, example_inputs: Inputs | None) -> None:

@@ -7,6 +7,7 @@ The three appliers (in place, on a graph, from checkpoint to checkpoint) do what
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -123,6 +124,25 @@ class Plan:
     sites: tuple[Site, ...]
     target: str = "moeify"
 
+    def renamed(self, rename: Callable[[str], str | None]) -> Plan:
+        """Return the plan under other names, without the sites that have none.
+
+        Args:
+            rename: Takes a module's or parameter's name; returns its name, or None if it is not there.
+        """
+        sites = (_renamed(site, rename) for site in self.sites if rename(site.path) is not None)
+        return replace(self, sites=tuple(sites))
+
+    @property
+    def config_entries(self) -> dict[str, Any]:
+        """What a transformers `config.json` says of a converted model.
+
+        A transformers that `moeify.register()` was not called for only warns of the first entry, loads half a model and
+        draws the rest at random; the second entry stops it.
+        """
+        entry = {"quant_method": "moeify", "plan": self.to_dict()}
+        return {"quantization_config": entry, "experts_implementation": "moeify"}
+
     def with_target(self, target: str) -> Plan:
         """Return the same plan for another checkpoint format."""
         return replace(self, target=target)
@@ -175,3 +195,20 @@ def _site(data: dict[str, Any]) -> Site:
     learned = tuple((dense, own) for dense, own in data["learned"])
     down, through = Rows(**data["down"]), tuple(data["through"])
     return Site(**{**data, "ups": ups, "down": down, "through": through, "learned": learned})
+
+
+def _renamed(site: Site, rename: Callable[[str], str | None]) -> Site:
+    def name(old: str) -> str:
+        return rename(old) or old
+
+    def rows(of: Rows) -> Rows:
+        return replace(of, parameter=name(of.parameter), bias=of.bias and name(of.bias))
+
+    return replace(
+        site,
+        path=name(site.path),
+        through=tuple(name(path) for path in site.through),
+        ups=tuple(rows(up) for up in site.ups),
+        down=rows(site.down),
+        learned=tuple((name(dense), own) for dense, own in site.learned),
+    )

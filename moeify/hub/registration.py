@@ -2,8 +2,8 @@
 
 transformers lets a checkpoint's `quantization_config` name a class that rebuilds the model before weights are loaded.
 That is what a converted model needs, so the moeify format uses it: the config holds the plan, and this module puts the
-`SparseMoE` layers in place on the meta device. A program that does not know moeify stops with "unknown quantization
-method" instead of loading half a model.
+`SparseMoE` layers in place on the meta device. The config also asks for the experts implementation "moeify", because
+of an unknown quantization method transformers only warns: without `register` it stops, instead of loading half a model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moeify.errors import CheckpointError
 from moeify.hub.stock_experts import offer_stock_experts
 from moeify.inplace import apply_plan, remember_plan
 from moeify.plan import Plan
@@ -42,7 +43,7 @@ class MoeifyLoader(HfQuantizer):
     quantization_config: MoeifyFormat
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        plan = Plan.from_dict(self.quantization_config.plan)
+        plan = self.plan_for(model)
         custom = any(site.activation == "custom" for site in plan.sites)
         regions = survey(trace(model)).regions if custom else {}
         if plan.config.router == "sigmoid":
@@ -52,10 +53,29 @@ class MoeifyLoader(HfQuantizer):
 
     def postprocess_model(self, model: nn.Module, **_: Any) -> nn.Module:
         """Leave an ordinary model that trains and saves, with the plan in its config."""
+        plan = self.plan_for(model)
         untyped: Any = self
         untyped.remove_quantization_config(model)
-        remember_plan(model, Plan.from_dict(self.quantization_config.plan))
+        remember_plan(model, plan)
         return model
+
+    def plan_for(self, model: nn.Module) -> Plan:
+        """Return the plan in the names of the model that is loaded, which may have a head where the saved one had none.
+
+        Raises:
+            CheckpointError: the model has none of the FFNs that were converted.
+        """
+        saved = Plan.from_dict(self.quantization_config.plan)
+        names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+        def rename(name: str) -> str | None:
+            return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), None)
+
+        plan = saved.renamed(rename)
+        if not plan.sites:
+            raise CheckpointError(f"{type(model).__name__} has no {saved.sites[0].path}: the checkpoint is not its own")
+        return plan
 
     def is_serializable(self) -> bool:
         """Saving is transformers' own."""

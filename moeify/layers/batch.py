@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _NAMES = ("input_ids", "attention_mask")
@@ -34,24 +35,35 @@ class Batch:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.token_ids, self.mask = given.get("input_ids"), given.get("attention_mask")
 
+    def forget(self, *_: Any) -> None:
+        """Drop the arguments of an export when it is over: they are fake tensors of that export. A forward hook."""
+        if torch.compiler.is_exporting():
+            self.token_ids = self.mask = None
+
     def tokens(
         self, x: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the mask (T,) bool and the token ids (T,) for activations (B, L, H), each None where it does not fit.
 
-        While a cache is in use the mask covers earlier positions too: the last L are taken.
+        While a cache is in use the mask covers earlier positions too: the last L are taken. A tower for images in the
+        same model has another L.
 
         Args:
             x: (B, L, H).
             token_ids: (B, L), where the caller hands them over, as a graph does.
             mask: (B, at least L), likewise; 0 for padding.
         """
-        mask = _last(self.mask if mask is None else mask, x)
-        token_ids = _last(self.token_ids if token_ids is None else token_ids, x)
+        token_ids = _fitting(self.token_ids if token_ids is None else token_ids, x)
+        mask = self.mask if mask is None else mask
+        mask = _fitting(mask, x) if token_ids is None else _last(mask, x)
         return None if mask is None else mask.reshape(-1) != 0, None if token_ids is None else token_ids.reshape(-1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"names": self.names, "token_ids": None, "mask": None}
+
+
+def _fitting(values: Tensor | None, x: Tensor) -> Tensor | None:
+    return _last(values, x) if isinstance(values, Tensor) and values.shape == x.shape[:-1] else None
 
 
 def _last(values: Tensor | None, x: Tensor) -> Tensor | None:
@@ -84,6 +96,7 @@ def connect(model: nn.Module, layers: Mapping[str, Any]) -> None:
             module = model.get_submodule(owner)
             owners[owner] = Batch(tuple(inspect.signature(module.forward).parameters))
             module.register_forward_pre_hook(owners[owner], with_kwargs=True)
+            module.register_forward_hook(owners[owner].forget)
         layer.batch = owners[owner]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -15,7 +15,7 @@ from moeify.passes.find_ffn import FFN, FindFFN, Inspection
 from moeify.passes.projection import Projection
 from moeify.plan import Plan, Rows, Site
 from moeify.planning.placement import Placement, Places
-from moeify.planning.selection import select_layers
+from moeify.planning.selection import is_pattern, select_layers
 from moeify.tracing.trace import Inputs, trace
 
 
@@ -75,7 +75,7 @@ def make_plan(
     model_type = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     if not ffns:
         raise RefusedError(_nothing_found(model_type, found.inspection))
-    chosen = [ffns[i] for i in select_layers(layers, [ffn.name for ffn in ffns])]
+    chosen = select_ffns(layers, ffns)
     _refuse_buffers(model, chosen)
     places = Places(found.graph_module)
     place = places.place if in_place else places.place_in_graph
@@ -92,6 +92,23 @@ def _check_shards(site: Site, granularity: int) -> None:
         raise RefusedError(f"{site.path}: its activation has no name, so it cannot be cut: use granularity 1")
     if site.intermediate % granularity:
         raise RefusedError(f"{site.path}: its width {site.intermediate} does not divide into {granularity} shards")
+
+
+def select_ffns(spec: str, ffns: Sequence[FFN]) -> list[FFN]:
+    """Return the FFNs that a selection names; shared experts of an MoE only where a regular expression names them.
+
+    Raises:
+        RefusedError: all there is are shared experts.
+        ConfigError: the selection is malformed or matches nothing.
+    """
+    dense = [ffn for ffn in ffns if not ffn.shared_expert]
+    if spec == "all" and not dense:
+        raise RefusedError(
+            f"the only dense FFNs are {len(ffns)} shared experts of an MoE ({ffns[0].name}, ...): "
+            "name them by a regular expression to convert them"
+        )
+    offered = ffns if is_pattern(spec) else dense
+    return [offered[i] for i in select_layers(spec, [ffn.name for ffn in offered])]
 
 
 def _nothing_found(model_type: str, inspection: Inspection) -> str:

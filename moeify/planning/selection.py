@@ -24,21 +24,28 @@ def select_layers(spec: str, paths: Sequence[str]) -> list[int]:
     """
     count = len(paths)
     word, _, number = spec.partition(":")
-    if spec == "all":
-        chosen = list(range(count))
-    elif word in {"every", "last", "first"} and number:
-        chosen = _counted(word, _positive(spec, number), count)
-    elif _NUMBERS.fullmatch(spec):
-        chosen = _listed(spec, count)
-    else:
+    if is_pattern(spec):
         try:
             chosen = [i for i, path in enumerate(paths) if re.search(spec, path)]
         except re.error as error:
             raise ConfigError(f"layers {spec!r} is not a selection and not a regular expression: {error}") from error
+    elif spec == "all":
+        chosen = list(range(count))
+    elif number:
+        chosen = _counted(word, _positive(spec, number), count)
+    else:
+        chosen = _listed(spec, count)
     if not chosen:
         example = f"{paths[0]} … {paths[-1]}" if paths else "none"
         raise ConfigError(f"layers {spec!r} selects none of the {count} FFNs ({example})")
     return chosen
+
+
+def is_pattern(spec: str) -> bool:
+    """Whether a selection is a regular expression."""
+    word, _, number = spec.partition(":")
+    counted = word in {"every", "last", "first"} and number
+    return not (spec == "all" or counted or _NUMBERS.fullmatch(spec))
 
 
 def _counted(word: str, number: int, count: int) -> list[int]:

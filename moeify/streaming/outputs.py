@@ -39,9 +39,12 @@ def output_tensors(source: Source, plan: Plan, dtype: str | None, unused: Callab
     maker = _Maker(source, names.of, plan, dtype)
     site_of = {parameter: site for site in plan.sites for parameter in site.parameters}
     site_of |= {dense: site for site in plan.sites for dense, _ in site.learned}
+    replaced = tuple(f"{path}." for site in plan.sites for path in (site.path, *site.through))
     done: set[str] = set()
     for name in names.of:
         site = site_of.get(name)
+        if site is None and name.startswith(replaced):
+            continue  # what the dense module held besides and never read goes with it, as it does in place
         if site is None:
             yield maker.copied(names.of[name], name)
         elif site.path not in done:

@@ -22,6 +22,7 @@ from moeify.errors import ConfigError
 from moeify.families.native import native_config
 from moeify.families.table import FAMILIES, MOEIFY, choose_target
 from moeify.plan import Plan
+from moeify.planning.live import check_plain
 from moeify.planning.make import make_plan, survey
 from moeify.streaming.outputs import output_tensors
 from moeify.tracing.skeleton import build_on_meta, full_config, stored_names
@@ -71,6 +72,7 @@ def plan_checkpoint(
         MoeifyError: nothing to convert, or the target would not be exact.
     """
     model = build_on_meta(source.config)
+    check_plain(model)
     plan = make_plan(model, survey(trace(model, example_inputs)), config, layers)
     return plan.with_target(choose_target(plan, full_config(source.config), target))
 
@@ -148,8 +150,7 @@ def output_config(source: Source, plan: Plan, dtype: str) -> dict[str, Any]:
     torch_name = str(torch_dtype(dtype)).removeprefix("torch.")
     if plan.target != MOEIFY:
         return native_config(FAMILIES[plan.target], plan, full_config(source.config), torch_name)
-    plan_entry = {"quant_method": MOEIFY, "plan": plan.to_dict()}
-    return {**source.config, "dtype": torch_name, "quantization_config": plan_entry}
+    return {**source.config, "dtype": torch_name, **plan.config_entries}
 
 
 def _stored_dtype(source: Source, plan: Plan) -> str:

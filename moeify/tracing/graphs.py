@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 Part = tuple[str, fx.GraphModule]
 
@@ -56,6 +56,23 @@ def _name_from_the_root(node: fx.Node, path: str) -> None:
 
 def _join(path: str, inside: str) -> str:
     return ".".join(part for part in (path, inside) if part)
+
+
+def name_by_first_path(graph_module: fx.GraphModule, model: nn.Module) -> None:
+    """Let nodes of a module that a model holds under several paths all name the first, as its parameters do."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        known = first.setdefault(id(module), path)
+        if known != path:
+            aliases[path] = known
+    for node in graph_module.graph.nodes if aliases else ():
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            paths = {key: (path.partition("@"), kind) for key, (path, kind) in stack.items()}
+            node.meta["nn_module_stack"] = {
+                key: (aliases.get(path, path) + at + call, kind) for key, ((path, at, call), kind) in paths.items()
+            }
 
 
 def inline_blocks(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from moeify.errors import MoeifyError
-from moeify.tracing.graphs import Part, inline_blocks, union
+from moeify.tracing.graphs import Part, inline_blocks, name_by_first_path, union
 from moeify.tracing.inputs import ADVICE, candidate_inputs, part_inputs
 from moeify.tracing.stand_in import RESULTS, standing_in
 
@@ -73,6 +74,7 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> fx.GraphMod
     else:
         parts.collect_untouched(twin, "", graph_module)
         graph_module = union([("", graph_module), *parts.found]) if parts.found else graph_module
+    name_by_first_path(graph_module, twin)
     graph_module.meta[UNTRACED] = parts.failed
     return graph_module
 
@@ -260,9 +262,7 @@ def _export_with(
     fx_config.do_not_emit_stack_traces = True  # nobody reads them here, and they are a third of the time
     gc.disable()  # a quarter of the time goes into looking for garbage among nodes that live on
     try:
-        # Where it fails, torch.export prints the graph so far.
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), mode:
-            warnings.simplefilter("ignore")
+        with _quietly(), mode:
             program = torch.export.export(module, args, kwargs, strict=False)
             return inline_blocks(program.module(check_guards=False))
     finally:
@@ -270,6 +270,19 @@ def _export_with(
         fx_config.do_not_emit_stack_traces = traces
         if collects:
             gc.enable()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep to itself what torch.export warns of, logs and prints when it fails: the reason is in what it raises."""
+    disabled = logging.root.manager.disable
+    logging.disable()
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _is_limit(failure: MoeifyError) -> bool:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import moeify
 from moeify.config import MoEConfig
 from moeify.layers import SparseMoE
+from moeify.layers.batch import Batch
 from tests.moeify import tiny
 
 IDS = torch.arange(40).reshape(4, 10) % tiny.VOCABULARY
@@ -63,3 +65,15 @@ def test_hash_routing_in_a_model_follows_the_token_ids_with_a_cache_too() -> Non
     assert record is not None
     assert record.routing.expert_ids_TK[:, 0].equal(router.table[IDS.flatten()])
     assert router.table.bincount(minlength=5).tolist() == [21, 20, 20, 20, 20]
+
+
+def test_a_tower_of_another_length_is_told_nothing_and_an_export_leaves_nothing() -> None:
+    batch = Batch(("input_ids",))
+    batch(nn.Identity(), (IDS,), {"attention_mask": MASK})
+    assert batch.tokens(torch.zeros(4, 1, 8)) == (None, None)
+    assert batch.tokens(torch.zeros(4, 7, 8)) == (None, None)
+    mask, ids = batch.tokens(torch.zeros(4, 10, 8))
+    assert mask is not None and ids is not None and mask.equal(MASK.flatten().bool()) and ids.equal(IDS.flatten())
+    model, layers = converted("llama", MoEConfig(5, 2))
+    torch.export.export(model, (), {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}, strict=False)
+    assert all(layer.batch.mask is None and layer.batch.token_ids is None for layer in layers)

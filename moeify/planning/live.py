@@ -1,0 +1,122 @@
+"""What in a live model a replacement would silently lose or break: refused, with names, before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.errors import RefusedError
+from moeify.layers import MoELayer
+from moeify.plan import Plan, Site
+
+# Whoever holds parameters or compiled code of the model inside would go on using the dense FFNs.
+_WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+          "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
+_WEIGHTS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuse a model that is wrapped, converted already, quantised or offloaded; it need not be traced for that.
+
+    Raises:
+        RefusedError: it is.
+    """
+    for path, module in model.named_modules():
+        where = path or type(model).__name__
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        wrapper = next((name for name in _WRAPPERS if name in kinds), None)
+        if wrapper:
+            raise RefusedError(f"{where} is wrapped ({wrapper}): convert the model inside, then wrap it")
+        if isinstance(module, MoELayer):
+            raise RefusedError(f"{where} is converted already: convert the dense model, with all layers at once")
+        if hasattr(module, "_hf_hook"):
+            raise RefusedError(
+                f"{where} is moved between devices by accelerate: load the model without offloading and convert it then"
+            )
+    method = _quantised(getattr(model, "config", None))
+    if method:
+        raise RefusedError(f"the model is quantised ({method}): convert it unquantised, then quantise")
+
+
+def _quantised(config: Any) -> str | None:
+    """The method by which a transformers model is quantised, if it is."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    found = (getattr(holder, "quantization_config", None) for holder in (config, text))
+    entry: Any = next((entry for entry in found if entry), None)
+    if entry is None:
+        return None
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def check_replaceable(model: nn.Module, plan: Plan) -> None:
+    """Refuse hooks, shared parameters, and weights that are not one plain floating-point dtype.
+
+    Raises:
+        RefusedError: one of them is in the way.
+    """
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():  # each module once, under the path that its parameters are named by
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(_memory(parameter), []).append(f"{path}.{leaf}" if path else leaf)
+    empty = all(parameter.is_meta for parameter in model.parameters())
+    used: dict[str, str] = {}
+    for site in plan.sites:
+        _check_around(model, site)
+        _check_weights(model, site, empty)
+        inside = [dense for dense, _ in site.learned if isinstance(_held(model, dense), nn.Parameter)]
+        for dense in (*site.parameters, *inside):
+            names = holders[_memory(model.get_parameter(dense))]
+            other = used.get(dense) or next((name for name in names if not _beside(name, site)), None)
+            if other and (dense in site.parameters or other != dense):
+                raise RefusedError(f"{dense} is tied to {other}: converting it would tear the tie apart")
+            used[dense] = f"what {site.path} computes"
+
+
+def _memory(parameter: Tensor) -> int:
+    """What tells whether two parameters are one: where their values lie, or which object they are if they have none."""
+    return parameter.data_ptr() if type(parameter.data) is Tensor and parameter.data_ptr() else id(parameter)
+
+
+def _held(model: nn.Module, name: str) -> Any:
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf)
+
+
+def _check_around(model: nn.Module, site: Site) -> None:
+    for path in (site.path, *site.through):
+        for inner in model.get_submodule(path).modules():
+            if any(getattr(inner, hooks) for hooks in _HOOKS):
+                raise RefusedError(f"{path} has hooks, which would be lost: remove them, convert, register again")
+    if isinstance(model.get_submodule(site.path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        raise RefusedError(f"{site.path}: its layer's fused fast path reads its weights; convert the graph instead")
+    for name in site.parameters:
+        parameter: Any = model.get_parameter(name)
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise RefusedError(f"{name} has hooks, which would be lost: remove them, convert, register again")
+
+
+def _check_weights(model: nn.Module, site: Site, empty: bool) -> None:
+    weights = {name: model.get_parameter(name) for name in site.parameters}
+    for name, weight in weights.items():
+        if type(weight.data) is not Tensor:
+            kind = type(weight.data).__name__
+            raise RefusedError(f"{name} is a {kind}: convert the model before it is sharded or quantised")
+        if weight.dtype not in _WEIGHTS:
+            raise RefusedError(f"{name} holds {weight.dtype}: convert the model unquantised, then quantise")
+        if weight.is_meta and not empty:
+            raise RefusedError(f"{name} has no values (it is on the meta device): load the whole model, then convert")
+    (first, one), *others = weights.items()
+    for name, weight in others:
+        if weight.dtype != one.dtype or weight.device != one.device:
+            pair = f"{one.dtype} on {one.device} and {name} {weight.dtype} on {weight.device}"
+            raise RefusedError(f"{first} is {pair}: bring them to one dtype and device (`model.to`), then convert")
+
+
+def _beside(name: str, site: Site) -> bool:
+    """Whether a parameter's name lies in what a site replaces."""
+    return any(name.startswith(f"{path}.") for path in (site.path, *site.through))
