@@ -82,8 +82,8 @@ def isolated(model_type: str) -> Result:
         ended = os.WTERMSIG(status)
         slow = ended in {signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL}
         return {"crash": f"no result after {SECONDS} s" if slow else f"ended with signal {ended}"}
-    result = json.loads(text)
-    return result
+    found: Result = json.loads(text)
+    return found
 
 
 def results() -> dict[str, Result]:
@@ -111,10 +111,10 @@ def page(known: dict[str, Result]) -> str:
         "Every model type of docs/architectures.md, built small with random weights in float32 and converted (4",
         "experts, top-2, copies). Numbers are the largest difference of any output from the dense model's, relative to",
         "that output's largest value; the limit is 1e-5. *stored* is what `save_pretrained` wrote and `moeify.load`",
-        "read, *streamed* is the conversion from checkpoint to checkpoint, whose tensors equal the in-place ones bit for",
-        "bit, *graph* is `convert_graph` on what `torch.export` returned. Where float32 is above the limit, the number",
-        "in float64 stands beside it: a model that sorts or rounds what it computes turns the last digit into another",
-        "output. Written by `python docs/check_exactness.py`.",
+        "read, *streamed* is the conversion from checkpoint to checkpoint, whose tensors equal the in-place ones bit",
+        "for bit, *graph* is `convert_graph` on what `torch.export` returned. Where float32 is above the limit, the",
+        "number in float64 stands beside it: a model that sorts or rounds what it computes makes much of the last",
+        "digit. Written by `python docs/check_exactness.py`, type by type.",
         "",
         f"{len(known)} types: {len(built)} were built, {len(exact)} of them convert in place, "
         f"{len(exact) - len(above)} within the limit.",

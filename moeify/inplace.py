@@ -13,7 +13,7 @@ from moeify.errors import MoeifyError, RefusedError
 from moeify.layers.batch import connect
 from moeify.layers.build import build_layer, start_layer
 from moeify.passes.activation import bind
-from moeify.plan import Plan, Site
+from moeify.plan import Plan
 from moeify.planning.live import check_plain, check_replaceable
 from moeify.planning.make import Survey, make_plan, survey
 from moeify.planning.weights import dense_ffn, held
