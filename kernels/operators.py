@@ -46,8 +46,9 @@ def _backend(implementation: str, x: Tensor) -> Any:
     if implementation == "cpu" or (implementation == "auto" and not _has_kernels(x)):
         return cpu
     from moeify.kernels import triton_experts
+    from moeify.kernels.triton_target import interpreted
 
-    if x.device.type != "cuda" and not triton_experts.interpreted():
+    if x.device.type != "cuda" and not interpreted():
         raise ValueError(f"implementation 'triton' got a tensor on {x.device}: expected a GPU; use 'auto'")
     if x.dtype == torch.float64:
         raise ValueError("implementation 'triton' got float64: expected 16 or 32 bits; use 'auto' or 'reference'")

@@ -3,7 +3,8 @@
     python -m moeify.kernels.static_report docs/kernels.md      write the tables into the document
     python -m moeify.kernels.static_report --check sm_80 sm_90  only check the table of tiles on these architectures
 
-Needs no GPU. Exit code 1 if a tile in the table spills, does not fit or misses the tensor cores.
+Needs no GPU. Exit code 1 if a tile in the table spills, does not fit or misses the tensor cores, or if the loop of the
+up-projection takes more instructions per product than that of a plain one, `DENSE_MARGIN` aside.
 """
 
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
@@ -14,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,18 @@ import torch
 import triton
 import triton.language as tl
 
-from moeify.kernels import accounting, static_analysis, triton_gemm
+from moeify.kernels import accounting, static_analysis, triton_blocksparse, triton_gemm, triton_layout
 from moeify.kernels.static_analysis import Resources
-from moeify.kernels.tiles import TILES, Tile, row_tile
+from moeify.kernels.tiles import TILES, Tile, block_tile, choose, row_tile
 
 HIDDEN, INNER, TOP_K = 2048, 768, 8  # the experts of Qwen3-30B-A3B, the shape that other kernels publish
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
-INT_POINTERS = {"ORDER", "OFFSETS", "TILE_EXPERT", "TILE_ROW"}
+KINDS = {"bf16": ("bf16", "ieee"), "fp32": ("fp32", "ieee"), "tf32": ("fp32", "tf32")}  # type and kind of product
+DENSE_MARGIN = 1.15
+INT_POINTERS = {
+    *("ORDER", "INVERSE", "OFFSETS", "TILE_EXPERT", "TILE_ROW", "VALID", "COUNTS", "STARTS"),
+    *("EXPERT", "FIRST_ROW", "ROW", "COLUMN", "COLUMN_OFFSETS", "COLUMN_BLOCKS"),
+}
 START, END = "<!-- static report: start -->", "<!-- static report: end -->"
 
 
@@ -55,15 +62,36 @@ def dense_kernel(
 
 @dataclass(frozen=True)
 class Case:
-    """One use of a kernel: its name in the table of tiles, and what is known when it is compiled."""
+    """One use of a kernel and what is known when it is compiled.
+
+    Attributes:
+        name: in the report.
+        kernel: compiled with the tiles of `table`, or with `tiles` where the table says nothing.
+        table: the kernel's name in the table of tiles.
+        constants: arguments by name: values, or types of those that `_type` would take for something else.
+        tiles: as above.
+        products: whether it multiplies matrices.
+    """
 
     name: str
     kernel: Any
     table: str
     constants: dict[str, Any]
+    tiles: tuple[Tile, ...] = ()
+    products: bool = True
+
+
+def _sparse(name: str, kernel: Any, free: str, width: int | None) -> Iterator[Case]:
+    """A block-sparse product with operands as they lie in a forward pass; `free` is the size known at run time."""
+    strides = dict.fromkeys(("stride_ak", "stride_bk", "stride_dm", "stride_on"), 1)
+    for block in (16, 64, 128):
+        constants = {"F": INNER, "G": -(-INNER // block), free: "i32"} | strides
+        yield Case(name, kernel, "", constants, (block_tile(block, width or block, 2),))
 
 
 _FFN = {"HIDDEN": HIDDEN, "INNER": INNER, "TOP_K": TOP_K, "ACTIVATION": "silu", "GATED": True}
+_TOKENS = {"N": HIDDEN, "TOP_K": TOP_K, "WEIGHTED": True}
+_ROUTING = {"E": 128, "X": 256, "IDS": "*i64"}
 _SUM = {"TOP_K": TOP_K, "GATHER_L": False, "GATHER_R": False}
 CASES = (
     Case("up", triton_gemm.up_kernel, "up", _FFN | {"HAS_BIAS": False, "KEEP": True, "stride_wk": 1}),
@@ -73,46 +101,92 @@ CASES = (
     Case("d up", triton_gemm.weights_kernel, "weights", _SUM | {"M": 2 * INNER, "N": HIDDEN, "GATHER_R": True}),
     Case("(dense)", dense_kernel, "up", {"N": HIDDEN}),
     Case("d down", triton_gemm.weights_kernel, "weights", _SUM | {"M": HIDDEN, "N": INNER, "GATHER_L": True}),
+    *_sparse("sdd", triton_blocksparse.sdd_kernel, "K", None),
+    *_sparse("dsd", triton_blocksparse.dsd_kernel, "M", 64),
+    *_sparse("dsd^T", triton_blocksparse.dsd_transposed_kernel, "M", 64),
+    Case("d bias", triton_gemm.bias_kernel, "", _TOKENS | {"GATHER": True}, (Tile(0, 64, 32, 4, 3),), False),
+    Case("combine", triton_gemm.combine_kernel, "", _TOKENS, (Tile(0, 1024, 0, 4, 3),), False),
+    Case("count", triton_layout.count_kernel, "", _ROUTING, (Tile(32, 0, 0, 4, 3),), False),
+    Case("place", triton_layout.place_kernel, "", _ROUTING, (Tile(32, 0, 0, 4, 3),), False),
+    Case("tile map", triton_layout.tile_map_kernel, "", _ROUTING | {"X": 128}, (Tile(64, 0, 0, 4, 3),), False),
 )
 
 
-def measure(case: Case, tile: Tile, architecture: str, dtype: str = "bf16") -> Resources:
+@dataclass(frozen=True)
+class Entry:
+    """One line of the report: a case in one of `KINDS`, its tile, and what the machine code says."""
+
+    case: Case
+    kind: str
+    tile: Tile
+    found: Resources
+
+
+def measure(case: Case, tile: Tile, architecture: str, kind: str = "bf16") -> Resources:
     """Compile one case with one tile and read its resources."""
-    known = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP_M": tile.group_m, "PRECISION": "ieee", "EVEN": True}
-    known |= case.constants
+    dtype, precision = KINDS[kind]
+    known = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP_M": tile.group_m, "PRECISION": precision, "EVEN": True}
+    known |= {"BLOCK": tile.m} | case.constants
     arguments = {name: known.get(name, _type(name, dtype)) for name in case.kernel.arg_names}
     return static_analysis.resources(
         static_analysis.compile_kernel(case.kernel, arguments, architecture, tile), architecture
     )
 
 
-def faults(found: Resources) -> list[str]:
+def entries(architecture: str) -> Iterator[Entry]:
+    """Every case in every kind with every tile that the table holds for it."""
+    for kind, (dtype, _) in KINDS.items():
+        if kind == "tf32" and architecture.startswith("gfx"):
+            continue  # not used there
+        for case in CASES:
+            if kind != "bf16" and (case.kernel is dense_kernel or not case.products):
+                continue
+            itemsize = 4 if dtype == "fp32" else 2
+            for tile in _tiles(case, architecture, itemsize):
+                yield Entry(case, kind, tile, measure(case, tile, architecture, kind))
+
+
+def _tiles(case: Case, architecture: str, itemsize: int) -> list[Tile]:
+    if case.table:
+        heights = TILES[architecture][case.table]
+        return [choose(case.table, architecture, m, HIDDEN, HIDDEN, itemsize) for m in heights]
+    return [block_tile(tile.m, tile.n, itemsize) if case.products else tile for tile in case.tiles]
+
+
+def faults(entry: Entry) -> list[str]:
     """What is wrong with a tile, in words; nothing if it belongs in the table."""
+    found = entry.found
     checks = {
         f"spills {found.spill} bytes": found.spill > 0,
         f"needs {found.shared} bytes of shared memory": not found.fits,
         "leaves no room for a block": found.ctas < 1,
-        "uses no tensor cores": not found.tensor_ops,
+        "uses no tensor cores": entry.case.products and entry.kind != "fp32" and not found.tensor_ops,
     }
-    return [fault for fault, wrong in checks.items() if wrong]
+    if entry.case.kernel is dense_kernel:
+        return []
+    return [f"{entry.case.name} {entry.kind} {entry.tile}: {fault}" for fault, wrong in checks.items() if wrong]
 
 
-def entries(architecture: str) -> Iterator[tuple[Case, Tile, Resources]]:
-    """Every case with every tile that the table holds for it."""
-    for case in CASES:
-        for tile in TILES[architecture][case.table].values():
-            yield case, tile, measure(case, tile, architecture)
+def slow_loops(found: list[Entry]) -> list[str]:
+    """Tiles of the up-projection whose loop is longer, per product, than the plain kernel's with the same tile."""
+    ratios = {(e.case.name, e.tile): e.found.loop_ratio for e in found if e.kind == "bf16"}
+    return [
+        f"up {tile}: {ratio:.1f} instructions per product, a plain product takes {ratios['(dense)', tile]:.1f}"
+        for (name, tile), ratio in ratios.items()
+        if name == "up" and ratio > DENSE_MARGIN * ratios["(dense)", tile]
+    ]
 
 
-def row(case: Case, tile: Tile, found: Resources) -> str:
+def row(entry: Entry) -> str:
     """One line of the report."""
-    shape = f"{tile.m}x{tile.n}x{tile.k}"
+    case, tile, found = entry.case, entry.tile, entry.found
+    shape = "x".join(str(side) for side in (tile.m, tile.n, tile.k) if side)
     tensor, copies = (
         ", ".join(f"{n} {name}" for name, n in ops.items()) for ops in (found.tensor_ops, found.async_copies)
     )
     ratio = f"{found.loop_ratio:.1f}" if found.loop_ratio else ""
     cells = (
-        case.name,
+        case.name if entry.kind == "bf16" else f"{case.name}, {entry.kind}",
         shape,
         tile.warps,
         tile.stages,
@@ -132,11 +206,12 @@ def main(arguments: list[str]) -> int:
     wrong, text = [], []
     for architecture in (arguments[1:] if checking else []) or ARCHITECTURES:
         text += [f"### {architecture}", "", *HEADER]
-        for case, tile, found in entries(architecture):
-            text.append(row(case, tile, found))
-            if case.kernel is not dense_kernel:
-                wrong += [f"{architecture} {case.name} {tile}: {fault}" for fault in faults(found)]
+        found = []
+        for entry in entries(architecture):
+            found.append(entry)
+            text.append(row(entry))
             sys.stderr.write(f"{architecture} {text[-1]}\n")
+        wrong += [f"{architecture} {fault}" for fault in [*chain.from_iterable(map(faults, found)), *slow_loops(found)]]
         text.append("")
     text += waste()
     sys.stderr.writelines(f"{fault}\n" for fault in wrong)

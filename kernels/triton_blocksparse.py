@@ -17,8 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moeify.kernels.tiles import block_tile
 from moeify.kernels.topology import BlockTopology
+from moeify.kernels.triton_target import interpreted, product_precision
 
+WIDTH = 64  # columns of the result of dsd that one program computes
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -176,7 +179,8 @@ class _Sdd(torch.autograd.Function):
         sdd_kernel[(topology.blocks,)](
             a_SK, b_KC, topology.offsets_E1, topology.expert_L, topology.first_row_L, topology.row_N,
             topology.column_N, data_NBB, *a_SK.stride(), *b_KC.stride(), a_SK.shape[1],
-            F=topology.columns, G=topology.expert_blocks, BLOCK=topology.block, BK=32, **_options(a_SK, topology),
+            F=topology.columns, G=topology.expert_blocks, BLOCK=topology.block,
+            **_options(a_SK, topology.block, topology.block),
         )  # fmt: skip
         return data_NBB
 
@@ -197,9 +201,9 @@ class _Dsd(torch.autograd.Function):
         ctx.topology, ctx.transpose = topology, transpose
         data_NBB, rows = data_NBB.contiguous(), topology.experts * topology.columns if transpose else topology.rows
         out = data_NBB.new_zeros(rows, dense.shape[1])
-        options = {"F": topology.columns, "G": topology.expert_blocks, "BLOCK": topology.block, "BN": 64}
-        options |= {"BK": min(topology.block, 32)} | _options(data_NBB, topology)
-        columns, strides = triton.cdiv(dense.shape[1], 64), (*dense.stride(), *out.stride(), dense.shape[1])
+        options = {"F": topology.columns, "G": topology.expert_blocks, "BLOCK": topology.block, "BN": WIDTH}
+        options |= _options(data_NBB, topology.block, WIDTH)
+        columns, strides = triton.cdiv(dense.shape[1], WIDTH), (*dense.stride(), *out.stride(), dense.shape[1])
         if transpose:
             dsd_transposed_kernel[(topology.offsets_C1.shape[0] - 1, columns)](
                 data_NBB, dense, topology.offsets_E1, topology.first_row_L, topology.row_N, topology.offsets_C1,
@@ -220,9 +224,10 @@ class _Dsd(torch.autograd.Function):
         return ddata_NBB, ddense, None, None
 
 
-def _options(data: Tensor, topology: BlockTopology) -> dict[str, Any]:
-    tf32 = data.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"PRECISION": "tf32" if tf32 else "ieee", "num_warps": 8 if topology.block > 64 else 4, "num_stages": 3}
+def _options(data: Tensor, block: int, columns: int) -> dict[str, Any]:
+    tile = block_tile(block, columns, data.dtype.itemsize)
+    precision = product_precision(data.dtype)
+    return {"BK": tile.k, "PRECISION": precision, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -240,7 +245,7 @@ def _check_operands(name: str, tensor: Tensor, other_name: str, other: Tensor) -
         raise ValueError(
             f"{other_name} has dtype {other.dtype}, {name} has {tensor.dtype}: expected one dtype; cast one of them"
         )
-    if tensor.device.type != "cuda" and isinstance(sdd_kernel, triton.JITFunction):
+    if tensor.device.type != "cuda" and not interpreted():
         raise ValueError(
             f"{name} is on {tensor.device}: expected a GPU; use the dense product, or TRITON_INTERPRET=1 to try it"
         )

@@ -28,6 +28,7 @@ from moeify.kernels.triton_gemm import (
     weights_kernel,
 )
 from moeify.kernels.triton_layout import routing_layout, tile_map
+from moeify.kernels.triton_target import architecture, product_precision
 
 WIDEST = 128  # rows or columns of the largest tile
 
@@ -116,32 +117,16 @@ def grouped_linear_backward(
     return gradients
 
 
-def interpreted() -> bool:
-    """Whether this process runs kernels in Triton's interpreter, on CPU: TRITON_INTERPRET=1 when it started."""
-    return not isinstance(up_kernel, triton.JITFunction)
-
-
-def architecture() -> str:
-    """What the kernels will run on: "sm_90", "gfx942", or "interpreter"."""
-    if interpreted():
-        return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
-    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
-
-
 def _options(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments of a matrix product: tile, schedule and precision."""
-    target = architecture()
-    tile = tiles.choose(kernel, target, m, n, k, dtype.itemsize)
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    tf32 = allowed and not target.startswith("gfx")  # not every AMD GPU has such products
+    tile = tiles.choose(kernel, architecture(), m, n, k, dtype.itemsize)
     return {
         "EVEN": k % tile.k == 0,
         "BM": tile.m,
         "BN": tile.n,
         "BK": tile.k,
         "GROUP_M": tile.group_m,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": product_precision(dtype),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
