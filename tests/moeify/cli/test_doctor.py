@@ -16,6 +16,8 @@ def test_a_healthy_machine_passes() -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["failed"] == [] and report["worst"].keys() == {"float32", "float16", "bfloat16"}
+    if not torch.cuda.is_available():
+        assert report["checked"] == "the CPU path; the Triton kernels need a GPU"
     assert report["torch"] == torch.__version__.split("+")[0] or report["torch"] == torch.__version__
 
 
@@ -27,3 +29,13 @@ def test_a_kernel_that_is_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 1
     assert "experts: output in float32: 5.0e-01" in result.stdout
+
+
+def test_a_check_that_cannot_run_is_a_failure_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(device: torch.device, dtype: torch.dtype) -> Iterator[selfcheck.Check]:
+        raise RuntimeError("no kernel image\nand more")
+
+    monkeypatch.setattr(selfcheck, "self_check", broken)
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1 and "and more" not in result.stdout
+    assert "bfloat16 was not checked: RuntimeError: no kernel image" in result.stdout
