@@ -7,7 +7,7 @@ from moeify.kernels import layout, triton_layout
 
 
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "experts"), [(0, 2, 3), (1, 1, 1), (1, 8, 8), (5, 2, 16), (67, 3, 5), (64, 2, 128), (200, 1, 2)]
+    ("tokens", "top_k", "experts"), [(0, 2, 3), (1, 1, 1), (1, 8, 8), (5, 2, 16), (67, 3, 5), (19, 2, 130), (200, 1, 2)]
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 def test_same_layout_and_tiles_as_the_reference(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
