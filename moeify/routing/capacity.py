@@ -52,8 +52,10 @@ def expert_capacity(tokens: int, experts: int, top_k: int, factor: float | Fract
     """
     # torch.compile cannot turn a float into text: compiled code passes the fraction.
     exact = factor if isinstance(factor, Fraction) else exact_factor(factor)
-    # Integer arithmetic, so that a symbolic number of tokens goes through.
-    return min(tokens, -(-tokens * top_k * exact.numerator // (experts * exact.denominator)))
+    # Integer arithmetic, so that a symbolic number of tokens goes through; nothing negative is divided, because an
+    # exported graph rounds that towards zero.
+    divisor = experts * exact.denominator
+    return min(tokens, (tokens * top_k * exact.numerator + divisor - 1) // divisor)
 
 
 def drop_overflow(
