@@ -12,7 +12,9 @@ Shape legend: T tokens, K choices per token, E experts, H hidden, I intermediate
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -84,7 +86,10 @@ def lower_contrib(model: ir.Model, how: Contrib, *, only: list[ir.Node] | None =
         reason = why_not(node, how)
         if reason is not None:
             operator = "QMoE" if how.bits else "MoE"
-            raise RefusedError(f"{_weight_name(node)} cannot become com.microsoft::{operator}: {reason}")
+            raise RefusedError(
+                f"{_weight_name(node)} cannot become com.microsoft::{operator}: {reason}; the portable target, without "
+                "quantize, takes any model"
+            )
     constants = ConstantReader(model.graph)
     for node in nodes:
         _lower(model, node, how, constants)
@@ -100,9 +105,31 @@ def round_activations(model: ir.Model) -> None:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 4)
 
 
-def quantized_names(model: ir.Model) -> list[str]:
-    """Return the names of the weights that `lower_contrib` rounded."""
-    return [name.removesuffix(_QUANTIZED) for name in model.graph.initializers if name.endswith(_QUANTIZED)]
+def rounded_weights(model: ir.Model) -> dict[str, Callable[[], Tensor]]:
+    """Return, for each weight that `lower_contrib` rounded, what makes the values that the operator computes with."""
+    constants = ConstantReader(model.graph)
+    rounded: dict[str, Callable[[], Tensor]] = {}
+    for node in model.graph:
+        if node.op_type != "QMoE":
+            continue
+        gated = node.attributes["swiglu_fusion"].as_int() == 1
+        block = node.attributes.get("block_size")
+        for first, alternate in ((2, gated), (5, False)):
+            packed, scales = node.inputs[first], node.inputs[first + 1]
+            assert packed is not None and scales is not None
+            parts = Quantized(
+                constants.tensor(packed),
+                constants.tensor(scales),
+                node.attributes["expert_weight_bits"].as_int(),
+                None if block is None else block.as_int(),
+            )
+            rounded[str(packed.name).removesuffix(_QUANTIZED)] = partial(_as_stacked, parts, alternate)
+    return rounded
+
+
+def _as_stacked(parts: Quantized, alternate: bool) -> Tensor:
+    weights = parts.dequantized()
+    return torch.cat((weights[:, ::2], weights[:, 1::2]), dim=1) if alternate else weights
 
 
 def _weight_name(node: ir.Node) -> str:

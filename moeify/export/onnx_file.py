@@ -122,14 +122,14 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
     graph = _graph(captured, request)
     write(graph, staged)
     cases = expected_cases(model, captured)
+    session = open_session(staged, provider="cpu")
     if request.quantize is None:
-        measured, rounding = compare(open_session(staged, provider="cpu"), captured, cases), None
+        measured, rounding = compare(session, captured, cases), None
     else:
-        measured = compare(
-            open_session(staged, provider="cpu"), captured, _rounded_cases(model, captured, graph, request)
-        )
-        _finish_quantized(graph, staged, request)
-        rounding = compare(open_session(staged, provider="cpu"), captured, cases)
+        measured = compare(session, captured, _rounded_cases(model, captured, graph))
+        if _finish_quantized(graph, staged, request):
+            session = open_session(staged, provider="cpu")
+        rounding = compare(session, captured, cases)
     return OnnxReport(
         path=str(request.path),
         target=request.target,
@@ -148,25 +148,25 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
     )
 
 
-def _rounded_cases(model: nn.Module, captured: Interface, graph: ir.Model, request: _Request) -> list[Case]:
+def _rounded_cases(model: nn.Module, captured: Interface, graph: ir.Model) -> list[Case]:
     """What PyTorch gives with the weights that the graph holds: rounding is no excuse for a wrong graph."""
-    from moeify.export.lower_contrib import quantized_names
+    from moeify.export.lower_contrib import rounded_weights as weights_of
     from moeify.export.prove import expected_cases, rounded_weights
-    from moeify.export.quantize import SCHEMES
 
-    assert request.quantize is not None
-    with rounded_weights(model, quantized_names(graph), *SCHEMES[request.quantize]):
+    with rounded_weights(model, weights_of(graph)):
         return expected_cases(model, captured)
 
 
-def _finish_quantized(graph: ir.Model, staged: Path, request: _Request) -> None:
-    """Turn on what the proof needed off."""
+def _finish_quantized(graph: ir.Model, staged: Path, request: _Request) -> bool:
+    """Turn on what the proof needed off; returns whether the file changed."""
     from moeify.export.lower_contrib import round_activations
     from moeify.export.write import write
 
-    if request.target == "cpu" and request.quantize == "int4":
+    changes = request.target == "cpu" and request.quantize == "int4"
+    if changes:
         round_activations(graph)
         write(graph, staged)
+    return changes
 
 
 def _graph(captured: Interface, request: _Request) -> ir.Model:

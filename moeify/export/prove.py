@@ -1,14 +1,16 @@
 """The proof of an export: ONNX Runtime beside PyTorch, on shapes and routings that the trace never saw.
 
 A decoder is run in pieces, with the keys and values that ONNX Runtime itself gave, and compared with one forward of
-the whole sequence without a cache: so a wrong cache, mask or position shows.
+the whole sequence without a cache: so a wrong cache, mask or position shows. Where tokens compete for experts, the
+pieces decide who wins: there PyTorch is run in the same pieces, with a cache of its own.
 
 Shape legend: B batch, L tokens of the whole sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.export.capture import Interface, flat_outputs, quiet
-from moeify.export.quantize import quantize
+from moeify.layers import MoELayer
 
 _DECODER_CASES = ((1, (1, 1, 1), 0), (2, (7, 1, 3), 0), (3, (5, 1, 1), 3))  # batch, pieces, padding of the first row
 _PLAIN_CASES = ((1, 1), (1, 9), (3, 5))  # batch, sequence
@@ -80,16 +82,42 @@ class Case:
 
 
 @contextmanager
-def rounded_weights(model: nn.Module, names: Sequence[str], bits: int, block: int | None) -> Iterator[None]:
-    """Inside the block PyTorch computes with the rounded weights too; afterwards the model is as it was."""
-    before = {name: model.get_parameter(name).data for name in names}
+def rounded_weights(model: nn.Module, rounded: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
+    """Inside the block PyTorch computes with rounded weights; a module holds them only while it runs.
+
+    Args:
+        model: As it is after the block too.
+        rounded: For each parameter, by name, what makes its rounded values.
+    """
+    handles = []
+    for owner, names in _by_owner(rounded).items():
+        module = model.get_submodule(owner)
+        exact = {name: module.get_parameter(name).data for name in names}
+
+        def swap(module: nn.Module, _: Any, names: Mapping[str, Callable[[], Tensor]] = names) -> None:
+            for name, make in names.items():
+                module.get_parameter(name).data = make()
+
+        def restore(module: nn.Module, *_: Any, exact: Mapping[str, Tensor] = exact) -> None:
+            for name, values in exact.items():
+                module.get_parameter(name).data = values
+
+        handles.append(module.register_forward_pre_hook(swap))
+        handles.append(module.register_forward_hook(restore, always_call=True))
     try:
-        for name, weights in before.items():
-            model.get_parameter(name).data = quantize(weights, bits, block).dequantized()
         yield
     finally:
-        for name, weights in before.items():
-            model.get_parameter(name).data = weights
+        for handle in handles:
+            handle.remove()
+
+
+def _by_owner(rounded: Mapping[str, Callable[[], Tensor]]) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    """Group parameters by the module that holds them."""
+    owners: dict[str, dict[str, Callable[[], Tensor]]] = {}
+    for name, make in rounded.items():
+        owner, _, leaf = name.rpartition(".")
+        owners.setdefault(owner, {})[leaf] = make
+    return owners
 
 
 def compare(session: Any, captured: Interface, cases: list[Case]) -> Difference:
@@ -129,12 +157,32 @@ def _decoder_case(
         "position_ids": (mask_BL.cumsum(-1) - 1).clamp(min=0),
     }
     inputs = {name: given[name] for name in captured.inputs if name in given}
-    untyped: Any = model
-    logits = untyped(**_on(model, inputs), use_cache=False).logits.cpu()
+    ends = pieces if _tokens_compete(model) else (length,)
+    logits = torch.cat([output.cpu() for output in _forward(model, _on(model, inputs), ends)], dim=1)
     return Case(
         f"{batch} x {'+'.join(map(str, pieces))}{' padded' * bool(padding)}",
         inputs, pieces, mask_BL.bool(), {"logits": logits},
     )  # fmt: skip
+
+
+def _forward(model: nn.Module, inputs: Mapping[str, Tensor], pieces: tuple[int, ...]) -> Iterator[Tensor]:
+    """Yield PyTorch's logits, piece by piece; a single piece needs no cache."""
+    untyped: Any = model
+    renamed = "cache" in inspect.signature(model.forward).parameters  # as of transformers 5.24
+    start, cache = 0, dict[str, Any]()
+    for stop in _ends(pieces):
+        piece = {n: t[:, :stop] if n == "attention_mask" else t[:, start:stop] for n, t in inputs.items()}
+        output = untyped(**piece, **cache, use_cache=len(pieces) > 1)
+        cache, start = {"cache" if renamed else "past_key_values": output.past_key_values}, stop
+        yield output.logits
+
+
+def _tokens_compete(model: nn.Module) -> bool:
+    """Whether what happens to a token depends on the others of its forward pass, not only through attention."""
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    return any(
+        layer.eval_capacity_factor is not None or layer.config.router in {"expert_choice", "soft"} for layer in layers
+    )
 
 
 def _plain_case(model: nn.Module, captured: Interface, generator: torch.Generator, batch: int, sequence: int) -> Case:

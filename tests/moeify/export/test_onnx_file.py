@@ -109,6 +109,19 @@ def test_an_encoder_of_two_outputs(tmp_path: Path) -> None:
     assert report.passed
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("settings", [moeify.MoEConfig.switch(4), moeify.MoEConfig.expert_choice(4)])
+def test_tokens_that_compete_for_experts_do_so_in_every_shape(
+    tmp_path: Path, name: str, settings: moeify.MoEConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What overflows depends on the number of tokens, and in a decoder on how they come."""
+    monkeypatch.setitem(tiny._SIZES if name == "bert" else tiny._LLAMA, "num_hidden_layers", 1)
+    model = moeify.convert(tiny.build(name), settings)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    assert moeify.export_onnx(model, tmp_path / "model.onnx").passed
+
+
 class FFN(nn.Module):
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
