@@ -124,19 +124,21 @@ def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int
     """Return the tile of `kernel` for tiles of `m` rows, no wider than the matrix and no deeper than its type allows.
 
     The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the width of the kernels
-    that hold a gate beside the rest and of tiles of 32 rows, for registers, of which products without tensor cores need
-    more.
+    that hold a gate beside the rest, for registers, of which products without tensor cores need more. The others' tiles
+    of 32 rows spill unless they are shallower still.
     """
     tile = _table(architecture)[kernel][m]
     if itemsize > 2:
-        narrower = kernel in {"up", "down_backward"} or m == 32
-        tile = replace(tile, k=tile.k // 2, n=tile.n // 2 if narrower else tile.n)
+        if kernel in {"up", "down_backward"}:
+            tile = replace(tile, n=tile.n // 2, k=tile.k // 2)
+        else:
+            tile = replace(tile, k=tile.k // (4 if m == 32 else 2))
     return replace(tile, n=min(tile.n, _power_of_two(n)), k=min(tile.k, _power_of_two(k)))
 
 
 def block_tile(block: int, columns: int, itemsize: int) -> Tile:
     """Return the tile of a block-sparse product whose result has blocks of `block` rows: the same everywhere."""
-    return Tile(block, columns, min(block, 32 if itemsize <= 2 else 16), 8 if block > 64 else 4, 3)
+    return Tile(block, columns, min(block, 32 if itemsize <= 2 else 16), 8 if columns > 64 else 4, 3)
 
 
 @cache
