@@ -1,58 +1,59 @@
 """A training step of SmolLM2-135M with 8 experts, top-2: moeify against transformers' Mixtral, on one CPU thread.
 
-    python benchmarks/train_step.py [--repeats 3]
+    python benchmarks/train_step.py [--repeats 3] [--write]
 
-512 tokens, float32, forward, backward and an SGD step, balancing loss included on both sides. Each run is a process of
-its own that builds the model (same shapes, random weights), takes one step to warm up and times two; runs alternate.
-Needs 8 GB.
+512 tokens, float32, forward, backward and an SGD step, balancing loss included on both sides. Both read a checkpoint
+that `moeify convert` wrote from the same dense model, with the same experts. Each run is a process of its own that takes
+one step to warm up and times three; runs alternate. Needs 8 GB of memory and 7 GB of disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-SHAPE = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 2048,
-}  # fmt: skip
-VARIANTS = ("moeify", "mixtral grouped_mm")  # of Mixtral's the fastest on CPUs (experts_cpu.py)
+HERE = Path(__file__)
+VARIANTS = {  # of Mixtral's implementations the two fastest on CPUs (experts_cpu.py)
+    "moeify": ("moeify", "--set", "attach_losses=true"),
+    "mixtral grouped_mm": ("mixtral",),
+    "mixtral eager": ("mixtral",),
+}
 TOKENS = 512
 
 
-def build(variant: str) -> Any:
+def load(variant: str, path: str) -> Any:
     """The model of a variant, in training mode."""
+    import moeify
+
+    if variant == "moeify":
+        return moeify.load(path).train()
     import transformers
 
-    tf: Any = transformers
-    if variant == "moeify":
-        import moeify
-
-        dense = tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE))
-        return moeify.convert(dense, moeify.MoEConfig(8, 2, attach_losses=True)).train()
-    config = tf.MixtralConfig(**SHAPE, num_local_experts=8, num_experts_per_tok=2, output_router_logits=True)
-    model = tf.MixtralForCausalLM(config)
-    model.set_experts_implementation(variant.split()[1])
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(path, experts_implementation=variant.split()[1], output_router_logits=True)
     return model.train()
 
 
-def worker(variant: str) -> None:
+def worker(variant: str, path: str) -> None:
     """Take steps and print what they took."""
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = build(variant)
+    model = load(variant, path)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    ids = torch.randint(SHAPE["vocab_size"], (1, TOKENS))
+    ids = torch.randint(model.config.vocab_size, (1, TOKENS))
     took = []
-    for _ in range(3):
+    for _ in range(4):
         start = time.process_time()
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -62,26 +63,50 @@ def worker(variant: str) -> None:
     print(json.dumps({"seconds": median(took[1:]), "peak_gib": peak}))
 
 
-def main() -> None:
-    """Run the variants by turns and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--worker")
-    args = parser.parse_args()
-    if args.worker:
-        worker(args.worker)
-        return
+def compare(work: Path, repeats: int) -> str:
+    """Run the variants by turns; the table of medians, in Markdown."""
+    dense = work / "dense"
+    subprocess.run([sys.executable, HERE.with_name("make_checkpoint.py"), "smollm2", dense], check=True)
+    for family, *settings in set(VARIANTS.values()):
+        command = ("-m", "moeify", "convert", dense, work / family, "--experts", "8", "--top-k", "2", "--to", family)
+        subprocess.run([sys.executable, *command, *settings], check=True)
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         for variant, runs in found.items():
-            command = [sys.executable, __file__, "--worker", variant]
+            command = (sys.executable, HERE, "--worker", variant, "--model", work / VARIANTS[variant][0])
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             runs.append(json.loads(output.splitlines()[-1]))
             print(variant, runs[-1], file=sys.stderr, flush=True)
-    print("| step | CPU seconds, median | peak memory, GiB |\n| --- | --- | --- |")
+    lines = ["| step | CPU seconds, median | least, most | peak memory, GiB |", "|---|--:|--:|--:|"]
     for variant, runs in found.items():
-        seconds, peak = (median(run[key] for run in runs) for key in ("seconds", "peak_gib"))
-        print(f"| {variant} | {seconds:.2f} | {peak:.2f} |")
+        seconds, peaks = ([run[key] for run in runs] for key in ("seconds", "peak_gib"))
+        spread = f"{min(seconds):.2f}, {max(seconds):.2f}"
+        lines.append(f"| {variant} | {median(seconds):.2f} | {spread} | {median(peaks):.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print and perhaps write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="write the table to train_step.md")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker, args.model)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as work:
+        table = compare(Path(work), args.repeats)
+    print(table)
+    if args.write:
+        head = (
+            "# A training step on one CPU thread\n\nSmolLM2-135M with 8 experts, top-2; 512 tokens, float32, SGD, "
+            f"balancing loss; {args.repeats} processes each, by turns.\n"
+            "Made by `python benchmarks/train_step.py --write`.\n\n"
+        )
+        HERE.with_suffix(".md").write_text(f"{head}{table}\n")
 
 
 if __name__ == "__main__":
