@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs kernels clean
+.PHONY: help demo test check docs kernels gpuwheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,11 +14,14 @@ demo: $(READY) ## turn a real 135M-parameter model into an MoE and prove it
 	@echo '==> moeify demo'
 	$(BIN)/moeify demo
 
+# A process for each core, of one thread: more threads would take turns.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: check ## check, then every test
 	@echo '==> tests'
-	$(BIN)/pytest
+	$(PYTEST)
 	@echo '==> tests of the GPU kernels, in the Triton interpreter'
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels/triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/triton
 
 check: $(READY) ## style and types: ruff and mypy
 	@echo '==> style and types'
@@ -32,7 +35,10 @@ docs: $(READY) ## let every program in docs/ write its page again
 kernels: $(READY) ## compile the GPU kernels and report registers, spills, shared memory
 	$(BIN)/python -m moeify.kernels.static_report
 
-clean: ## remove what building, testing and the demo leave behind (.venv stays)
+gpuwheel: $(READY) ## check exported ONNX files against the onnxruntime-gpu wheel (256 MB; no GPU needed)
+	$(BIN)/python -m benchmarks.onnx_gpu_wheel --venv .venv-gpu
+
+clean: ## remove what building, testing and the demo leave behind (environments stay)
 	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
