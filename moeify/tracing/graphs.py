@@ -5,7 +5,7 @@ Everything keeps the name that the whole model gives to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import fx, nn
 Part = tuple[str, fx.GraphModule]
 
 
-def union(parts: Sequence[Part]) -> fx.GraphModule:
+def union(parts: Sequence[Part], ties: Mapping[str, str]) -> fx.GraphModule:
     """Put graphs beside each other.
 
     Args:
         parts: Each with the path of the module that it was traced from ("" for the whole model).
+        ties: The one name of each parameter that has several, by its other names: parts may share a parameter.
 
     Returns:
         One graph whose outputs are the parts' outputs, `get_attr` targets and module stacks named from the root.
@@ -38,7 +39,8 @@ def union(parts: Sequence[Part]) -> fx.GraphModule:
             if node.op == "placeholder":
                 copy.target = f"part{number}_{node.target}"
             elif node.op in {"get_attr", "call_module"}:
-                copy.target = _join(path, str(node.target))
+                name = _join(path, str(node.target))
+                copy.target = ties.get(name, name)
                 attributes[copy.target] = attrgetter(str(node.target))(part)
             _name_from_the_root(copy, path)
     graph.output(tuple(outputs))

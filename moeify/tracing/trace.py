@@ -10,29 +10,22 @@ reach, does not lose the model.
 from __future__ import annotations
 
 import copy
-import gc
-import io
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.fx.config as fx_config
 from torch import fx, nn
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from moeify.errors import MoeifyError
-from moeify.tracing.graphs import Part, inline_blocks, name_by_first_path, union
-from moeify.tracing.inputs import ADVICE, candidate_inputs, part_inputs
+from moeify.tracing.exporting import Inputs, first_that_traces, to_meta
+from moeify.tracing.graphs import Part, name_by_first_path, union
+from moeify.tracing.inputs import candidate_inputs, part_inputs
 from moeify.tracing.stand_in import RESULTS, standing_in
 
-Inputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor
+__all__ = ["UNTRACED", "Inputs", "meta_twin", "trace"]
+
 Result = Callable[[torch.Tensor], object]
 
 UNTRACED = "untraced"
@@ -60,7 +53,7 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> fx.GraphMod
     parts = _Parts()
     try:
         candidates = candidate_inputs(twin) if example_inputs is None else iter([example_inputs])
-        graph_module, failure = _first_that_traces(twin, candidates)
+        graph_module, failure = first_that_traces(twin, candidates)
     except MoeifyError as error:
         graph_module, failure = None, error
     if graph_module is None:
@@ -70,13 +63,21 @@ def trace(model: nn.Module, example_inputs: Inputs | None = None) -> fx.GraphMod
         parts.collect_children(twin, "")
         if not parts.found:
             raise failure
-        graph_module = union(parts.found)
+        graph_module = union(parts.found, _ties(twin))
     else:
         parts.collect_untouched(twin, "", graph_module)
-        graph_module = union([("", graph_module), *parts.found]) if parts.found else graph_module
+        if parts.found:
+            graph_module = union([("", graph_module), *parts.found], _ties(twin))
     name_by_first_path(graph_module, twin)
     graph_module.meta[UNTRACED] = parts.failed
     return graph_module
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Return the first name of each parameter that has several, by the others."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
 def meta_twin(model: nn.Module) -> nn.Module:
@@ -86,18 +87,12 @@ def meta_twin(model: nn.Module) -> nn.Module:
         held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
         for tensor in held:
             if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
-                memo[id(tensor)] = _to_meta(tensor)
+                memo[id(tensor)] = to_meta(tensor)
     twin = copy.deepcopy(model, memo)
     for module, copied in zip(model.modules(), twin.modules(), strict=True):
         for name in vars(copied).keys() & copied._modules.keys() - vars(module).keys():
             del vars(copied)[name]  # nn.TransformerDecoderLayer puts F.relu before its activation when it is copied
     return twin
-
-
-def _to_meta(value: Any) -> Any:
-    if isinstance(value, nn.Parameter):
-        return nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=value.requires_grad)
-    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
 
 
 def _without_caches(twin: nn.Module) -> None:
@@ -131,7 +126,7 @@ class _Parts:
             return  # an FFN has two matrices
         form = _form(module, path)
         if form not in self.hopeless and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-            graph_module, failure = _first_that_traces(module, part_inputs(module))
+            graph_module, failure = first_that_traces(module, part_inputs(module))
             if graph_module is not None:
                 self.found.append((path, graph_module))
                 self.collect_untouched(module, path, graph_module)
@@ -153,7 +148,7 @@ class _Parts:
         self.results[form] = ()
         for result in results:
             with standing_in(opaque, result):
-                graph_module, _ = _first_that_traces(module, part_inputs(module))
+                graph_module, _ = first_that_traces(module, part_inputs(module))
             if graph_module is not None:
                 self.results[form] = (result,)
                 outside = set(_untouched(module, graph_module))
@@ -206,92 +201,6 @@ def _untouched(twin: nn.Module, graph_module: fx.GraphModule) -> Iterator[str]:
             yield path
 
 
-def _first_that_traces(module: nn.Module, candidates: Iterable[Inputs]) -> tuple[fx.GraphModule | None, MoeifyError]:
-    """Return the graph for the first inputs that trace, or None and why the first of them did not."""
-    failure = MoeifyError(f"the inputs of {type(module).__name__} cannot be guessed; {ADVICE}")
-    for number, inputs in enumerate(candidates):
-        args, kwargs = _split_inputs(inputs)
-        try:
-            return _export(module, args, kwargs), failure
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            if number == 0:
-                failure = MoeifyError(
-                    f"torch.export cannot trace {type(module).__name__}: {type(error).__name__}: {reason}; "
-                    f"{ADVICE} that its forward accepts"
-                )
-                failure.__cause__ = error
-    return None, failure
-
-
-class _Branches(TorchFunctionMode):
-    """Every `if` on the data of a tensor goes one way: which FFNs a model has does not depend on it."""
-
-    def __init__(self, taken: bool) -> None:
-        super().__init__()
-        self.taken = taken
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        decides = func is torch.Tensor.__bool__ or (func is torch.Tensor.item and args[0].dtype is torch.bool)
-        return self.taken if decides else func(*args, **(kwargs or {}))
-
-
-def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
-    """Export a module; where it branches on data, try one way and then the other."""
-    try:
-        return _export_with(nullcontext(), module, args, kwargs)
-    except GuardOnDataDependentSymNode as error:
-        failures = []
-        for taken in (False, True):
-            try:
-                return _export_with(_Branches(taken), module, args, kwargs)
-            except Exception as failure:
-                failures.append(failure)
-        either_way = str(failures[0]) == str(failures[1])
-        raise (failures[0] if either_way else error) from error
-
-
-def _export_with(
-    mode: AbstractContextManager[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> fx.GraphModule:
-    fast_path, traces = torch.backends.mha.get_fastpath_enabled(), fx_config.do_not_emit_stack_traces
-    collects = gc.isenabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoderLayer's fused operator hides its FFN
-    fx_config.do_not_emit_stack_traces = True  # nobody reads them here, and they are a third of the time
-    gc.disable()  # a quarter of the time goes into looking for garbage among nodes that live on
-    try:
-        with _quietly(), mode:
-            program = torch.export.export(module, args, kwargs, strict=False)
-            return inline_blocks(program.module(check_guards=False))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        fx_config.do_not_emit_stack_traces = traces
-        if collects:
-            gc.enable()
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep to itself what torch.export warns of, logs and prints when it fails: the reason is in what it raises."""
-    disabled = logging.root.manager.disable
-    logging.disable()
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
 def _is_limit(failure: MoeifyError) -> bool:
     """Whether torch.export gave up on the model's code, as opposed to the forward on its inputs."""
     return any(word in str(failure) for word in _LIMITS)
-
-
-def _split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), {name: pytree.tree_map(_to_meta, value) for name, value in inputs.items()}
-    positional = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
-    return tuple(pytree.tree_map(_to_meta, positional)), {}

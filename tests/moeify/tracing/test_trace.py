@@ -84,6 +84,30 @@ def test_branches_on_data_are_traced_one_way() -> None:
     assert gm.meta[UNTRACED] == {}
 
 
+def test_nothing_is_printed_where_data_decide(capfd: pytest.CaptureFixture[str]) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Branching(), Branching()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x if int(x.sum()) > 3 else x[: int(x.sum())]
+
+    gm = trace(Counts(), torch.zeros(2, 5, HIDDEN))
+    assert names(gm) == ["layers.0.mlp", "layers.1.mlp"]
+    assert "data-dependent" in gm.meta[UNTRACED][""]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_activation_in_the_place_of_lengths_is_given_up_at_once() -> None:
+    class Packed(nn.Module):
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return torch.cat([x[:length] for length in lengths.flatten().tolist()])
+
+    with pytest.raises(MoeifyError, match="reads more than 256 numbers from its inputs"):
+        trace(Packed(), (torch.zeros(300), torch.zeros(300, dtype=torch.long)))
+
+
 def test_what_does_not_trace_whole_is_traced_by_its_parts() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([Untraceable(), Untraceable()]), "head": nn.Linear(HIDDEN, 3)})
     gm = trace(model)
@@ -95,6 +119,16 @@ def test_what_does_not_trace_whole_is_traced_by_its_parts() -> None:
 def test_towers_that_the_inputs_do_not_reach_are_traced_too() -> None:
     gm = trace(TwoTowers(), torch.zeros(2, 5, HIDDEN))
     assert names(gm) == ["text.0.mlp", "text.1.mlp", "image.0.mlp", "image.1.mlp"]
+
+
+def test_a_parameter_that_parts_share_has_one_name() -> None:
+    model = nn.ModuleDict({"encoder": Untraceable(), "decoder": Untraceable()})
+    for name in ("up", "down"):
+        model.get_submodule(f"decoder.mlp.{name}").weight = model.get_submodule(f"encoder.mlp.{name}").weight
+        model.get_submodule(f"decoder.mlp.{name}").bias = model.get_submodule(f"encoder.mlp.{name}").bias
+    gm = trace(model)
+    assert {name.split(".")[0] for name, _ in gm.named_parameters()} == {"encoder"}
+    assert sum(node.target == "encoder.mlp.up.weight" for node in gm.graph.nodes) == 2
 
 
 def test_inputs_that_do_not_fit_are_an_error() -> None:

@@ -1,0 +1,151 @@
+"""One torch.export on the meta device, set up for graphs that are read and not run.
+
+Nothing is printed, nothing is looked up for messages that nobody reads, and code that decides by the data of a tensor
+is taken one way.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.fx.config as fx_config
+from torch import fx, nn
+from torch.fx.experimental import symbolic_shapes
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from moeify.errors import MoeifyError
+from moeify.tracing.graphs import inline_blocks
+from moeify.tracing.inputs import ADVICE
+
+Inputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor
+
+_MANY = 256  # numbers that a forward may read from its inputs
+
+
+def first_that_traces(module: nn.Module, candidates: Iterable[Inputs]) -> tuple[fx.GraphModule | None, MoeifyError]:
+    """Return the graph for the first inputs that trace, or None and why the first of them did not."""
+    failure = MoeifyError(f"the inputs of {type(module).__name__} cannot be guessed; {ADVICE}")
+    for number, inputs in enumerate(candidates):
+        args, kwargs = _split_inputs(inputs)
+        try:
+            return _export(module, args, kwargs), failure
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            if number == 0:
+                failure = MoeifyError(
+                    f"torch.export cannot trace {type(module).__name__}: {type(error).__name__}: {reason}; "
+                    f"{ADVICE} that its forward accepts"
+                )
+                failure.__cause__ = error
+    return None, failure
+
+
+class _DataReads(TorchFunctionMode):
+    """What a forward reads from tensors: each `if` goes one way (`taken`), and reading a whole activation ends it.
+
+    Which FFNs a model has does not depend on which way an `if` goes. Whoever reads hundreds of numbers was handed an
+    activation where lengths belong, and torch.export would make a symbol of each, for minutes.
+    """
+
+    def __init__(self, taken: bool | None = None) -> None:
+        super().__init__()
+        self.taken = taken
+        self.decisions = self.numbers = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        decides = func is torch.Tensor.__bool__ or (func is torch.Tensor.item and args[0].dtype is torch.bool)
+        self.decisions += decides
+        if decides and self.taken is not None:
+            return self.taken
+        self.numbers += func is torch.Tensor.item
+        if self.numbers > _MANY:
+            raise ValueError(f"its forward reads more than {_MANY} numbers from its inputs")
+        return func(*args, **(kwargs or {}))
+
+
+class DataDependent(Exception):
+    """What torch.export says of an `if` on data, as no RuntimeError: for those it prints the graph."""
+
+
+@contextmanager
+def _quiet_where_undecided(module: nn.Module) -> Iterator[None]:
+    """Raise `DataDependent` from a module's forward in the place of torch's error."""
+    own = vars(module).get("forward")
+    original = module.forward
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except symbolic_shapes.GuardOnDataDependentSymNode as error:
+            raise DataDependent(str(error)) from error
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """Export a module; where it branches on data, try one way and then the other."""
+    reads = _DataReads()
+    try:
+        return _export_with(reads, module, args, kwargs)
+    except DataDependent as error:
+        if not reads.decisions:
+            raise
+        failures = []
+        for taken in (False, True):
+            try:
+                return _export_with(_DataReads(taken), module, args, kwargs)
+            except Exception as failure:
+                failures.append(failure)
+        either_way = str(failures[0]) == str(failures[1])
+        raise (failures[0] if either_way else error) from error
+
+
+def _export_with(reads: _DataReads, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    fast_path, traces = torch.backends.mha.get_fastpath_enabled(), fx_config.do_not_emit_stack_traces
+    collects, logs = gc.isenabled(), logging.root.manager.disable
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoderLayer's fused operator hides its FFN
+    fx_config.do_not_emit_stack_traces = True  # nobody reads them here, and they are a third of the time
+    logging.disable()  # the reason of a failure is in what is raised
+    gc.disable()  # a quarter of the time goes into looking for garbage among nodes that live on
+    try:
+        with warnings.catch_warnings(), _quiet_where_undecided(module), reads:
+            warnings.simplefilter("ignore")
+            program = torch.export.export(module, args, kwargs, strict=False)
+            return inline_blocks(program.module(check_guards=False))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        fx_config.do_not_emit_stack_traces = traces
+        logging.disable(logs)
+        if collects:
+            gc.enable()
+
+
+def _split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), {name: pytree.tree_map(to_meta, value) for name, value in inputs.items()}
+    positional = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    return tuple(pytree.tree_map(to_meta, positional)), {}
+
+
+def to_meta(value: Any) -> Any:
+    """Return a tensor of the same shape without memory, a parameter for a parameter, and anything else as it is."""
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=value.requires_grad)
+    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
