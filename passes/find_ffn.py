@@ -19,6 +19,7 @@ from moeify.passes.axes import reads_features
 from moeify.passes.cut import Cut, as_cut
 from moeify.passes.ffn import FFN, Inspection, Refusal
 from moeify.passes.projection import Projection, find_projections
+from moeify.passes.reasons import other_width, stopped_at
 from moeify.passes.residual import End, Streams
 
 # A hidden layer this many times narrower than the model is an adapter or a gate, never an FFN. Shared experts, which
@@ -91,7 +92,8 @@ class _Finder:
         ups, nodes, cuts = self.walk_back(down)
         hidden = ups[0].in_features
         if down.out_features != hidden:
-            raise _NoMatch(f"it projects back to width {down.out_features}, not {hidden}: a head", down.node)
+            products = {p.product for p in self.projections.values()}
+            raise _NoMatch(other_width(down.node, hidden, down.out_features, products), down.node)
         if all(flow.op_name(n) in flow.LINEAR or self.scales_by_constant(n) for n in nodes):
             raise _NoMatch("no nonlinearity between the projections: a low-rank factor", down.node)
         if classes := [n for n in nodes if "softmax" in flow.op_name(n)]:
@@ -118,7 +120,7 @@ class _Finder:
             *_, weight = [n for n in node.all_input_nodes if len(flow.shape(n)) > 1]
             if flow.is_static(weight, self.static):
                 where = (flow.module_stack(node) or [""])[-1]
-                computed.append(Refusal(where, _stopped_at(node), node.name, where))
+                computed.append(Refusal(where, stopped_at(node, self.static), node.name, where))
         return computed
 
     def walk_back(self, down: Projection) -> tuple[list[Projection], list[fx.Node], dict[fx.Node, Cut]]:
@@ -142,7 +144,7 @@ class _Finder:
                 nodes |= dict.fromkeys(cut.nodes)
                 pending.append(cut.source)
             else:
-                raise _NoMatch(_stopped_at(node), node, near=bool(ups) and not self.crosses_sum(nodes))
+                raise _NoMatch(stopped_at(node, self.static), node, near=bool(ups) and not self.crosses_sum(nodes))
         if not ups:
             raise _NoMatch("nothing is projected before it", down.node, near=False)
         ordered = sorted(ups.values(), key=lambda p: self.order[p.node])
@@ -229,20 +231,6 @@ class _Finder:
             neuron_wise=not any(flow.op_name(n) in flow.REDUCES for n in nodes),
             shared_expert=shared_expert,
         )
-
-
-def _stopped_at(node: fx.Node) -> str:
-    match flow.op_name(node):
-        case "linear" | "mm" | "addmm" | "matmul":
-            return f"`{node.name}` multiplies by a computed weight (a parametrization? merge it first)"
-        case "getitem":
-            return _stopped_at(node.all_input_nodes[0])
-        case flow.UNKNOWN:
-            return "behind it stands a module that could not be traced"
-        case "batch_norm":
-            return f"`{node.name}` normalises over positions in training"
-        case name:
-            return f"behind it stands `{name or node.target}`, which is not position-wise"
 
 
 def _refusal(weight: str, reason: str, node: fx.Node) -> Refusal:

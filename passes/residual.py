@@ -58,19 +58,26 @@ class Streams:
         if self.is_picked_by_router(source):
             return Outcome(End.ROUTED)
         seen: dict[fx.Node, None] = {result: None}
+        encodings: set[fx.Node] = set()  # of what was seen: results multiplied by values for each position
         pending = deque([result])
         beside = boundary = False
         while pending and len(seen) < _NEAR:
-            for user in flow.data_users(pending.popleft()):
+            node = pending.popleft()
+            for user in flow.data_users(node):
                 others = [n for n in user.all_input_nodes if n not in seen and not flow.is_static(n, self.static)]
-                if flow.op_name(user) in _WEIGHS and self.any_routed(others, stream, _MAY_ROUTE):
+                # (A norm's factor is made from the result itself, which may hold routed experts by now.)
+                if flow.op_name(user) in _WEIGHS and self.any_routed(others, stream | seen.keys(), _MAY_ROUTE):
                     return Outcome(End.ROUTED)
+                if node in encodings and self.is_only_projected(user):
+                    continue
                 if flow.op_name(user) in _SUMS and any(self.meets(n, stream) for n in others):
                     return Outcome(End.JOINS, beside or self.any_routed(others, stream))
                 if flow.op_name(user) in _SUMS:
                     beside = beside or self.any_routed(others, stream)
                 boundary = boundary or user.op == "output"
                 if user not in seen and self.passes_on(user, others, stream):
+                    if node in encodings or _scales_positions(user, seen):
+                        encodings.add(user)
                     seen[user] = None
                     pending.append(user)
         handed_in = all(node.op == "placeholder" or flow.is_row_wise(node) for node in stream)
@@ -82,6 +89,11 @@ class Streams:
         if user in self.projections or name not in _FORWARD | _SUMS | {"index_add"}:
             return False
         return name != "mul" or not any(flow.same_activation(n) in stream for n in others)
+
+    def is_only_projected(self, total: fx.Node) -> bool:
+        """Whether only projections read a sum: queries and keys with a position encoding, no residual stream."""
+        readers, products = flow.data_users(total), {p.product for p in self.projections.values()}
+        return flow.op_name(total) in _SUMS and len(readers) > 1 and products.issuperset(readers)
 
     def meets(self, summand: fx.Node, stream: Collection[fx.Node]) -> bool:
         """Whether a summand is the stream, or was made from it without learnt mixing."""
@@ -126,3 +138,9 @@ class Streams:
                 return True
             pending.extend(node.all_input_nodes)
         return False
+
+
+def _scales_positions(node: fx.Node, seen: Collection[fx.Node]) -> bool:
+    """Whether a node multiplies by values that differ by position and feature, as position encodings do."""
+    factors = (flow.shape(n) for n in node.all_input_nodes if n not in seen)
+    return flow.op_name(node) == "mul" and any(dims[-1:] > (1,) and max(dims[-2:-1], default=1) > 1 for dims in factors)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from moeify.passes.find_ffn import Inspection
+    from moeify.passes.find_ffn import Inspection, Refusal
     from moeify.plan import Plan
     from moeify.planning.cost import Cost
 
@@ -42,19 +42,20 @@ def inspection_table(inspection: Inspection) -> Table:
     """Return the FFNs, one row for each run of equal ones."""
     table = Table("FFNs", "where", "kind", "activation", "hidden", "intermediate", box=None, pad_edge=False)
     for form, run in groupby(inspection.ffns, key=lambda f: (f.kind, f.activation, f.hidden, f.intermediate)):
-        names = [ffn.name for ffn in run]
+        names = [ffn.name or "(the model itself)" for ffn in run]
         table.add_row(str(len(names)), ranges(names), *map(str, form))
     return table
 
 
 def refusals_table(inspection: Inspection) -> Table:
     """Return what looks like an FFN and is not, one row for each reason."""
-    table = Table("refused", "where", "because", box=None, pad_edge=False)
-    reasons: dict[str, list[str]] = {}
+    table = Table("refused", "where", "because", "stopped at", box=None, pad_edge=False)
+    reasons: dict[str, list[Refusal]] = {}
     for refusal in inspection.refused:
-        reasons.setdefault(refusal.reason, []).append(refusal.name)
-    for reason, names in reasons.items():
-        table.add_row(str(len(names)), ranges(names), reason)
+        reasons.setdefault(refusal.reason, []).append(refusal)
+    for reason, alike in reasons.items():
+        where, nodes = ([getattr(refusal, name) for refusal in alike] for name in ("name", "node"))
+        table.add_row(str(len(alike)), ranges(where), reason, ranges(nodes))
     return table
 
 

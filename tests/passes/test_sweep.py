@@ -26,7 +26,9 @@ def sweep() -> Iterator[ModuleType]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(DOCS))  # as for a program that runs from there
     spec.loader.exec_module(module)
+    sys.path.remove(str(DOCS))
     yield module
     logging.disable(logging.NOTSET)
 
