@@ -43,7 +43,8 @@ def check(model_type: str) -> Result:
     """Build one model type and convert it in every way."""
     logging.disable()
     warnings.simplefilter("ignore")
-    transformers.utils.logging.disable_progress_bar()
+    transformers_logging: Any = transformers.utils.logging
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     started = time.monotonic()
     try:

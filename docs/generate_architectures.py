@@ -1,7 +1,8 @@
 """Write docs/architectures.md: every model type that transformers registers, traced, searched and counted.
 
-    python docs/generate_architectures.py            the whole table (`make docs`)
-    python docs/generate_architectures.py llama t5   some model types, on stdout
+    python docs/generate_architectures.py              the whole table (`make docs`)
+    python docs/generate_architectures.py llama t5     some model types, on stdout
+    python docs/generate_architectures.py --rows DIR   what DIR lacks of it, then the whole table from DIR
 
 Each type is built from its default configuration with two layers a stack, on the meta device. What the matcher finds by
 dataflow is compared with a count by the names and shapes of the parameters, which knows nothing of graphs. Where the
@@ -11,19 +12,22 @@ was looked up by hand.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import re
-import sys
+import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from architectures.count_by_name import Sizes, by_name
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
@@ -35,7 +39,6 @@ from moeify.tracing.trace import UNTRACED, trace
 
 HERE = Path(__file__).resolve().parent
 LAYERS = 2
-Sizes = dict[str, tuple[int, int]]  # name of the weight that leads back -> (hidden, intermediate)
 
 TASKS: dict[str, tuple[Any, Any]] = {
     "causal LM": (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM),
@@ -50,24 +53,6 @@ DEPTHS = re.compile(
 )
 PER_LAYER = re.compile(r"(mlp_|attn_)?layer_types|layers_block_type")
 STAGES = re.compile(r"depths|num_blocks|layers_per_stage|encoder_depths|stage_depths|blocks_per_stage")
-
-# How FFNs are named, one convention a row: the projection back, then those that may lead to it.
-NAMES: dict[str, tuple[str, ...]] = {
-    "down_proj": ("up_proj", "gate_up_proj"), "fc2": ("fc1",), "fc_2": ("fc_1",), "wo": ("wi", "wi_0"), "w2": ("w1",),
-    "c_proj": ("c_fc",), "lin2": ("lin1",), "linear2": ("linear1",), "linear_2": ("linear_1",), "fc_out": ("fc_in",),
-    "dense_4h_to_h": ("dense_h_to_4h",), "output.dense": ("intermediate.dense",), "w_out": ("w_in.w_0",),
-    "output_dense": ("intermediate_dense",), "ffn_output": ("ffn",), "layer_2": ("layer_1",), "pwconv2": ("pwconv1",),
-    "pointwise_conv2": ("pointwise_conv1",), "linear_fc2": ("linear_fc1",), "dense2": ("dense1",), "2": ("0",),
-    "output_linear": ("input_linear",), "proj_out": ("proj_in", "up_proj"), "layers.1": ("layers.0",), "3": ("1", "0"),
-    "w_2": ("w_1",), "layer2": ("layer1",), "linear_out": ("linear_in",), "final_dense": ("intermediate_dense",),
-    "proj_2": ("proj_1",), "lin_2": ("lin_1",), "dense_2": ("dense_1",), "Wo": ("Wi",),
-    "down_proj.linear": ("up_proj.linear",), "conv2.convolution": ("conv1.convolution",),
-}  # fmt: skip
-# What has such names and is something else: convolution modules, projectors between towers, heads, codecs.
-OTHER = re.compile(
-    r"conv(_module)?\.pointwise_conv|merger|connector|project(or|ion)|aligner|bbox|quantizer|upsample|vocoder|_head|pooler"
-    r"|spatial_linear|temporal_linear|object_pointer_proj|hypernetworks|output_layer"
-)
 
 
 @dataclass(frozen=True)
@@ -139,10 +124,10 @@ def examine(model_type: str) -> Row:
 def build(model_type: str, task: str, changes: dict[str, Any]) -> nn.Module:
     """Build a small model on the meta device: default widths, two layers."""
     config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
-    top = {name: value for name, value in changes.items() if "." not in name}
+    top = {name: _configuration(value) for name, value in changes.items() if "." not in name}
     config = config_class(**top)
     _cut(config, set())
-    for path, value in changes.items():
+    for path, value in (changes | top).items():
         *holders, name = path.split(".")
         holder = config
         for inner in holders:
@@ -154,8 +139,18 @@ def build(model_type: str, task: str, changes: dict[str, Any]) -> nn.Module:
             model: nn.Module = auto_class.from_config(config)
         except (ValueError, AttributeError):
             name = names[model_type]
-            model = getattr(transformers, name if isinstance(name, str) else name[0])(config)
+            model_class = getattr(transformers, name if isinstance(name, str) else name[0])
+            if not isinstance(config, model_class.config_class):  # the decoder of a model of several
+                config = model_class.config_class()
+                _cut(config, set())
+            model = model_class(config)
     return model
+
+
+def _configuration(value: Any) -> Any:
+    """Return a configuration for a dictionary that names a model type, and anything else as it is."""
+    named = isinstance(value, dict) and "model_type" in value
+    return transformers.AutoConfig.for_model(**value) if named else value
 
 
 def _cut(config: Any, seen: set[int]) -> None:
@@ -170,31 +165,6 @@ def _cut(config: Any, seen: set[int]) -> None:
             setattr(config, name, value[:LAYERS])
         elif STAGES.fullmatch(name) and isinstance(value, list | tuple):
             setattr(config, name, type(value)(1 for _ in value))
-
-
-def by_name(model: nn.Module, also: list[str], without: list[str]) -> Sizes:
-    """Find FFNs by the names and shapes of parameters; `also` and `without` are patterns looked up by hand."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name.endswith(".weight")}
-    found: Sizes = {}
-    for name, shape in shapes.items():
-        pairs = [(down, up) for down, ups in NAMES.items() for up in ups if name.endswith(f".{down}.weight")]
-        ups = [shapes.get(f"{name[: -len(down) - 7]}{up}.weight") for down, up in pairs]
-        stored_in_out = type(model.get_submodule(name.removesuffix(".weight"))).__name__ == "Conv1D"
-        sizes = next((size for up in ups if up and (size := _sizes(shape, up, stored_in_out))), None)
-        other = re.search(r"\bexperts\.\d", name) or OTHER.search(name)
-        if any(re.search(pattern, name) for pattern in also):
-            sizes, other = (shape[0], shape[1]), None
-        if sizes and not other and not any(re.search(pattern, name) for pattern in without):
-            found[name] = sizes
-    return found
-
-
-def _sizes(down: tuple[int, ...], up: tuple[int, ...], stored_in_out: bool) -> tuple[int, int] | None:
-    """Return (hidden, intermediate) if a pair of weights leads from a width and back to it."""
-    if len(down) < 2 or len(up) < 2 or set(down[2:]) | set(up[2:]) > {1}:
-        return None
-    (hidden, inner), (rows, width) = (s[1::-1] if stored_in_out else s[:2] for s in (down, up))
-    return (hidden, inner) if width == hidden and rows in {inner, 2 * inner} else None
 
 
 def _applier(ffns: tuple[FFN, ...], places: Places) -> str:
@@ -230,22 +200,28 @@ def _line(error: Exception) -> str:
 
 def table(rows: list[Row]) -> str:
     """Return the document."""
-    dense = [row for row in rows if not row.problem]
-    right = sum(row.right for row in dense)
-    wrong = [row for row in dense if not row.right]
+    seen = [row for row in rows if not row.problem]
+    right = sum(row.right for row in seen)
     corrected = sum(bool({"also", "not"} & looked_up(row.model_type).keys()) for row in rows)
-    extra = sum(bool(row.found.keys() - row.expected.keys()) for row in dense)
+    extra = sum(bool(row.found.keys() - row.expected.keys()) for row in seen)
     lines = [
         "# Architectures",
         "",
         f"Every model type that transformers {transformers.__version__} registers for language, vision and audio,",
         "built with two layers a stack on the meta device, traced, and searched for dense FFNs. This page is written",
-        "by `make docs`. Expected numbers are counted by the names and shapes of parameters; for the types of",
-        f"docs/architectures.json that name patterns ({corrected}), names said too much or too little, and a look at",
-        "the model after the two disagreed decided.",
+        "by `make docs`.",
         "",
-        f"{len(rows)} types: {right} with exactly the expected FFNs, {len(wrong)} not "
-        f"({extra} of them with something that is no FFN), {len(rows) - len(dense)} that could not be built or traced.",
+        f"{len(rows)} types: {right} with exactly the expected FFNs, {len(seen) - right} not "
+        f"({extra} of them with something that is no FFN), {len(rows) - len(seen)} that could not be built or traced.",
+        "",
+        "The expected FFNs are counted by `docs/architectures/count_by_name.py`, which knows nothing of graphs: a pair",
+        "of parameters named as transformers names FFNs (`fc1` and `fc2`, `up_proj` and `down_proj`, …) whose",
+        f"shapes lead from a width and back to it. For {corrected} types such names say too much or too little; there,",
+        "a person read the model after the two counts disagreed, and docs/architectures.json holds the patterns.",
+        "",
+        "| why not built or traced | types |",
+        "|---|---|",
+        *_causes(rows),
         "",
         "`*` some of the FFNs are shared experts of an MoE that the model already has. `†` parts of the model were",
         "traced by themselves. `graph`: the FFN is written into its block, so that only the graph passes replace it.",
@@ -256,6 +232,27 @@ def table(rows: list[Row]) -> str:
     return "\n".join([*lines, *(_row(row) for row in rows)]) + "\n"
 
 
+def _causes(rows: list[Row]) -> Iterator[str]:
+    """Yield a line for each cause that keeps types from being examined, most types first."""
+    types: dict[str, list[str]] = {}
+    for row in rows:
+        if row.problem:
+            types.setdefault(_cause(row.problem), []).append(row.model_type)
+    for cause, names in sorted(types.items(), key=lambda item: -len(item[1])):
+        yield f"| {cause} | {len(names)}: {', '.join(names)} |"
+
+
+def _cause(problem: str) -> str:
+    """Say in general what a problem comes from."""
+    if "timm" in problem.lower():
+        return "part of it is a model of timm, which needs torchvision"
+    if library := re.search(r"requires the (\w+) library|No module named '(\w+)'", problem):
+        return f"needs {library[1] or library[2]}, which is not installed"
+    if problem.startswith("not built"):
+        return "its configuration has no defaults that make a model"
+    return "torch.export does not trace it from inputs that can be guessed, and no part of it holds an FFN that traces"
+
+
 def _row(row: Row) -> str:
     count = "-" if row.problem else f"{len(row.found)} / {len(row.expected)}{'' if row.right else ' ✗'}"
     marks = "*" * bool(row.shared_experts) + "†" * bool(row.parts)
@@ -263,19 +260,39 @@ def _row(row: Row) -> str:
     return f"| {row.model_type}{marks} | {row.task} | {count} | {', '.join(row.forms)} | {row.applier} | {remarks} |"
 
 
+def examine_missing(folder: Path) -> list[Row]:
+    """Return a row for every type: what `folder` holds, and for the others what is examined now and put there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in sorted(model_types()) if not (folder / f"{name}.json").exists()]
+    with ProcessPoolExecutor(2, max_tasks_per_child=50) as pool:
+        for row in pool.map(examine, missing):
+            (folder / f"{row.model_type}.json").write_text(json.dumps(asdict(row), indent=1))
+    return [read_row(folder / f"{name}.json") for name in sorted(model_types())]
+
+
+def read_row(path: Path) -> Row:
+    """Read a row that `examine_missing` wrote."""
+    held = json.loads(path.read_text())
+    for name in ("found", "expected"):
+        held[name] = {weight: tuple(sizes) for weight, sizes in held[name].items()}
+    return Row(**held | {name: tuple(held[name]) for name in ("forms", "refused")})
+
+
 def main() -> None:
     """Examine the named types, or all of them in two processes."""
-    chosen = sys.argv[1:] or sorted(model_types())
-    if sys.argv[1:]:
-        rows = [examine(name) for name in chosen]
-        print(*(_row(row) for row in rows), sep="\n")
-        for row in rows:
-            print(row.model_type, "missing", row.expected.keys() - row.found.keys(), "extra",
-                  row.found.keys() - row.expected.keys())  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("types", nargs="*", help="model types to examine, on stdout")
+    parser.add_argument("--rows", type=Path, help="folder that keeps a file for each type: delete one to examine anew")
+    given = parser.parse_args()
+    if not given.types:
+        with tempfile.TemporaryDirectory() as own:
+            (HERE / "architectures.md").write_text(table(examine_missing(given.rows or Path(own))))
         return
-    with ProcessPoolExecutor(2, max_tasks_per_child=50) as pool:
-        rows = list(pool.map(examine, chosen))
-    (HERE / "architectures.md").write_text(table(rows))
+    rows = [examine(name) for name in given.types]
+    print(*(_row(row) for row in rows), sep="\n")
+    for row in rows:
+        missing, extra = row.expected.keys() - row.found.keys(), row.found.keys() - row.expected.keys()
+        print(row.model_type, "missing", missing, "extra", extra)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class _Paths:
             return None
         moeify.register()
         base = getattr(self.converted, self.converted.base_model_prefix, self.converted)
-        mapping = transformers.AutoModel._model_mapping
+        mapping: Any = transformers.AutoModel._model_mapping
         if type(self.converted.config) not in mapping or mapping[type(self.converted.config)] is not type(base):
             return None
         model = transformers.AutoModel.from_pretrained(self.folder / "stored")
