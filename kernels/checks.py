@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,16 @@ def check_grouped_linear(
     _check_float("x", x_SH)
     _check_dtypes(x_SH, w=w_ENH, b=b_EN)
     _check_devices(x_SH, w=w_ENH, b=b_EN, offsets=offsets_E1)
+
+
+def check_offsets(bounds: list[int], rows: int) -> None:
+    """Raise ValueError unless `bounds` cut `rows` rows into slices. For hosts that know them: a GPU is not asked."""
+    if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > rows:
+        where = next((e for e, (a, b) in enumerate(pairwise(bounds)) if not 0 <= a <= b <= rows), 0)
+        raise ValueError(
+            f"offsets of expert {where} are {bounds[where]} and {bounds[where + 1]}: expected offsets that start at 0, "
+            f"never decrease and stay within the {rows} rows of x; use routing_layout(...).offsets_E1"
+        )
 
 
 def _check_implementation(implementation: str) -> None:

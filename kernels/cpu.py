@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moeify.kernels import memory
 from moeify.kernels.activations import Activation, find_activation
+from moeify.kernels.checks import check_offsets
 from moeify.kernels.layout import invert, sort_by_expert
 
 CHUNK_ROWS = 512
@@ -128,6 +129,7 @@ def experts_backward(
 def grouped_linear_forward(x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor) -> Tensor:
     """Rows offsets[e] .. offsets[e + 1] - 1 of x go through w[e], b[e]; rows past the last offset give zeros."""
     bounds = offsets_E1.tolist()
+    check_offsets(bounds, x_SH.shape[0])
     y_SN = _rows(x_SH, x_SH.shape[0], bounds[-1], w_ENH.shape[1])
     for chunk in _chunks(bounds, x_SH.shape[0]):
         _linear(x_SH[chunk.rows].to(y_SN.dtype), w_ENH, b_EN, chunk, out=y_SN[chunk.rows])

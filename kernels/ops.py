@@ -77,14 +77,15 @@ def grouped_linear(
         x_SH: (S, H) rows; expert e owns rows offsets[e] .. offsets[e + 1] - 1.
         w_ENH: (E, N, H) in x's dtype, any strides.
         b_EN: (E, N) in x's dtype, or None.
-        offsets_E1: int32 (E + 1,), as `RoutingLayout.offsets_E1`.
+        offsets_E1: int32 (E + 1,), as `RoutingLayout.offsets_E1`: from 0, never decreasing, at most S. Values are
+            checked where the host sees them; the Triton kernels do not wait for them.
         implementation: as for `experts`.
 
     Returns:
         (S, N) in x's dtype (autocast's under autocast); rows past the last offset are zero. Differentiable.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes, dtypes or offsets that do not fit together.
     """
     x_SH, w_ENH, b_EN = _autocast(x_SH, w_ENH, b_EN)
     checks.check_grouped_linear(x_SH, w_ENH, b_EN, offsets_E1, implementation)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeify.kernels.activations import find_activation
+from moeify.kernels.checks import check_offsets
 from moeify.kernels.layout import wide_enough
 from moeify.kernels.topology import BlockTopology
 
@@ -48,6 +49,7 @@ def experts(
 def grouped_linear(x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor) -> Tensor:
     """Rows offsets[e] .. offsets[e + 1] - 1 of x go through w[e], b[e]. Rows past the last offset give zeros."""
     bounds = offsets_E1.tolist()
+    check_offsets(bounds, x_SH.shape[0])
     parts = [
         F.linear(x_SH[start:end], w_ENH[e], None if b_EN is None else b_EN[e])
         for e, (start, end) in enumerate(pairwise(bounds))
