@@ -167,6 +167,16 @@ def faults(entry: Entry) -> list[str]:
     return [f"{entry.case.name} {entry.kind} {entry.tile}: {fault}" for fault, wrong in checks.items() if wrong]
 
 
+def tile_faults(kernel: str, architecture: str, tile: Tile, itemsize: int) -> list[str]:
+    """What is wrong with a tile for any use of `kernel`, a name in the table, with elements of `itemsize` bytes."""
+    if architecture not in TILES:
+        raise ValueError(f"the limits of {architecture} are not known: expected one of {', '.join(TILES)}; do not tune")
+    kinds = ["bf16"] if itemsize == 2 else ["fp32"] if architecture.startswith("gfx") else ["fp32", "tf32"]
+    uses = [case for case in CASES if case.table == kernel and case.kernel is not dense_kernel]
+    found = (Entry(case, kind, tile, measure(case, tile, architecture, kind)) for case in uses for kind in kinds)
+    return next(filter(None, map(faults, found)), [])
+
+
 def slow_loops(found: list[Entry]) -> list[str]:
     """Tiles of the up-projection whose loop is longer, per product, than the plain kernel's with the same tile."""
     ratios = {(e.case.name, e.tile): e.found.loop_ratio for e in found if e.kind == "bf16"}

@@ -107,6 +107,7 @@ TILES: dict[str, Table] = {
     "sm_120": _SMALL_SHARED,
     "gfx942": _CDNA3,
 }
+HEIGHTS = (16, 32, 64, 128)  # of a tile of rows
 UNKNOWN = _SMALL_SHARED  # what an architecture that the table does not know gets: it fits everywhere
 
 
@@ -133,6 +134,11 @@ def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int
             tile = replace(tile, n=tile.n // 2, k=tile.k // 2)
         else:
             tile = replace(tile, k=tile.k // (4 if m == 32 else 2))
+    return fit(tile, n, k)
+
+
+def fit(tile: Tile, n: int, k: int) -> Tile:
+    """Return the tile no wider than a matrix of `n` columns and no deeper than `k` summed elements."""
     return replace(tile, n=min(tile.n, _power_of_two(n)), k=min(tile.k, _power_of_two(k)))
 
 

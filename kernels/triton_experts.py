@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moeify.kernels import tiles
+from moeify.kernels import tiles, tuned_tiles
 from moeify.kernels.layout import invert, wide_enough
 from moeify.kernels.triton_gemm import (
     bias_kernel,
@@ -28,7 +28,7 @@ from moeify.kernels.triton_gemm import (
     weights_kernel,
 )
 from moeify.kernels.triton_layout import routing_layout, tile_map
-from moeify.kernels.triton_target import architecture, product_precision
+from moeify.kernels.triton_target import product_precision
 
 WIDEST = 128  # rows or columns of the largest tile
 
@@ -48,8 +48,8 @@ def experts_forward(
     """Return `(out_TH, z_SJ, order_S, offsets_E1)`; the pre-activation z has no rows unless `keep`."""
     layout = routing_layout(expert_ids_TK, up_EJH.shape[0])
     order_S, offsets_E1 = layout.order_S, layout.offsets_E1
-    z_SJ, a_SI = _up(x_TH, up_EJH, up_bias_EJ, order_S, offsets_E1, layout.top_k, activation, gated, keep)
-    y_SH = _rows(a_SI, down_EHI.transpose(1, 2), down_bias_EH, offsets_E1)
+    z_SJ, a_SI = launch_up(x_TH, up_EJH, up_bias_EJ, order_S, offsets_E1, layout.top_k, activation, gated, keep)
+    y_SH = launch_rows(a_SI, down_EHI.transpose(1, 2), down_bias_EH, offsets_E1)
     return _combine(y_SH, weights_TK, layout.inverse_S, offsets_E1, x_TH.shape[0]), z_SJ, order_S, offsets_E1
 
 
@@ -75,12 +75,14 @@ def experts_backward(
     """
     grad_TH, weights_TK, top_k = _unit_stride(grad_TH), weights_TK.contiguous(), weights_TK.shape[1]
     if z_SJ.shape[0] != order_S.shape[0]:
-        z_SJ, _ = _up(x_TH, up_EJH, up_bias_EJ, order_S, offsets_E1, top_k, activation, gated, keep=True)
-    dz_SJ, as_SI, ds_S = _down_backward(grad_TH, down_EHI, z_SJ, weights_TK, order_S, offsets_E1, activation, gated)
+        z_SJ, _ = launch_up(x_TH, up_EJH, up_bias_EJ, order_S, offsets_E1, top_k, activation, gated, keep=True)
+    dz_SJ, as_SI, ds_S = launch_down_backward(
+        grad_TH, down_EHI, z_SJ, weights_TK, order_S, offsets_E1, activation, gated
+    )
     gradients = [x_TH.new_empty(0)] * 7
     inverse_S = invert(order_S)
     if needs[0]:
-        dx_SH = _rows(dz_SJ, up_EJH, None, offsets_E1)
+        dx_SH = launch_rows(dz_SJ, up_EJH, None, offsets_E1)
         gradients[0] = _combine(dx_SH, None, inverse_S, offsets_E1, x_TH.shape[0])
     if needs[2]:
         ds_TK = torch.where(inverse_S < offsets_E1[-1], ds_S[inverse_S], 0).view_as(weights_TK)
@@ -88,9 +90,9 @@ def experts_backward(
             ds_TK += _bias_scores(grad_TH, down_bias_EH, expert_ids_TK)
         gradients[2] = ds_TK.to(weights_TK.dtype)
     if needs[3]:
-        gradients[3] = _weights(dz_SJ, x_TH, order_S, offsets_E1, top_k, gather="right").view_as(up_EJH)
+        gradients[3] = launch_weights(dz_SJ, x_TH, order_S, offsets_E1, top_k, gather="right").view_as(up_EJH)
     if needs[4]:
-        gradients[4] = _weights(grad_TH, as_SI, order_S, offsets_E1, top_k, gather="left").view_as(down_EHI)
+        gradients[4] = launch_weights(grad_TH, as_SI, order_S, offsets_E1, top_k, gather="left").view_as(down_EHI)
     if needs[5]:
         gradients[5] = _bias(dz_SJ, None, order_S, offsets_E1, top_k)
     if needs[6]:
@@ -100,7 +102,7 @@ def experts_backward(
 
 def grouped_linear_forward(x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor) -> Tensor:
     """Rows offsets[e] .. offsets[e + 1] - 1 of x go through w[e], b[e]; rows past the last offset give zeros."""
-    return _rows(x_SH, w_ENH.transpose(1, 2), b_EN, offsets_E1, fill=True)
+    return launch_rows(x_SH, w_ENH.transpose(1, 2), b_EN, offsets_E1, fill=True)
 
 
 def grouped_linear_backward(
@@ -109,9 +111,9 @@ def grouped_linear_backward(
     """Gradients of the four inputs of the forward pass; an empty tensor for each that `needs` leaves out."""
     gradients = [x_SH.new_empty(0)] * 4
     if needs[0]:
-        gradients[0] = _rows(grad_SN, w_ENH, None, offsets_E1, fill=True)
+        gradients[0] = launch_rows(grad_SN, w_ENH, None, offsets_E1, fill=True)
     if needs[1]:
-        gradients[1] = _weights(grad_SN, x_SH, offsets_E1, offsets_E1, 1, gather="neither")
+        gradients[1] = launch_weights(grad_SN, x_SH, offsets_E1, offsets_E1, 1, gather="neither")
     if needs[2]:
         gradients[2] = _bias(grad_SN, None, offsets_E1, offsets_E1, 1)
     return gradients
@@ -119,7 +121,7 @@ def grouped_linear_backward(
 
 def _options(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments of a matrix product: tile, schedule and precision."""
-    tile = tiles.choose(kernel, architecture(), m, n, k, dtype.itemsize)
+    tile = tuned_tiles.pick(kernel, m, n, k, dtype.itemsize)
     return {
         "EVEN": k % tile.k == 0,
         "BM": tile.m,
@@ -141,7 +143,7 @@ def _within_reach(t: Tensor) -> Tensor:
     return t.contiguous() if WIDEST * sum(t.stride()[-2:]) >= 1 << 31 else t
 
 
-def _up(
+def launch_up(
     x_TH: Tensor,
     up_EJH: Tensor,
     up_bias_EJ: Tensor | None,
@@ -152,6 +154,7 @@ def _up(
     gated: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Return the pre-activation `z_SJ`, without rows unless `keep`, and the activation `a_SI`."""
     x_TH, up_EJH = _unit_stride(x_TH), _within_reach(up_EJH)
     bias = up_EJH if up_bias_EJ is None else _unit_stride(up_bias_EJ)
     (experts, rows, hidden), pairs = up_EJH.shape, order_S.shape[0]
@@ -169,7 +172,7 @@ def _up(
     return z_SJ, a_SI
 
 
-def _rows(p_SK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, offsets_E1: Tensor, fill: bool = False) -> Tensor:
+def launch_rows(p_SK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, offsets_E1: Tensor, fill: bool = False) -> Tensor:
     """Rows times the weight of their expert; rows of no expert are zero if `fill`, else left as they are."""
     p_SK, w_EKN = _within_reach(_unit_stride(p_SK)), _within_reach(w_EKN)
     (experts, inner, width), pairs = w_EKN.shape, p_SK.shape[0]
@@ -185,7 +188,7 @@ def _rows(p_SK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, offsets_E1: Tenso
     return y_SN
 
 
-def _down_backward(
+def launch_down_backward(
     grad_TH: Tensor,
     down_EHI: Tensor,
     z_SJ: Tensor,
@@ -211,7 +214,9 @@ def _down_backward(
     return dz_SJ, as_SI, partial.sum(1)
 
 
-def _weights(left: Tensor, right: Tensor, order_S: Tensor, offsets_E1: Tensor, top_k: int, *, gather: str) -> Tensor:
+def launch_weights(
+    left: Tensor, right: Tensor, order_S: Tensor, offsets_E1: Tensor, top_k: int, *, gather: str
+) -> Tensor:
     """Gradient of stacked weights, (E, width of left, width of right); `gather` names the side that holds tokens."""
     left, right, experts = _unit_stride(left), _unit_stride(right), offsets_E1.shape[0] - 1
     (_, m), (_, n) = left.shape, right.shape

@@ -1,7 +1,6 @@
 """The host side of the Triton kernels, run for real up to the launch.
 
-A driver that is not there lets every `kernel[grid](...)` go through Triton's own specialisation of arguments and
-compile for a GPU; nothing is launched. Needs a process in which kernels are compiled: TRITON_INTERPRET unset.
+Nothing is launched (`no_driver`). Needs a process in which kernels are compiled: TRITON_INTERPRET unset.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -14,55 +13,21 @@ from typing import Any
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 from moeify.kernels import static_analysis, triton_blocksparse, triton_experts, triton_layout
 from moeify.kernels.layout import sort_by_expert
 from moeify.kernels.topology import block_topology
 from moeify.kernels.triton_blocksparse import dds, dsd, sdd
 from tests.kernels import oracle
+from tests.kernels.no_driver import no_driver
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs kernels that are compiled")
 
 
-class NoDriver:
-    """Enough of a driver for a kernel to be specialised and compiled."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return int(self.target.arch)  # kernels are cached by device: one for each architecture
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def map_python_to_cpp_type(self, kind: str) -> str:
-        return kind
-
-
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, Any]]]:
-    """What was launched on an sm_90 that is not there: kernel, programs, compiled code."""
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    seen: list[tuple[str, int, Any]] = []
-    compile_and_launch = JITFunction.run
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
-        compiled = compiled.result() if hasattr(compiled, "result") else compiled
-        seen.append((self.__name__, torch.Size(grid).numel(), compiled))
-        return compiled
-
-    monkeypatch.setattr(JITFunction, "run", run)
-    active = triton.runtime.driver._active
-    triton.runtime.driver.set_active(NoDriver(GPUTarget("cuda", 90, 32)))
-    yield seen
-    triton.runtime.driver._active = active
+    with no_driver(monkeypatch) as seen:
+        yield seen
 
 
 def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, int, Any]]) -> None:

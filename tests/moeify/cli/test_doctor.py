@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
 from moeify.cli import main
-from moeify.kernels import selfcheck
+from moeify.kernels import selfcheck, tuned_tiles, tuning
+from moeify.kernels.tiles import Tile
 
 
 def test_a_healthy_machine_passes() -> None:
@@ -39,3 +43,55 @@ def test_a_check_that_cannot_run_is_a_failure_in_one_line(monkeypatch: pytest.Mo
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 1 and "and more" not in result.stdout
     assert "bfloat16 was not checked: RuntimeError: no kernel image" in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tunes on a machine with a GPU")
+def test_tuning_needs_a_gpu(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["doctor", "--tune", str(tmp_path / "tiles.json")])
+    assert result.exit_code == 1 and "this machine has none: nothing was written" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def _pretend_to_have_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(selfcheck, "self_check", lambda device, dtype: [selfcheck.Check("experts", 0.0)])
+    monkeypatch.setattr("moeify.cli.doctor._about", lambda device: {"gpu": "none"})
+    monkeypatch.setattr(tuned_tiles, "architecture", lambda: "sm_90")
+
+
+def test_tuning_writes_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    slow, fast = Tile(16, 64, 128, 4, 3), Tile(16, 32, 128, 4, 3)
+
+    def tune(shape: tuning.Shape, device: torch.device) -> Iterator[tuning.Timed]:
+        assert shape == tuning.Shape(64, 32, 8, 2) and device.type == "cuda"
+        yield tuning.Timed("rows", 2, fast, {slow: 0.2, fast: 0.1})
+
+    _pretend_to_have_a_gpu(monkeypatch)
+    monkeypatch.setattr(tuning, "tune", tune)
+    file = tmp_path / "tiles.json"
+    result = CliRunner().invoke(main, ["doctor", "--json", "--tune", str(file), "--tune-shape", "64", "32", "8", "2"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["failed"] == []
+    assert "0.100 ms, the table's 0.200 ms" in result.stderr
+    assert tuned_tiles._read(str(file)) == {("rows", 16, 2): fast} and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["t.json"], "tuning failed, .*t.json was not written: RuntimeError: out of memory$"),
+        (["no/t.json"], "its folder does not exist"),
+        (["t.json", "--tune-shape", "64", "32", "2", "3"], "2 experts and 3 choices"),
+    ],
+)
+def test_tuning_that_cannot_be_done(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def tune(*args: Any) -> Iterator[tuning.Timed]:
+        raise RuntimeError("out of memory\nand more")
+
+    _pretend_to_have_a_gpu(monkeypatch)
+    monkeypatch.setattr(tuning, "tune", tune)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["doctor", "--tune", *arguments])
+    assert result.exit_code in (1, 2) and list(tmp_path.iterdir()) == []
+    assert re.search(message, result.stderr.strip()), result.stderr
