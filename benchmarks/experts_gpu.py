@@ -1,7 +1,10 @@
-"""Check every kernel on this machine's GPU and time it beside torch's own ways to compute experts.
+"""Check every kernel on this machine's GPU and time it beside torch's own ways to compute experts and other projects'.
 
-    python benchmarks/experts_gpu.py              prints a table
-    python benchmarks/experts_gpu.py --json FILE  also writes everything as JSON, to attach to a report
+    python -m benchmarks.experts_gpu              prints a table
+    python -m benchmarks.experts_gpu --json FILE  also writes everything as JSON, to attach to a report
+
+MegaBlocks, ScatterMoE, Liger and SonicMoE take part if they are installed. Each candidate must give the reference's
+result before it is timed; one that does not is reported with the reason.
 
 Shapes are those that other kernels publish. TFLOP/s count useful products only: 6*T*K*H*I forward, three times that
 with the backward pass. The share is of a large dense product measured on the same device.
@@ -15,16 +18,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moeify.kernels.layout import routing_layout
-from moeify.kernels.ops import combine, dispatch, experts
+from benchmarks.gpu_candidates import CANDIDATES, Candidate, Inputs, refusal
 from moeify.kernels.selfcheck import self_check
 from moeify.tolerances import TOLERANCE
 
@@ -37,34 +37,6 @@ SHAPES = {
     "decode, 1 token": (1, 2048, 768, 128, 8),
     "decode, 64 tokens": (64, 2048, 768, 128, 8),
 }
-
-Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def ours(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The operator under test."""
-    return experts(x, ids, weights, up, down, activation="silu", gated=True)
-
-
-def grouped_mm(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Gather, torch's grouped product, activation, grouped product, sum."""
-    layout = routing_layout(ids, up.shape[0])
-    ends = layout.offsets_E1[1:]
-    gate, inner = F.grouped_mm(dispatch(x, layout), up.mT, offs=ends).chunk(2, -1)
-    return combine(F.grouped_mm(F.silu(gate) * inner, down.mT, offs=ends), weights, layout)
-
-
-def loop(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """One product per expert; waits for the device to know how many rows each has."""
-    layout = routing_layout(ids, up.shape[0])
-    rows, parts = dispatch(x, layout), []
-    for e, (start, end) in enumerate(pairwise(layout.offsets_E1.tolist())):
-        gate, inner = (rows[start:end] @ up[e].t()).chunk(2, -1)
-        parts.append((F.silu(gate) * inner) @ down[e].t())
-    return combine(torch.cat(parts), weights, layout)
-
-
-CANDIDATES: dict[str, Run] = {"moeify": ours, "grouped_mm": grouped_mm, "loop": loop}
 
 
 def check(device: torch.device) -> list[dict[str, Any]]:
@@ -88,37 +60,52 @@ def milliseconds(run: Callable[[], object]) -> float:
     return float(do_bench(run, warmup=50, rep=200, return_mode="median"))
 
 
-def measure(shape: tuple[int, ...], device: torch.device) -> dict[str, dict[str, float]]:
-    """Times and TFLOP/s by candidate, in bf16."""
-    tokens, hidden, inner, count, top_k = shape
-    x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16).requires_grad_()
-    up = torch.randn(count, 2 * inner, hidden, device=device, dtype=torch.bfloat16).mul_(hidden**-0.5).requires_grad_()
-    down = torch.randn(count, hidden, inner, device=device, dtype=torch.bfloat16).mul_(inner**-0.5).requires_grad_()
-    scores, ids = torch.randn(tokens, count, device=device).softmax(-1).topk(top_k)
-    weights = scores.to(torch.bfloat16).requires_grad_()
-    leaves, flops = [x, weights, up, down], 6 * tokens * top_k * hidden * inner
-    results: dict[str, dict[str, float]] = {}
-    for name, run in CANDIDATES.items():
-
-        def forward(run: Run = run) -> Tensor:
-            with torch.no_grad():
-                return run(x, ids, weights, up, down)
-
-        def both(run: Run = run) -> object:
-            return torch.autograd.grad(run(x, ids, weights, up, down).sum(), leaves)
-
-        try:
-            times = milliseconds(forward), milliseconds(both)
-        except (RuntimeError, NotImplementedError) as error:
-            print(f"{name}: not on this device ({str(error).splitlines()[0]})")
-            continue
-        results[name] = {
-            "forward_ms": times[0],
-            "both_ms": times[1],
-            "forward_tflops": flops / times[0] / 1e9,
-            "both_tflops": 3 * flops / times[1] / 1e9,
-        }
+def measure(shape: tuple[int, ...], device: torch.device) -> dict[str, dict[str, Any]]:
+    """By candidate: times and TFLOP/s in bf16, or why there are none."""
+    inputs, results = make_inputs(shape, device), dict[str, dict[str, Any]]()
+    for name, candidate in CANDIDATES.items():
+        reason = refusal(candidate, inputs)
+        results[name] = {"not timed": reason} if reason else timed(candidate, inputs)
+        torch.cuda.empty_cache()
     return results
+
+
+def make_inputs(shape: tuple[int, ...], device: torch.device) -> Inputs:
+    """Tokens spread over experts by random scores, in bf16."""
+    tokens, hidden, inner, count, top_k = shape
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=torch.bfloat16)
+
+    scores, ids = torch.randn(tokens, count, device=device).softmax(-1).topk(top_k)
+    up, down = random(count, 2 * inner, hidden), random(count, hidden, inner)
+    return Inputs(random(tokens, hidden), ids, scores.bfloat16(), up.mul_(hidden**-0.5), down.mul_(inner**-0.5))
+
+
+def timed(candidate: Candidate, inputs: Inputs) -> dict[str, Any]:
+    """Times and TFLOP/s, or why there are none: some shapes do not fit every candidate."""
+    flops = 6 * inputs.ids.numel() * inputs.x.shape[1] * inputs.down.shape[2]
+    leaves = [t.detach().requires_grad_() for t in (inputs.x, inputs.weights, *candidate.store(inputs.up, inputs.down))]
+    x, weights, *stored = leaves
+    grad = torch.randn_like(inputs.x)
+
+    def forward() -> object:
+        with torch.no_grad():
+            return candidate.run(x, inputs.ids, weights, *stored)
+
+    def both() -> object:
+        return torch.autograd.grad(candidate.run(x, inputs.ids, weights, *stored), leaves, grad)
+
+    try:
+        times = milliseconds(forward), milliseconds(both)
+    except Exception as error:  # another project's, of any kind
+        return {"not timed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+    return {
+        "forward_ms": times[0],
+        "both_ms": times[1],
+        "forward_tflops": flops / times[0] / 1e9,
+        "both_tflops": 3 * flops / times[1] / 1e9,
+    }
 
 
 def dense_peak(device: torch.device) -> float:
@@ -143,6 +130,9 @@ def main() -> int:
     for name, shape in SHAPES.items():
         report["times"][name] = measure(shape, device)
         for candidate, found in report["times"][name].items():
+            if "not timed" in found:
+                print(f"{name:26}{candidate:12}not timed: {found['not timed']}")
+                continue
             share = found["forward_tflops"] / report["dense_tflops"]
             print(
                 f"{name:26}{candidate:12}{found['forward_ms']:9.3f} ms {found['forward_tflops']:7.1f} TFLOP/s"
