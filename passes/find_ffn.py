@@ -10,8 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
-from torch import fx
+from torch import fx, nn
 
 from moeify.passes import dataflow as flow
 from moeify.passes.activation import capture, recognise
@@ -118,10 +119,20 @@ class _Finder:
             if node in products or flow.op_name(node) not in {"linear", "mm", "matmul", "addmm"}:
                 continue
             *_, weight = [n for n in node.all_input_nodes if len(flow.shape(n)) > 1]
-            if flow.is_static(weight, self.static):
+            if flow.is_static(weight, self.static) and self.is_learnt(weight):
                 where = (flow.module_stack(node) or [""])[-1]
                 computed.append(Refusal(where, stopped_at(node, self.static), node.name, where))
         return computed
+
+    def is_learnt(self, weight: fx.Node) -> bool:
+        """Whether a value that no input reaches is made of a parameter, as opposed to constants of the code."""
+        pending = [weight]
+        while pending:
+            node = pending.pop()
+            if node.op == "get_attr" and isinstance(attrgetter(str(node.target))(self.graph_module), nn.Parameter):
+                return True
+            pending.extend(node.all_input_nodes)
+        return False
 
     def walk_back(self, down: Projection) -> tuple[list[Projection], list[fx.Node], dict[fx.Node, Cut]]:
         """Collect the row-wise region behind `down`, the projections at its edge, and where the region cuts rows."""

@@ -39,7 +39,7 @@ def stopped_at(node: fx.Node, static: dict[fx.Node, bool]) -> str:
     if name in _CONVOLUTIONS:
         return f"behind it stands `{node.name}`, which mixes neighbouring positions"
     if name in _REDUCTIONS:
-        return f"`{node.name}` is taken over positions, not over the features of each"
+        return f"`{node.name}` is taken over another dimension than the features (positions, groups or experts)"
     match name:
         case flow.UNKNOWN:
             return "behind it stands a module that could not be traced"

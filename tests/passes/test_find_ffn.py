@@ -135,7 +135,7 @@ LOOK_ALIKES: dict[str, tuple[Callable[[Model, Tensor], Tensor], str]] = {
     "classes fed back": (lambda m, x: x + m.mlps[0].down(m.mlps[0].up(x).softmax(-1)), "a softmax over its hidden"),
     "positions mixed inside": (
         lambda m, x: x + m.mlps[0].down(m.mlps[0].up(x).relu().cumsum(1) * m.mlps[0].up(x)),
-        "`cumsum` is taken over positions, not over the features of each",
+        "`cumsum` is taken over another dimension than the features",
     ),
 }
 

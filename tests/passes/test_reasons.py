@@ -42,7 +42,7 @@ REGIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     ),
     "a norm over positions": (
         lambda z, x: z.relu() * z.norm(dim=1, keepdim=True),
-        "`linalg_vector_norm` is taken over positions, not over the features of each",
+        "`linalg_vector_norm` is taken over another dimension than the features (positions, groups or experts)",
     ),
     "slopes for positions": (
         lambda z, x: F.prelu(z, torch.ones(TOKENS, device=z.device)),
