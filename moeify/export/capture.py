@@ -17,6 +17,7 @@ from moeify.errors import MoeifyError, RefusedError
 from moeify.tracing.inputs import guess_inputs
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
+DECODER_SEQUENCE = "decoder_sequence"
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -60,8 +61,8 @@ def interface(model: nn.Module, example_inputs: Mapping[str, Any] | None) -> Int
     config: Any = getattr(model, "config", None)
     if config is not None and _generates(model) and not getattr(config, "is_encoder_decoder", False):
         return _decoder(model)
-    if getattr(model, "main_input_name", None) == "input_ids" and not getattr(config, "is_encoder_decoder", False):
-        return _text_encoder(model)
+    if getattr(model, "main_input_name", None) == "input_ids":
+        return _encoder_decoder(model) if getattr(config, "is_encoder_decoder", False) else _text_encoder(model)
     return _plain(model, guess_inputs(model))
 
 
@@ -171,18 +172,30 @@ def _text_encoder(model: Any) -> Interface:
     return _flat(model, inputs, axes, model.config.get_text_config().vocab_size)
 
 
+def _encoder_decoder(model: Any) -> Interface:
+    """Text in, with its padding, and the target so far, whose length is its own."""
+    lengths = {"input_ids": 7, "attention_mask": 7, "decoder_input_ids": 5}
+    accepted = inspect.signature(model.forward).parameters
+    return _plain(model, {n: torch.ones(2, length, dtype=torch.long) for n, length in lengths.items() if n in accepted})
+
+
 def _plain(model: nn.Module, inputs: Mapping[str, Any]) -> Interface:
-    """Inputs as they are: the first dimension is the batch, the second of token ids the sequence."""
+    """Inputs as they are: the first dimension is the batch, the second of token ids the sequence, one on each side."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     made = {name: torch.zeros_like(t, device="cpu") if t.is_meta else t for name, t in tensors.items()}
     if not made:
         raise MoeifyError(f"{type(model).__name__} has no tensor among its example inputs: give at least one")
     axes = {
-        n: {0: BATCH} | ({1: SEQUENCE} if not t.is_floating_point() and t.dim() > 1 else {}) for n, t in made.items()
+        n: {0: BATCH} | ({1: _sequence(n)} if not t.is_floating_point() and t.dim() > 1 else {})
+        for n, t in made.items()
     }
     config: Any = getattr(model, "config", None)
     vocabulary = getattr(config.get_text_config(), "vocab_size", 0) if config is not None else 0
     return _flat(model, made, axes, vocabulary or 0)
+
+
+def _sequence(name: str) -> str:
+    return DECODER_SEQUENCE if name.startswith("decoder_") else SEQUENCE
 
 
 def _flat(

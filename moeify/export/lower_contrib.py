@@ -12,6 +12,7 @@ Shape legend: T tokens, K choices per token, E experts, H hidden, I intermediate
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from onnx_ir import tape as ir_tape
 from torch import Tensor
 
 from moeify.errors import RefusedError
-from moeify.export.constants import ConstantReader, base_name
+from moeify.export.constants import ConstantReader
 from moeify.export.quantize import Quantized, quantize
 from moeify.export.translate import DOMAIN, EXPERTS, GROUPED_LINEAR
 from moeify.kernels.activations import QUICK_GELU_SCALE
@@ -87,7 +88,7 @@ def lower_contrib(model: ir.Model, how: Contrib, *, only: list[ir.Node] | None =
         if reason is not None:
             operator = "QMoE" if how.bits else "MoE"
             raise RefusedError(
-                f"{_weight_name(node)} cannot become com.microsoft::{operator}: {reason}; the portable target, without "
+                f"{_place(node)} cannot become com.microsoft::{operator}: {reason}; the portable target, without "
                 "quantize, takes any model"
             )
     constants = ConstantReader(model.graph)
@@ -132,9 +133,13 @@ def _as_stacked(parts: Quantized, alternate: bool) -> Tensor:
     return torch.cat((weights[:, ::2], weights[:, 1::2]), dim=1) if alternate else weights
 
 
-def _weight_name(node: ir.Node) -> str:
-    weight = node.inputs[3 if node.op_type == EXPERTS else 1]
-    return base_name(weight) if weight is not None else str(node.name)
+def _place(node: ir.Node) -> str:
+    """The module that a node comes from, and its class, as the exporter noted them; else the node's own name."""
+    notes = [node.metadata_props.get(f"pkg.torch.onnx.{key}") for key in ("name_scopes", "class_hierarchy")]
+    if None in notes:
+        return str(node.name)
+    module, kind = (ast.literal_eval(str(note))[-2] for note in notes)
+    return f"{module.removeprefix('model.')} ({kind.rpartition('.')[-1]})"
 
 
 def _lower(model: ir.Model, node: ir.Node, how: Contrib, constants: ConstantReader) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moeify.export.capture import Interface, flat_outputs, quiet
+from moeify.export.capture import BATCH, DECODER_SEQUENCE, SEQUENCE, Interface, flat_outputs, quiet
 from moeify.layers import MoELayer
 
 _DECODER_CASES = ((1, (1, 1, 1), 0), (2, (7, 1, 3), 0), (3, (5, 1, 1), 3))  # batch, pieces, padding of the first row
@@ -194,7 +194,7 @@ def _plain_case(model: nn.Module, captured: Interface, generator: torch.Generato
 def _filled(captured: Interface, name: str, batch: int, sequence: int, generator: torch.Generator) -> Tensor:
     """Random values for an input: token ids, segments, a mask with some padding, or normal numbers."""
     example = captured.inputs[name]
-    sizes = {"batch": batch, "sequence": sequence}
+    sizes = {BATCH: batch, SEQUENCE: sequence, DECODER_SEQUENCE: sequence + 2}
     shape = [sizes.get(captured.axes[name].get(axis, ""), size) for axis, size in enumerate(example.shape)]
     if example.is_floating_point():
         return torch.randn(shape, generator=generator).to(example.dtype)

@@ -69,7 +69,7 @@ def graph_of(*layers: Layer) -> ir.Model:
         initializers += [numpy_helper.from_array(t.numpy(), names[name]) for name, t in layer.tensors().items()]
         inputs = ["x", "expert_ids", "weights", *names.values()]
         settings: dict[str, Any] = {"activation": layer.activation, "gated": int(layer.gated)}
-        nodes.append(helper.make_node("Experts", inputs, [f"y{number}"], domain="moeify", **settings))
+        nodes.append(helper.make_node("Experts", inputs, [f"y{number}"], f"layer{number}", domain="moeify", **settings))
         outputs.append(value(f"y{number}", float_, ["T", layer.hidden]))
     inputs_ = [value("x", float_, ["T", layers[0].hidden]), value("expert_ids", long, ["T", CHOICES]),
                value("weights", float_, ["T", CHOICES])]  # fmt: skip
