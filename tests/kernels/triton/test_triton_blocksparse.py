@@ -14,13 +14,14 @@ from tests.kernels import oracle
 CASES = {
     "ragged": ([20, 0, 3, 33], 21, 16, 19),
     "whole blocks": ([32, 64], 64, 32, 64),
+    "ragged, few": ([17, 0, 3], 19, 16, 7),
     "one row": ([1], 5, 16, 7),
     "all on one expert": ([0, 40, 0], 33, 16, 17),
     "no rows": ([0, 0], 16, 16, 5),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "ragged, few"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_against_dense_ones(case: str, dtype: torch.dtype) -> None:
     counts, columns, block, inner = CASES[case]
@@ -73,7 +74,7 @@ def dense_sdd(a: torch.Tensor, b: torch.Tensor, topology: BlockTopology) -> torc
     return to_blocks(a @ b, topology)
 
 
-@pytest.mark.parametrize("case", ["ragged", "one row", "no rows"])
+@pytest.mark.parametrize("case", ["ragged, few", "one row", "no rows"])
 def test_gradients_and_their_gradients_against_dense_ones(case: str) -> None:
     counts, columns, block, inner = CASES[case]
     rows, width = sum(counts) + 2, len(counts) * columns

@@ -5,19 +5,28 @@ import torch
 
 from moeify.kernels import layout, triton_layout
 
+SIZES = [(0, 2, 3), (1, 1, 1), (1, 8, 8), (5, 2, 16), (67, 3, 5), (19, 2, 130), (200, 1, 2)]  # tokens, top-k, experts
 
-@pytest.mark.parametrize(
-    ("tokens", "top_k", "experts"), [(0, 2, 3), (1, 1, 1), (1, 8, 8), (5, 2, 16), (67, 3, 5), (19, 2, 130), (200, 1, 2)]
-)
+
+def routings(tokens: int, top_k: int, experts: int) -> list[torch.Tensor]:
+    """At random, with ids outside; all to the first expert; all to none."""
+    ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=torch.Generator().manual_seed(tokens))
+    return [ids, torch.zeros_like(ids), torch.full_like(ids, experts)]
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_same_layout_and_tiles_as_the_reference(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
-    ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=torch.Generator().manual_seed(tokens)).to(dtype)
-    for routing in (ids, torch.zeros_like(ids), torch.full_like(ids, experts)):
-        want, got = layout.routing_layout(routing, experts), triton_layout.routing_layout(routing, experts)
+def test_same_layout_as_the_reference(tokens: int, top_k: int, experts: int, dtype: torch.dtype) -> None:
+    for ids in routings(tokens, top_k, experts):
+        want, got = (module.routing_layout(ids.to(dtype), experts) for module in (layout, triton_layout))
         assert torch.equal(got.order_S, want.order_S)
         assert torch.equal(got.inverse_S, want.inverse_S)
         assert torch.equal(got.offsets_E1, want.offsets_E1)
-        for block_m in (16, 64):
-            tiles = layout.tile_map(want.offsets_E1, tokens * top_k, block_m)
-            ours = triton_layout.tile_map(want.offsets_E1, tokens * top_k, block_m)
-            assert torch.equal(ours.expert_L, tiles.expert_L) and torch.equal(ours.row_L, tiles.row_L)
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), SIZES)
+def test_same_tiles_as_the_reference(tokens: int, top_k: int, experts: int) -> None:
+    for ids, block_m in zip(routings(tokens, top_k, experts), (16, 64, 16), strict=True):
+        offsets, pairs = layout.routing_layout(ids, experts).offsets_E1, tokens * top_k
+        want, got = (module.tile_map(offsets, pairs, block_m) for module in (layout, triton_layout))
+        assert torch.equal(got.expert_L, want.expert_L) and torch.equal(got.row_L, want.row_L)
