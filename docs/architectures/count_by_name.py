@@ -39,7 +39,7 @@ def by_name(model: nn.Module, also: list[str], without: list[str]) -> Sizes:
         ups = [shapes.get(f"{name[: -len(down) - 7]}{up}.weight") for down, up in pairs]
         stored_in_out = type(model.get_submodule(name.removesuffix(".weight"))).__name__ == "Conv1D"
         sizes = next((size for up in ups if up and (size := _sizes(shape, up, stored_in_out))), None)
-        other = re.search(r"\bexperts\.\d", name) or OTHER.search(name)
+        other = re.search(r"\bexperts\.(\w+_)?\d", name) or OTHER.search(name)
         if any(re.search(pattern, name) for pattern in also):
             sizes, other = (shape[0], shape[1]), None
         if sizes and not other and not any(re.search(pattern, name) for pattern in without):

@@ -21,9 +21,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moeify.errors import CheckpointError
 from moeify.hub.stock_experts import offer_stock_experts
-from moeify.inplace import apply_plan, remember_plan
+from moeify.inplace import remember_plan
 from moeify.plan import Plan
 from moeify.planning.make import survey
+from moeify.planning.replacement import apply_plan
 from moeify.tracing.trace import trace
 
 FORMAT = "moeify"

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.staging import staged
@@ -24,12 +24,10 @@ from moeify.families.table import FAMILIES, MOEIFY, choose_target
 from moeify.plan import Plan
 from moeify.planning.live import check_plain
 from moeify.planning.make import make_plan, survey
+from moeify.planning.rehearsal import rehearse
 from moeify.streaming.outputs import output_tensors
 from moeify.tracing.skeleton import build_on_meta, full_config, stored_names
 from moeify.tracing.trace import Inputs, trace
-
-if TYPE_CHECKING:
-    pass
 
 PLAN_FILE = "moeify.json"
 
@@ -69,12 +67,16 @@ def plan_checkpoint(
         example_inputs: Inputs that the forward accepts; None guesses them.
 
     Raises:
-        MoeifyError: nothing to convert, or the target would not be exact.
+        MoeifyError: nothing to convert, the target would not be exact, or the converted model would not run.
     """
     model = build_on_meta(source.config)
     check_plain(model)
-    plan = make_plan(model, survey(trace(model, example_inputs)), config, layers)
-    return plan.with_target(choose_target(plan, full_config(source.config), target))
+    found = survey(trace(model, example_inputs))
+    plan = make_plan(model, found, config, layers)
+    plan = plan.with_target(choose_target(plan, full_config(source.config), target))
+    if plan.target == MOEIFY:  # a native target is a model that transformers knows
+        rehearse(model, plan, found, example_inputs)
+    return plan
 
 
 def check_plan(source: Source, plan: Plan, *, example_inputs: Inputs | None = None) -> None:

@@ -164,7 +164,20 @@ class _Parts:
     def collect_children(self, module: nn.Module, path: str) -> None:
         """Trace the modules inside a module that does not trace itself."""
         for name, child in module.named_children():
-            self.collect(child, _join(path, name))
+            if _are_experts(child, module):
+                self.failed[_join(path, name)] = "experts of an MoE, and what chooses among them does not trace"
+            else:
+                self.collect(child, _join(path, name))
+
+
+def _are_experts(child: nn.Module, around: nn.Module) -> bool:
+    """Whether a list holds FFNs and nothing else, as many as a matrix beside it has rows: the router's."""
+    if not isinstance(child, nn.ModuleList | nn.ModuleDict) or len({type(one) for one in child.children()}) != 1:
+        return False
+    inside = {id(parameter) for parameter in child.parameters()}
+    tables = {id(table.weight) for table in around.modules() if isinstance(table, nn.Embedding)}
+    beside = [p for p in around.parameters() if p.dim() == 2 and id(p) not in inside | tables]
+    return all(_matrices(one) in {2, 3} for one in child.children()) and len(child) in {len(p) for p in beside}
 
 
 def _form(module: nn.Module, path: str) -> tuple[str, type]:

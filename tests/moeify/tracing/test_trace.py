@@ -154,6 +154,42 @@ def test_ties_stay_ties_in_the_twin() -> None:
     assert twin["a"].weight.is_meta
 
 
+class Routed(nn.Module):
+    """A mixture that branches on what its router says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(HIDDEN, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(HIDDEN, 23), nn.ReLU(), nn.Linear(23, HIDDEN)) for _ in "abc"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        chosen = self.router(x).argmax(-1)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0].tolist()
+            out[rows] = expert(x[rows])
+        return out
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.mixture = nn.Sequential(nn.Linear(HIDDEN, 19), nn.ReLU(), nn.Linear(19, HIDDEN)), Routed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dense(x)
+        out: Tensor = x + self.mixture(x)
+        return out
+
+
+def test_experts_are_no_parts_of_a_model_whose_router_does_not_trace() -> None:
+    graph_module = trace(nn.Sequential(Layer(), Layer()), torch.zeros(5, HIDDEN))
+    assert [ffn.name for ffn in FindFFN()(graph_module).ffns] == ["0.dense", "1.dense"]
+    assert "experts of an MoE" in graph_module.meta[UNTRACED]["0.mixture.experts"]
+
+
 def test_both_towers_of_a_vision_language_model() -> None:
     text = {"hidden_size": 12, "intermediate_size": 29, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = tf.CLIPConfig(text_config=text, vision_config={**text, "image_size": 16, "patch_size": 8})
