@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,7 +100,7 @@ def between(activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(HIDDEN, INNER), activation, nn.Linear(INNER, HIDDEN))
 
 
-FFNS = {
+FFNS: dict[str, Callable[[], nn.Module]] = {
     "learned": lambda: between(Learned()),
     "three": Three,
     "packed": Packed,

@@ -198,7 +198,8 @@ class SetApart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            return x + self.ffn(x)
+            out: Tensor = x + self.ffn(x)
+            return out
 
 
 def test_ffns_in_blocks_that_export_sets_apart_are_named() -> None:

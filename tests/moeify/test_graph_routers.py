@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ import moeify
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
 from moeify.graph_convert import convert_graph
-from moeify.inplace import apply_plan
 from moeify.passes.lower import Lower
 from moeify.passes.token_inputs import token_arguments
 from moeify.planning.make import make_plan, survey
+from moeify.planning.replacement import apply_plan
 from tests.moeify import tiny
 
 HIDDEN, VOCABULARY = 12, 17
@@ -53,7 +54,7 @@ MASK[1, 5:], MASK[2, :2] = 0, 0
 GIVEN = {"input_ids": IDS, "attention_mask": MASK}
 
 
-def seeded(run: nn.Module) -> object:
+def seeded(run: nn.Module) -> Any:
     torch.manual_seed(0)
     return run.train()(**GIVEN)
 
@@ -81,14 +82,14 @@ def test_a_graph_is_the_module_and_so_is_what_it_is_lowered_to(
     module = in_place(program, ROUTERS[name])
     graph = convert_graph(program, ROUTERS[name], return_losses=True)
     expected = seeded(module)
-    out, loss = seeded(graph)  # type: ignore[misc]
+    out, loss = seeded(graph)
     assert torch.equal(out, expected)
     if name != "soft":  # which has no losses
         torch.testing.assert_close(loss, moeify.aux_loss(module))
 
     lowered = Lower()(graph).graph_module
     assert not lowered.graph.find_nodes(op="call_module")
-    lowered_out, lowered_loss = seeded(lowered)  # type: ignore[misc]
+    lowered_out, lowered_loss = seeded(lowered)
     torch.testing.assert_close(lowered_out, out)
     torch.testing.assert_close(lowered_loss, loss)
     other = {key: value[:, :4] for key, value in GIVEN.items()}
@@ -106,14 +107,15 @@ def test_gradients_are_those_of_the_module(program: torch.export.ExportedProgram
     module = in_place(program, ROUTERS["capacity"])
     graph = convert_graph(program, ROUTERS["capacity"])
     for run in (graph, module):
-        seeded(run).square().mean().backward()  # type: ignore[attr-defined]
+        seeded(run).square().mean().backward()
     theirs = dict(module.named_parameters())
     assert all(p.grad is not None and torch.equal(p.grad, theirs[n].grad) for n, p in graph.named_parameters())  # type: ignore[arg-type]
 
 
 class Bare(Tagger):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return x + self.ffn(x)
+        out: Tensor = x + self.ffn(x)
+        return out
 
 
 def test_hash_routing_is_refused_where_no_input_holds_token_ids() -> None:
@@ -125,7 +127,7 @@ def test_hash_routing_is_refused_where_no_input_holds_token_ids() -> None:
 
 
 def test_decoders_are_handed_their_own_mask() -> None:
-    given = {**tiny.inputs("t5"), "use_cache": False}
+    given: dict[str, Any] = {**tiny.inputs("t5"), "use_cache": False}
     given["attention_mask"] = torch.ones_like(given["input_ids"])
     graph = convert_graph(torch.export.export(tiny.build("t5"), (), given, strict=False), MoEConfig(4, 2))
     calls = {str(node.target): node for node in graph.graph.find_nodes(op="call_module")}
@@ -134,4 +136,4 @@ def test_decoders_are_handed_their_own_mask() -> None:
         decoder = {"token_ids": "decoder_input_ids"}
         encoder = {"token_ids": "input_ids", "mask": "attention_mask"}
         assert names == (decoder if path.startswith("decoder") else encoder)
-        assert token_arguments(graph.graph, node.args[0]) == node.kwargs  # type: ignore[arg-type]
+        assert token_arguments(graph.graph, node.args[0]) == node.kwargs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -96,7 +96,10 @@ def quantised() -> Any:
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled": (lambda: torch.compile(blocks(), backend="eager"), r"is wrapped \(OptimizedModule\)"),
-    "compiled inside": (lambda: nn.Sequential(torch.compile(Block(), backend="eager")), r"^0 is wrapped"),
+    "compiled inside": (
+        lambda: nn.Sequential(cast(nn.Module, torch.compile(Block(), backend="eager"))),
+        r"^0 is wrapped",
+    ),
     "data parallel": (lambda: nn.DataParallel(blocks()), r"is wrapped \(DataParallel\)"),
     "converted": (lambda: moeify.convert(blocks(), CONFIG, "0", example_inputs=X), r"^0\.mlp is converted already"),
     "quantised": (quantised, r"quantised \(bitsandbytes\)"),
