@@ -93,6 +93,9 @@ class DataDependent(Exception):
 @contextmanager
 def _quiet_where_undecided(module: nn.Module) -> Iterator[None]:
     """Raise `DataDependent` from a module's forward in the place of torch's error."""
+    if len(list(module.named_modules())) < len(list(module.named_modules(remove_duplicate=False))):
+        yield  # torch.export loses the paths of modules that several share when a forward is not their class's own
+        return
     own = vars(module).get("forward")
     original = module.forward
 
@@ -117,7 +120,7 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     reads = _DataReads()
     try:
         return _export_with(reads, module, args, kwargs)
-    except DataDependent as error:
+    except (DataDependent, symbolic_shapes.GuardOnDataDependentSymNode) as error:
         if not reads.decisions:
             raise
         failures = []
