@@ -3,8 +3,8 @@
     python benchmarks/train_step.py [--repeats 3] [--write]
 
 512 tokens, float32, forward, backward and an SGD step, balancing loss included on both sides. Both read a checkpoint
-that `moeify convert` wrote from the same dense model, with the same experts. Each run is a process of its own that takes
-one step to warm up and times three; runs alternate. Needs 8 GB of memory and 7 GB of disk.
+that `moeify convert` wrote from the same dense model, with the same experts. Each run is a process of its own that
+takes one step to warm up and times three; runs alternate. Needs 8 GB of memory and 7 GB of disk.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def compare(work: Path, repeats: int) -> str:
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(repeats):
         for variant, runs in found.items():
-            command = (sys.executable, HERE, "--worker", variant, "--model", work / VARIANTS[variant][0])
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            step = (sys.executable, HERE, "--worker", variant, "--model", work / VARIANTS[variant][0])
+            output = subprocess.run(step, check=True, capture_output=True, text=True).stdout
             runs.append(json.loads(output.splitlines()[-1]))
             print(variant, runs[-1], file=sys.stderr, flush=True)
     lines = ["| step | CPU seconds, median | least, most | peak memory, GiB |", "|---|--:|--:|--:|"]
