@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import re
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -264,8 +264,8 @@ def examine_missing(folder: Path) -> list[Row]:
     """Return a row for every type: what `folder` holds, and for the others what is examined now and put there."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [name for name in sorted(model_types()) if not (folder / f"{name}.json").exists()]
-    with ProcessPoolExecutor(2, max_tasks_per_child=50) as pool:
-        for row in pool.map(examine, missing):
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=25) as pool:  # torch.export keeps memory
+        for row in pool.imap_unordered(examine, missing):
             (folder / f"{row.model_type}.json").write_text(json.dumps(asdict(row), indent=1))
     return [read_row(folder / f"{name}.json") for name in sorted(model_types())]
 

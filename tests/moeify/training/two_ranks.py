@@ -17,6 +17,12 @@ GLOBAL = MoEConfig(5, 2, balance_level="global", normalize_topk=True)
 
 def main(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", world_size=2, rank=rank)
+    step(rank, folder)  # what holds the group is gone when the group is destroyed
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def step(rank: int, folder: str) -> None:
     model: Any = torch.nn.parallel.DistributedDataParallel(make.layer(make.CONFIGS["deepseek_v3"]))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     moeify.attach_bias_update(model, optimizer)
@@ -28,7 +34,6 @@ def main(rank: int, folder: str) -> None:
     layer = make.layer(GLOBAL)
     layer(make.inputs(3, 7, seed=rank))
     torch.save(layer.losses()["balance"].detach(), f"{folder}/loss{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
