@@ -13,10 +13,7 @@ from moeify.errors import ConfigError
 from moeify.routing.joint import expert_choice, sinkhorn, soft_moe
 from moeify.routing.routers import softmax_topk
 from moeify.tolerances import TOLERANCE
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+from tests.moeify.routing.draw import randn
 
 
 def close(actual: Tensor, expected: object) -> None:

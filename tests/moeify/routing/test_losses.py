@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,9 @@ from moeify.routing.losses import (
 )
 from moeify.routing.routers import noisy_topk, sigmoid_grouped, softmax_topk
 from moeify.tolerances import TOLERANCE
+from tests.moeify.routing import draw
 
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+randn = partial(draw.randn, dtype=torch.float64)
 
 
 def close(actual: Tensor, expected: float | Tensor, dtype: str = "float64") -> None:

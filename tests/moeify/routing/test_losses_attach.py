@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,10 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from moeify.routing.losses import attach_loss, z_loss
 from moeify.routing.routers import softmax_topk
 from moeify.tolerances import TOLERANCE
+from tests.moeify.routing import draw
 
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+randn = partial(draw.randn, dtype=torch.float64)
 
 
 def close(actual: Tensor, expected: Tensor, dtype: str = "float64") -> None:

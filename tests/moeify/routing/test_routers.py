@@ -25,14 +25,7 @@ from moeify.routing.routers import (
     updated_bias,
 )
 from moeify.tolerances import TOLERANCE
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
+from tests.moeify.routing.draw import randn, seeded
 
 
 def close(actual: Tensor, expected: object, dtype: str = "float32") -> None:
