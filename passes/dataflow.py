@@ -12,7 +12,7 @@ Vocabulary, used throughout `passes/`:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import fx
@@ -158,6 +158,23 @@ def same_activation(node: fx.Node) -> fx.Node:
     while op_name(node) in TRANSPARENT and is_row_wise(node):
         node = node.all_input_nodes[0]
     return node
+
+
+def ancestors(node: fx.Node) -> Collection[fx.Node]:
+    """Return a node and all that it is computed from."""
+    seen: dict[fx.Node, None] = {}
+    pending = [node]
+    while pending:
+        top = pending.pop()
+        if top not in seen:
+            seen[top] = None
+            pending.extend(top.all_input_nodes)
+    return seen
+
+
+def last_matrix(product: fx.Node) -> fx.Node:
+    """Return the last factor of a product: the weight, where it is a projection."""
+    return [n for n in product.all_input_nodes if len(shape(n)) > 1][-1]
 
 
 def data_users(node: fx.Node) -> list[fx.Node]:

@@ -118,7 +118,7 @@ class _Finder:
         for node in self.graph_module.graph.nodes:
             if node in products or flow.op_name(node) not in {"linear", "mm", "matmul", "addmm"}:
                 continue
-            *_, weight = [n for n in node.all_input_nodes if len(flow.shape(n)) > 1]
+            weight = flow.last_matrix(node)
             if flow.is_static(weight, self.static) and self.is_learnt(weight):
                 where = (flow.module_stack(node) or [""])[-1]
                 computed.append(Refusal(where, stopped_at(node, self.static), node.name, where))
@@ -126,13 +126,8 @@ class _Finder:
 
     def is_learnt(self, weight: fx.Node) -> bool:
         """Whether a value that no input reaches is made of a parameter, as opposed to constants of the code."""
-        pending = [weight]
-        while pending:
-            node = pending.pop()
-            if node.op == "get_attr" and isinstance(attrgetter(str(node.target))(self.graph_module), nn.Parameter):
-                return True
-            pending.extend(node.all_input_nodes)
-        return False
+        held = (n for n in flow.ancestors(weight) if n.op == "get_attr")
+        return any(isinstance(attrgetter(str(n.target))(self.graph_module), nn.Parameter) for n in held)
 
     def walk_back(self, down: Projection) -> tuple[list[Projection], list[fx.Node], dict[fx.Node, Cut]]:
         """Collect the row-wise region behind `down`, the projections at its edge, and where the region cuts rows."""

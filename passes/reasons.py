@@ -56,7 +56,7 @@ def stopped_at(node: fx.Node, static: dict[fx.Node, bool]) -> str:
 
 
 def _product(node: fx.Node, static: dict[fx.Node, bool]) -> str:
-    *_, weight = [n for n in node.all_input_nodes if len(flow.shape(n)) > 1]
+    weight = flow.last_matrix(node)
     if not flow.is_static(weight, static):
         return f"behind it stands `{node.name}`, a product of two activations: an attention"
     if weight.op == "get_attr":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 from torch import fx
 
 from moeify.passes import dataflow as flow
@@ -22,21 +20,10 @@ def token_arguments(graph: fx.Graph, activation: fx.Node) -> dict[str, fx.Node]:
     if len(flow.shape(activation)) != 3:
         return {}
     given = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
-    behind = {node.target for node in _ancestors(activation) if node.op == "placeholder"}
+    behind = {node.target for node in flow.ancestors(activation) if node.op == "placeholder"}
     names = _DECODER if behind & {*_DECODER.values(), "labels"} else _ENCODER
     ids = names["token_ids"]
     if ids in given and ids not in behind:
         return {}
     fitting = {own: given[name] for own, name in names.items() if name in given}
     return {own: node for own, node in fitting.items() if len(flow.shape(node)) == 2}
-
-
-def _ancestors(node: fx.Node) -> Collection[fx.Node]:
-    seen: dict[fx.Node, None] = {}
-    pending = [node]
-    while pending:
-        top = pending.pop()
-        if top not in seen:
-            seen[top] = None
-            pending.extend(top.all_input_nodes)
-    return seen

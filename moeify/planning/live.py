@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moeify.errors import RefusedError
 from moeify.layers import MoELayer
 from moeify.plan import Plan, Site
+from moeify.planning.weights import held
 
 # Whoever holds parameters or compiled code of the model inside would go on using the dense FFNs.
 _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -68,7 +69,7 @@ def check_replaceable(model: nn.Module, plan: Plan) -> None:
     for site in plan.sites:
         _check_around(model, site)
         _check_weights(model, site, empty)
-        inside = [dense for dense, _ in site.learned if isinstance(_held(model, dense), nn.Parameter)]
+        inside = [dense for dense, _ in site.learned if isinstance(held(model, dense), nn.Parameter)]
         for dense in (*site.parameters, *inside):
             names = holders[_memory(model.get_parameter(dense))]
             other = used.get(dense) or next((name for name in names if not _beside(name, site)), None)
@@ -80,11 +81,6 @@ def check_replaceable(model: nn.Module, plan: Plan) -> None:
 def _memory(parameter: Tensor) -> int:
     """What tells whether two parameters are one: where their values lie, or which object they are if they have none."""
     return parameter.data_ptr() if type(parameter.data) is Tensor and parameter.data_ptr() else id(parameter)
-
-
-def _held(model: nn.Module, name: str) -> Any:
-    path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)
 
 
 def _check_around(model: nn.Module, site: Site) -> None:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from moeify.errors import MoeifyError
 from moeify.tracing.graphs import inline_blocks
 from moeify.tracing.inputs import ADVICE
+from moeify.tracing.stand_in import forward_replaced
 
 Inputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor
 
@@ -51,12 +52,19 @@ def first_that_traces(module: nn.Module, candidates: Iterable[Inputs]) -> tuple[
 def run_without_values(module: nn.Module, inputs: Inputs) -> None:
     """Run a module on the meta device: twenty times faster than its export, and raises what its forward raises."""
     args, kwargs = _split_inputs(inputs)
+    with torch.no_grad(), _silence(), _DataReads(taken=False):
+        module(*args, **kwargs)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings and no logs: the reason of a failure is in what is raised."""
     logs = logging.root.manager.disable
     logging.disable()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _DataReads(taken=False):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            module(*args, **kwargs)
+            yield
     finally:
         logging.disable(logs)
 
@@ -96,7 +104,6 @@ def _quiet_where_undecided(module: nn.Module) -> Iterator[None]:
     if len(list(module.named_modules())) < len(list(module.named_modules(remove_duplicate=False))):
         yield  # torch.export loses the paths of modules that several share when a forward is not their class's own
         return
-    own = vars(module).get("forward")
     original = module.forward
 
     @wraps(original)
@@ -106,13 +113,8 @@ def _quiet_where_undecided(module: nn.Module) -> Iterator[None]:
         except symbolic_shapes.GuardOnDataDependentSymNode as error:
             raise DataDependent(str(error)) from error
 
-    module.forward = forward
-    try:
+    with forward_replaced(module, forward):
         yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
@@ -135,20 +137,17 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _export_with(reads: _DataReads, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     fast_path, traces = torch.backends.mha.get_fastpath_enabled(), fx_config.do_not_emit_stack_traces
-    collects, logs = gc.isenabled(), logging.root.manager.disable
+    collects = gc.isenabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoderLayer's fused operator hides its FFN
     fx_config.do_not_emit_stack_traces = True  # nobody reads them here, and they are a third of the time
-    logging.disable()  # the reason of a failure is in what is raised
     gc.disable()  # a quarter of the time goes into looking for garbage among nodes that live on
     try:
-        with warnings.catch_warnings(), _quiet_where_undecided(module), reads:
-            warnings.simplefilter("ignore")
+        with _silence(), _quiet_where_undecided(module), reads:
             program = torch.export.export(module, args, kwargs, strict=False)
             return inline_blocks(program.module(check_guards=False))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         fx_config.do_not_emit_stack_traces = traces
-        logging.disable(logs)
         if collects:
             gc.enable()
 

@@ -8,7 +8,7 @@ hide an FFN but not make one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -35,16 +35,23 @@ def standing_in(modules: Iterable[nn.Module], result: Callable[[Tensor], object]
         first = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
         return result(_operator()(first))
 
-    replaced = [(module, vars(module).get("forward")) for module in modules]
-    for module, _ in replaced:
-        module.forward = forward
+    with ExitStack() as replaced:
+        for module in modules:
+            replaced.enter_context(forward_replaced(module, forward))
+        yield
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let one module run another forward; one that it holds itself, and not its class, comes back afterwards."""
+    own = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        for module, own in replaced:
-            del module.forward
-            if own is not None:
-                module.forward = own
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @cache
