@@ -80,7 +80,7 @@ def export_all(folder: Path) -> list[Path]:
     """Export a small model for every target."""
     tf: Any = transformers
     config = tf.MixtralConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         vocab_size=101, num_local_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     paths = []

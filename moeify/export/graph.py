@@ -17,6 +17,7 @@ from torch.export import Dim
 from moeify.errors import RefusedError
 from moeify.export.capture import Interface
 from moeify.export.masks import broadcast_padding
+from moeify.export.simplify import simplify
 from moeify.export.standard import OPSET
 from moeify.export.translate import translations
 from moeify.hub.stock_experts import through_moeify
@@ -47,12 +48,14 @@ def to_onnx(captured: Interface) -> ir.Model:
                 output_names=list(captured.outputs),
                 custom_translation_table=translations(),
                 opset_version=OPSET,
+                optimize=False,  # see moeify.export.simplify
                 verbose=False,
             )
         except Exception as error:
             raise RefusedError(f"the model has an operator that ONNX cannot express: {_cause(error)}") from error
     assert translated is not None
     model: ir.Model = translated.model
+    simplify(model)
     _name(model.graph, captured)
     return model
 

@@ -26,9 +26,9 @@ def lower(model: ir.Model, target: Target, quantize: Quantization | None) -> Non
     if quantize is not None:
         if not nodes:
             raise RefusedError("the model has no experts to quantize: convert it first, or leave quantize out")
-        lower_contrib(model, Contrib(*SCHEMES[quantize]))
+        lower_contrib(model, Contrib(*SCHEMES[quantize], cuda=target == "cuda"))
     elif target == "cuda":
-        lower_contrib(model, Contrib())
+        lower_contrib(model, Contrib(cuda=True))
     elif target == "cpu":
         many = [node for node in nodes if _experts(node) >= MANY_EXPERTS and why_not(node, Contrib()) is None]
         lower_contrib(model, Contrib(), only=many)

@@ -34,6 +34,8 @@ _QUANTIZED = ".quantized"
 _NOT_CHOSEN = -1e4  # as a logit; finite, so that a token that chose no expert gives zeros and not NaN, and fits float16
 _GATED = {"silu": 1.0, "quick_gelu": QUICK_GELU_SCALE}  # the scale of gate · sigmoid(scale · gate) · up
 _PLAIN = {"silu": "silu", "relu": "relu", "gelu_tanh": "gelu"}  # the operator's gelu is the tanh approximation
+_CUDA_WIDTHS = 8  # CUDA loads 16 bytes at a time: ONNX Runtime's docs/contrib_ops/cuda/moe_qmoe.md, section 4.2
+_CUDA_QUANTIZED_WIDTHS = 64  # rows of a tile of its packed weights, section 6.1
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,18 @@ class Contrib:
     Attributes:
         bits: 8 or 4 for QMoE, None for MoE.
         block: Values that share a scale; None for one scale per row.
+        cuda: Whether the CUDA kernels are to run them.
     """
 
     bits: int | None = None
     block: int | None = None
+    cuda: bool = False
+
+    @property
+    def widths(self) -> int:
+        """What hidden and intermediate sizes must be multiples of."""
+        aligned = (_CUDA_QUANTIZED_WIDTHS if self.bits else _CUDA_WIDTHS) if self.cuda else 1
+        return max(aligned, self.block or 1)
 
 
 def why_not(node: ir.Node, how: Contrib) -> str | None:
@@ -63,10 +73,11 @@ def why_not(node: ir.Node, how: Contrib) -> str | None:
     if choices.shape is None or not isinstance(choices.shape[1], int):
         return "the number of experts per token is not a constant"
     down = node.inputs[4]
-    if how.block and down is not None and down.shape is not None:
-        widths = [int(size) for size in down.shape[1:] if isinstance(size, int)]
-        if any(width % how.block for width in widths):
-            return f"{how.bits}-bit weights need widths that are multiples of {how.block}, not {widths}"
+    assert down is not None and down.shape is not None
+    widths = [int(size) for size in down.shape[1:] if isinstance(size, int)]
+    if any(width % how.widths for width in widths):
+        who = f"{how.bits}-bit weights{' on CUDA' * how.cuda}" if how.bits else "CUDA kernels"
+        return f"{who} need widths that are multiples of {how.widths}, not {widths}"
     return None
 
 
@@ -227,4 +238,6 @@ def _quantized_attributes(how: Contrib) -> dict[str, Any]:
     attributes: dict[str, Any] = {"expert_weight_bits": how.bits}
     if how.block:
         attributes["block_size"] = how.block
+    if how.cuda:  # else CUDA takes the bytes for packed ones, and gives noise; versions before 1.28 do not know it
+        attributes["weights_prepacked"] = 0
     return attributes

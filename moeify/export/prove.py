@@ -10,7 +10,8 @@ Shape legend: B batch, L tokens of the whole sequence.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,24 +29,21 @@ _PLAIN_CASES = ((1, 1), (1, 9), (3, 5))  # batch, sequence
 
 @dataclass(frozen=True)
 class Difference:
-    """What was measured.
+    """What was measured; of several outputs the worst.
 
     Attributes:
         max_abs_diff: Largest absolute difference.
-        max_abs: Largest absolute value of PyTorch's.
+        relative: Largest absolute difference in an output by its largest absolute value.
+        rms: Root mean square of the differences in an output by that of its values.
         top1_agreement: Share of rows whose largest value is at the same place.
         cases: The shapes that were run.
     """
 
     max_abs_diff: float
-    max_abs: float
+    relative: float
+    rms: float
     top1_agreement: float
     cases: tuple[str, ...]
-
-    @property
-    def relative(self) -> float:
-        """Largest difference by largest value."""
-        return self.max_abs_diff / self.max_abs if self.max_abs else self.max_abs_diff
 
 
 @torch.no_grad()
@@ -128,20 +126,47 @@ def compare(session: Any, captured: Interface, cases: list[Case]) -> Difference:
         captured: What was exported.
         cases: From `expected_cases`.
     """
-    largest, scale, agreed, rows = 0.0, 0.0, 0, 0
+    tallies: dict[str, _Tally] = defaultdict(_Tally)
     for case in cases:
         actual = _run_pieces(session, captured, case) if case.pieces else _run(session, case.inputs)
         for name, want in case.outputs.items():
-            got = torch.from_numpy(actual[name]).double()
-            want = want.double()
-            if case.live is not None:
-                got, want = got[case.live], want[case.live]
-            difference = (got - want).abs().max().item() if want.numel() else 0.0
-            largest = max(largest, difference) if difference == difference else float("nan")
-            scale = max(scale, want.abs().max().item())
-            same = got.argmax(-1) == want.argmax(-1)
-            agreed, rows = agreed + int(same.sum()), rows + same.numel()
-    return Difference(largest, scale, agreed / rows, tuple(case.label for case in cases))
+            live = slice(None) if case.live is None else case.live
+            tallies[name].add(torch.from_numpy(actual[name]).double()[live], want.double()[live])
+    outputs = list(tallies.values())
+    return Difference(
+        max_abs_diff=_worst(tally.difference for tally in outputs),
+        relative=_worst(tally.difference / (tally.value or 1.0) for tally in outputs),
+        rms=_worst((tally.squared_difference / (tally.squared_value or 1.0)) ** 0.5 for tally in outputs),
+        top1_agreement=sum(tally.agreed for tally in outputs) / sum(tally.rows for tally in outputs),
+        cases=tuple(case.label for case in cases),
+    )
+
+
+@dataclass
+class _Tally:
+    """What adds up over the cases, for one output: largest and summed squares of differences and values, top-1."""
+
+    difference: float = 0.0
+    value: float = 0.0
+    squared_difference: float = 0.0
+    squared_value: float = 0.0
+    agreed: int = 0
+    rows: int = 0
+
+    def add(self, got: Tensor, want: Tensor) -> None:
+        if not want.numel():
+            return
+        difference, same = got - want, got.argmax(-1) == want.argmax(-1)
+        self.difference = _worst((self.difference, difference.abs().max().item()))
+        self.value = max(self.value, want.abs().max().item())
+        self.squared_difference += difference.square().sum().item()
+        self.squared_value += want.square().sum().item()
+        self.agreed, self.rows = self.agreed + int(same.sum()), self.rows + same.numel()
+
+
+def _worst(values: Iterable[float]) -> float:
+    """The largest, or NaN if there is one."""
+    return float(np.max(list(values)))
 
 
 def _decoder_case(

@@ -21,12 +21,14 @@ class OnnxReport:
         quantize: How the experts' weights are stored, None for as they were.
         dtype: What it computes in.
         operators: How often each operator occurs in the graph, those of other domains with their domain.
-        relative: Largest difference from PyTorch by its largest value; where weights were rounded, from PyTorch with
-            the same rounded weights.
+        relative: Largest difference from PyTorch by its largest value, of several outputs the worst; where weights were
+            rounded, from PyTorch with the same rounded weights.
         max_abs_diff: Largest difference.
         top1_agreement: Share of rows whose largest value is at the same place.
         tolerance: Largest relative difference that passes.
-        rounding: What rounding does: the relative difference from PyTorch with the original weights, None without it.
+        rounding: What rounding does, None without it: root mean square of the differences from PyTorch with the
+            original weights, by that of its values.
+        rounding_largest: The same as the largest difference by the largest value.
         rounding_top1: Share of rows whose largest value stays at its place in spite of it.
         cases: The shapes of the proof.
         runtime: The ONNX Runtime that ran the proof, and its provider.
@@ -43,6 +45,7 @@ class OnnxReport:
     top1_agreement: float
     tolerance: float
     rounding: float | None
+    rounding_largest: float | None
     rounding_top1: float | None
     cases: tuple[str, ...]
     runtime: str
@@ -62,9 +65,10 @@ class OnnxReport:
         twin = f", of the same graph in float32 (its {self.dtype} needs a GPU)" if self.dtype != "float32" else ""
         same = " with the same rounded weights" if self.quantize else ""
         effect = ""
-        if self.rounding is not None and self.rounding_top1 is not None:
+        if self.rounding is not None and self.rounding_largest is not None and self.rounding_top1 is not None:
             effect = (
-                f"; rounding to {self.quantize} changes {self.rounding:.1e}, top-1 agreement {self.rounding_top1:.2%}"
+                f"; rounding to {self.quantize} changes {self.rounding:.1e} by root mean squares, "
+                f"{self.rounding_largest:.1e} by the largest, top-1 agreement {self.rounding_top1:.2%}"
             )
         return (
             f"relative difference {self.relative:.2e} from PyTorch{same} (tolerance {self.tolerance:.0e}) in "

@@ -1,6 +1,6 @@
 """An ONNX file that appears whole or not at all: written and proved in a hidden folder beside its place, then renamed.
 
-Weights above `_IN_ONE_FILE` go into `NAME.onnx.data` beside it (a protobuf holds no more than 2 GB).
+Weights above `_IN_ONE_FILE` go into `NAME.onnx.data` beside it (a protobuf is built in memory, and holds 2 GB).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from moeify.errors import CheckpointError
 
-_IN_ONE_FILE = 10**9
+_IN_ONE_FILE = 500 * 10**6  # bytes; a protobuf is built in memory, twice over
 _SMALLEST_OUTSIDE = 1024  # bytes; shapes and scalars stay in the graph, where shape inference sees them
 
 

@@ -7,6 +7,7 @@ from moeify.errors import RefusedError
 from moeify.export.lower import MANY_EXPERTS, lower
 from moeify.export.lower_contrib import Contrib, interleaved, lower_contrib
 from moeify.export.quantize import quantize
+from moeify.export.report import Quantization
 from moeify.tolerances import TOLERANCE
 from tests.moeify.export.layer_graph import EXPERTS, Layer, relative, routing, run
 
@@ -30,10 +31,10 @@ def test_what_the_operator_would_compute_otherwise_is_refused(activation: str, g
         lower_contrib(Layer(activation, gated).graph(), Contrib())
 
 
-@pytest.mark.parametrize("how", [Contrib(8), Contrib(4, 32), Contrib(8, 32)])
+@pytest.mark.parametrize("how", [Contrib(8), Contrib(4, 32), Contrib(8, 32), Contrib(8, cuda=True)])
 @pytest.mark.parametrize("gated", [True, False])
 def test_qmoe_computes_with_the_rounded_weights(how: Contrib, gated: bool) -> None:
-    layer = Layer(gated=gated, bias=True, hidden=64, intermediate=96)
+    layer = Layer(gated=gated, bias=True, hidden=64, intermediate=192)
     model = layer.graph()
     lower_contrib(model, how)
     inputs = routing(layer, 9)
@@ -47,9 +48,20 @@ def test_qmoe_computes_with_the_rounded_weights(how: Contrib, gated: bool) -> No
     assert relative(result, exact) <= (2e-2 if how.bits == 8 else 0.3)
 
 
-def test_blocks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(RefusedError, match=r"multiples of 32, not \[7, 11\]"):
-        lower_contrib(Layer().graph(), Contrib(4, 32))
+@pytest.mark.parametrize(
+    ("how", "multiple"), [(Contrib(4, 32), 32), (Contrib(cuda=True), 8), (Contrib(8, cuda=True), 64)]
+)
+def test_widths_that_the_kernel_does_not_take_are_refused(how: Contrib, multiple: int) -> None:
+    with pytest.raises(RefusedError, match=rf"widths that are multiples of {multiple}, not \[7, 11\]"):
+        lower_contrib(Layer().graph(), how)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_cuda_is_told_that_the_bytes_are_not_packed_for_it(quantize: Quantization) -> None:
+    model = Layer(hidden=64, intermediate=128).graph()
+    lower(model, "cuda", quantize)
+    (node,) = [node for node in model.graph if node.op_type == "QMoE"]
+    assert node.attributes["weights_prepacked"].as_int() == 0
 
 
 @pytest.mark.parametrize(("experts", "domain"), [(MANY_EXPERTS, "com.microsoft"), (MANY_EXPERTS - 1, "moeify")])
@@ -71,7 +83,7 @@ def test_the_portable_target_holds_standard_operators_only() -> None:
 
 
 def test_the_cuda_target_waits_for_no_size_that_only_the_device_knows() -> None:
-    model = Layer().graph()
+    model = Layer(hidden=8, intermediate=16).graph()
     lower(model, "cuda", None)
     assert not {"NonZero", "Split", "If", "Loop", "GatherND"} & {node.op_type for node in model.graph}
 

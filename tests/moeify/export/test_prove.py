@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moeify.export.prove import Case, Difference, compare
+
+WANT = {"large": torch.tensor([[100.0, -50.0], [1.0, 2.0]]), "small": torch.tensor([[3e-6, 4e-6]])}
+
+
+class Session:
+    """Gives fixed outputs, as an `onnxruntime.InferenceSession` does."""
+
+    def __init__(self, outputs: dict[str, torch.Tensor]) -> None:
+        self.outputs = outputs
+
+    def get_inputs(self) -> list[Any]:
+        return []
+
+    def get_outputs(self) -> list[Any]:
+        return [SimpleNamespace(name=name) for name in self.outputs]
+
+    def run(self, names: None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return [tensor.numpy() for tensor in self.outputs.values()]
+
+
+def measured(**outputs: torch.Tensor) -> Difference:
+    captured: Any = None  # read for keys and values only
+    return compare(Session({**WANT, **outputs}), captured, [Case("one", {}, (), None, WANT)])
+
+
+def test_the_same_outputs_do_not_differ() -> None:
+    assert measured() == Difference(0.0, 0.0, 0.0, 1.0, ("one",))
+
+
+def test_a_small_output_is_not_hidden_by_a_large_one() -> None:
+    difference = measured(small=torch.tensor([[3e-6, 0.0]]))
+    assert difference.max_abs_diff == pytest.approx(4e-6)
+    assert difference.relative == pytest.approx(1.0)
+    assert difference.rms == pytest.approx(0.8)
+    assert difference.top1_agreement == pytest.approx(2 / 3)
+
+
+def test_a_value_that_is_no_number_is_the_largest_difference() -> None:
+    for bad in (math.nan, math.inf):
+        difference = measured(large=torch.tensor([[100.0, bad], [1.0, 2.0]]))
+        assert not math.isfinite(difference.relative)
