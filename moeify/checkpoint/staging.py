@@ -92,8 +92,8 @@ def _check_space(partial: Path, nbytes: int) -> None:
     free = shutil.disk_usage(place).free
     if missing > free:
         raise CheckpointError(
-            f"not enough space on the disk of {place}: {missing / 1e9:.1f} GB are needed, "
-            f"{free / 1e9:.1f} GB are free. Free some, or choose another output folder."
+            f"not enough space on the disk of {place}: {missing / 1e6:,.0f} MB are needed, "
+            f"{free / 1e6:,.0f} MB are free. Free some, or choose another output folder."
         )
 
 

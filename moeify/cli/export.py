@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moeify.cli.options import json_option
-from moeify.errors import CheckpointError
+from moeify.cli.settings import config_from, config_options
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from moeify.config import MoEConfig
     from moeify.export import OnnxReport
 
 
@@ -25,30 +26,33 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="[default: float32; cuda: float16]"
 )
-@click.option("--experts", type=int, help="Convert a dense SRC on the way: experts in each layer.")
-@click.option("--top-k", type=int, help="Experts that each token visits, with --experts.")
+@config_options
 @click.option("--layers", default="all", show_default=True, help="Which FFNs become experts, with --experts.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 @json_option
 def export(
-    src: Path, out: Path, target: str, quantize: str | None, dtype: str | None, experts: int | None, top_k: int | None,
-    layers: str, overwrite: bool, as_json: bool,
+    src: Path, out: Path, target: str, quantize: str | None, dtype: str | None, layers: str, overwrite: bool,
+    as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Export the checkpoint SRC to the ONNX file OUT.
 
-    SRC is a converted model, an MoE of transformers, or a dense model (with --experts and --top-k it is converted on
-    the way). OUT appears after ONNX Runtime gave what PyTorch gives, on shapes that the export did not see.
+    SRC is a converted model, an MoE of transformers, or a dense model (with --experts and --top-k, or --preset, it is
+    converted on the way). OUT appears after ONNX Runtime gave what PyTorch gives, on shapes that it did not see before.
     """
+    from moeify.checkpoint.source import open_source
     from moeify.cli import display
     from moeify.cli.quiet import quiet_transformers
     from moeify.export import export_onnx
     from moeify.export.onnx_file import check_request
 
-    check_request(out, target, quantize, overwrite=overwrite)  # before minutes of loading
-    if not src.exists():
-        raise CheckpointError(f"{src} does not exist: give a model folder or a GGUF file")
+    typed = any(value not in (None, ()) for value in settings.values())
+    config = config_from(settings) if typed else None
+    dtype = dtype or ("float16" if target == "cuda" else "float32")
+    check_request(out, target, quantize, dtype, overwrite=overwrite)  # before minutes of loading
+    with open_source(src):
+        pass
     with quiet_transformers():
-        model = _load(src, dtype or ("float16" if target == "cuda" else "float32"), experts, top_k, layers)
+        model = _load(src, dtype, config, layers)
         entries = {"source": src.name, **_text_entries(src, model)}
         report = export_onnx(model, out, target, quantize, overwrite=overwrite, metadata=entries)  # type: ignore[arg-type]
     if as_json:
@@ -58,17 +62,14 @@ def export(
     click.echo(f"{report.summary()}\nwritten to {out}, for onnxruntime {report.requires} or newer")
 
 
-def _load(src: Path, dtype: str, experts: int | None, top_k: int | None, layers: str) -> nn.Module:
+def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str) -> nn.Module:
     import torch
 
-    from moeify.config import MoEConfig
     from moeify.hub.loading import load
     from moeify.inplace import convert
 
-    if (experts is None) != (top_k is None):
-        raise click.UsageError("--experts and --top-k go together: for example --experts 8 --top-k 2")
     model = load(src, dtype=getattr(torch, dtype))
-    return model if experts is None or top_k is None else convert(model, MoEConfig(experts, top_k), layers)
+    return model if config is None else convert(model, config, layers)
 
 
 def _text_entries(src: Path, model: Any) -> dict[str, str]:

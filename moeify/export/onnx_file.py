@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
-_HALF = {torch.float16, torch.bfloat16}
+_HALF = {"float16", "bfloat16"}
 
 
 def export_onnx(
@@ -64,10 +64,9 @@ def export_onnx(
         VerificationError: the graph gave other results than PyTorch.
         CheckpointError: the file cannot be written.
     """
-    check_request(Path(path), target, quantize, overwrite=overwrite)
+    check_request(Path(path), target, quantize, _name(_dtype(model)), overwrite=overwrite)
     from moeify.export.write import staged_file
 
-    _check_dtype(model, target, quantize)
     training = model.training
     try:
         with staged_file(Path(path).expanduser().resolve(), overwrite=overwrite) as staged:
@@ -97,12 +96,12 @@ def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
     from moeify.export.capture import interface
     from moeify.export.write import write
 
-    dtype = _dtype(model)
+    dtype = _name(_dtype(model))
     if dtype not in _HALF:
         report = _prove(model, staged, request, "float32")
     else:
         twin = copy.deepcopy(model).float()
-        report = _prove(twin, staged, request, str(dtype).removeprefix("torch."))
+        report = _prove(twin, staged, request, dtype)
         del twin
     if not report.passed:
         raise VerificationError(f"the exported graph differs from PyTorch: {report.summary()}; nothing was written")
@@ -187,11 +186,11 @@ def _graph(captured: Interface, request: _Request) -> ir.Model:
     return graph
 
 
-def check_request(path: Path, target: Any, quantize: Any, *, overwrite: bool) -> None:
-    """Raise what can be said before a model is loaded; arguments as of `export_onnx`.
+def check_request(path: Path, target: Any, quantize: Any, dtype: str, *, overwrite: bool) -> None:
+    """Raise what can be said before a model is loaded; arguments as of `export_onnx`, and the model's dtype by name.
 
     Raises:
-        ConfigError: an unknown target or quantization.
+        ConfigError: an unknown target or quantization, or a dtype that the target does not compute in.
         MoeifyError: a package is missing or too old.
         CheckpointError: the file exists.
     """
@@ -201,24 +200,24 @@ def check_request(path: Path, target: Any, quantize: Any, *, overwrite: bool) ->
         raise ConfigError(f"quantize is {quantize!r}: expected one of {', '.join(QUANTIZATIONS)}, or None")
     if target == "portable" and quantize is not None:
         raise ConfigError("the portable target holds standard operators only, and QMoE is not one: use cpu or cuda")
+    if dtype != "float32" and not (target == "cuda" and dtype in _HALF):
+        raise ConfigError(
+            f"the model is in {dtype}, the target {target} computes in float32"
+            f"{', float16 or bfloat16' * (target == 'cuda')}: load it with dtype float32, or call model.float()"
+        )
+    if target == "cuda" and quantize is not None and dtype not in _HALF:
+        raise ConfigError(
+            "QMoE on CUDA computes in float16 or bfloat16, and with float32 falls back to the CPU: load the model with "
+            "dtype float16"
+        )
     check_installed(oldest_runtime(target, quantize))
     from moeify.export.write import check_place
 
     check_place(path, overwrite=overwrite)
 
 
-def _check_dtype(model: nn.Module, target: str, quantize: str | None) -> None:
-    dtype = _dtype(model)
-    if dtype != torch.float32 and not (target == "cuda" and dtype in _HALF):
-        raise ConfigError(
-            f"the model is in {str(dtype).removeprefix('torch.')}, the target {target} computes in float32"
-            f"{', float16 or bfloat16' * (target == 'cuda')}: call model.float(), or load it with dtype=torch.float32"
-        )
-    if target == "cuda" and quantize is not None and dtype not in _HALF:
-        raise ConfigError(
-            "QMoE on CUDA computes in float16 or bfloat16, and with float32 falls back to the CPU: load the model with "
-            "dtype=torch.float16"
-        )
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

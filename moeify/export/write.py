@@ -68,7 +68,7 @@ def write(model: ir.Model, path: Path) -> None:
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise CheckpointError(
-            f"not enough space for {path.name}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
+            f"not enough space for {path.name}: {size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} are free"
         )
     data_file(path).unlink(missing_ok=True)
     if size <= _IN_ONE_FILE:

@@ -87,7 +87,7 @@ def test_too_little_space_is_seen_before_anything_is_written(tmp_path: Path, mon
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=2_000_000_000))
     with (
-        pytest.raises(CheckpointError, match=r"3\.0 GB are needed, 2\.0 GB are free"),
+        pytest.raises(CheckpointError, match=r"3,000 MB are needed, 2,000 MB are free"),
         staged(tmp_path / "out", overwrite=False, resume=False, nbytes=3_000_000_000),
     ):
         pass

@@ -30,7 +30,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_dense_checkpoint_converts_exports_and_speaks(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "moe.onnx"
-    result = moeify("export", source, out, "--experts", 3, "--top-k", 2, "--layers", "0", "--json")
+    result = moeify("export", source, out, "--preset", "mixtral", "--experts", 3, "--layers", "0", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["relative"] <= report["tolerance"] and report["operators"]["moeify::SparseMoE"] == 1
@@ -48,7 +48,9 @@ def test_a_dense_checkpoint_converts_exports_and_speaks(source: Path, tmp_path: 
     ("options", "code", "message"),
     [
         (["--target", "tpu"], 2, "expected one of cpu, cuda, portable"),
-        (["--experts", "3"], 2, "--experts and --top-k go together"),
+        (["--experts", "3"], 2, "--experts and --top-k are needed"),
+        (["--dtype", "float16"], 2, "the target cpu computes in float32: load it with dtype float32"),
+        (["--target", "cuda", "--quantize", "int4", "--dtype", "float32"], 2, "load the model with dtype float16"),
     ],
 )
 def test_wrong_usage_is_one_line(source: Path, tmp_path: Path, options: list[str], code: int, message: str) -> None:
