@@ -38,7 +38,7 @@ class ConstantReader:
                 f"the expert weights {value.name} are computed by the model, not stored: export needs them constant"
             )
         raw = getattr(value.const_value, "raw", None)
-        return raw if isinstance(raw, Tensor) else torch.from_numpy(value.const_value.numpy().copy())
+        return raw if isinstance(raw, Tensor) else _tensor(value.const_value)
 
     def unstack(self, stacked: ir.Value) -> list[ir.Value]:
         """Return one initializer for each entry of a stacked weight's first dimension."""
@@ -69,6 +69,14 @@ class ConstantReader:
         value = ir.Value(name=name, shape=contents.shape, type=ir.TensorType(contents.dtype), const_value=contents)
         self.graph.register_initializer(value)
         return value
+
+
+def _tensor(constant: ir.TensorProtocol) -> Tensor:
+    """Return what was folded into a constant; NumPy's own types leave bfloat16 out."""
+    array = constant.numpy().copy()
+    if constant.dtype == ir.DataType.BFLOAT16:
+        return torch.from_numpy(array.view("uint16")).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def base_name(value: ir.Value) -> str:

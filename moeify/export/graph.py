@@ -21,6 +21,7 @@ from moeify.export.simplify import simplify
 from moeify.export.standard import OPSET
 from moeify.export.translate import translations
 from moeify.hub.stock_experts import through_moeify
+from moeify.tracing.exporting import quiet_where_undecided
 
 _SPECIALIZED = re.compile(
     r"\[(\d+)\]\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)"
@@ -63,9 +64,10 @@ def to_onnx(captured: Interface) -> ir.Model:
 def _trace(captured: Interface) -> torch.export.ExportedProgram:
     shapes = tuple(dict.fromkeys(captured.axes[name], Dim.DYNAMIC) for name in captured.inputs)
     try:
-        return torch.export.export(
-            captured.module, tuple(captured.inputs.values()), dynamic_shapes=(shapes,), strict=False
-        )
+        with quiet_where_undecided(captured.module):
+            return torch.export.export(
+                captured.module, tuple(captured.inputs.values()), dynamic_shapes=(shapes,), strict=False
+            )
     except Exception as error:
         model = type(captured.module.model).__name__
         reason = _fixed_size(error, captured) or f"{_cause(error)}{_place(error)}"
@@ -99,19 +101,24 @@ def _name_dimensions(value: ir.Value, names: Mapping[int, str]) -> None:
 
 def _cause(error: BaseException) -> str:
     """The first line of the error at the bottom."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}"
+    bottom = _chain(error)[0]
+    line = next((line.strip() for line in str(bottom).splitlines() if line.strip()), "")
+    return f"{type(bottom).__name__}: {line}"
 
 
 def _place(error: BaseException) -> str:
-    """Where the model's own code stood, if it did."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """Where the model's own code stood, if it did: what torch raises of itself may have been caught there by torch."""
     library = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(library)]
-    return f" (in {frames[-1].name}, {frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    for cause in _chain(error):
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if not f.filename.startswith(library)]
+        if frames:
+            return f" (in {frames[-1].name}, {frames[-1].filename}:{frames[-1].lineno})"
+    return ""
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and its causes, the bottom first."""
+    return [*(_chain(error.__cause__) if error.__cause__ is not None else []), error]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from moeify.errors import ConfigError, VerificationError
+from moeify.errors import ConfigError, RefusedError, VerificationError
 from moeify.export.report import OnnxReport, Quantization, Target
 from moeify.export.requirements import check_installed, oldest_runtime, package_versions, runtime_version
 from moeify.tolerances import TOLERANCE
@@ -96,6 +96,7 @@ def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
     from moeify.export.capture import interface
     from moeify.export.write import write
 
+    _refuse_chance(model)
     dtype = _name(_dtype(model))
     if dtype not in _HALF:
         report = _prove(model, staged, request, "float32")
@@ -108,6 +109,19 @@ def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
     if dtype in _HALF:
         write(_graph(interface(model, request.example_inputs), request), staged)
     return report
+
+
+def _refuse_chance(model: nn.Module) -> None:
+    """Refuse a layer that draws who stays in a full expert."""
+    from moeify.layers import MoELayer
+
+    for name, layer in model.named_modules():
+        limited = isinstance(layer, MoELayer) and layer.eval_capacity_factor is not None
+        if limited and layer.config.drop_order == "random":
+            raise RefusedError(
+                f"{name} draws at random which tokens a full expert keeps, and a graph cannot draw what PyTorch does: "
+                "lift the limit with moeify.set_capacity(model, None), or use another drop_order"
+            )
 
 
 def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> OnnxReport:

@@ -99,7 +99,7 @@ class DataDependent(Exception):
 
 
 @contextmanager
-def _quiet_where_undecided(module: nn.Module) -> Iterator[None]:
+def quiet_where_undecided(module: nn.Module) -> Iterator[None]:
     """Raise `DataDependent` from a module's forward in the place of torch's error."""
     if len(list(module.named_modules())) < len(list(module.named_modules(remove_duplicate=False))):
         yield  # torch.export loses the paths of modules that several share when a forward is not their class's own
@@ -142,7 +142,7 @@ def _export_with(reads: _DataReads, module: nn.Module, args: tuple[Any, ...], kw
     fx_config.do_not_emit_stack_traces = True  # nobody reads them here, and they are a third of the time
     gc.disable()  # a quarter of the time goes into looking for garbage among nodes that live on
     try:
-        with _silence(), _quiet_where_undecided(module), reads:
+        with _silence(), quiet_where_undecided(module), reads:
             program = torch.export.export(module, args, kwargs, strict=False)
             return inline_blocks(program.module(check_guards=False))
     finally:

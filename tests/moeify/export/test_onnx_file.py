@@ -137,6 +137,13 @@ def test_tokens_that_compete_for_experts_do_so_in_every_shape(
     assert moeify.export_onnx(model, tmp_path / "model.onnx").passed
 
 
+def test_a_capacity_that_keeps_tokens_at_random_is_refused(tmp_path: Path) -> None:
+    settings = moeify.MoEConfig(4, 2, eval_capacity_factor=1.0, drop_order="random")
+    model = moeify.convert(tiny.build("llama"), settings)
+    with pytest.raises(RefusedError, match=r"^model.layers.0.mlp draws at random .*set_capacity\(model, None\)"):
+        moeify.export_onnx(model, tmp_path / "model.onnx")
+
+
 class FFN(nn.Module):
     def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
