@@ -84,19 +84,25 @@ def _fixed_size(error: BaseException, captured: Interface) -> str | None:
 
 
 def _name(graph: ir.Graph, captured: Interface) -> None:
-    """Give weights the names of the state dict, and dimensions theirs; drop shapes that other names are in."""
+    """Give weights the names of the state dict, and the dimensions of inputs and outputs theirs."""
     for name, value in list(graph.initializers.items()):
         if name.startswith(_PREFIX):
             value.name = name.removeprefix(_PREFIX)
+    symbols = {
+        str(value.shape[axis]): name
+        for value in graph.inputs
+        if value.shape is not None
+        for axis, name in captured.axes[str(value.name)].items()
+    }
     for values, axes in ((graph.inputs, captured.axes), (graph.outputs, captured.output_axes)):
         for value in values:
-            _name_dimensions(value, axes.get(str(value.name), {}))
+            _name_dimensions(value, axes.get(str(value.name), {}), symbols)
 
 
-def _name_dimensions(value: ir.Value, names: Mapping[int, str]) -> None:
-    if value.shape is None or not names:
-        return
-    value.shape = ir.Shape([names.get(axis, size) for axis, size in enumerate(value.shape)])
+def _name_dimensions(value: ir.Value, names: Mapping[int, str], symbols: Mapping[str, str]) -> None:
+    """Name dimensions by their place, or by the name that an input gave to the symbol of the trace."""
+    if value.shape is not None:
+        value.shape = ir.Shape([names.get(axis, symbols.get(str(size), size)) for axis, size in enumerate(value.shape)])
 
 
 def _cause(error: BaseException) -> str:

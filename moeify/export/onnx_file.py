@@ -94,6 +94,7 @@ class _Request:
 def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
     """Prove, then leave the file at `staged`; a model in half precision is proved by its twin in float32."""
     from moeify.export.capture import interface
+    from moeify.export.restack import traceable
     from moeify.export.write import write
 
     _refuse_chance(model)
@@ -107,7 +108,7 @@ def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
     if not report.passed:
         raise VerificationError(f"the exported graph differs from PyTorch: {report.summary()}; nothing was written")
     if dtype in _HALF:
-        write(_graph(interface(model, request.example_inputs), request), staged)
+        write(_graph(interface(traceable(model), request.example_inputs), request), staged)
     return report
 
 
@@ -129,9 +130,11 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
     from moeify.export.capture import interface
     from moeify.export.generation import open_session
     from moeify.export.prove import compare, expected_cases
+    from moeify.export.restack import traceable
     from moeify.export.write import write
 
-    captured = interface(model, request.example_inputs)
+    traced = traceable(model)
+    captured = interface(traced, request.example_inputs)
     graph = _graph(captured, request)
     write(graph, staged)
     cases = expected_cases(model, captured)
@@ -139,7 +142,7 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
     if request.quantize is None:
         measured, rounding = compare(session, captured, cases), None
     else:
-        measured = compare(session, captured, _rounded_cases(model, captured, graph))
+        measured = compare(session, captured, _rounded_cases(traced, captured, graph))
         if _finish_quantized(graph, staged, request):
             session = open_session(staged, provider="cpu")
         rounding = compare(session, captured, cases)

@@ -106,6 +106,8 @@ def test_an_encoder_of_two_outputs(tmp_path: Path) -> None:
     graph = onnx.load(tmp_path / "bert.onnx").graph
     assert [value.name for value in graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
     assert [value.name for value in graph.output] == ["last_hidden_state", "pooler_output"]
+    shapes = [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.output]
+    assert shapes == [["batch", "sequence", 36], ["batch", 36]]
     assert report.passed
 
 
