@@ -1,29 +1,31 @@
 """Time a whole MoE language model on one CPU thread: ONNX Runtime beside PyTorch and transformers' own exporter.
 
-    python -m benchmarks.onnx_model MOE MODEL.onnx [--peer] [--write]
+    python -m benchmarks.onnx_model MOE MODEL.onnx [--peer FOLDER] [--int8 FILE] [--int4 FILE] [--write]
 
-MOE is a checkpoint and MODEL.onnx what `moeify export` made of it. `--peer` also exports with transformers (minutes),
-without a cache, so that it has a prompt's time only. Figures are tokens per second of CPU time, medians over rounds.
+MOE is a checkpoint that transformers knows, MODEL.onnx what `moeify export` made of it. With `--peer` FOLDER gets what
+transformers' own exporter makes of it (minutes, the first time); `--int8` and `--int4` are further exports of moeify.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-from moeify.export.generation import TextModel
+from moeify.export.generation import TextModel, open_session
 from moeify.hub.loading import load
 
-PROMPT, NEW, ROUNDS = 128, 24, 5
-Timing = tuple[float, float | None]
+PROMPT, NEW, ROUNDS, TURNS = 128, 24, 3, 3
+Timing = tuple[float, float]
 
 
 def rate(tokens: int, run: Callable[[], object]) -> float:
@@ -33,21 +35,29 @@ def rate(tokens: int, run: Callable[[], object]) -> float:
         start = time.thread_time()
         run()
         taken.append(tokens / (time.thread_time() - start))
-    return statistics.median(taken)
+    return median(taken)
+
+
+def rates(run: Callable[[int], object], prompt_tokens: int) -> Timing:
+    """Time a prompt, and each further token after it; `run` takes the number of further tokens."""
+    run(0)
+    prompt = rate(prompt_tokens, lambda: run(0))
+    both = rate(1, lambda: run(NEW))
+    return prompt, NEW / (1 / both - prompt_tokens / prompt)
 
 
 def onnx_rates(path: Path, ids: list[int]) -> Timing:
-    """The exported file: prompt, and each further token after it."""
+    """The exported file."""
     model = TextModel(path, provider="cpu", threads=1)
     model.end_ids = set()
-    prompt = rate(len(ids), lambda: list(model.tokens(ids, 1)))
-    both = rate(1, lambda: list(model.tokens(ids, NEW + 1)))
-    return prompt, NEW / (1 / both - len(ids) / prompt)
+    return rates(lambda new: list(model.tokens(ids, new + 1)), len(ids))
 
 
 @torch.no_grad()
-def torch_rates(model: Any, ids: list[int]) -> Timing:
+def torch_rates(moe: Path, ids: list[int]) -> Timing:
     """PyTorch eager with transformers' cache."""
+    torch.set_num_threads(1)
+    model: Any = load(moe, dtype=torch.float32)
     inputs = torch.tensor([ids])
 
     def run(new: int) -> None:
@@ -55,28 +65,51 @@ def torch_rates(model: Any, ids: list[int]) -> Timing:
         for _ in range(new):
             output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
 
-    run(0)
-    prompt = rate(len(ids), lambda: run(0))
-    both = rate(1, lambda: run(NEW))
-    return prompt, NEW / (1 / both - len(ids) / prompt)
+    return rates(run, len(ids))
 
 
-def peer_rates(model: Any, ids: list[int], folder: Path) -> Timing:
+def export_peer(moe: Path, folder: Path) -> Path:
+    """Export with transformers, unless it is done: its graph for pieces of any length with keys and values."""
+    path = folder / "decode.onnx"
+    if not path.exists():
+        exporter: Any = import_module("transformers.exporters.exporter_onnx")
+        model, ids = load(moe, dtype=torch.float32), torch.ones(2, 6, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        exported = exporter.OnnxExporter().export_for_generation(
+            model, inputs, exporter.OnnxConfig(dynamic=True), multi_token_decode=True
+        )
+        exported.save_pretrained(folder)
+    return path
+
+
+def peer_rates(path: Path, ids: list[int]) -> Timing:
     """What transformers' own exporter makes, in the same ONNX Runtime."""
-    exporter: Any = import_module("transformers.exporters.exporter_onnx")
-    onnxruntime = import_module("onnxruntime")
-    example = {"input_ids": torch.tensor([ids[:5]] * 2), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
-    exported = exporter.OnnxExporter().export(
-        model, {**example, "use_cache": False}, config=exporter.OnnxConfig(dynamic=True)
-    )
-    import_module("onnx_ir").save(exported.program, folder / "peer.onnx", external_data="peer.onnx.data")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 4
-    session = onnxruntime.InferenceSession(str(folder / "peer.onnx"), options, providers=["CPUExecutionProvider"])
-    given = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
-    feed = {argument.name: given[argument.name] for argument in session.get_inputs()}
-    session.run(None, feed)
-    return rate(len(ids), lambda: session.run(None, feed)), None
+    session = open_session(path, provider="cpu", threads=1)
+    states = [argument for argument in session.get_inputs() if ".cache." in argument.name]
+    names = ["logits", *(state.name.replace("input.", "output.", 1) for state in states)]
+    value = import_module("onnxruntime").OrtValue.ortvalue_from_numpy
+
+    def run(new: int) -> None:
+        piece, total = np.array([ids]), len(ids)
+        cache = [value(np.zeros((1, int(state.shape[1]), 0, int(state.shape[3])), np.float32)) for state in states]
+        for _ in range(new + 1):
+            feed = {"input_ids": value(piece), "position_ids": value(np.arange(total - piece.shape[1], total)[None])}
+            feed |= {state.name: held for state, held in zip(states, cache, strict=True)}
+            logits, *cache = session.run_with_ort_values(names, feed)
+            piece, total = logits.numpy()[:, -1:].argmax(-1), total + 1
+
+    return rates(run, len(ids))
+
+
+def in_turn(measurements: Mapping[str, Callable[[], Timing]]) -> dict[str, Timing]:
+    """Measure by turns, each in a process of its own: what is loaded first gets other memory. Medians over turns."""
+    taken: dict[str, list[Timing]] = {name: [] for name in measurements}
+    for _ in range(TURNS):
+        for name, measure in measurements.items():
+            with get_context("spawn").Pool(1) as pool:
+                taken[name].append(pool.apply(measure))
+            print(name, taken[name][-1], flush=True)
+    return {name: (median(p for p, _ in turns), median(n for _, n in turns)) for name, turns in taken.items()}
 
 
 def main() -> None:
@@ -84,28 +117,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("moe", type=Path)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--peer", action="store_true", help="also transformers' own exporter")
+    parser.add_argument("--peer", type=Path, help="also transformers' own exporter, in this folder")
+    parser.add_argument("--int8", type=Path, help="also the export with --quantize int8")
+    parser.add_argument("--int4", type=Path, help="also the export with --quantize int4")
     parser.add_argument("--write", action="store_true", help="write onnx_model.md")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     ids = np.random.default_rng(0).integers(0, 40_000, PROMPT).tolist()
-    rows: dict[str, Timing] = {"moeify export": onnx_rates(arguments.model, ids)}
-    print(rows, flush=True)
-    model = load(arguments.moe, dtype=torch.float32)
-    rows["PyTorch eager"] = torch_rates(model, ids)
-    print(rows, flush=True)
+    files = {"": arguments.model, " --quantize int8": arguments.int8, " --quantize int4": arguments.int4}
+    measurements: dict[str, Callable[[], Timing]] = {
+        f"moeify export{option}": partial(onnx_rates, path, ids) for option, path in files.items() if path is not None
+    }
+    measurements["PyTorch eager"] = partial(torch_rates, arguments.moe, ids)
     if arguments.peer:
-        rows["transformers' exporter"] = peer_rates(model, ids, arguments.model.parent)
+        measurements["transformers' exporter"] = partial(peer_rates, export_peer(arguments.moe, arguments.peer), ids)
+    rows = in_turn(measurements)
     text = "\n".join(
         [
             "# A whole MoE language model on one CPU thread",
             "",
             f"{arguments.moe.name}, onnxruntime {import_module('onnxruntime').__version__}, torch {torch.__version__}, "
-            f"float32; a prompt of {PROMPT} tokens, {NEW} tokens after it; tokens per second of CPU time.",
+            f"float32 but for quantized experts; a prompt of {PROMPT} tokens, {NEW} tokens after it; tokens per second "
+            f"of CPU time, medians of {TURNS} turns, each in a process of its own.",
             "",
             "| | prompt | generation |",
             "|---|--:|--:|",
-            *(f"| {name} | {p:.1f} | {'' if n is None else f'{n:.1f}'} |" for name, (p, n) in rows.items()),
+            *(f"| {name} | {prompt:.1f} | {new:.1f} |" for name, (prompt, new) in rows.items()),
         ]
     )
     print(text)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moeify.errors import ConfigError, RefusedError, VerificationError
 from moeify.export.report import OnnxReport, Quantization, Target
@@ -44,7 +44,8 @@ def export_onnx(
     that one graph serves prompts and single tokens; batch and sequence are dynamic.
 
     Args:
-        model: Converted by moeify, an MoE of transformers, or dense. In float32.
+        model: Converted by moeify, an MoE of transformers, or dense. In float32; in half precision for a GPU, with the
+            targets "cuda" and "portable".
         path: The ONNX file; weights of large models go into `PATH.data` beside it.
         target: "portable" uses standard ONNX only; "cpu" also ONNX Runtime's own operators where they are faster;
             "cuda" what onnxruntime-gpu has kernels for.
@@ -103,7 +104,7 @@ def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
         report = _prove(model, staged, request, "float32")
     else:
         twin = copy.deepcopy(model).float()
-        report = _prove(twin, staged, request, dtype)
+        report = _prove(twin, staged, replace(request, example_inputs=_in_float(request.example_inputs)), dtype)
         del twin
     if not report.passed:
         raise VerificationError(f"the exported graph differs from PyTorch: {report.summary()}; nothing was written")
@@ -123,6 +124,13 @@ def _refuse_chance(model: nn.Module) -> None:
                 f"{name} draws at random which tokens a full expert keeps, and a graph cannot draw what PyTorch does: "
                 "lift the limit with moeify.set_capacity(model, None), or use another drop_order"
             )
+
+
+def _in_float(inputs: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Give numbers in half precision the dtype of the twin."""
+    if inputs is None:
+        return None
+    return {n: v.float() if isinstance(v, Tensor) and _name(v.dtype) in _HALF else v for n, v in inputs.items()}
 
 
 def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> OnnxReport:
@@ -217,10 +225,10 @@ def check_request(path: Path, target: Any, quantize: Any, dtype: str, *, overwri
         raise ConfigError(f"quantize is {quantize!r}: expected one of {', '.join(QUANTIZATIONS)}, or None")
     if target == "portable" and quantize is not None:
         raise ConfigError("the portable target holds standard operators only, and QMoE is not one: use cpu or cuda")
-    if dtype != "float32" and not (target == "cuda" and dtype in _HALF):
+    if dtype not in ({"float32"} if target == "cpu" else {"float32", *_HALF}):
         raise ConfigError(
             f"the model is in {dtype}, the target {target} computes in float32"
-            f"{', float16 or bfloat16' * (target == 'cuda')}: load it with dtype float32, or call model.float()"
+            f"{', float16 or bfloat16' * (target != 'cpu')}: load it with dtype float32, or call model.float()"
         )
     if target == "cuda" and quantize is not None and dtype not in _HALF:
         raise ConfigError(

@@ -15,7 +15,8 @@ import moeify
 from moeify.errors import CheckpointError, ConfigError, RefusedError, VerificationError
 from moeify.export import requirements, standard, write
 from moeify.export.capture import cache_states
-from moeify.export.generation import TextModel
+from moeify.export.generation import TextModel, open_session
+from moeify.tolerances import TOLERANCE
 from tests.moeify import tiny
 
 tf: Any = transformers
@@ -228,9 +229,23 @@ def test_settings_that_do_not_go_together(tmp_path: Path, arguments: dict[str, A
         moeify.export_onnx(Net(), tmp_path / "net.onnx", **arguments)
 
 
-def test_half_precision_is_for_cuda(tmp_path: Path) -> None:
+def test_half_precision_is_not_for_the_cpu(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="float16, the target cpu computes in float32"):
         moeify.export_onnx(Net().half(), tmp_path / "net.onnx")
+
+
+def test_standard_operators_in_half_precision_are_for_any_gpu(tmp_path: Path) -> None:
+    inputs = {"x": torch.randn(4, 3, 7)}
+    model = moeify.convert(Net(nn.functional.gelu).eval(), moeify.MoEConfig(3, 2), example_inputs=inputs)
+    want = model(**inputs).detach()
+    report = moeify.export_onnx(
+        model.half(), tmp_path / "net.onnx", "portable", example_inputs={"x": inputs["x"].half()}
+    )
+    assert report.passed and report.dtype == "float16"
+    session = open_session(tmp_path / "net.onnx", provider="cpu")
+    (got,) = session.run(None, {"x": inputs["x"].half().numpy()})
+    assert got.dtype == "float16"
+    assert (torch.from_numpy(got).float() - want).abs().max() <= TOLERANCE["float16"] * want.abs().max()
 
 
 def test_an_existing_file_stays(tmp_path: Path) -> None:
