@@ -18,6 +18,7 @@ from moeify.tracing.inputs import guess_inputs
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
 DECODER_SEQUENCE = "decoder_sequence"
+_KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # what a cache holds; those derived hold more
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -152,7 +153,7 @@ def cache_states(model: Any) -> dict[str, tuple[int, int, torch.dtype]]:
     states: dict[str, tuple[int, int, torch.dtype]] = {}
     for number, layer in enumerate(getattr(cache, "layers", [None])):
         for name in ("key", "value"):
-            tensor = getattr(layer, f"{name}s", None)
+            tensor = getattr(layer, f"{name}s", None) if type(layer).__name__ in _KEYS_AND_VALUES else None
             if not isinstance(tensor, Tensor) or tensor.dim() != 4:
                 raise RefusedError(
                     f"layer {number} of {type(model).__name__} keeps {type(layer).__name__} between steps: only keys "

@@ -16,6 +16,7 @@ from torch.export import Dim
 
 from moeify.errors import RefusedError
 from moeify.export.capture import Interface
+from moeify.export.complex_axes import unsqueeze_real_parts
 from moeify.export.masks import broadcast_padding
 from moeify.export.simplify import simplify
 from moeify.export.standard import OPSET
@@ -40,6 +41,7 @@ def to_onnx(captured: Interface) -> ir.Model:
     """
     with _undisturbed(), broadcast_padding(), through_moeify(captured.module.model):  # type: ignore[arg-type]
         program = _trace(captured)
+        unsqueeze_real_parts(program.graph_module)
         try:
             translated = torch.onnx.export(
                 program,
@@ -54,9 +56,9 @@ def to_onnx(captured: Interface) -> ir.Model:
             )
         except Exception as error:
             raise RefusedError(f"the model has an operator that ONNX cannot express: {_cause(error)}") from error
-    assert translated is not None
-    model: ir.Model = translated.model
-    simplify(model)
+        assert translated is not None
+        model: ir.Model = translated.model
+        simplify(model)
     _name(model.graph, captured)
     return model
 
@@ -130,12 +132,14 @@ def _chain(error: BaseException) -> list[BaseException]:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Keep the exporter's notices and warnings from the caller."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moeify.errors import VerificationError
 from moeify.export.capture import BATCH, DECODER_SEQUENCE, SEQUENCE, Interface, flat_outputs, quiet
 from moeify.layers import MoELayer
 
@@ -125,10 +126,17 @@ def compare(session: Any, captured: Interface, cases: list[Case]) -> Difference:
         session: An `onnxruntime.InferenceSession` of the exported file.
         captured: What was exported.
         cases: From `expected_cases`.
+
+    Raises:
+        VerificationError: the graph does not run.
     """
     tallies: dict[str, _Tally] = defaultdict(_Tally)
     for case in cases:
-        actual = _run_pieces(session, captured, case) if case.pieces else _run(session, case.inputs)
+        try:
+            actual = _run_pieces(session, captured, case) if case.pieces else _run(session, case.inputs)
+        except Exception as error:  # ONNX Runtime has a class for each of its codes
+            first, *_ = str(error).splitlines()
+            raise VerificationError(f"ONNX Runtime cannot run the exported graph on {case.label}: {first}") from error
         for name, want in case.outputs.items():
             live = slice(None) if case.live is None else case.live
             tallies[name].add(torch.from_numpy(actual[name]).double()[live], want.double()[live])

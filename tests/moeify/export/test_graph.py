@@ -31,6 +31,21 @@ class Casting(nn.Module):
         return y
 
 
+class Rotary(nn.Module):
+    """Multiplies pairs of features by complex numbers, each position's by its own, as DeepSeek-V2 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * torch.tensor([1.0, 0.1, 0.01])
+        turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turns[None]).flatten(-2)
+
+
+def test_complex_numbers_are_exported_as_pairs(tmp_path: Path) -> None:
+    inputs = {"x": torch.randn(4, 5, 2, 6)}
+    assert moeify.export_onnx(Rotary(), tmp_path / "net.onnx", example_inputs=inputs).passed
+
+
 @pytest.mark.parametrize(("model", "line"), [(Loop(), "for place in"), (Casting(), "self.linear.to(")])
 def test_a_refusal_names_the_line_of_the_model_and_prints_nothing(
     tmp_path: Path, model: nn.Module, line: str, capfd: pytest.CaptureFixture[str]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from moeify.errors import VerificationError
 from moeify.export.prove import Case, Difference, compare
 
 WANT = {"large": torch.tensor([[100.0, -50.0], [1.0, 2.0]]), "small": torch.tensor([[3e-6, 4e-6]])}
@@ -50,3 +51,13 @@ def test_a_value_that_is_no_number_is_the_largest_difference() -> None:
     for bad in (math.nan, math.inf):
         difference = measured(large=torch.tensor([[100.0, bad], [1.0, 2.0]]))
         assert not math.isfinite(difference.relative)
+
+
+def test_a_graph_that_does_not_run_is_one_line() -> None:
+    class Failing(Session):
+        def run(self, names: None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+            raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : Non-zero status code\nmore")
+
+    captured: Any = None
+    with pytest.raises(VerificationError, match=r"cannot run the exported graph on one: .* status code$"):
+        compare(Failing({}), captured, [Case("one", {}, (), None, WANT)])
