@@ -6,7 +6,7 @@ Shape legend: B batch, S new tokens, P tokens in the cache, H heads of keys and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.errors import MoeifyError, RefusedError
-from moeify.tracing.inputs import guess_inputs
+from moeify.tracing.inputs import candidate_inputs
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
 DECODER_SEQUENCE = "decoder_sequence"
@@ -55,16 +55,25 @@ def interface(model: nn.Module, example_inputs: Mapping[str, Any] | None) -> Int
 
     Raises:
         MoeifyError: the inputs cannot be made up.
-        RefusedError: a decoder keeps something else than keys and values between steps.
+        RefusedError: the model does not run on them, or a decoder keeps something else than keys and values.
     """
     if example_inputs is not None:
         return _plain(model, example_inputs)
     config: Any = getattr(model, "config", None)
     if config is not None and _generates(model) and not getattr(config, "is_encoder_decoder", False):
         return _decoder(model)
-    if getattr(model, "main_input_name", None) == "input_ids":
-        return _encoder_decoder(model) if getattr(config, "is_encoder_decoder", False) else _text_encoder(model)
-    return _plain(model, guess_inputs(model))
+    failures = []
+    for inputs in _usual_inputs(model):
+        try:
+            return _plain(model, inputs)
+        except MoeifyError:
+            raise
+        except Exception as error:  # whatever its forward raises for inputs that it is not made for
+            failures.append(f"{type(error).__name__}: {error}".splitlines()[0])
+    raise RefusedError(
+        f"{type(model).__name__} does not run on the inputs made up for it ({failures[0]}); use moeify.export_onnx in "
+        "Python, with example_inputs"
+    )
 
 
 class _Flat(nn.Module):
@@ -150,34 +159,45 @@ def cache_states(model: Any) -> dict[str, tuple[int, int, torch.dtype]]:
     """
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
     cache = model(input_ids=ids, use_cache=True).past_key_values
+    if type(cache).__name__ != "DynamicCache":
+        raise RefusedError(_no_state(f"{type(model).__name__} keeps {type(cache).__name__}"))
     states: dict[str, tuple[int, int, torch.dtype]] = {}
-    for number, layer in enumerate(getattr(cache, "layers", [None])):
+    for number, layer in enumerate(cache.layers):
         for name in ("key", "value"):
             tensor = getattr(layer, f"{name}s", None) if type(layer).__name__ in _KEYS_AND_VALUES else None
             if not isinstance(tensor, Tensor) or tensor.dim() != 4:
-                raise RefusedError(
-                    f"layer {number} of {type(model).__name__} keeps {type(layer).__name__} between steps: only keys "
-                    "and values can be inputs of the graph; export with example_inputs to leave the cache out"
-                )
+                raise RefusedError(_no_state(f"layer {number} of {type(model).__name__} keeps {type(layer).__name__}"))
             states[f"{number}.{name}"] = (tensor.shape[1], tensor.shape[3], tensor.dtype)
     return states
 
 
-def _text_encoder(model: Any) -> Interface:
+def _no_state(what: str) -> str:
+    return (
+        f"{what} between steps: only keys and values can be inputs of the graph; to leave the cache out, use "
+        "moeify.export_onnx in Python, with example_inputs"
+    )
+
+
+def _usual_inputs(model: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield inputs that the forward may take, best first: text with its padding, then whatever else can be guessed."""
+    if getattr(model, "main_input_name", None) == "input_ids":
+        yield _two_texts(model) if getattr(model.config, "is_encoder_decoder", False) else _text(model)
+    yield from candidate_inputs(model)
+
+
+def _text(model: Any) -> dict[str, Tensor]:
     accepted = inspect.signature(model.forward).parameters
     segments = getattr(model.config, "type_vocab_size", 0) or 0
     names = tuple(n for n in _TEXT_INPUTS if n in accepted and (n != "token_type_ids" or segments > 1))
     tokens_BS = torch.ones(2, 7, dtype=torch.long)
-    inputs = {name: tokens_BS * (name != "token_type_ids") for name in names}
-    axes = {name: {0: BATCH, 1: SEQUENCE} for name in names}
-    return _flat(model, inputs, axes, model.config.get_text_config().vocab_size)
+    return {name: tokens_BS * (name != "token_type_ids") for name in names}
 
 
-def _encoder_decoder(model: Any) -> Interface:
+def _two_texts(model: Any) -> dict[str, Tensor]:
     """Text in, with its padding, and the target so far, whose length is its own."""
     lengths = {"input_ids": 7, "attention_mask": 7, "decoder_input_ids": 5}
     accepted = inspect.signature(model.forward).parameters
-    return _plain(model, {n: torch.ones(2, length, dtype=torch.long) for n, length in lengths.items() if n in accepted})
+    return {n: torch.ones(2, length, dtype=torch.long) for n, length in lengths.items() if n in accepted}
 
 
 def _plain(model: nn.Module, inputs: Mapping[str, Any]) -> Interface:

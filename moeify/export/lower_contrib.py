@@ -62,7 +62,7 @@ class Contrib:
 def why_not(node: ir.Node, how: Contrib) -> str | None:
     """Say why an opaque node cannot become MoE or QMoE; None if it can."""
     if node.op_type == GROUPED_LINEAR:
-        return "its experts compute something between the products that the operator has no name for"
+        return "its experts compute something between the products that moeify has no name for"
     activation, gated = node.attributes["activation"].as_string(), bool(node.attributes["gated"].as_int())
     known = _GATED if gated else _PLAIN
     if activation not in known:

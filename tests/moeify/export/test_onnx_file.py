@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 import moeify
 from moeify.errors import CheckpointError, ConfigError, RefusedError, VerificationError
 from moeify.export import requirements, standard, write
-from moeify.export.capture import cache_states
 from moeify.export.generation import TextModel, open_session
 from moeify.tolerances import TOLERANCE
 from tests.moeify import tiny
@@ -208,27 +206,6 @@ def test_what_cannot_be_traced_is_refused_with_the_place(tmp_path: Path, model: 
     with pytest.raises(RefusedError, match=f"torch.export cannot trace {type(model).__name__}: .*{reason}"):
         moeify.export_onnx(model, tmp_path / "net.onnx", example_inputs={"x": torch.randn(4, 3, 7)})
     assert not list(tmp_path.iterdir())
-
-
-def test_a_state_that_is_not_keys_and_values_is_refused() -> None:
-    config = tf.MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, state_size=3)
-    with pytest.raises(RefusedError, match="layer 0 of MambaForCausalLM keeps"):
-        cache_states(tf.MambaForCausalLM(config).eval())
-
-
-def test_a_state_that_holds_more_than_keys_and_values_is_refused() -> None:
-    layer = tf.cache_utils.DynamicIndexedLayer()
-    layer.keys = layer.values = torch.zeros(1, 2, 3, 4)
-    output = SimpleNamespace(past_key_values=SimpleNamespace(layers=[layer]))
-
-    class Indexed(nn.Module):
-        device = torch.device("cpu")
-
-        def forward(self, **_: Any) -> Any:
-            return output
-
-    with pytest.raises(RefusedError, match="layer 0 of Indexed keeps DynamicIndexedLayer between steps"):
-        cache_states(Indexed())
 
 
 @pytest.mark.parametrize(
