@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from moeify.export.capture import Interface
-    from moeify.export.prove import Case
+    from moeify.export.prove import Case, Difference
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
@@ -154,6 +154,25 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
         if _finish_quantized(graph, staged, request):
             session = open_session(staged, provider="cpu")
         rounding = compare(session, captured, cases)
+    if not measured.relative <= TOLERANCE["float32"]:
+        _refuse_draws(model, captured, cases)
+    return _report(request, dtype, graph, measured, rounding)
+
+
+def _refuse_draws(model: nn.Module, captured: Interface, cases: list[Case]) -> None:
+    """Refuse a model that gives something else on the same inputs: its graph need not be wrong."""
+    from moeify.export.prove import expected_cases, same_outputs
+
+    if not same_outputs(cases, expected_cases(model, captured)):
+        raise RefusedError(
+            f"{type(model).__name__} draws random numbers: PyTorch itself gives something else the second time; export "
+            "a part of it that does not, or give it what it draws in example_inputs"
+        )
+
+
+def _report(
+    request: _Request, dtype: str, graph: ir.Model, measured: Difference, rounding: Difference | None
+) -> OnnxReport:
     return OnnxReport(
         path=str(request.path),
         target=request.target,

@@ -69,7 +69,7 @@ class Case:
         label: Its shapes, for people.
         inputs: Whole inputs by name, without keys and values.
         pieces: How many tokens go in at a time; empty for a single run.
-        live: Rows of the outputs that count, or None for all.
+        live: Which tokens count, or None for all: what attends to padding alone has no defined value.
         outputs: What PyTorch gives, by name of output.
     """
 
@@ -78,6 +78,20 @@ class Case:
     pieces: tuple[int, ...]
     live: Tensor | None
     outputs: Mapping[str, Tensor]
+
+    def rows(self, output: Tensor) -> Any:
+        """Return an index of what counts in an output: all of one that has no row for each token."""
+        tokens = self.live is not None and output.dim() > 2 and output.shape[:2] == self.live.shape
+        return self.live if tokens else slice(None)
+
+
+def same_outputs(first: list[Case], second: list[Case]) -> bool:
+    """Whether PyTorch gave the same twice, bit for bit or NaN."""
+    return all(
+        torch.equal(a.outputs[name].nan_to_num(), b.outputs[name].nan_to_num())
+        for a, b in zip(first, second, strict=True)
+        for name in a.outputs
+    )
 
 
 @contextmanager
@@ -138,8 +152,7 @@ def compare(session: Any, captured: Interface, cases: list[Case]) -> Difference:
             first, *_ = str(error).splitlines()
             raise VerificationError(f"ONNX Runtime cannot run the exported graph on {case.label}: {first}") from error
         for name, want in case.outputs.items():
-            live = slice(None) if case.live is None else case.live
-            tallies[name].add(torch.from_numpy(actual[name]).double()[live], want.double()[live])
+            tallies[name].add(torch.from_numpy(actual[name]).double()[case.rows(want)], want.double()[case.rows(want)])
     outputs = list(tallies.values())
     return Difference(
         max_abs_diff=_worst(tally.difference for tally in outputs),
@@ -221,7 +234,8 @@ def _tokens_compete(model: nn.Module) -> bool:
 def _plain_case(model: nn.Module, captured: Interface, generator: torch.Generator, batch: int, sequence: int) -> Case:
     inputs = {n: _filled(captured, n, batch, sequence, generator) for n in captured.inputs}
     output = flat_outputs(model(**_on(model, inputs), **quiet(model)))
-    return Case(f"{batch} x {sequence}", inputs, (), None, {name: t.cpu() for name, t in output.items()})
+    live = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+    return Case(f"{batch} x {sequence}", inputs, (), live, {name: t.cpu() for name, t in output.items()})
 
 
 def _filled(captured: Interface, name: str, batch: int, sequence: int, generator: torch.Generator) -> Tensor:

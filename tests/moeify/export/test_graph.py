@@ -41,6 +41,16 @@ class Rotary(nn.Module):
         return torch.view_as_real(pairs * turns[None]).flatten(-2)
 
 
+class Drawing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+def test_a_model_that_draws_random_numbers_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"^Drawing draws random numbers"):
+        moeify.export_onnx(Drawing(), tmp_path / "net.onnx", example_inputs={"x": torch.randn(4, 7)})
+
+
 def test_complex_numbers_are_exported_as_pairs(tmp_path: Path) -> None:
     inputs = {"x": torch.randn(4, 5, 2, 6)}
     assert moeify.export_onnx(Rotary(), tmp_path / "net.onnx", example_inputs=inputs).passed

@@ -53,6 +53,16 @@ def test_a_value_that_is_no_number_is_the_largest_difference() -> None:
         assert not math.isfinite(difference.relative)
 
 
+def test_padding_does_not_count() -> None:
+    live = torch.tensor([[True, False]])
+    want = {"tokens": torch.tensor([[[1.0], [2.0]]]), "pooled": torch.tensor([[3.0, 4.0]])}
+    case = Case("one", {}, (), live, want)
+    captured: Any = None
+    assert compare(Session({**want, "tokens": torch.tensor([[[1.0], [9.0]]])}), captured, [case]).relative == 0
+    assert compare(Session({**want, "tokens": torch.tensor([[[9.0], [2.0]]])}), captured, [case]).relative > 1
+    assert compare(Session({**want, "pooled": torch.tensor([[3.0, 9.0]])}), captured, [case]).relative > 1
+
+
 def test_a_graph_that_does_not_run_is_one_line() -> None:
     class Failing(Session):
         def run(self, names: None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
