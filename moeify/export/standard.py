@@ -123,8 +123,9 @@ def sparse_moe(kind: Kind, name: str) -> onnx.FunctionProto:
     x_SH = body("Gather", "x", body("Div", live_S, choices), axis=0)
     z_SJ = _grouped(body, x_SH, counts_E, parameters["up"], parameters.get("up_bias"))
     a_SI = _activation(body, kind, z_SJ)
-    y_SH = _grouped(body, a_SI, counts_E, parameters["down"], parameters.get("down_bias"))
-    _combine(body, y_SH, inverse_S, dropped, kind.dtype)
+    rest = _zeros(body, dropped, "x", kind.dtype)
+    y_SH = _grouped(body, a_SI, counts_E, parameters["down"], parameters.get("down_bias"), rest)
+    _combine(body, y_SH, inverse_S, kind.dtype)
     inputs = ["x", "expert_ids", "weights", *(name for names in parameters.values() for name in names)]
     return _function(name, inputs, body)
 
@@ -174,15 +175,17 @@ def _counts(body: Body, flat_S: str, experts: int) -> tuple[str, str]:
     return counts_E, dropped
 
 
-def _grouped(body: Body, x_SH: str, counts_E: str, weights: Sequence[str], biases: Sequence[str] | None) -> str:
-    """Give each expert its rows."""
+def _grouped(
+    body: Body, x_SH: str, counts_E: str, weights: Sequence[str], biases: Sequence[str] | None, *more: str
+) -> str:
+    """Give each expert its rows; `more` rows follow theirs."""
     if len(weights) == 1:
         parts: tuple[str, ...] = (x_SH,)
     else:
         parts = body("Split", x_SH, counts_E, outputs=len(weights), axis=0)
     rest = [()] * len(weights) if biases is None else [(bias,) for bias in biases]
     products = [body("Gemm", part, w, *b, transB=1) for part, w, b in zip(parts, weights, rest, strict=True)]
-    joined: str = body("Concat", *products, axis=0)
+    joined: str = body("Concat", *products, *more, axis=0)
     return joined
 
 
@@ -194,10 +197,9 @@ def _activation(body: Body, kind: Kind, z_SJ: str) -> str:
     return product
 
 
-def _combine(body: Body, y_SH: str, inverse_S: str, dropped: str, dtype: int) -> None:
+def _combine(body: Body, y_SH: str, inverse_S: str, dtype: int) -> None:
     """Bring the rows back to their tokens and sum them, weighted."""
-    all_SH = body("Concat", y_SH, _zeros(body, dropped, y_SH, dtype), axis=0)
-    y_TKH = body("Gather", all_SH, body("Reshape", inverse_S, body("Shape", "expert_ids")), axis=0)
+    y_TKH = body("Gather", y_SH, body("Reshape", inverse_S, body("Shape", "expert_ids")), axis=0)
     weights_TK1 = body("Unsqueeze", body("Cast", "weights", to=dtype), body.ints([2]))
     body.result(body("ReduceSum", body("Mul", y_TKH, weights_TK1), body.ints([1]), keepdims=0), "y")
 
