@@ -9,12 +9,15 @@ from moeify.export.report import Quantization, Target
 
 _TESTED = (1, 23)  # the oldest ONNX Runtime that the tests were run with
 _CUDA = (1, 28)  # before, the CUDA kernel of MoE ignored the attributes of SwiGLU
+_EIGHT_BITS = (1, 24)  # before, QMoE on the CPU took every expert for a gated one
 _FOUR_BITS = (1, 31)  # before, QMoE knew no accuracy_level, and no blocks on CUDA
 
 
 def oldest_runtime(target: Target, quantize: Quantization | None) -> tuple[int, ...]:
     """Return the oldest ONNX Runtime that computes a target right."""
-    return _FOUR_BITS if quantize == "int4" else _CUDA if target == "cuda" else _TESTED
+    if quantize == "int4":
+        return _FOUR_BITS
+    return _CUDA if target == "cuda" else _EIGHT_BITS if quantize == "int8" else _TESTED
 
 
 def check_installed(minimum: tuple[int, ...]) -> None:
