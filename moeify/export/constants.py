@@ -86,3 +86,14 @@ def base_name(value: ir.Value) -> str:
         value = node.inputs[0]
         node = value.producer()
     return str(value.name)
+
+
+def stored_axes(value: ir.Value) -> list[int]:
+    """Return how to permute a tensor of the form of `value` to that of the initializer behind it."""
+    axes = list(range(len(value.shape or ())))
+    node = value.producer()
+    while node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
+        perm = list(node.attributes["perm"].as_ints())
+        axes = [axes[perm.index(axis)] for axis in range(len(perm))]
+        node = node.inputs[0].producer()
+    return axes

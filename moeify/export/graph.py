@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch.export import Dim
 
 from moeify.errors import RefusedError
+from moeify.export import clamped_gate
 from moeify.export.capture import Interface
 from moeify.export.complex_axes import unsqueeze_real_parts
 from moeify.export.masks import broadcast_padding
@@ -39,7 +41,9 @@ def to_onnx(captured: Interface) -> ir.Model:
     Raises:
         RefusedError: torch.export or the translation cannot carry the model; the message names the place.
     """
-    with _undisturbed(), broadcast_padding(), through_moeify(captured.module.model):  # type: ignore[arg-type]
+    clamped_gate.offer_export_experts()
+    inner: Any = captured.module.model
+    with _undisturbed(), broadcast_padding(), through_moeify(inner, clamped_gate.NAME):
         program = _trace(captured)
         unsqueeze_real_parts(program.graph_module)
         try:

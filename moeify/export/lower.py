@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from moeify.errors import RefusedError
-from moeify.export.lower_contrib import Contrib, lower_contrib, why_not
+from moeify.export.lower_contrib import Contrib, Rounded, lower_contrib, why_not
 from moeify.export.lower_standard import lower_standard
 from moeify.export.quantize import SCHEMES
 from moeify.export.report import Quantization, Target
@@ -16,23 +16,28 @@ from moeify.export.translate import DOMAIN, EXPERTS
 MANY_EXPERTS = 64
 
 
-def lower(model: ir.Model, target: Target, quantize: Quantization | None) -> None:
+def lower(model: ir.Model, target: Target, quantize: Quantization | None) -> Rounded:
     """Replace every opaque node of `model`, in place.
+
+    Returns:
+        For each weight that was rounded, by its name in the model, what makes the values that the graph computes with.
 
     Raises:
         RefusedError: the target has no operator for a layer, or there is nothing to quantize.
     """
     nodes = [node for node in model.graph if node.domain == DOMAIN and node.op_type == EXPERTS]
+    rounded: Rounded = {}
     if quantize is not None:
         if not nodes:
             raise RefusedError("the model has no experts to quantize: convert it first, or leave quantize out")
-        lower_contrib(model, Contrib(*SCHEMES[quantize], cuda=target == "cuda"))
+        rounded = lower_contrib(model, Contrib(*SCHEMES[quantize], cuda=target == "cuda"))
     elif target == "cuda":
         lower_contrib(model, Contrib(cuda=True))
     elif target == "cpu":
         many = [node for node in nodes if _experts(node) >= MANY_EXPERTS and why_not(node, Contrib()) is None]
         lower_contrib(model, Contrib(), only=many)
     lower_standard(model)
+    return rounded
 
 
 def _experts(node: ir.Node) -> int:

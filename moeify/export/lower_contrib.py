@@ -13,9 +13,9 @@ Shape legend: T tokens, K choices per token, E experts, H hidden, I intermediate
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -24,18 +24,21 @@ from onnx_ir import tape as ir_tape
 from torch import Tensor
 
 from moeify.errors import RefusedError
-from moeify.export.constants import ConstantReader
+from moeify.export.clamped_gate import gate_of
+from moeify.export.constants import ConstantReader, base_name, stored_axes
 from moeify.export.quantize import Quantized, quantize
 from moeify.export.translate import DOMAIN, EXPERTS, GROUPED_LINEAR
 from moeify.kernels.activations import QUICK_GELU_SCALE
 
 MICROSOFT = "com.microsoft"
-_QUANTIZED = ".quantized"
 _NOT_CHOSEN = -1e4  # as a logit; finite, so that a token that chose no expert gives zeros and not NaN, and fits float16
 _GATED = {"silu": 1.0, "quick_gelu": QUICK_GELU_SCALE}  # the scale of gate · sigmoid(scale · gate) · up
 _PLAIN = {"silu": "silu", "relu": "relu", "gelu_tanh": "gelu"}  # the operator's gelu is the tanh approximation
 _CUDA_WIDTHS = 8  # CUDA loads 16 bytes at a time: ONNX Runtime's docs/contrib_ops/cuda/moe_qmoe.md, section 4.2
 _CUDA_QUANTIZED_WIDTHS = 64  # rows of a tile of its packed weights, section 6.1
+
+
+Rounded = dict[str, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def why_not(node: ir.Node, how: Contrib) -> str | None:
         return "its experts compute something between the products that moeify has no name for"
     activation, gated = node.attributes["activation"].as_string(), bool(node.attributes["gated"].as_int())
     known = _GATED if gated else _PLAIN
-    if activation not in known:
+    if activation not in known and gate_of(node) is None:
         form = "gated " * gated + activation
         return f"the operator has no {form}: it has {', '.join('gated ' * gated + name for name in known)}"
     choices = node.inputs[1]
@@ -81,13 +84,16 @@ def why_not(node: ir.Node, how: Contrib) -> str | None:
     return None
 
 
-def lower_contrib(model: ir.Model, how: Contrib, *, only: list[ir.Node] | None = None) -> None:
+def lower_contrib(model: ir.Model, how: Contrib, *, only: list[ir.Node] | None = None) -> Rounded:
     """Replace opaque nodes of `model`, in place.
 
     Args:
         model: From `to_onnx`.
         how: MoE or QMoE.
         only: The nodes to replace; None replaces all, or refuses.
+
+    Returns:
+        For each weight that was rounded, what makes the values that the operator computes with.
 
     Raises:
         RefusedError: a node cannot be expressed; the message names it and says why.
@@ -103,11 +109,13 @@ def lower_contrib(model: ir.Model, how: Contrib, *, only: list[ir.Node] | None =
                 "quantize, takes any model"
             )
     constants = ConstantReader(model.graph)
+    rounded: Rounded = {}
     for node in nodes:
-        _lower(model, node, how, constants)
+        rounded |= _lower(model, node, how, constants)
     if nodes:
         model.opset_imports[MICROSOFT] = 1
     constants.remove_unused()
+    return rounded
 
 
 def round_activations(model: ir.Model) -> None:
@@ -115,33 +123,6 @@ def round_activations(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type == "QMoE":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 4)
-
-
-def rounded_weights(model: ir.Model) -> dict[str, Callable[[], Tensor]]:
-    """Return, for each weight that `lower_contrib` rounded, what makes the values that the operator computes with."""
-    constants = ConstantReader(model.graph)
-    rounded: dict[str, Callable[[], Tensor]] = {}
-    for node in model.graph:
-        if node.op_type != "QMoE":
-            continue
-        gated = node.attributes["swiglu_fusion"].as_int() == 1
-        block = node.attributes.get("block_size")
-        for first, alternate in ((2, gated), (5, False)):
-            packed, scales = node.inputs[first], node.inputs[first + 1]
-            assert packed is not None and scales is not None
-            parts = Quantized(
-                constants.tensor(packed),
-                constants.tensor(scales),
-                node.attributes["expert_weight_bits"].as_int(),
-                None if block is None else block.as_int(),
-            )
-            rounded[str(packed.name).removesuffix(_QUANTIZED)] = partial(_as_stacked, parts, alternate)
-    return rounded
-
-
-def _as_stacked(parts: Quantized, alternate: bool) -> Tensor:
-    weights = parts.dequantized()
-    return torch.cat((weights[:, ::2], weights[:, 1::2]), dim=1) if alternate else weights
 
 
 def _place(node: ir.Node) -> str:
@@ -153,35 +134,42 @@ def _place(node: ir.Node) -> str:
     return f"{module.removeprefix('model.')} ({kind.rpartition('.')[-1]})"
 
 
-def _lower(model: ir.Model, node: ir.Node, how: Contrib, constants: ConstantReader) -> None:
+def _lower(model: ir.Model, node: ir.Node, how: Contrib, constants: ConstantReader) -> Rounded:
     x, ids, weights, up, down, *biases = node.inputs
     assert x is not None and ids is not None and weights is not None and up is not None and down is not None
     assert x.dtype is not None and ids.shape is not None and up.shape is not None
     tape = ir_tape.Tape()
     logits, total = _routing(tape, ids, weights, int(up.shape[0]), x.dtype)  # type: ignore[arg-type]
-    activation, gated = node.attributes["activation"].as_string(), bool(node.attributes["gated"].as_int())
-    attributes: dict[str, Any] = {
-        "k": int(ids.shape[1]),  # type: ignore[arg-type]
-        "normalize_routing_weights": 1,
-        "activation_type": "swiglu" if gated else _PLAIN[activation],
-        "swiglu_fusion": int(gated),
-    }
-    if gated:
-        attributes |= {"activation_alpha": _GATED[activation], "activation_beta": 0.0}
+    attributes = {"k": int(ids.shape[1]), "normalize_routing_weights": 1, **_activation(node)}  # type: ignore[arg-type]
+    gate = gate_of(node)
+    alternate = bool(node.attributes["gated"].as_int()) and not (gate and gate.alternating)
     up_bias, down_bias = [*biases, None, None][:2]
-    bias_1 = None if up_bias is None else _added(constants, up_bias, "bias_1", gated)
+    bias_1 = None if up_bias is None else _added(constants, up_bias, alternate)
+    rounded: Rounded = {}
     if how.bits is None:
-        name, operands = "MoE", [_added(constants, up, "fc1", gated), bias_1, down, down_bias]
+        name, operands = "MoE", [_added(constants, up, alternate), bias_1, _added(constants, down, False), down_bias]
     else:
         name, attributes = "QMoE", attributes | _quantized_attributes(how)
-        first, second = (_quantized(constants, w, how, interleave) for w, interleave in ((up, gated), (down, False)))
-        operands = [*first, bias_1, *second, down_bias]
+        first, rounded_up = _quantized(constants, up, how, alternate)
+        second, rounded_down = _quantized(constants, down, how, False)
+        operands, rounded = [*first, bias_1, *second, down_bias], rounded_up | rounded_down
     while operands[-1] is None:
         operands.pop()
     y = tape.op(name, [x, logits, *operands], attributes, domain=MICROSOFT)
     old = node.outputs[0]
     out = tape.op("Mul", [y, total], output=ir.Value(name=old.name, shape=old.shape, type=old.type))
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [out])
+    return rounded
+
+
+def _activation(node: ir.Node) -> dict[str, Any]:
+    """The attributes that say what stands between the products."""
+    activation, gate = node.attributes["activation"].as_string(), gate_of(node)
+    if not node.attributes["gated"].as_int():
+        return {"activation_type": _PLAIN[activation], "swiglu_fusion": 0}
+    alpha, beta, limit = (_GATED[activation], 0.0, math.inf) if gate is None else (gate.alpha, gate.beta, gate.limit)
+    swiglu = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": alpha, "activation_beta": beta}
+    return swiglu if math.isinf(limit) else {**swiglu, "swiglu_limit": limit}
 
 
 def _routing(
@@ -210,12 +198,13 @@ def _constant(tape: ir_tape.Tape, value: Any) -> ir.Value:
     return tape.op("Constant", [], {"value": ir.tensor(value, dtype=ir.DataType.INT64)})
 
 
-def _added(constants: ConstantReader, stacked: ir.Value, suffix: str, gated: bool) -> ir.Value:
-    """Add the weight as the operator takes it: gate and up rows alternate."""
-    tensor = constants.tensor(stacked)
-    if not gated:
+def _added(constants: ConstantReader, stacked: ir.Value, alternate: bool) -> ir.Value:
+    """Add a weight as the operator takes it, where that is not how it is stored: gate and up rows alternate."""
+    if not alternate and stacked.producer() is None:
         return stacked
-    return constants.add_lazy(f"{stacked.name}.{suffix}", lambda: interleaved(tensor), tensor)
+    tensor = constants.tensor(stacked)
+    make = (lambda: interleaved(tensor)) if alternate else tensor.contiguous
+    return constants.add_lazy(f"{base_name(stacked)}.moe", make, tensor)
 
 
 def interleaved(stacked: Tensor) -> Tensor:
@@ -225,13 +214,18 @@ def interleaved(stacked: Tensor) -> Tensor:
 
 
 def _quantized(
-    constants: ConstantReader, stacked: ir.Value, how: Contrib, interleave: bool
-) -> tuple[ir.Value, ir.Value]:
-    tensor = constants.tensor(stacked).detach()
-    parts: Quantized = quantize(interleaved(tensor) if interleave else tensor, how.bits or 8, how.block)
-    return constants.add(f"{stacked.name}{_QUANTIZED}", parts.packed), constants.add(
-        f"{stacked.name}.scales", parts.scales
-    )
+    constants: ConstantReader, stacked: ir.Value, how: Contrib, alternate: bool
+) -> tuple[tuple[ir.Value, ir.Value], Rounded]:
+    tensor, name, axes = constants.tensor(stacked).detach(), base_name(stacked), stored_axes(stacked)
+    parts: Quantized = quantize(interleaved(tensor) if alternate else tensor, how.bits or 8, how.block)
+
+    def rounded() -> Tensor:
+        weights = parts.dequantized()
+        apart = torch.cat((weights[:, ::2], weights[:, 1::2]), dim=1) if alternate else weights
+        return apart.permute(axes)
+
+    packed = constants.add(f"{name}.quantized", parts.packed)
+    return (packed, constants.add(f"{name}.scales", parts.scales)), {name: rounded}
 
 
 def _quantized_attributes(how: Contrib) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from moeify.errors import RefusedError
 from moeify.export import standard
+from moeify.export.clamped_gate import gate_of
 from moeify.export.constants import ConstantReader
 from moeify.export.translate import DOMAIN, EXPERTS, GROUPED_LINEAR
 
@@ -58,6 +59,7 @@ class _Lowering:
             up_bias=up_bias is not None,
             down_bias=down_bias is not None,
             dtype=_dtype(x),
+            clamped=gate_of(node),
         )
         name = self._function("SparseMoE", (kind,), standard.sparse_moe)
         self._call(node, name, [x, ids, weights], stacked)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from moeify.export.capture import Interface
+    from moeify.export.lower_contrib import Rounded
     from moeify.export.prove import Case, Difference
 
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -109,7 +110,8 @@ def _export(model: nn.Module, staged: Path, request: _Request) -> OnnxReport:
     if not report.passed:
         raise VerificationError(f"the exported graph differs from PyTorch: {report.summary()}; nothing was written")
     if dtype in _HALF:
-        write(_graph(interface(traceable(model), request.example_inputs), request), staged)
+        graph, _ = _graph(interface(traceable(model), request.example_inputs), request)
+        write(graph, staged)
     return report
 
 
@@ -143,14 +145,14 @@ def _prove(model: nn.Module, staged: Path, request: _Request, dtype: str) -> Onn
 
     traced = traceable(model)
     captured = interface(traced, request.example_inputs)
-    graph = _graph(captured, request)
+    graph, rounded = _graph(captured, request)
     write(graph, staged)
     cases = expected_cases(model, captured)
     session = open_session(staged, provider="cpu")
     if request.quantize is None:
         measured, rounding = compare(session, captured, cases), None
     else:
-        measured = compare(session, captured, _rounded_cases(traced, captured, graph))
+        measured = compare(session, captured, _rounded_cases(traced, captured, rounded))
         if _finish_quantized(graph, staged, request):
             session = open_session(staged, provider="cpu")
         rounding = compare(session, captured, cases)
@@ -192,12 +194,11 @@ def _report(
     )
 
 
-def _rounded_cases(model: nn.Module, captured: Interface, graph: ir.Model) -> list[Case]:
+def _rounded_cases(model: nn.Module, captured: Interface, rounded: Rounded) -> list[Case]:
     """What PyTorch gives with the weights that the graph holds: rounding is no excuse for a wrong graph."""
-    from moeify.export.lower_contrib import rounded_weights as weights_of
     from moeify.export.prove import expected_cases, rounded_weights
 
-    with rounded_weights(model, weights_of(graph)):
+    with rounded_weights(model, rounded):
         return expected_cases(model, captured)
 
 
@@ -213,13 +214,13 @@ def _finish_quantized(graph: ir.Model, staged: Path, request: _Request) -> bool:
     return changes
 
 
-def _graph(captured: Interface, request: _Request) -> ir.Model:
-    """Trace, lower, and say in the metadata how it was made."""
+def _graph(captured: Interface, request: _Request) -> tuple[ir.Model, Rounded]:
+    """Trace, lower, and say in the metadata how it was made; also what was rounded, as `lower` returns it."""
     from moeify.export.graph import to_onnx
     from moeify.export.lower import lower
 
     graph = to_onnx(captured)
-    lower(graph, request.target, request.quantize)
+    rounded = lower(graph, request.target, request.quantize)
     made = {
         "target": request.target,
         "quantize": request.quantize or "",
@@ -227,7 +228,7 @@ def _graph(captured: Interface, request: _Request) -> ir.Model:
         **package_versions(),
     }
     graph.metadata_props.update({f"moeify.{key}": value for key, value in {**made, **request.metadata}.items()})
-    return graph
+    return graph, rounded
 
 
 def check_request(path: Path, target: Any, quantize: Any, dtype: str, *, overwrite: bool) -> None:

@@ -30,7 +30,7 @@ _ROUNDS = 2  # what a rule leaves may be a constant, and what is folded may matc
 def simplify(model: ir.Model) -> None:
     """Tidy `model`, in place."""
     for _ in range(_ROUNDS):
-        optimizer.fold_constants(model)
+        optimizer.fold_constants(model, should_fold=_keeps_weights)
         rewriter.rewrite(model, _RULES)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
@@ -40,3 +40,9 @@ def simplify(model: ir.Model) -> None:
         common.OutputFixPass(),
         common.NameFixPass(),
     )(model)
+
+
+def _keeps_weights(node: ir.Node) -> bool | None:
+    """Let no weight be stored transposed: it would lose its name, and the operators take it either way."""
+    weight = node.op_type == "Transpose" and node.inputs[0] is not None and node.inputs[0].is_initializer()
+    return False if weight else None

@@ -10,6 +10,7 @@ I intermediate, J rows of the first weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,12 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from moeify.export.clamped_gate import ClampedGate
 from moeify.kernels.activations import QUICK_GELU_SCALE
 
 DOMAIN = "moeify"
 OPSET = 20  # the first with Gelu
+INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Kind:
         up_bias: Whether the first projections have biases.
         down_bias: Whether the projections back have.
         dtype: onnx.TensorProto.DataType of x and of the weights.
+        clamped: What stands between the products instead, if it is no activation by name.
     """
 
     experts: int
@@ -43,6 +47,7 @@ class Kind:
     up_bias: bool
     down_bias: bool
     dtype: int
+    clamped: ClampedGate | None = None
 
 
 class Body:
@@ -190,10 +195,30 @@ def _grouped(
 
 
 def _activation(body: Body, kind: Kind, z_SJ: str) -> str:
+    if kind.clamped is not None:
+        return _clamped(body, kind.clamped, z_SJ, kind.dtype)
     if not kind.gated:
         return activate(body, kind.activation, z_SJ, kind.dtype)
     gate_SI, up_SI = body("Split", z_SJ, outputs=2, axis=-1, num_outputs=2)
     product: str = body("Mul", activate(body, kind.activation, gate_SI, kind.dtype), up_SI)
+    return product
+
+
+def _clamped(body: Body, gate: ClampedGate, z_SJ: str, dtype: int) -> str:
+    if gate.alternating:
+        end, axis, step = body.ints([INT64_MAX]), body.ints([-1]), body.ints([2])
+        gate_SI, up_SI = (body("Slice", z_SJ, body.ints([start]), end, axis, step) for start in (0, 1))
+    else:
+        gate_SI, up_SI = body("Split", z_SJ, outputs=2, axis=-1, num_outputs=2)
+
+    def number(value: float) -> str:
+        return body.constant(np.array(value), dtype)
+
+    if math.isfinite(gate.limit):
+        gate_SI = body("Min", gate_SI, number(gate.limit))
+        up_SI = body("Clip", up_SI, number(-gate.limit), number(gate.limit))
+    factor = body("Mul", gate_SI, body("Sigmoid", body("Mul", gate_SI, number(gate.alpha))))
+    product: str = body("Mul", factor, body("Add", up_SI, number(gate.beta)))
     return product
 
 

@@ -31,7 +31,7 @@ def stock_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
         top_k_index: (T, K) int64; an id past the last expert counts nothing.
         top_k_weights: (T, K).
     """
-    up, down, up_bias, down_bias = _weights(self)
+    up, down, up_bias, down_bias = stacked_weights(self)
     name = _activation_name(self)
     if name is not None:
         return ops.experts(
@@ -54,23 +54,28 @@ def offer_stock_experts() -> None:
 
 
 @contextmanager
-def through_moeify(model: nn.Module) -> Iterator[None]:
-    """Let a transformers model compute its experts with `stock_experts` inside the block; others stay as they are."""
+def through_moeify(model: nn.Module, name: str = NAME) -> Iterator[None]:
+    """Let a transformers model compute its experts so inside the block; others stay as they are.
+
+    Args:
+        model: Any.
+        name: Of the implementation, as transformers knows it; `stock_experts` unless another was added.
+    """
     untyped: Any = model
     if not hasattr(model, "set_experts_implementation"):
         yield
         return
     offer_stock_experts()
     before = untyped.get_experts_implementation()
-    untyped.set_experts_implementation(NAME)
+    untyped.set_experts_implementation(name)
     try:
         yield
     finally:
         untyped.set_experts_implementation(before)
 
 
-def _weights(module: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The weights as the kernels take them: (E, J, H) and (E, H, I), and the biases."""
+def stacked_weights(module: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the weights as the kernels take them: (E, J, H) and (E, H, I), and the biases (E, J) and (E, H)."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = getattr(module, name), module.down_proj
     if module.is_transposed:
