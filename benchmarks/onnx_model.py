@@ -24,7 +24,7 @@ import torch
 from moeify.export.generation import TextModel, open_session
 from moeify.hub.loading import load
 
-PROMPT, NEW, ROUNDS, TURNS = 128, 24, 3, 3
+PROMPT, NEW, ROUNDS, TURNS = 128, 24, 3, 4
 Timing = tuple[float, float]
 
 
@@ -102,10 +102,10 @@ def peer_rates(path: Path, ids: list[int]) -> Timing:
 
 
 def in_turn(measurements: Mapping[str, Callable[[], Timing]]) -> dict[str, Timing]:
-    """Measure by turns, each in a process of its own: what is loaded first gets other memory. Medians over turns."""
+    """Measure by turns, to and fro, each in a process of its own: what is loaded first gets other memory. Medians."""
     taken: dict[str, list[Timing]] = {name: [] for name in measurements}
-    for _ in range(TURNS):
-        for name, measure in measurements.items():
+    for turn in range(TURNS):
+        for name, measure in list(measurements.items())[:: -1 if turn % 2 else 1]:
             with get_context("spawn").Pool(1) as pool:
                 taken[name].append(pool.apply(measure))
             print(name, taken[name][-1], flush=True)

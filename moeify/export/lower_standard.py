@@ -60,6 +60,7 @@ class _Lowering:
             down_bias=down_bias is not None,
             dtype=_dtype(x),
             clamped=gate_of(node),
+            complete=_complete(ids, _count(up)),
         )
         name = self._function("SparseMoE", (kind,), standard.sparse_moe)
         self._call(node, name, [x, ids, weights], stacked)
@@ -89,6 +90,15 @@ class _Lowering:
         output = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
         call = ir.Node(DOMAIN, name, [*inputs, *parameters], outputs=[output], name=node.name)
         ir.convenience.replace_nodes_and_values(self.model.graph, node, [node], [call], node.outputs, call.outputs)
+
+
+def _complete(ids: ir.Value | None, experts: int) -> bool:
+    """Whether expert ids are the places of the largest of as many numbers as there are experts."""
+    node = None if ids is None else ids.producer()
+    if node is None or node.op_type != "TopK" or node.inputs[0] is None:
+        return False
+    shape = node.inputs[0].shape
+    return shape is not None and shape[-1] == experts
 
 
 def _count(stacked: ir.Value) -> int:

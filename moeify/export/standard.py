@@ -39,6 +39,7 @@ class Kind:
         down_bias: Whether the projections back have.
         dtype: onnx.TensorProto.DataType of x and of the weights.
         clamped: What stands between the products instead, if it is no activation by name.
+        complete: Whether every place is known to have an expert, which spares the search for others.
     """
 
     experts: int
@@ -48,6 +49,7 @@ class Kind:
     down_bias: bool
     dtype: int
     clamped: ClampedGate | None = None
+    complete: bool = False
 
 
 class Body:
@@ -121,16 +123,23 @@ def sparse_moe(kind: Kind, name: str) -> onnx.FunctionProto:
     """
     body = Body()
     parameters = {part: [f"{part}_{e}" for e in range(kind.experts)] for part in parameter_names(kind)}
-    flat_S, order_S, inverse_S = _sort(body, kind.experts)
-    counts_E, dropped = _counts(body, flat_S, kind.experts)
+    flat_S = body("Reshape", "expert_ids" if kind.complete else _in_range(body, kind.experts), body.ints([-1]))
+    order_S, inverse_S = _sort(body, flat_S)
+    rest: tuple[str, ...] = ()
+    if kind.complete:
+        counts_E = _counts(body, flat_S, kind.experts)
+    else:
+        counts_E, dropped = body(
+            "Split", _counts(body, flat_S, kind.experts + 1), body.ints([kind.experts, 1]), outputs=2, axis=0
+        )
+        order_S = body("Slice", order_S, body.ints([0]), body("ReduceSum", counts_E, keepdims=1))
+        rest = (_zeros(body, dropped, "x", kind.dtype),)
     choices = body("Shape", "expert_ids", start=1, end=2)
-    live_S = body("Slice", order_S, body.ints([0]), body("ReduceSum", counts_E, keepdims=1))
-    x_SH = body("Gather", "x", body("Div", live_S, choices), axis=0)
+    x_SH = body("Gather", "x", body("Div", order_S, choices), axis=0)
     z_SJ = _grouped(body, x_SH, counts_E, parameters["up"], parameters.get("up_bias"))
     a_SI = _activation(body, kind, z_SJ)
-    rest = _zeros(body, dropped, "x", kind.dtype)
-    y_SH = _grouped(body, a_SI, counts_E, parameters["down"], parameters.get("down_bias"), rest)
-    _combine(body, y_SH, inverse_S, kind.dtype)
+    y_SH = _grouped(body, a_SI, counts_E, parameters["down"], parameters.get("down_bias"), *rest)
+    _combine(body, y_SH, inverse_S, choices, kind.dtype)
     inputs = ["x", "expert_ids", "weights", *(name for names in parameters.values() for name in names)]
     return _function(name, inputs, body)
 
@@ -161,23 +170,27 @@ def grouped_linear(experts: int, bias: bool, dtype: int, name: str) -> onnx.Func
     return _function(name, ["x", "offsets", *weights, *(biases or ())], body)
 
 
-def _sort(body: Body, experts: int) -> tuple[str, str, str]:
-    """Sort the places by expert: their expert ids, the place at each sorted row, and the inverse of that."""
+def _in_range(body: Body, experts: int) -> str:
+    """The expert ids, E where there is no such expert."""
     end = body.ints(experts)
     inside = body("And", body("GreaterOrEqual", "expert_ids", body.ints(0)), body("Less", "expert_ids", end))
-    flat_S = body("Reshape", body("Where", inside, "expert_ids", end), body.ints([-1]))
+    ids: str = body("Where", inside, "expert_ids", end)
+    return ids
+
+
+def _sort(body: Body, flat_S: str) -> tuple[str, str]:
+    """Sort the places by expert: the place at each sorted row, and the inverse of that."""
     places = body("Shape", flat_S)
     _, order_S = body("TopK", flat_S, places, outputs=2, axis=0, largest=0, sorted=1)
     _, inverse_S = body("TopK", order_S, places, outputs=2, axis=0, largest=0, sorted=1)
-    return flat_S, order_S, inverse_S
+    return order_S, inverse_S
 
 
-def _counts(body: Body, flat_S: str, experts: int) -> tuple[str, str]:
-    """Count the rows of each expert (E,), and those of none (1,)."""
-    each = body("Equal", flat_S, body.ints([[e] for e in range(experts + 1)]))
-    counts = body("ReduceSum", body("Cast", each, to=onnx.TensorProto.INT64), body.ints([1]), keepdims=0)
-    counts_E, dropped = body("Split", counts, body.ints([experts, 1]), outputs=2, axis=0)
-    return counts_E, dropped
+def _counts(body: Body, flat_S: str, ids: int) -> str:
+    """Count the rows with each of the ids 0, 1, …, ids - 1."""
+    each = body("Equal", flat_S, body.ints([[e] for e in range(ids)]))
+    counts: str = body("ReduceSum", body("Cast", each, to=onnx.TensorProto.INT64), body.ints([1]), keepdims=0)
+    return counts
 
 
 def _grouped(
@@ -222,9 +235,10 @@ def _clamped(body: Body, gate: ClampedGate, z_SJ: str, dtype: int) -> str:
     return product
 
 
-def _combine(body: Body, y_SH: str, inverse_S: str, dtype: int) -> None:
+def _combine(body: Body, y_SH: str, inverse_S: str, choices: str, dtype: int) -> None:
     """Bring the rows back to their tokens and sum them, weighted."""
-    y_TKH = body("Gather", y_SH, body("Reshape", inverse_S, body("Shape", "expert_ids")), axis=0)
+    shape = body("Concat", body.ints([-1]), choices, axis=0)
+    y_TKH = body("Gather", y_SH, body("Reshape", inverse_S, shape), axis=0)
     weights_TK1 = body("Unsqueeze", body("Cast", "weights", to=dtype), body.ints([2]))
     body.result(body("ReduceSum", body("Mul", y_TKH, weights_TK1), body.ints([1]), keepdims=0), "y")
 
