@@ -136,6 +136,11 @@ def arguments(node: fx.Node) -> Iterator[tuple[str, object]]:
             yield spec.name, node.kwargs.get(spec.name, spec.default_value if spec.has_default_value() else None)
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether an operator changes one of its inputs, so that it counts even if nothing reads its result."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def is_static(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
     """Whether a value does not depend on the model's inputs."""
     pending = [node]

@@ -19,7 +19,7 @@ def drop_unused(graph_module: fx.GraphModule, keep: Collection[str]) -> None:
     graph = graph_module.graph
     static: dict[fx.Node, bool] = {}
     for node in reversed(list(graph.nodes)):
-        prepares = node.op == "get_attr" or node.all_input_nodes
+        prepares = node.op == "get_attr" or (node.all_input_nodes and not flow.writes(node))
         if prepares and not node.users and node.op != "output" and flow.is_static(node, static):
             graph.erase_node(node)
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}

@@ -48,6 +48,26 @@ def test_the_graph_and_the_module_are_the_same_model(name: str) -> None:
     assert len({value.data_ptr() for value in ours.values()}) == len(stored)
 
 
+class Positions(nn.Module):
+    """Writes into a table that it makes; nothing reads what the writing returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(10, 23), nn.Linear(23, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.arange(30.0).reshape(3, 10)
+        table[1] = table[0] * 2
+        y: Tensor = x + self.down(F.gelu(self.up(x + table)))
+        return y
+
+
+def test_what_is_written_in_place_is_kept() -> None:
+    model, x = Positions().eval(), torch.randn(2, 3, 10)
+    graph = convert_graph(exported(model, {"x": x}), CONFIG)
+    assert tiny.relative(graph(x=x).detach(), model(x).detach()) < FP32
+
+
 class Block(nn.Module):
     """Layers that cannot be replaced in the module tree: an FFN of bare parameters, and one of 1x1 convolutions."""
 
