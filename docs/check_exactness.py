@@ -115,7 +115,7 @@ def page(known: dict[str, Result]) -> str:
         "read, *streamed* is the conversion from checkpoint to checkpoint, whose tensors equal the in-place ones bit",
         "for bit, *graph* is `convert_graph` on what `torch.export` returned. Where float32 is above the limit, the",
         "number in float64 stands beside it: a model that sorts or rounds what it computes makes much of the last",
-        "digit. d_fine, deimv2, pp_doclayout_v3 and v4, rt_detr and (mm-)grounding-dino sort queries by scores of which",
+        "digit. d_fine, deimv2, pp_doclayout_v3, v4, rt_detr and (mm-)grounding-dino sort queries by scores of which",
         "some tie. What paligemma's graph differs by, torch.export's own differs by. The graph rows of rt_detr and",
         "rt_detr_v2 were made before graphs kept what they write in place, and are to be made again. Written by",
         "`python docs/check_exactness.py`, type by type.",
