@@ -49,7 +49,7 @@ def export(
     config = config_from(settings) if typed else None
     dtype = dtype or ("float16" if target == "cuda" else "float32")
     check_request(out, target, quantize, dtype, overwrite=overwrite)  # before minutes of loading
-    with open_source(src):
+    with open_source(src):  # what is no model is said at once, too
         pass
     with quiet_transformers():
         model = _load(src, dtype, config, layers)

@@ -37,7 +37,6 @@ _PLAIN = {"silu": "silu", "relu": "relu", "gelu_tanh": "gelu"}  # the operator's
 _CUDA_WIDTHS = 8  # CUDA loads 16 bytes at a time: ONNX Runtime's docs/contrib_ops/cuda/moe_qmoe.md, section 4.2
 _CUDA_QUANTIZED_WIDTHS = 64  # rows of a tile of its packed weights, section 6.1
 
-
 Rounded = dict[str, Callable[[], Tensor]]
 
 
@@ -68,7 +67,7 @@ def why_not(node: ir.Node, how: Contrib) -> str | None:
         return "its experts compute something between the products that moeify has no name for"
     activation, gated = node.attributes["activation"].as_string(), bool(node.attributes["gated"].as_int())
     known = _GATED if gated else _PLAIN
-    if activation not in known and gate_of(node) is None:
+    if activation not in known:
         form = "gated " * gated + activation
         return f"the operator has no {form}: it has {', '.join('gated ' * gated + name for name in known)}"
     choices = node.inputs[1]

@@ -24,7 +24,7 @@ from moeify.kernels.activations import QUICK_GELU_SCALE
 
 DOMAIN = "moeify"
 OPSET = 20  # the first with Gelu
-INT64_MAX = 2**63 - 1
+_TO_THE_END = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _activation(body: Body, kind: Kind, z_SJ: str) -> str:
 
 def _clamped(body: Body, gate: ClampedGate, z_SJ: str, dtype: int) -> str:
     if gate.alternating:
-        end, axis, step = body.ints([INT64_MAX]), body.ints([-1]), body.ints([2])
+        end, axis, step = body.ints([_TO_THE_END]), body.ints([-1]), body.ints([2])
         gate_SI, up_SI = (body("Slice", z_SJ, body.ints([start]), end, axis, step) for start in (0, 1))
     else:
         gate_SI, up_SI = body("Split", z_SJ, outputs=2, axis=-1, num_outputs=2)
