@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 
 import moeify
 from moeify.checkpoint.source import open_source
+from moeify.conversion.checkpoint import Watch, convert_checkpoint, plan_checkpoint
 from moeify.errors import MoeifyError
 from moeify.layers import SparseMoE
-from moeify.streaming.stream import Watch, convert_checkpoint, plan_checkpoint
 from moeify.tolerances import TOLERANCE
 
 CONFIG = moeify.MoEConfig(experts=4, top_k=2)

@@ -122,8 +122,8 @@ def _refuse_target(dst: Path, overwrite: bool) -> None:
 def _plan(
     source: Source, config: MoEConfig | None, layers: str, target: str, plan_file: Path | None, inputs: Inputs | None
 ) -> Plan:
+    from moeify.conversion.checkpoint import check_plan, plan_checkpoint
     from moeify.plan import Plan
-    from moeify.streaming.stream import check_plan, plan_checkpoint
 
     if plan_file is None:
         assert config is not None
@@ -139,8 +139,8 @@ def _plan(
 def _show(source: Source, plan: Plan, inputs: Inputs | None) -> None:
     """Print a plan and what it would cost."""
     from moeify.cli import display
-    from moeify.planning.cost import moe_cost
-    from moeify.planning.overview import dense_side
+    from moeify.conversion.cost import moe_cost
+    from moeify.conversion.summary import dense_side
 
     dense, itemsize = dense_side(source, inputs)
     console = display.stdout()
@@ -171,7 +171,7 @@ def _write(
         TransferSpeedColumn,
     )
 
-    from moeify.streaming.stream import Watch, convert_checkpoint
+    from moeify.conversion.checkpoint import Watch, convert_checkpoint
 
     speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     progress = Progress(TextColumn("{task.description}"), BarColumn(), *speed, console=console)

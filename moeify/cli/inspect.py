@@ -33,7 +33,7 @@ def inspect(
     from moeify.checkpoint.source import open_source
     from moeify.cli import display
     from moeify.config import MoEConfig
-    from moeify.planning.overview import overview
+    from moeify.conversion.summary import overview
     from moeify.tracing.given_inputs import read_inputs
 
     inputs = None if example_inputs is None else read_inputs(example_inputs)

@@ -19,12 +19,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moeify.conversion.module import remember_plan
+from moeify.conversion.replacement import apply_plan
 from moeify.errors import CheckpointError
 from moeify.hub.stock_experts import offer_stock_experts
-from moeify.inplace import remember_plan
 from moeify.plan import Plan
-from moeify.planning.make import survey
-from moeify.planning.replacement import apply_plan
+from moeify.planning.make_plan import survey
 from moeify.tracing.trace import trace
 
 FORMAT = "moeify"

@@ -15,10 +15,10 @@ from torch import nn
 from moeify.checkpoint.source import Source, open_source
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.config import MoEConfig
+from moeify.conversion.checkpoint import PLAN_FILE
 from moeify.hub.loading import Slice, load, load_slice
 from moeify.plan import Plan
 from moeify.proving.verification import VerifyReport, random_inputs, verify
-from moeify.streaming.stream import PLAN_FILE
 from moeify.tracing.skeleton import build_on_meta, config_of, stored_names
 
 _SLICE = 2  # converted layers in a slice

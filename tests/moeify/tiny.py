@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
+from moeify.conversion.checkpoint import Watch, convert_checkpoint, plan_checkpoint
 from moeify.plan import Plan
-from moeify.streaming.stream import Watch, convert_checkpoint, plan_checkpoint
 
 tf: Any = transformers  # its types are stricter than its configurations are meant
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 36, 57, 3, 101

@@ -10,10 +10,10 @@ import transformers
 
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
+from moeify.conversion.checkpoint import output_config, plan_checkpoint
 from moeify.errors import ConfigError, MoeifyError, RefusedError
 from moeify.families.table import FAMILIES, choose_target
 from moeify.plan import Plan
-from moeify.streaming.stream import output_config, plan_checkpoint
 from moeify.tracing.skeleton import build_on_meta, full_config, model_class
 from tests.moeify import tiny
 

@@ -12,11 +12,11 @@ from torch import Tensor
 import moeify
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
+from moeify.conversion.checkpoint import Watch
 from moeify.errors import CheckpointError
 from moeify.families.table import FAMILIES
 from moeify.plan import Plan
 from moeify.proving.proof import verify_slice
-from moeify.streaming.stream import Watch
 from moeify.tolerances import TOLERANCE
 from tests.moeify import tiny
 

@@ -6,13 +6,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moeify.config import MoEConfig
+from moeify.conversion.optimizer import take_up
+from moeify.conversion.refusals import check_plain, check_replaceable
+from moeify.conversion.rehearsal import rehearse
+from moeify.conversion.replacement import apply_plan
 from moeify.plan import Plan
-from moeify.planning.live import check_plain, check_replaceable
-from moeify.planning.make import make_plan, survey
-from moeify.planning.rehearsal import rehearse
-from moeify.planning.replacement import apply_plan
+from moeify.planning.make_plan import make_plan, survey
 from moeify.tracing.trace import Inputs, trace
-from moeify.training.carry import take_up
 
 
 def convert(

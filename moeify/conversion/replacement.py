@@ -7,11 +7,11 @@ from functools import partial
 
 from torch import fx, nn
 
+from moeify.conversion.weights import dense_ffn, held
 from moeify.layers.batch import connect
 from moeify.layers.build import build_layer, start_layer
 from moeify.passes.activation import bind
 from moeify.plan import Plan
-from moeify.planning.weights import dense_ffn, held
 
 Regions = Mapping[tuple[str, ...], fx.GraphModule]
 

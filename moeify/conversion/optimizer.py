@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moeify.conversion.weights import dense_ffn
 from moeify.errors import RefusedError
 from moeify.layers.build import expert_parts, expert_values
 from moeify.plan import Plan, Site
-from moeify.planning.weights import dense_ffn
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from moeify.checkpoint.staging import staged
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.checkpoint.writer import write_checkpoint
 from moeify.config import MoEConfig
+from moeify.conversion.output_tensors import output_tensors
+from moeify.conversion.refusals import check_plain
+from moeify.conversion.rehearsal import rehearse
 from moeify.errors import ConfigError
 from moeify.families.native import native_config
 from moeify.families.table import FAMILIES, MOEIFY, choose_target
 from moeify.plan import Plan
-from moeify.planning.live import check_plain
-from moeify.planning.make import make_plan, survey
-from moeify.planning.rehearsal import rehearse
-from moeify.streaming.outputs import output_tensors
+from moeify.planning.make_plan import make_plan, survey
 from moeify.tracing.skeleton import build_on_meta, full_config, stored_names
 from moeify.tracing.trace import Inputs, trace
 

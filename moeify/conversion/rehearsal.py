@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from moeify.conversion.replacement import apply_plan
 from moeify.errors import MoeifyError, RefusedError
 from moeify.layers import MoELayer
 from moeify.layers.batch import Batch
 from moeify.plan import Plan
-from moeify.planning.make import Survey
-from moeify.planning.replacement import apply_plan
+from moeify.planning.make_plan import Survey
 from moeify.tracing.exporting import run_without_values
 from moeify.tracing.inputs import candidate_inputs
 from moeify.tracing.trace import UNTRACED, Inputs, meta_twin, trace

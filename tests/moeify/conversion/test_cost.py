@@ -6,9 +6,9 @@ import pytest
 
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
-from moeify.planning.cost import moe_cost
-from moeify.planning.overview import dense_side
-from moeify.streaming.stream import plan_checkpoint
+from moeify.conversion.checkpoint import plan_checkpoint
+from moeify.conversion.cost import moe_cost
+from moeify.conversion.summary import dense_side
 from tests.moeify import tiny
 
 CONFIG = MoEConfig(experts=5, top_k=3)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeify.conversion.weights import held
 from moeify.errors import RefusedError
 from moeify.layers import MoELayer
 from moeify.plan import Plan, Site
-from moeify.planning.weights import held
 
 # Whoever holds parameters or compiled code of the model inside would go on using the dense FFNs.
 _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")

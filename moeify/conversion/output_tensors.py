@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moeify.checkpoint.shards import Compute, OutTensor, Part
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
+from moeify.conversion.weights import dense_rows, up_bias
 from moeify.errors import CheckpointError
 from moeify.families.table import FAMILIES, MOEIFY, SHARED_WIDTH, layer_number
 from moeify.layers.build import expert_parts
@@ -17,7 +18,6 @@ from moeify.layers.start import StartValue, router_start
 from moeify.methods.parts import Part as ExpertPart
 from moeify.methods.parts import routed_parts
 from moeify.plan import Plan, Rows, Site
-from moeify.planning.weights import dense_rows, up_bias
 from moeify.routing.routers import router_init
 from moeify.tracing.skeleton import StoredNames, build_on_meta, may_be_missing, stored_names
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import moeify
 from moeify.config import MoEConfig
+from moeify.conversion.graph import convert_graph
+from moeify.conversion.replacement import apply_plan
 from moeify.errors import RefusedError
-from moeify.graph_convert import convert_graph
 from moeify.passes.lower import Lower
 from moeify.passes.token_inputs import token_arguments
-from moeify.planning.make import make_plan, survey
-from moeify.planning.replacement import apply_plan
+from moeify.planning.make_plan import make_plan, survey
 from tests.moeify import tiny
 
 HIDDEN, VOCABULARY = 12, 17

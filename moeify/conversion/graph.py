@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from moeify.config import MoEConfig
+from moeify.conversion.weights import dense_ffn, held
 from moeify.errors import MoeifyError, RefusedError
 from moeify.layers import MoELayer
 from moeify.layers.build import build_layer, start_layer
@@ -19,8 +20,7 @@ from moeify.passes.ffn import FFN
 from moeify.passes.insert_losses import InsertLosses
 from moeify.passes.insert_moe import InsertMoE
 from moeify.plan import Site
-from moeify.planning.make import Survey, make_plan, survey
-from moeify.planning.weights import dense_ffn, held
+from moeify.planning.make_plan import Survey, make_plan, survey
 from moeify.tracing.graphs import inline_blocks
 from moeify.tracing.trace import Inputs
 

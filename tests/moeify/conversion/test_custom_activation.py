@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import moeify
 from moeify.config import MoEConfig
-from moeify.graph_convert import convert_graph
+from moeify.conversion.graph import convert_graph
 from moeify.tolerances import TOLERANCE
 from tests.moeify.tiny import relative
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from moeify.checkpoint.source import Source
 from moeify.config import MoEConfig
+from moeify.conversion.cost import Cost, dense_cost, moe_cost
 from moeify.errors import RefusedError
 from moeify.families.table import choose_target
 from moeify.passes.find_ffn import Inspection
 from moeify.plan import Plan
-from moeify.planning.cost import Cost, dense_cost, moe_cost
-from moeify.planning.make import make_plan, survey
+from moeify.planning.make_plan import make_plan, survey
 from moeify.tracing.skeleton import build_on_meta, full_config
 from moeify.tracing.trace import Inputs, trace
 

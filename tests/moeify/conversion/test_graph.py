@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 
 import moeify
 from moeify.config import MoEConfig
+from moeify.conversion.graph import convert_graph
 from moeify.errors import MoeifyError, RefusedError
-from moeify.graph_convert import convert_graph
 from moeify.layers import SparseMoE
 from moeify.passes.lower import Lower
 from moeify.tolerances import TOLERANCE
