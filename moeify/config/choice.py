@@ -80,12 +80,13 @@ class Chosen(Generic[C]):
 
     def _build(self, options: dict[str, Any]) -> C:
         word = options.pop("name")
-        found: type[C] = find(self.package, word)
+        found = find(self.package, word)
         known = field_types(found)
         if unknown := options.keys() - known.keys():
             has = f"its options are {', '.join(known)}" if known else "it has no options"
             raise ConfigError(f"{self.field}.{min(unknown)} is no option of the {self.field} {word!r}: {has}")
-        return found(**options)
+        choice: C = found(**options)
+        return choice
 
 
 def words(package: str) -> tuple[str, ...]:

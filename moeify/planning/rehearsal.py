@@ -25,9 +25,7 @@ def rehearse(model: nn.Module, plan: Plan, found: Survey, example_inputs: Inputs
     layers = [module for module in twin.modules() if isinstance(module, MoELayer)]
     if not plan.config.router.needs_token_ids:
         for layer in layers:
-            layer.model_inputs = (
-                ModelInputs()
-            )  # a part must not read what a trace of the whole left behind when it failed
+            layer.model_inputs = ModelInputs()  # a part must not read what a failed trace of the whole left
     if _runs(twin, layers, example_inputs):
         return
     try:

@@ -59,7 +59,7 @@ def test_the_bias_balances_a_collapsed_router() -> None:
 
 def test_a_model_without_such_a_router_is_told() -> None:
     model = make.layer(MoEConfig(5, 2))
-    with pytest.raises(MoeifyError, match="moeify.routers.Sigmoid"):
+    with pytest.raises(MoeifyError, match=r"moeify\.routers\.Sigmoid"):
         moeify.attach_bias_update(model, torch.optim.SGD(model.parameters(), lr=0.1))
     moeify.update_selection_bias(model)
 
