@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeify import methods, routers
     from moeify.config import MoEConfig
+    from moeify.conversion.dense import find_ffns
     from moeify.conversion.graph import convert_graph
     from moeify.conversion.module import convert
     from moeify.errors import MoeifyError
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from moeify.hub.loading import load
     from moeify.hub.registration import register
     from moeify.plan import Plan
-    from moeify.planning.make_plan import find_ffns
     from moeify.proving.verification import VerifyReport, verify
     from moeify.training.bias import attach_bias_update, update_selection_bias
     from moeify.training.callback import RoutingCallback
@@ -42,7 +42,7 @@ _HOME = {
     "convert": "conversion.module",
     "convert_graph": "conversion.graph",
     "export_onnx": "export",
-    "find_ffns": "planning.make_plan",
+    "find_ffns": "conversion.dense",
     "freeze": "training.control",
     "load": "hub.loading",
     "param_groups": "training.control",

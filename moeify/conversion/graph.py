@@ -1,4 +1,4 @@
-"""The graph applier: dense FFNs of an exported or traced graph become sparse layers, by the passes."""
+"""The applier for graphs: dense FFNs of an exported or traced graph become MoE layers, by the passes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, fx
 
 from moeify.config import MoEConfig
-from moeify.conversion.weights import dense_ffn, held
+from moeify.conversion.layout import fill_layer, layer_tensors
+from moeify.conversion.restructure import read
 from moeify.errors import MoeifyError, RefusedError
-from moeify.layers import MoELayer
-from moeify.layers.build import build_layer, start_layer
+from moeify.layers.build import layer_in
 from moeify.passes.activation import bind
 from moeify.passes.dataflow import op_name
-from moeify.passes.ffn import FFN
+from moeify.passes.ffn import Inspection
+from moeify.passes.find_ffn import FindFFN
 from moeify.passes.insert_losses import InsertLosses
 from moeify.passes.insert_moe import InsertMoE
-from moeify.plan import Site
-from moeify.planning.make_plan import Survey, make_plan, survey
+from moeify.plan import Plan
+from moeify.planning.make_plan import make_plan
 from moeify.tracing.graphs import inline_blocks
 from moeify.tracing.trace import Inputs
 
@@ -33,7 +34,7 @@ def convert_graph(
     example_inputs: Inputs | None = None,
     return_losses: bool = False,
 ) -> fx.GraphModule:
-    """Replace the dense FFNs of a graph by sparse mixtures of experts.
+    """Replace the dense FFNs of a graph by mixtures of experts.
 
     Every FFN that is found can be replaced here, also one that is written into its block or made of 1x1 convolutions.
     New parameters are named as the in-place conversion names them.
@@ -55,38 +56,48 @@ def convert_graph(
         ConfigError: the selection matches nothing.
         MoeifyError: a graph of `symbolic_trace` came without inputs.
     """
-    graph_module = _fresh(graph, example_inputs)
-    found = survey(graph_module)
-    _refuse_blocks(graph_module, found)
-    plan = make_plan(graph_module, found, config, layers, in_place=False)
-    ffns = {ffn.down.weight: ffn for ffn in found.inspection.ffns}
-    made = {site.down.parameter: _make(graph_module, ffns[site.down.parameter], site, config) for site in plan.sites}
-    paths = {site.down.parameter: site.path for site in plan.sites}
-    graph_module = InsertMoE(made, paths)(graph_module).graph_module
+    dense = _aten(graph, example_inputs)
+    graph_module = _copy(dense)
+    inspection = FindFFN()(graph_module)
+    _refuse_blocks(dense, inspection)
+    plan = make_plan(graph_module, graph_module, inspection, config, layers, in_place=False)
+    converted = _insert(graph_module, dense, plan, inspection)
+    for site in plan.sites:
+        fill_layer(converted.get_submodule(site.path), layer_tensors(site, config), partial(read, dense))
     if config.attach_losses or not return_losses:
-        return graph_module
-    return InsertLosses()(graph_module).graph_module
+        return converted
+    return InsertLosses()(converted).graph_module
 
 
-def _fresh(graph: torch.export.ExportedProgram | fx.GraphModule, example_inputs: Inputs | None) -> fx.GraphModule:
-    """Return an ATen graph of our own that shares the parameters."""
+def _insert(graph_module: fx.GraphModule, dense: fx.GraphModule, plan: Plan, inspection: Inspection) -> fx.GraphModule:
+    regions = {ffn.projected: bind(ffn.region, partial(read, dense)) for ffn in inspection.ffns}
+    paths = {site.down.parameter: site.path for site in plan.sites}
+    layers = {
+        site.down.parameter: layer_in(dense, site, plan.config, regions[site.parameters]).train(graph_module.training)
+        for site in plan.sites
+    }
+    return InsertMoE(layers, paths)(graph_module).graph_module
+
+
+def _aten(graph: torch.export.ExportedProgram | fx.GraphModule, example_inputs: Inputs | None) -> fx.GraphModule:
+    """Return an ATen graph that shares the parameters; it may be the given one."""
     if isinstance(graph, torch.export.ExportedProgram):
-        return _copy(graph.module(check_guards=False))
+        return graph.module(check_guards=False)
     calls = [node for node in graph.graph.nodes if node.op == "call_function"]
     if any("val" in node.meta for node in calls):
-        return _copy(graph)
+        return graph
     if example_inputs is None:
         raise MoeifyError("a graph of symbolic_trace knows no shapes: pass example_inputs")
     inputs: Any = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, dict) else (tuple(inputs), {})
-    return _copy(torch.export.export(graph, args, kwargs, strict=False).module(check_guards=False))
+    return torch.export.export(graph, args, kwargs, strict=False).module(check_guards=False)
 
 
-def _refuse_blocks(graph_module: fx.GraphModule, found: Survey) -> None:
+def _refuse_blocks(graph_module: fx.GraphModule, inspection: Inspection) -> None:
     """Refuse FFNs in what torch.export sets apart, `with torch.no_grad()` and `with autocast`: passes do not go in."""
     inlined = inline_blocks(_copy(graph_module))
-    seen = {ffn.down.weight for ffn in found.inspection.ffns}
-    hidden = [ffn for ffn in survey(inlined).inspection.ffns if ffn.down.weight not in seen]
+    seen = {ffn.down.weight for ffn in inspection.ffns}
+    hidden = [ffn for ffn in FindFFN()(inlined).ffns if ffn.down.weight not in seen]
     if hidden:
         more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
         raise RefusedError(
@@ -107,21 +118,3 @@ def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
         with suppress(AttributeError):  # the copy has what the graph reads
             fresh.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
     return fresh.train(any(node.args[2] for node in graph.nodes if op_name(node) == "dropout"))
-
-
-def _make(graph_module: fx.GraphModule, ffn: FFN, site: Site, config: MoEConfig) -> MoELayer:
-    """Make the layer of a site from the graph's dense weights."""
-    stored = {p.weight: p for p in (*ffn.ups, ffn.down)}
-
-    def read(name: str) -> Tensor:
-        """Return a parameter; weights as (out, in)."""
-        value: Tensor = graph_module.get_parameter(name)
-        if name not in stored:
-            return value
-        value = value.flatten(1)  # a 1x1 convolution's weight has dimensions of size 1
-        return value.t() if stored[name].transposed != site.transposed else value
-
-    region = bind(ffn.region, partial(held, graph_module)) if site.activation == "custom" else None
-    layer = build_layer(site, config, region, graph_module.get_parameter(site.down.parameter))
-    start_layer(layer, site, dense_ffn(site, read))
-    return layer.train(graph_module.training)

@@ -1,18 +1,22 @@
-"""The in-place applier: dense FFNs of a live module become `SparseMoE` layers."""
+"""The applier for modules: MoE layers take the places of the dense FFNs of a live model."""
 
 from __future__ import annotations
 
-from torch import nn
+from operator import attrgetter
+
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moeify.config import MoEConfig
-from moeify.conversion.optimizer import take_up
-from moeify.conversion.refusals import check_plain, check_replaceable
+from moeify.conversion.dense import Dense
+from moeify.conversion.layout import fill_layer, layer_tensors
+from moeify.conversion.optimizer import DenseState
+from moeify.conversion.refusals import check_convertible, check_replaceable
 from moeify.conversion.rehearsal import rehearse
-from moeify.conversion.replacement import apply_plan
+from moeify.conversion.restructure import restructure
 from moeify.plan import Plan
-from moeify.planning.make_plan import make_plan, survey
-from moeify.tracing.trace import Inputs, trace
+from moeify.planning.make_plan import make_plan
+from moeify.tracing.trace import Inputs
 
 
 def convert(
@@ -23,7 +27,7 @@ def convert(
     example_inputs: Inputs | None = None,
     optimizer: Optimizer | None = None,
 ) -> nn.Module:
-    """Replace the dense FFNs of a model by sparse mixtures of experts, in place.
+    """Replace the dense FFNs of a model by mixtures of experts, in place.
 
     All checks come before the first change: when this raises, the model is as it was.
 
@@ -44,17 +48,27 @@ def convert(
         MoeifyError: the model cannot be traced.
         ConfigError: the selection matches nothing.
     """
-    check_plain(model)
-    found = survey(trace(model, example_inputs))
-    plan = make_plan(model, found, config, layers)
+    check_convertible(model)
+    dense = Dense(model, example_inputs)
+    plan = make_plan(model, dense.graph_module, dense.inspection, config, layers)
     check_replaceable(model, plan)
-    carried = None if optimizer is None else take_up(optimizer, model, plan)
-    rehearse(model, plan, found, example_inputs)
-    apply_plan(model, plan, found.regions)
-    if carried is not None:
-        carried.hand_over(model)
+    state = None if optimizer is None else DenseState(optimizer, model, plan)
+    rehearse(dense, plan)
+    weights = {name: attrgetter(name)(model) for site in plan.sites for name in site.reads}
+    restructure(model, plan, dense.regions)
+    _fill(model, plan, weights)
+    if state is not None:
+        state.move_to(model)
     remember_plan(model, plan)
     return model
+
+
+def _fill(model: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> None:
+    """Write the experts' values; dense weights are let go as soon as their experts have them."""
+    for site in plan.sites:
+        fill_layer(model.get_submodule(site.path), layer_tensors(site, plan.config), weights.__getitem__)
+        for name in site.parameters:
+            del weights[name]
 
 
 def remember_plan(model: nn.Module, plan: Plan) -> None:

@@ -1,24 +1,22 @@
-"""What `inspect` tells about a checkpoint: FFNs, refusals, and the cost of a conversion."""
+"""What `inspect` tells of a checkpoint: FFNs, refusals, and what a conversion would cost."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from moeify.checkpoint.source import Source
 from moeify.config import MoEConfig
 from moeify.conversion.cost import Cost, dense_cost, moe_cost
+from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import RefusedError
 from moeify.families.table import choose_target
-from moeify.passes.find_ffn import Inspection
+from moeify.passes.ffn import Inspection
 from moeify.plan import Plan
-from moeify.planning.make_plan import make_plan, survey
-from moeify.tracing.skeleton import build_on_meta, full_config
-from moeify.tracing.trace import Inputs, trace
+from moeify.planning.make_plan import make_plan
 
 
 @dataclass(frozen=True)
-class Overview:
+class Summary:
     """What was seen.
 
     Attributes:
@@ -35,9 +33,9 @@ class Overview:
     inspection: Inspection
     counts: tuple[int, ...]
     dense: Cost
-    plan: Plan | None
-    moe: Cost | None
-    obstacle: str | None
+    plan: Plan | None = None
+    moe: Cost | None = None
+    obstacle: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, the form of `inspect --json`."""
@@ -53,53 +51,31 @@ class Overview:
             }
             for ffn, count in zip(self.inspection.ffns, self.counts, strict=True)
         ]
-        refused = [{"name": refusal.name, "reason": refusal.reason} for refusal in self.inspection.refused]
-        cost = {"dense": asdict(self.dense), "moe": None if self.moe is None else asdict(self.moe)}
         return {
             "model_type": self.model_type,
             "ffns": ffns,
-            "refused": refused,
-            "cost": cost,
+            "refused": [{"name": refusal.name, "reason": refusal.reason} for refusal in self.inspection.refused],
+            "cost": {"dense": self.dense._asdict(), "moe": None if self.moe is None else self.moe._asdict()},
             "target": None if self.plan is None else self.plan.target,
             "obstacle": self.obstacle,
         }
 
 
-def dense_side(source: Source, example_inputs: Inputs | None = None) -> tuple[Cost, float]:
-    """Return the cost of a dense checkpoint and its bytes per parameter; no weight is read."""
-    model = build_on_meta(source.config)
-    nbytes = sum(info.nbytes for info in source.tensors.values())
-    cost = dense_cost(model, trace(model, example_inputs), nbytes)
-    return cost, nbytes / max(cost.parameters, 1)
-
-
-def overview(
-    source: Source,
-    config: MoEConfig,
-    layers: str = "all",
-    target: str = "auto",
-    *,
-    example_inputs: Inputs | None = None,
-) -> Overview:
+def summarize(dense: DenseCheckpoint, config: MoEConfig, layers: str = "all", target: str = "auto") -> Summary:
     """Look at a checkpoint without reading a weight.
 
     Args:
-        source: The opened checkpoint.
+        dense: The checkpoint.
         config: The conversion to count the cost of.
         layers: Which FFNs.
         target: Which format.
-        example_inputs: Inputs that the forward accepts; None guesses them.
     """
-    model = build_on_meta(source.config)
-    graph = trace(model, example_inputs)
-    found = survey(graph)
-    nbytes = sum(info.nbytes for info in source.tensors.values())
-    dense = dense_cost(model, graph, nbytes)
-    counts = tuple(sum(model.get_parameter(name).numel() for name in ffn.parameters) for ffn in found.inspection.ffns)
+    model, found, cost = dense.model, dense.inspection, dense_cost(dense)
+    counts = tuple(sum(model.get_parameter(name).numel() for name in ffn.parameters) for ffn in found.ffns)
+    seen = (dense.source.model_type, found, counts, cost)
     try:
-        plan = make_plan(model, found, config, layers)
+        plan = make_plan(model, dense.graph_module, found, config, layers)
     except RefusedError as error:
-        return Overview(source.model_type, found.inspection, counts, dense, None, None, str(error))
-    plan = plan.with_target(choose_target(plan, full_config(source.config), target))
-    moe = moe_cost(dense, plan, nbytes / max(dense.parameters, 1))
-    return Overview(source.model_type, found.inspection, counts, dense, plan, moe, None)
+        return Summary(*seen, obstacle=str(error))
+    plan = plan.with_target(choose_target(plan, dense.config, target))
+    return Summary(*seen, plan, moe_cost(cost, plan))

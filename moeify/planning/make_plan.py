@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from torch import fx, nn
 
@@ -11,58 +10,28 @@ from moeify.config import MoEConfig
 from moeify.errors import RefusedError
 from moeify.kernels.activations import ACTIVATIONS as KERNELS_KNOW
 from moeify.passes.activation import CUSTOM, learned, own_names
-from moeify.passes.find_ffn import FFN, FindFFN, Inspection
+from moeify.passes.ffn import FFN, Inspection
 from moeify.passes.projection import Projection
 from moeify.plan import Plan, Rows, Site
-from moeify.planning.placement import Placement, Places
+from moeify.planning.placement import Placement, Placer
 from moeify.planning.selection import is_pattern, select_layers
-from moeify.tracing.trace import Inputs, trace
-
-
-@dataclass(frozen=True)
-class Survey:
-    """A traced model, what was found in it, and what a plan made of it refers to.
-
-    Attributes:
-        graph_module: The traced graph.
-        inspection: FFNs and refusals.
-    """
-
-    graph_module: fx.GraphModule
-    inspection: Inspection
-
-    @property
-    def regions(self) -> Mapping[tuple[str, ...], fx.GraphModule]:
-        """The captured activation of every FFN, by the names of its projections' parameters."""
-        return {ffn.projected: ffn.region for ffn in self.inspection.ffns}
-
-
-def survey(graph_module: fx.GraphModule) -> Survey:
-    """Find the FFNs of a traced graph."""
-    return Survey(graph_module, FindFFN()(graph_module))
-
-
-def find_ffns(model: nn.Module, example_inputs: Inputs | None = None) -> Inspection:
-    """Find the dense FFNs of a model, and say of everything that looks like one why it is not.
-
-    Args:
-        model: Any module; it is neither run nor changed.
-        example_inputs: Inputs that the forward accepts; None guesses them for a transformers model.
-
-    Raises:
-        MoeifyError: the model cannot be traced.
-    """
-    return survey(trace(model, example_inputs)).inspection
 
 
 def make_plan(
-    model: nn.Module, found: Survey, config: MoEConfig, layers: str = "all", *, in_place: bool = True
+    model: nn.Module,
+    graph_module: fx.GraphModule,
+    inspection: Inspection,
+    config: MoEConfig,
+    layers: str = "all",
+    *,
+    in_place: bool = True,
 ) -> Plan:
     """Plan the conversion of the selected FFNs.
 
     Args:
-        model: The model that was traced, for its name.
-        found: What `survey` returned for its graph.
+        model: The model that was traced.
+        graph_module: Its graph.
+        inspection: What was found in the graph.
         config: The settings.
         layers: A selection (see `moeify.planning.selection`).
         in_place: For the module tree; False for a graph, where every FFN can be replaced.
@@ -71,19 +40,37 @@ def make_plan(
         RefusedError: no FFN was found, or one of the selected cannot be replaced in place.
         ConfigError: the selection matches nothing.
     """
-    ffns = found.inspection.ffns
     model_type = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
-    if not ffns:
-        raise RefusedError(_nothing_found(model_type, found.inspection))
-    chosen = select_ffns(layers, ffns)
-    _refuse_buffers(model, chosen)
-    places = Places(found.graph_module)
-    place = places.place if in_place else places.place_in_graph
-    sites = tuple(_site(ffn, place(ffn)) for ffn in chosen)
+    if not inspection.ffns:
+        raise RefusedError(_nothing_found(model_type, inspection))
+    chosen = select_ffns(layers, inspection.ffns)
+    return Plan(model_type, config, plan_sites(model, graph_module, chosen, config, in_place=in_place))
+
+
+def plan_sites(
+    model: nn.Module, graph_module: fx.GraphModule, ffns: Iterable[FFN], config: MoEConfig, *, in_place: bool = True
+) -> tuple[Site, ...]:
+    """Give each of some FFNs its place, and name its weights.
+
+    Args:
+        model: The model that was traced.
+        graph_module: Its graph.
+        ffns: FFNs of that graph.
+        config: The settings.
+        in_place: For the module tree; False for a graph.
+
+    Raises:
+        RefusedError: an FFN cannot be replaced in place, or cannot be cut as the settings ask for.
+    """
+    ffns = list(ffns)
+    _refuse_buffers(model, ffns)
+    placer = Placer(graph_module)
+    place = placer.place if in_place else placer.place_in_graph
+    sites = tuple(_site(ffn, place(ffn)) for ffn in ffns)
     if config.granularity > 1:
         for site in sites:
             _check_shards(site, config.granularity)
-    return Plan(model_type, config, sites)
+    return sites
 
 
 def _check_shards(site: Site, granularity: int) -> None:
@@ -91,7 +78,9 @@ def _check_shards(site: Site, granularity: int) -> None:
     if site.activation == CUSTOM:
         raise RefusedError(f"{site.path}: its activation has no name, so it cannot be cut: use granularity 1")
     if site.intermediate % granularity:
-        raise RefusedError(f"{site.path}: its width {site.intermediate} does not divide into {granularity} shards")
+        raise RefusedError(
+            f"{site.path}: its intermediate size {site.intermediate} does not divide into {granularity} shards"
+        )
 
 
 def select_ffns(spec: str, ffns: Sequence[FFN]) -> list[FFN]:
@@ -121,35 +110,34 @@ def _nothing_found(model_type: str, inspection: Inspection) -> str:
 
 
 def _refuse_buffers(model: nn.Module, ffns: Iterable[FFN]) -> None:
-    """Refuse weights that are not trained: buffers, as quantised layers have them."""
+    """Refuse weights that are not trained: buffers, as quantized layers have them."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for ffn in ffns:
         for name in ffn.projected:
             if name not in parameters:
-                raise RefusedError(f"{name} is a buffer, not a parameter (quantised?): convert the model before that")
+                raise RefusedError(f"{name} is a buffer, not a parameter (quantized?): convert the model before that")
 
 
 def _site(ffn: FFN, place: Placement) -> Site:
     activation = ffn.activation if ffn.activation in KERNELS_KNOW else CUSTOM
-    inside = own_names(learned(ffn.region)) if activation == CUSTOM else {}
+    state = own_names(learned(ffn.region)) if activation == CUSTOM else {}
     whole = tuple((i, 0, up.out_features, 1) for i, up in enumerate(ffn.ups))
     halves = None if activation == CUSTOM else ffn.halves
     parts = whole if halves is None else tuple(h for h in (halves.gate, halves.up) if h is not None)
     return Site(
         path=place.path,
-        through=place.through,
+        bypassed=place.bypassed,
         kind=ffn.kind,
         activation=activation,
         hidden=ffn.hidden,
         intermediate=ffn.intermediate,
         ups=tuple(_rows(ffn.ups[i], start, stop, step) for i, start, stop, step in parts),
         down=_rows(ffn.down, 0, ffn.down.out_features, 1),
-        transposed=ffn.down.transposed,
         dropout=place.dropout,
         expert_dropout=place.expert_dropout,
-        learned=tuple(inside.items()),
+        activation_state=tuple(state.items()),
     )
 
 
-def _rows(projection: Projection, start: int, stop: int, step: int) -> Rows:
-    return Rows(projection.weight, projection.bias, start, stop, step, projection.out_features)
+def _rows(of: Projection, start: int, stop: int, step: int) -> Rows:
+    return Rows(of.weight, of.bias, start, stop, step, of.out_features, of.transposed)

@@ -12,7 +12,8 @@ from torch import Tensor
 import moeify
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
-from moeify.conversion.checkpoint import Watch
+from moeify.conversion.checkpoint import Callbacks
+from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import CheckpointError
 from moeify.families.table import FAMILIES
 from moeify.plan import Plan
@@ -52,7 +53,7 @@ def test_moeify_format_holds_the_state_of_the_in_place_model_bit_for_bit(name: s
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert tiny.relative(tiny.logits(loaded, name), before) < TOLERANCE_FP32
     with open_source(src) as source:
-        report = verify_slice(source, tmp_path / "moe", plan)
+        report = verify_slice(DenseCheckpoint(source), tmp_path / "moe", plan)
     assert report.passed and report.top1_agreement == 1
 
 
@@ -140,8 +141,7 @@ def test_tensors_that_the_model_has_no_place_for_are_reported_and_left_out(tmp_p
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     save_file(tensors, src / "model.safetensors", {"format": "pt"})
     unused: list[str] = []
-    watch = Watch(lambda _: None, lambda _: None, lambda _: None, unused.append)
-    tiny.convert_files(src, tmp_path / "moe", CONFIG, watch=watch)
+    tiny.convert_files(src, tmp_path / "moe", CONFIG, callbacks=Callbacks(unused=unused.append))
     assert unused == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
     assert unused[0] not in everything(tmp_path / "moe")
 
@@ -162,8 +162,7 @@ def test_nonfinite_weights_are_named_once(tmp_path: Path) -> None:
     tensors["model.layers.2.mlp.down_proj.weight"][3, 4] = torch.nan
     save_file(tensors, src / "model.safetensors", {"format": "pt"})
     named: list[str] = []
-    watch = Watch(lambda _: None, lambda _: None, named.append, lambda _: None)
-    tiny.convert_files(src, tmp_path / "moe", CONFIG, watch=watch)
+    tiny.convert_files(src, tmp_path / "moe", CONFIG, callbacks=Callbacks(nonfinite=named.append))
     assert named == ["model.layers.2.mlp.down_proj.weight"]
 
 
@@ -183,8 +182,7 @@ def test_a_killed_conversion_resumes_to_the_same_bytes(tmp_path: Path) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        watch = Watch(lambda _: None, kill, lambda _: None, lambda _: None)
-        tiny.convert_files(src, tmp_path / "moe", CONFIG, shard_size=60_000, watch=watch)
+        tiny.convert_files(src, tmp_path / "moe", CONFIG, shard_size=60_000, callbacks=Callbacks(written=kill))
     assert not (tmp_path / "moe").exists()
     tiny.convert_files(src, tmp_path / "moe", CONFIG, shard_size=60_000, resume=True)
     names = {path.name for path in (tmp_path / "whole").iterdir()}
@@ -223,7 +221,7 @@ def test_tensors_that_transformers_merges_or_makes_itself_are_no_obstacle(tmp_pa
         src = tiny.save(small(architecture, config), tmp_path / architecture)
         plan = tiny.convert_files(src, tmp_path / f"{architecture}-moe", CONFIG)
         with open_source(src) as source:
-            assert verify_slice(source, tmp_path / f"{architecture}-moe", plan).passed
+            assert verify_slice(DenseCheckpoint(source), tmp_path / f"{architecture}-moe", plan).passed
 
 
 def test_learned_activations_and_norms_inside_come_along(tmp_path: Path) -> None:
@@ -240,7 +238,7 @@ def test_learned_activations_and_norms_inside_come_along(tmp_path: Path) -> None
         plan = tiny.convert_files(src, tmp_path / f"{architecture}-moe", CONFIG)
         assert plan.sites[0].activation == "custom" and plan.sites[0].learned
         with open_source(src) as source:
-            assert verify_slice(source, tmp_path / f"{architecture}-moe", plan).passed
+            assert verify_slice(DenseCheckpoint(source), tmp_path / f"{architecture}-moe", plan).passed
         loaded = moeify.load(tmp_path / f"{architecture}-moe")
         moeify.convert(model, CONFIG)
         expected, found = model.state_dict(), loaded.state_dict()

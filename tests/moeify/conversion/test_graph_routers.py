@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 import moeify
 from moeify.config import MoEConfig
 from moeify.conversion.graph import convert_graph
-from moeify.conversion.replacement import apply_plan
+from moeify.conversion.layout import fill_layer, layer_tensors
+from moeify.conversion.restructure import read, restructure
 from moeify.errors import RefusedError
+from moeify.passes.find_ffn import FindFFN
 from moeify.passes.lower import Lower
 from moeify.passes.token_inputs import token_arguments
-from moeify.planning.make_plan import make_plan, survey
+from moeify.planning.make_plan import make_plan
 from tests.moeify import tiny
 
 HIDDEN, VOCABULARY = 12, 17
@@ -63,8 +66,12 @@ def in_place(program: torch.export.ExportedProgram, config: MoEConfig) -> nn.Mod
     """What `moeify.convert` does, with the trace that is there already."""
     model = Tagger()
     model.load_state_dict(program.state_dict)
-    found = survey(program.module(check_guards=False))
-    return apply_plan(model, make_plan(model, found, config), found.regions)
+    dense, graph_module = copy.deepcopy(model), program.module(check_guards=False)
+    plan = make_plan(model, graph_module, FindFFN()(graph_module), config)
+    restructure(model, plan, {})
+    for site in plan.sites:
+        fill_layer(model.get_submodule(site.path), layer_tensors(site, config), partial(read, dense))
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,21 @@
-"""Experts made from an FFN by each method, against an FFN that is written out; and whole models, by each applier."""
+"""What a layer holds of an FFN, against an FFN that is written out; and whole models, by each applier."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import moeify
 from moeify.config import MoEConfig
+from moeify.conversion.layout import CopiedTensor, StackedTensor, StartTensor, fill_layer, layer_tensors
 from moeify.errors import RefusedError
-from moeify.methods.change import dropped_neurons, noisy, redrawn
-from moeify.methods.parts import routed_parts, shared_parts
+from moeify.layers.build import build_layer
+from moeify.plan import Rows, Site
 from moeify.tolerances import TOLERANCE
 from tests.moeify import tiny
 
@@ -28,70 +30,114 @@ CONFIGS = {
 }
 
 
-def glu(x: Tensor, up: Tensor, down: Tensor, bias: Tensor) -> Tensor:
-    gate, value = (x @ up.T).chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * value @ down.T + bias
+# A GLU as a model may store it: gate and up rows alternate in one (out, in) weight, the down projection is (in, out).
+ROWS = [Rows("both", "both_bias", start, 18, 2, 18, transposed=False) for start in (0, 1)]
+SITE = Site("mlp", (), "glu", "silu", 5, 9, tuple(ROWS), Rows("down", "down_bias", 0, 5, 1, 5, transposed=True), 0, 0)
+
+
+def dense(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"both": (18, 5), "both_bias": (18,), "down": (9, 5), "down_bias": (5,)}
+    return {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+
+
+def filled(site: Site, config: MoEConfig, held: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The values of every tensor of a layer."""
+    tensors = {}
+    for tensor in layer_tensors(site, config):
+        match tensor:
+            case StackedTensor():
+                shape: tuple[int, ...] = tensor.shape
+            case StartTensor():
+                shape = tensor.start.shape
+            case CopiedTensor():
+                shape = held[tensor.source].shape
+        tensors[tensor.name] = torch.full(shape, torch.nan, dtype=torch.float64)
+        tensor.fill(tensors[tensor.name], held.__getitem__)
+    return tensors
 
 
 @pytest.mark.parametrize(("granularity", "shared"), [(1, 0), (1, 1), (3, 0), (3, 1), (3, 3), (3, 5), (3, 6)])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_any_whole_groups_and_the_shared_experts_add_up_to_the_ffn(granularity: int, shared: int, groups: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, up, down, bias = (torch.randn(*s, generator=generator, dtype=torch.float64)
-                         for s in ((7, 5), (18, 5), (5, 9), (5,)))  # fmt: skip
+    held, x = dense(), torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    up, up_bias = (torch.cat([held[name][::2], held[name][1::2]]) for name in ("both", "both_bias"))
     config = MoEConfig(4 * granularity, groups * granularity, granularity=granularity, shared_experts=shared)
+    values = filled(SITE, config, held)
 
-    def run(part: Any) -> Tensor:
-        return glu(x, part.ups(up, [9, 9]), part.down(down), part.down_bias(bias))
+    def run(stack: str, expert: int) -> Tensor:
+        up, up_bias, down, bias = (
+            values[f"{stack}.{name}"][expert]
+            for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+        )
+        gate, value = (x @ up.T + up_bias).chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * value @ down.T + bias
 
-    routed = routed_parts(config, "mlp")
     chosen = [3, 1][:groups]
     weights = torch.tensor([0.3, 0.7] if groups == 2 else [1.0]).double() / granularity
     total = torch.zeros(7, 5, dtype=torch.float64)
     for group, weight in zip(chosen, weights, strict=True):
-        for part in routed[group * granularity : (group + 1) * granularity]:
-            total += weight * run(part)
-    for part in shared_parts(config, "mlp"):
-        total += run(part)
-    assert len(shared_parts(config, "mlp")) == shared
-    torch.testing.assert_close(total, glu(x, up, down, bias))
+        for expert in range(group * granularity, (group + 1) * granularity):
+            total += weight * run("experts", expert)
+    for expert in range(shared):
+        total += run("shared_expert", expert)
+    gate, value = (x @ up.T + up_bias).chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * value @ held["down"] + held["down_bias"]
+    torch.testing.assert_close(total, expected)
+    assert ("shared_expert.down_proj" in values) == bool(shared)
 
 
-def test_noise_changes_a_share_by_the_standard_deviation() -> None:
-    weight = torch.ones(300, 200)
-    change = noisy(weight, 0.25, 0.02, 1, "a") - weight
-    touched = change[change != 0]
-    assert touched.numel() / change.numel() == pytest.approx(0.25, abs=0.01)
-    assert float(touched.std()) == pytest.approx(0.02, rel=0.02) and abs(float(touched.mean())) < 1e-3
-    assert noisy(weight, 0.25, 0.02, 1, "a").equal(noisy(weight, 0.25, 0.02, 1, "a"))
-    assert not noisy(weight, 0.25, 0.02, 1, "a").equal(noisy(weight, 0.25, 0.02, 1, "b"))
+@pytest.mark.parametrize("router", ["softmax", "noisy_topk", "sigmoid", moeify.routers.Hash(vocab_size=11), "soft"])
+@pytest.mark.parametrize("activation", ["silu", "custom"])
+def test_the_names_and_shapes_are_those_of_the_layer(router: Any, activation: str) -> None:
+    config = MoEConfig(6, 1, router=router, shared_experts=2)
+    site = replace(SITE, activation=activation, activation_state=(("act.slope", "slope"),) * (activation == "custom"))
+    region = nn.Module()
+    region.slope = nn.Parameter(torch.ones(9))
+    held = {**dense(), "act.slope": torch.linspace(1, 2, 9)}
+    layer = build_layer(site, config, region, torch.empty(0))
+    expected = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    found = filled(site, config, held)
+    assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in expected.items()}
+    fill_layer(layer, layer_tensors(site, config), held.__getitem__)
+    assert all(torch.equal(value, found[name].to(value.dtype)) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_dropped_neurons_are_drawn_from_what_they_replace_and_the_others_stay(axis: int) -> None:
-    weight = 3 + 0.5 * torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
-    neurons = dropped_neurons(100, 0.3, 1, "a")
-    assert len(set(neurons.tolist())) == 30
-    new = redrawn(weight, neurons, axis, 1, "w")
-    kept = torch.ones(100, dtype=torch.bool)
-    kept[neurons] = False
-    kept_indices = kept.nonzero()[:, 0]
-    assert new.index_select(axis, kept_indices).equal(weight.index_select(axis, kept_indices))
-    drawn = new.index_select(axis, neurons)
-    assert (drawn != weight.index_select(axis, neurons)).all()
-    assert float(drawn.mean()) == pytest.approx(3, abs=0.05) and float(drawn.std()) == pytest.approx(0.5, abs=0.03)
-    assert redrawn(weight, neurons[:0], axis, 1, "w").equal(weight)
+def test_a_bias_that_one_projection_lacks_is_zero() -> None:
+    ups = (replace(ROWS[0], bias=None), ROWS[1])
+    bias = filled(replace(SITE, ups=ups), MoEConfig(2, 1), held := dense())["experts.gate_up_proj_bias"]
+    assert bias[:, :9].eq(0).all() and torch.equal(bias[1, 9:], held["both_bias"][1::2])
+
+
+def test_the_weight_of_a_1x1_convolution_is_a_matrix() -> None:
+    held = dense()
+    for name in ("both", "down"):
+        held[name] = held[name][..., None, None]
+    for name, value in filled(SITE, MoEConfig(2, 1), held).items():
+        assert torch.equal(value, filled(SITE, MoEConfig(2, 1), dense())[name])
+
+
+def test_unchanged_values_are_cut_and_neither_changed_nor_scaled() -> None:
+    config = MoEConfig(6, 3, granularity=3, method="noise", shared_experts=1)
+    held = dense()
+    tensors = {tensor.name: tensor for tensor in layer_tensors(SITE, config)}
+    down = tensors["experts.down_proj"]
+    assert isinstance(down, StackedTensor)
+    value = torch.empty(down.shape, dtype=torch.float64)
+    down.unchanged().fill(value, held.__getitem__)
+    assert all(torch.equal(value[expert], held["down"].T.chunk(3, 1)[expert % 3]) for expert in range(6))
 
 
 def test_an_expert_loses_the_same_neurons_in_all_its_projections() -> None:
-    config = MoEConfig(2, 1, method=moeify.methods.Drop(share=0.5))
-    first, second = routed_parts(config, "mlp")
-    up, down = torch.arange(80.0).reshape(20, 4), torch.arange(40.0).reshape(4, 10)
-    lost = {part.name: (part.down(down) != down).all(0) for part in (first, second)}
-    for part in (first, second):
-        gate, value = (part.ups(up, [10, 10]) != up).all(1).chunk(2)
-        assert gate.equal(value) and gate.equal(lost[part.name]) and gate.sum() == 5
-    assert not lost[first.name].equal(lost[second.name])
+    held, config = dense(), MoEConfig(2, 1, method=moeify.methods.Drop(share=0.5), shared_experts=1)
+    values, plain = filled(SITE, config, held), filled(SITE, MoEConfig(2, 1, shared_experts=1), held)
+    changed = {name: value != plain[name] for name, value in values.items()}
+    gates, ups = changed["experts.gate_up_proj"].all(-1).chunk(2, dim=-1)
+    lost = changed["experts.down_proj"].all(1)
+    assert gates.equal(ups) and gates.equal(lost) and lost.sum(-1).tolist() == [4, 4]
+    assert not lost[0].equal(lost[1])
+    untouched = {"experts.gate_up_proj_bias", "experts.down_proj_bias", "router.weight"}
+    assert not any(changed[name].any() for name in changed if name in untouched or "shared" in name)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +204,8 @@ def test_optimizer_state_follows_into_shards_and_shared_experts() -> None:
 
 def test_what_cannot_be_cut_is_refused() -> None:
     model = tiny.build("llama")
-    with pytest.raises(RefusedError, match=r"model\.layers\.0\.mlp: its width 57 does not divide into 2 shards"):
+    with pytest.raises(
+        RefusedError, match=r"model\.layers\.0\.mlp: its intermediate size 57 does not divide into 2 shards"
+    ):
         moeify.convert(model, MoEConfig(4, 2, granularity=2))
     assert hasattr(model.get_submodule("model.layers.0.mlp"), "gate_proj")

@@ -88,7 +88,7 @@ def offloaded() -> Any:
     return model
 
 
-def quantised() -> Any:
+def quantized() -> Any:
     model: Any = tiny.build("llama")
     model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     return model
@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "data parallel": (lambda: nn.DataParallel(blocks()), r"is wrapped \(DataParallel\)"),
     "converted": (lambda: moeify.convert(blocks(), CONFIG, "0", example_inputs=X), r"^0\.mlp is converted already"),
-    "quantised": (quantised, r"quantised \(bitsandbytes\)"),
+    "quantized": (quantized, r"quantized \(bitsandbytes\)"),
     "offloaded": (offloaded, "^1 is moved between devices"),
     "int8": (lambda: with_dtype(torch.int8), r"^1\.mlp\.up\.weight holds torch\.int8"),
     "float8": (lambda: with_dtype(torch.float8_e4m3fn), r"holds torch\.float8"),
@@ -122,7 +122,7 @@ def test_refused_by_name_and_left_alone(name: str) -> None:
     model = make()
     said, state = repr(model), {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(RefusedError, match=message):
-        moeify.convert(model, CONFIG, example_inputs=None if name == "quantised" else X)
+        moeify.convert(model, CONFIG, example_inputs=None if name == "quantized" else X)
     assert repr(model) == said
     after = model.state_dict()
     assert after.keys() == state.keys()
