@@ -236,7 +236,7 @@ def test_learned_activations_and_norms_inside_come_along(tmp_path: Path) -> None
         model = small(architecture, config)
         src = tiny.save(model, tmp_path / architecture)
         plan = tiny.convert_files(src, tmp_path / f"{architecture}-moe", CONFIG)
-        assert plan.sites[0].activation == "custom" and plan.sites[0].learned
+        assert plan.sites[0].activation == "custom" and plan.sites[0].activation_state
         with open_source(src) as source:
             assert verify_slice(DenseCheckpoint(source), tmp_path / f"{architecture}-moe", plan).passed
         loaded = moeify.load(tmp_path / f"{architecture}-moe")
