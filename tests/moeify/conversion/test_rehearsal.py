@@ -67,8 +67,7 @@ def test_dense_layers_between_mixtures_that_do_not_trace_convert() -> None:
     assert tiny.relative(found, expected) < TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("router", ["hash", "soft"])
-def test_every_router_is_rehearsed(router: str) -> None:
-    given: dict[str, Any] = {"hash": {"vocabulary": 61}, "soft": {"slots": 2}}[router]
-    model = moeify.convert(tiny.build("llama"), MoEConfig(3, 1, router=router, **given))
+@pytest.mark.parametrize("router", [moeify.routers.Hash(vocab_size=61), moeify.routers.Soft(slots=2)], ids=str)
+def test_every_router_is_rehearsed(router: Any) -> None:
+    model = moeify.convert(tiny.build("llama"), MoEConfig(3, 1, router=router))
     assert "MoE" in repr(model)
