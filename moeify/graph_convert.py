@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -12,15 +11,14 @@ from torch import Tensor, fx
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError, RefusedError
 from moeify.layers import MoELayer
-from moeify.layers.build import build_layer, start_layer
-from moeify.passes.activation import bind
-from moeify.passes.dataflow import op_name
+from moeify.layers.build import start_layer
+from moeify.passes.base import copy_graph
 from moeify.passes.ffn import FFN
-from moeify.passes.insert_losses import InsertLosses
-from moeify.passes.insert_moe import InsertMoE
+from moeify.passes.matching.operators import op_name
+from moeify.passes.pipeline import conversion
 from moeify.plan import Site
 from moeify.planning.make import Survey, make_plan, survey
-from moeify.planning.weights import dense_ffn, held
+from moeify.planning.weights import dense_ffn
 from moeify.tracing.graphs import inline_blocks
 from moeify.tracing.trace import Inputs
 
@@ -55,17 +53,17 @@ def convert_graph(
         ConfigError: the selection matches nothing.
         MoeifyError: a graph of `symbolic_trace` came without inputs.
     """
-    graph_module = _fresh(graph, example_inputs)
-    found = survey(graph_module)
-    _refuse_blocks(graph_module, found)
-    plan = make_plan(graph_module, found, config, layers, in_place=False)
+    source = _fresh(graph, example_inputs)
+    found = survey(source)
+    _refuse_blocks(source, found)
+    plan = make_plan(source, found, config, layers, in_place=False)
+    converted = conversion(plan, return_losses=return_losses)(source).graph_module
     ffns = {ffn.down.weight: ffn for ffn in found.inspection.ffns}
-    made = {site.down.parameter: _make(graph_module, ffns[site.down.parameter], site, config) for site in plan.sites}
-    paths = {site.down.parameter: site.path for site in plan.sites}
-    graph_module = InsertMoE(made, paths)(graph_module).graph_module
-    if config.attach_losses or not return_losses:
-        return graph_module
-    return InsertLosses()(graph_module).graph_module
+    for site in plan.sites:
+        layer = converted.get_submodule(site.path)
+        assert isinstance(layer, MoELayer)
+        start_layer(layer, site, dense_ffn(site, partial(_dense, source, ffns[site.down.parameter], site)))
+    return converted
 
 
 def _fresh(graph: torch.export.ExportedProgram | fx.GraphModule, example_inputs: Inputs | None) -> fx.GraphModule:
@@ -84,7 +82,9 @@ def _fresh(graph: torch.export.ExportedProgram | fx.GraphModule, example_inputs:
 
 def _refuse_blocks(graph_module: fx.GraphModule, found: Survey) -> None:
     """Refuse FFNs in what torch.export sets apart, `with torch.no_grad()` and `with autocast`: passes do not go in."""
-    inlined = inline_blocks(_copy(graph_module))
+    if not any(op_name(node).startswith("wrap_with_") for node in graph_module.graph.nodes):
+        return
+    inlined = inline_blocks(copy_graph(graph_module))
     seen = {ffn.down.weight for ffn in found.inspection.ffns}
     hidden = [ffn for ffn in survey(inlined).inspection.ffns if ffn.down.weight not in seen]
     if hidden:
@@ -97,31 +97,15 @@ def _refuse_blocks(graph_module: fx.GraphModule, found: Survey) -> None:
 
 def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Return a GraphModule with a graph of its own and the same parameters, in the mode that it was traced in."""
-    graph = fx.Graph()
-    returned = graph.graph_copy(graph_module.graph, {})
-    graph.output(returned)
-    graph.set_codegen(graph_module.graph._codegen)
-    fresh = fx.GraphModule(graph_module, graph)
-    fresh.meta = dict(graph_module.meta)
-    for path, module in graph_module.named_modules():
-        with suppress(AttributeError):  # the copy has what the graph reads
-            fresh.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
-    return fresh.train(any(node.args[2] for node in graph.nodes if op_name(node) == "dropout"))
+    fresh = copy_graph(graph_module)
+    return fresh.train(any(node.args[2] for node in fresh.graph.nodes if op_name(node) == "dropout"))
 
 
-def _make(graph_module: fx.GraphModule, ffn: FFN, site: Site, config: MoEConfig) -> MoELayer:
-    """Make the layer of a site from the graph's dense weights."""
+def _dense(graph_module: fx.GraphModule, ffn: FFN, site: Site, name: str) -> Tensor:
+    """Return a dense parameter; weights as the site says that they are stored."""
+    value: Tensor = graph_module.get_parameter(name)
     stored = {p.weight: p for p in (*ffn.ups, ffn.down)}
-
-    def read(name: str) -> Tensor:
-        """Return a parameter; weights as (out, in)."""
-        value: Tensor = graph_module.get_parameter(name)
-        if name not in stored:
-            return value
-        value = value.flatten(1)  # a 1x1 convolution's weight has dimensions of size 1
-        return value.t() if stored[name].transposed != site.transposed else value
-
-    region = bind(ffn.region, partial(held, graph_module)) if site.activation == "custom" else None
-    layer = build_layer(site, config, region, graph_module.get_parameter(site.down.parameter))
-    start_layer(layer, site, dense_ffn(site, read))
-    return layer.train(graph_module.training)
+    if name not in stored:
+        return value
+    value = value.flatten(1)  # a 1x1 convolution's weight has dimensions of size 1
+    return value.t() if stored[name].transposed != site.transposed else value

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from moeify.families.table import SHARED_WIDTH
-from moeify.passes.projection import as_projection
+from moeify.passes.matching.projection import as_projection
 from moeify.plan import Plan, Site
 
 

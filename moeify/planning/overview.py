@@ -9,7 +9,7 @@ from moeify.checkpoint.source import Source
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
 from moeify.families.table import choose_target
-from moeify.passes.find_ffn import Inspection
+from moeify.passes.ffn import Inspection
 from moeify.plan import Plan
 from moeify.planning.cost import Cost, dense_cost, moe_cost
 from moeify.planning.make import make_plan, survey

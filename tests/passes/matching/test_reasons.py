@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeify.passes.find_ffn import FindFFN, Inspection
+from moeify.passes.find_ffn import Inspection, find_ffns_in
 from moeify.tracing.trace import trace
 
 HIDDEN, INNER, TOKENS = 10, 23, 5
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 
 def reasons(model: nn.Module) -> dict[str, str]:
-    found: Inspection = FindFFN()(trace(model, torch.zeros(2, TOKENS, HIDDEN)))
+    found: Inspection = find_ffns_in(trace(model, torch.zeros(2, TOKENS, HIDDEN)))
     return {refusal.name: refusal.reason for refusal in found.refused}
 
 
