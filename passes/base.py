@@ -57,6 +57,7 @@ class Pass(ABC):
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Raise a MoeifyError for a graph that the pass cannot take. All that can be refused is refused here."""
+        del graph_module  # most passes take every graph
 
     @abstractmethod
     def run(self, graph_module: fx.GraphModule) -> PassResult:
@@ -64,6 +65,7 @@ class Pass(ABC):
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
         """Raise a PassError for a result that does not keep what the pass promises."""
+        del graph_module  # a pass that promises nothing has nothing to check
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _moved(value: T, copies: Mapping[fx.Node, fx.Node]) -> T:
     """Return findings with the nodes of a copied graph in place of the original's."""
     moved: object = value
     if isinstance(value, fx.Node):
-        moved = copies[value]
+        moved = copies.get(value, value)  # one that was erased since is stale: `findings` refuses it
     elif isinstance(value, tuple):
         moved = tuple(_moved(each, copies) for each in value)
     elif is_dataclass(value) and not isinstance(value, type):

@@ -17,6 +17,7 @@ from moeify.errors import RefusedError
 from moeify.passes.base import FINDINGS, Pass, PassResult
 from moeify.passes.ffn import FFN, Inspection, Refusal
 from moeify.passes.matching import dataflow as flow
+from moeify.passes.matching.activation import region_parameters
 from moeify.passes.matching.match import Matcher, NoMatch
 from moeify.passes.matching.projection import Projection
 
@@ -54,11 +55,14 @@ def findings(graph_module: fx.GraphModule) -> Inspection:
     """Return what `FindFFN` found in a graph.
 
     Raises:
-        RefusedError: it was not run since the graph was last changed.
+        RefusedError: it was not run, or the graph was changed since.
     """
     found = graph_module.meta.get(FINDINGS, {}).get(FindFFN.__name__)
     if not isinstance(found, Inspection):
-        raise RefusedError("the graph was not searched for FFNs since it was made or changed: run FindFFN first")
+        raise RefusedError("the graph was not searched for FFNs, or changed since: run FindFFN first")
+    nodes = {node for ffn in found.ffns for call in ffn.calls for node in call.inside}
+    if not nodes.issubset(graph_module.graph.nodes):
+        raise RefusedError("the graph was changed since FindFFN searched it: run FindFFN again")
     return found
 
 
@@ -90,8 +94,12 @@ def _search(graph_module: fx.GraphModule) -> Inspection:
 def _identity(ffn: FFN) -> object:
     """Return what two calls of one FFN have in common: the parameters, and what is computed with them."""
     number = {node: index for index, node in enumerate(ffn.region.graph.nodes)}
+    named = {*region_parameters(ffn.region)}
     region = [
-        (node.op, node.target if node.op == "call_function" else None, fx.map_arg((node.args, node.kwargs), number.get))
+        (
+            node.target if node.op == "call_function" or node.target in named else node.op,
+            fx.map_arg((node.args, node.kwargs), number.__getitem__),
+        )
         for node in ffn.region.graph.nodes
     ]
     return ffn.parameters, ffn.down.axis, str(region)

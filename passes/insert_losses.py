@@ -106,6 +106,6 @@ def _return(graph: fx.Graph, losses: list[fx.Node]) -> None:
     if info and info.out_spec and isinstance(returned, list | tuple):  # the calling convention of an exported program
         output.args = ((*returned, total),)
         spec = pytree.treespec_tuple([info.out_spec, pytree.treespec_leaf()])
-        graph.set_codegen(type(codegen)(info._replace(out_spec=spec)))
+        graph.set_codegen(_PyTreeCodeGen(info._replace(out_spec=spec)))
     else:
         output.args = ((returned, total),)

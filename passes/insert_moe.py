@@ -35,8 +35,8 @@ class InsertMoE(Rewrite):
         %moe  = mlp(%x)        a SparseMoE: mlp.router.weight, mlp.experts.up_proj, mlp.experts.down_proj
         %out  = add(%x, %moe)
 
-    The layers hold zeros: whoever runs the pass fills in the values. Experts of a frozen FFN are frozen. Where the graph
-    has inputs named `input_ids` and `attention_mask`, the layers are given those too.
+    The layers hold zeros: whoever runs the pass fills in the values. Experts of a frozen FFN are frozen. Where the
+    graph has inputs named `input_ids` and `attention_mask`, the layers are given those too.
 
     Refuses: a graph that FindFFN has not searched; a site for which it found no FFN; an FFN whose result has another
     shape than its input; a router that needs token ids where the graph has no input named `input_ids`; a parameter that
@@ -142,8 +142,8 @@ def _check_accounted_for(graph: fx.Graph, ffn: FFN, site: Site) -> None:
                     continue
                 if not flow.is_static(user, static):
                     raise RefusedError(
-                        f"{site.path}: `{user.name}`, outside its FFN, reads {node.target}, which would be lost with the "
-                        "module: hold it in another module"
+                        f"{site.path}: `{user.name}`, outside its FFN, reads {node.target}, which would be lost with "
+                        "the module: hold it in another module"
                     )
                 pending.append(user)
 

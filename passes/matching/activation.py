@@ -68,37 +68,25 @@ def capture(
         cuts: Which nodes hold a slice of the features, made by reshapes and selections; the copy slices.
     """
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for index, node in enumerate(inputs):
-        copies[node] = graph.placeholder(f"z{index}")
-    for node in _in_order(output, set(copies), cuts):
+    copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(f"z{index}") for index, node in enumerate(inputs)}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node in copies:
+            return copies[node]
         if node in cuts:
             cut = cuts[node]
-            arguments = (copies[cut.source], -1, cut.start, cut.stop, cut.step)
-            copies[node] = graph.call_function(torch.ops.aten.slice.Tensor, arguments)
+            arguments = (copied(cut.source), -1, cut.start, cut.stop, cut.step)
+            copy_ = graph.call_function(torch.ops.aten.slice.Tensor, arguments)
         elif has(node, Trait.RESHAPE | Trait.NEUTRAL) and size(node, axis) == size(node.all_input_nodes[0], axis):
-            copies[node] = copies[node.all_input_nodes[0]]
+            copy_ = copied(node.all_input_nodes[0])
         else:
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
-            _put_features_last(node, copies[node], axis)
-    graph.output(copies[output])
+            copy_ = graph.node_copy(node, copied)
+            _put_features_last(node, copy_, axis)
+        return copies.setdefault(node, copy_)
+
+    graph.output(copied(output))
     graph.lint()
     return fx.GraphModule(graph_module, graph, class_name="Activation")
-
-
-def _in_order(output: fx.Node, stop: set[fx.Node], cuts: Mapping[fx.Node, Cut]) -> list[fx.Node]:
-    """Return the ancestors of `output` down to `stop` (not included), each after its inputs."""
-    order: dict[fx.Node, None] = {}
-
-    def visit(node: fx.Node) -> None:
-        if node in stop or node in order:
-            return
-        for argument in [cuts[node].source] if node in cuts else node.all_input_nodes:
-            visit(argument)
-        order[node] = None
-
-    visit(output)
-    return list(order)
 
 
 def _put_features_last(original: fx.Node, copied: fx.Node, axis: int) -> None:

@@ -62,7 +62,7 @@ def _dimension_before(node: fx.Node, source: fx.Node, position: int) -> int | No
 
 
 def _order(node: fx.Node, source: fx.Node) -> list[int]:
-    """Return the order in which a transposition puts the dimensions, by carrying it out on dimensions of known sizes."""
+    """Return the order in which a transposition puts the dimensions: it is tried on dimensions of known sizes."""
     sizes = range(2, 2 + len(shape(source)))
     marked = torch.empty(tuple(sizes), device="meta")
     moved = node.target(*fx.map_arg(node.args, lambda _: marked), **node.kwargs)  # type: ignore[operator]

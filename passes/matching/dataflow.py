@@ -87,12 +87,7 @@ def writes(node: fx.Node) -> bool:
 
 
 def is_static(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
-    """Whether a value does not depend on the model's inputs.
-
-    Args:
-        node: Any node.
-        memo: What is known already; it is added to.
-    """
+    """Whether a value does not depend on the model's inputs; `memo` keeps what is known."""
     pending = [node]
     while pending:
         top = pending[-1]

@@ -131,7 +131,7 @@ class Matcher:
         *_, last = ups
         if len({flow.same_activation(p.source) for p in ups.values()}) > 1:
             names = " and ".join(ups[n].weight.removesuffix(".weight") for n in sorted(ups, key=self.order.__getitem__))
-            reason = f"the projections behind it read different activations: {names}"
+            reason = f"the projections before it read different activations: {names}"
             if any(self.reads_the_same_through_another(p, ups.values()) for p in ups.values()):
                 reason += " (an adapter? merge it first)"
             raise NoMatch(reason, last, near=not self.crosses_sum(nodes))
@@ -166,10 +166,12 @@ class Matcher:
             raise NoMatch("no nonlinearity between the projections: a low-rank factor", down.node)
         for node in found.nodes:
             if "softmax" in op_name(node):
-                raise NoMatch("a softmax over its hidden layer: classes fed back, or attention to a memory", node)
+                raise NoMatch(
+                    "a softmax over its intermediate values: classes fed back, or attention to a memory", node
+                )
         for node in found.nodes:
             if has(node, Trait.CHOICE) and flow.size(node.all_input_nodes[0], down.axis) != down.in_features:
-                raise NoMatch(f"`{node.name}` chooses, and not among its neurons: a router", node)
+                raise NoMatch(f"`{node.name}` chooses, but not among its intermediate values: a router", node)
 
     def is_linear(self, node: fx.Node) -> bool:
         """Whether an operator is a sum, a selection, or a product with at most one factor that depends on the input."""
@@ -180,7 +182,10 @@ class Matcher:
         """Refuse an intermediate size that is many times smaller than the hidden size."""
         size, hidden = found.down.in_features, found.hidden
         if size * BOTTLENECK[found.kind] <= hidden:
-            raise NoMatch(f"its hidden layer ({size}) is a bottleneck of {hidden}: an adapter", found.down.node)
+            raise NoMatch(
+                f"its intermediate size ({size}) is a bottleneck beside the hidden size {hidden}: an adapter",
+                found.down.node,
+            )
 
     def check_axis(self, found: Candidate) -> None:
         """Refuse projections over positions."""
@@ -208,7 +213,7 @@ class Matcher:
         outcome = self.streams.outcome(down, found.ups[0].source)
         match outcome.end:
             case End.ROUTED:
-                raise NoMatch("a router chooses its rows: an expert of an MoE that the model already has", down)
+                raise NoMatch("a router chooses its tokens: an expert of an MoE that the model already has", down)
             case End.ELSEWHERE:
                 raise NoMatch("its result does not join the residual stream: a head, pooler or gate", down)
             case End.BOUNDARY:

@@ -16,81 +16,53 @@ class Trait(Flag):
     """Something that holds of an operator. Most operators have several."""
 
     NONE = 0
-    RESHAPE = auto()
-    """Changes the list of positions only, if the features of each position stay together."""
-    COPY = auto()
-    """Returns the same values: casts, copies, dropout."""
-    NEUTRAL = auto()
-    """A copy that a captured activation can do without: no cast, and nothing that stops gradients."""
-    TRANSPOSE = auto()
-    """Changes the order of the dimensions only."""
-    VIEW = auto()
-    """Returns a part or another order of its input as a view, so that strides tell where each value came from."""
-    MOVE = auto()
-    """Moves positions to other places and leaves the values alone."""
-    POINTWISE = auto()
-    """Treats every value by itself."""
-    ALONG = auto()
-    """Works along its argument `dim`: position-wise where that is the dimension of the features."""
-    NORM = auto()
-    """Normalizes the last dimensions."""
-    LINEAR = auto()
-    """Is a sum, a scaling or a selection: no nonlinearity."""
-    SUM = auto()
-    """Adds or subtracts two values."""
-    SCALE = auto()
-    """Multiplies or divides two values."""
-    FORWARD = auto()
-    """Changes a residual stream without mixing its features by learned weights."""
-    REDUCTION = auto()
-    """Combines or compares the values along a dimension."""
-    CHOICE = auto()
-    """Chooses among values: a sparse activation among the features, a router otherwise."""
-    ROUTING = auto()
-    """Turns router logits into a choice of experts."""
-    PICK = auto()
-    """Reads some positions, by their numbers."""
-    WEIGH = auto()
-    """Can apply what a router decided: weights, or the positions that an expert writes."""
-    PRODUCT = auto()
-    """Is a matrix product."""
-    STACKED = auto()
-    """A product that also takes stacks of matrices, as attention and stacked experts need it."""
-    MIX = auto()
-    """Mixes features by learned weights. (Not `matmul`: attention multiplies projections, and hyper-connections
-    multiply the stream itself.)"""
-    ATTENTION = auto()
-    """Is a whole attention."""
-    CONVOLUTION = auto()
-    """Is a convolution."""
-    CHANNELS_FIRST = auto()
-    """Takes dimension 1 for the features."""
-    UNKNOWN = auto()
-    """Stands in for a module that could not be traced (`moeify.tracing.stand_in`)."""
-    IDLE = auto()
-    """Checks a value or reads its size, and passes no value on."""
+    RESHAPE = auto()  # changes the list of positions only, if the features of each position stay together
+    COPY = auto()  # returns the same values: casts, copies, dropout
+    NEUTRAL = auto()  # is a copy that a captured activation does without: no cast, and nothing that stops gradients
+    TRANSPOSE = auto()  # changes the order of the dimensions only
+    VIEW = auto()  # returns a view, so that strides tell where each value came from
+    MOVE = auto()  # moves positions to other places and leaves the values alone
+    POINTWISE = auto()  # treats every value by itself
+    ALONG = auto()  # works along its argument `dim`: position-wise where that is the dimension of the features
+    NORM = auto()  # normalizes the last dimensions
+    LINEAR = auto()  # is a sum, a scaling or a selection: no nonlinearity
+    SUM = auto()  # adds or subtracts two values
+    SCALE = auto()  # multiplies or divides two values
+    FORWARD = auto()  # changes a residual stream without mixing its features by learned weights
+    REDUCTION = auto()  # combines or compares the values along a dimension
+    CHOICE = auto()  # chooses among values: a sparse activation among the features, a router otherwise
+    ROUTING = auto()  # makes a choice of experts from router logits
+    PICK = auto()  # reads some positions, by their numbers
+    WEIGH = auto()  # can apply what a router decided: weights, or the positions that an expert writes
+    PRODUCT = auto()  # is a matrix product
+    STACKED = auto()  # is a product that also takes stacks of matrices, as attention and stacked experts need it
+    MIX = auto()  # mixes features by learned weights; not `matmul`: hyper-connections multiply the stream by it
+    ATTENTION = auto()  # is a whole attention
+    CONVOLUTION = auto()  # is a convolution
+    CHANNELS_FIRST = auto()  # takes dimension 1 for the features
+    UNKNOWN = auto()  # stands in for a module that could not be traced (`moeify.tracing.stand_in`)
+    IDLE = auto()  # checks a value or reads its size, and passes no value on
 
 
+# The values pass through: two nodes with nothing else between them hold the same activation.
 TRANSPARENT = Trait.RESHAPE | Trait.COPY
-"""The values pass through: two nodes with nothing else between them hold the same activation."""
 
-_SPLIT = Trait.VIEW | Trait.MOVE | Trait.LINEAR | Trait.ALONG
 _SELECT = Trait.VIEW | Trait.MOVE | Trait.LINEAR
 _TABLE: dict[str, Trait] = {
     "view reshape reshape_as view_as _unsafe_view flatten unflatten squeeze unsqueeze": Trait.RESHAPE,
     "clone contiguous dropout": Trait.COPY | Trait.NEUTRAL,
     "to _to_copy type_as alias detach lift_fresh_copy native_dropout alpha_dropout feature_dropout": Trait.COPY,
-    "transpose permute t movedim swapaxes numpy_T mT": Trait.TRANSPOSE | Trait.VIEW | Trait.MOVE | Trait.LINEAR,
+    "transpose permute t movedim swapaxes numpy_T mT": Trait.TRANSPOSE | _SELECT,
     "select unbind getitem": _SELECT,
-    "slice narrow chunk unsafe_chunk split unsafe_split split_with_sizes tensor_split": _SPLIT,
+    "slice narrow chunk unsafe_chunk split unsafe_split split_with_sizes tensor_split": _SELECT | Trait.ALONG,
     "cat": Trait.MOVE | Trait.LINEAR | Trait.ALONG,
     "stack expand expand_as repeat roll flip pad constant_pad_nd masked_fill masked_scatter index_copy": Trait.MOVE,
     "index index_select": Trait.MOVE | Trait.PICK,
     "gather": Trait.MOVE | Trait.PICK | Trait.ALONG,
     "index_put _index_put_impl": Trait.MOVE | Trait.WEIGH,
     "scatter": Trait.MOVE | Trait.WEIGH | Trait.ALONG,
-    "index_add": Trait.WEIGH | Trait.FORWARD,
     "scatter_add": Trait.WEIGH,
+    "index_add": Trait.WEIGH | Trait.FORWARD,
     "where": Trait.MOVE | Trait.WEIGH | Trait.POINTWISE,
     "add sub rsub": Trait.SUM | Trait.LINEAR | Trait.FORWARD | Trait.POINTWISE,
     "mul": Trait.SCALE | Trait.WEIGH | Trait.FORWARD | Trait.POINTWISE,
@@ -111,15 +83,12 @@ _TABLE: dict[str, Trait] = {
     "matmul": Trait.PRODUCT,
     "bmm baddbmm einsum": Trait.PRODUCT | Trait.STACKED,
     "scaled_dot_product_attention": Trait.ATTENTION,
-    "multi_head_attention_forward": Trait.ATTENTION | Trait.MIX,
     "embedding embedding_bag": Trait.MIX,
     "stand_in": Trait.UNKNOWN | Trait.MIX,
     "_assert_tensor_metadata sym_size": Trait.IDLE,
     # Pointwise by nature, but not tagged so by torch 2.13.
-    "relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish softplus hardswish hardtanh hardsigmoid": (
-        Trait.POINTWISE
-    ),
-    "log_sigmoid logsigmoid softsign hardshrink softshrink tanhshrink threshold": Trait.POINTWISE,
+    "relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish softplus threshold": Trait.POINTWISE,
+    "hardswish hardtanh hardsigmoid hardshrink softshrink log_sigmoid": Trait.POINTWISE,
     "clamp clip square zeros_like ones_like": Trait.POINTWISE,
 }
 _OPERATORS = {name: traits for names, traits in _TABLE.items() for name in names.split()}

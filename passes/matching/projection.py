@@ -24,7 +24,7 @@ class Projection:
         out_features: How many features it writes.
         transposed: The parameter is stored (in, out), as in GPT-2's Conv1D, and not (out, in).
         product: The product itself: `node`, or the node to whose value `node` adds the bias.
-        axis: The dimension of the features, counted from the end: -1, or for 1x1 convolutions -2 (1D), -3 (2D), -4 (3D).
+        axis: The dimension of the features, counted from the end: -1; for 1x1 convolutions -2 (1D), -3 (2D), -4 (3D).
     """
 
     node: fx.Node

@@ -15,18 +15,18 @@ _HOPS = 48  # operators between two projections
 _BY_TRAIT: tuple[tuple[Trait, str], ...] = (
     (Trait.RESHAPE, "`{name}` groups or joins the features of a position (heads of an attention?)"),
     (Trait.TRANSPOSE, "`{name}` moves dimensions (features with positions, or heads)"),
-    (Trait.CONVOLUTION, "behind it stands `{name}`, which mixes neighbouring positions"),
+    (Trait.CONVOLUTION, "it is computed from `{name}`, which mixes neighboring positions"),
     (
         Trait.REDUCTION,
         "`{name}` is taken over another dimension than the features (positions, groups or experts)",
     ),
-    (Trait.UNKNOWN, "behind it stands a module that could not be traced"),
+    (Trait.UNKNOWN, "it is computed from a module that could not be traced"),
 )
 _BY_NAME: dict[str, str] = {
-    "batch_norm": "`{name}` normalises over positions in training",
+    "batch_norm": "`{name}` normalizes over positions in training",
     "prelu": "`{name}` has a slope for each position, not for each feature",
     "embedding": "it reads rows of a table, `{name}`, not only projections",
-    "scaled_dot_product_attention": "behind it stands an attention, `{name}`: its output projection",
+    "scaled_dot_product_attention": "it is the output projection of an attention, `{name}`",
 }
 
 
@@ -44,14 +44,14 @@ def stopped_at(node: fx.Node, static: dict[fx.Node, bool]) -> str:
     if has(node, Trait.PRODUCT):
         return _product(node, static)
     by_trait = (text for trait, text in _BY_TRAIT if has(node, trait))
-    by_name = _BY_NAME.get(op_name(node), "behind it stands `{name}`, which is not position-wise")
+    by_name = _BY_NAME.get(op_name(node), "it is computed from `{name}`, which is not position-wise")
     return next(by_trait, by_name).format(name=node.name or node.target)
 
 
 def _product(node: fx.Node, static: dict[fx.Node, bool]) -> str:
     weight = flow.last_matrix(node)
     if not flow.is_static(weight, static):
-        return f"behind it stands `{node.name}`, a product of two activations: an attention"
+        return f"it is computed from `{node.name}`, a product of two activations: an attention"
     if weight.op == "get_attr":
         return f"`{node.name}` multiplies by {weight.target} of shape {flow.shape(weight)}, which is not one matrix"
     return f"`{node.name}` multiplies by a computed weight (a parametrization? merge it first)"
@@ -66,7 +66,7 @@ def other_size(down: fx.Node, hidden: int, size: int, products: Collection[fx.No
         size: How many features it writes.
         products: The nodes that are projections.
     """
-    text = f"it projects to width {size}, not back to {hidden}"
+    text = f"it projects to {size} features, not back to the hidden size {hidden}"
     pending, seen = [down], {down}
     while pending and len(seen) < _HOPS:
         for user in flow.data_users(pending.pop(0)):

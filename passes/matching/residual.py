@@ -179,7 +179,7 @@ class _Search:
         return any(node in self.stream for node in self.streams.behind(summand))
 
     def passes_on(self, user: fx.Node, others: Iterable[fx.Node]) -> bool:
-        """Whether `user` passes the result on, as opposed to using it up (a gate on the stream itself, an attention)."""
+        """Whether `user` passes the result on, and does not use it up (a gate on the stream itself, an attention)."""
         if user in self.streams.projections or not has(user, _PASSES_ON):
             return False
         return op_name(user) != "mul" or not any(flow.same_activation(n) in self.stream for n in others)

@@ -132,7 +132,10 @@ LOOK_ALIKES: dict[str, tuple[Callable[[Model, Tensor], Tensor], str]] = {
         "read different activations: mlps.0.up and mlps.1.up",
     ),
     "no nonlinearity": (lambda m, x: x + m.mlps[0].down(2 * m.mlps[0].up(x) - 1), "no nonlinearity"),
-    "classes fed back": (lambda m, x: x + m.mlps[0].down(m.mlps[0].up(x).softmax(-1)), "a softmax over its hidden"),
+    "classes fed back": (
+        lambda m, x: x + m.mlps[0].down(m.mlps[0].up(x).softmax(-1)),
+        "a softmax over its intermediate values",
+    ),
     "positions mixed inside": (
         lambda m, x: x + m.mlps[0].down(m.mlps[0].up(x).relu().cumsum(1) * m.mlps[0].up(x)),
         "`cumsum` is taken over another dimension than the features",
@@ -269,7 +272,7 @@ class Router(nn.Module):
 def test_routed_experts_are_told_apart_from_the_shared_one(dense: bool) -> None:
     found = find(Router(dense))
     assert [(ffn.name, ffn.shared_expert) for ffn in found.ffns] == [("shared", True)]
-    assert "a router chooses its rows" in only_reason(found, "experts.1.down")
+    assert "a router chooses its tokens" in only_reason(found, "experts.1.down")
 
 
 def test_a_norm_over_the_shared_and_the_routed_experts_together_is_no_router() -> None:
