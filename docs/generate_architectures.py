@@ -33,7 +33,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from moeify.errors import MoeifyError
 from moeify.passes.ffn import FFN, Inspection
-from moeify.passes.find_ffn import FindFFN
+from moeify.passes.find_ffn import find_ffns_in
 from moeify.planning.placement import Placer
 from moeify.tracing.trace import UNTRACED, trace
 
@@ -104,7 +104,7 @@ def examine(model_type: str) -> Row:
         graph_module = trace(model, inputs or None)
     except MoeifyError as error:
         return Row(model_type, task, expected=expected, problem="not traced: " + _line(error), note=row.note)
-    found = FindFFN()(graph_module)
+    found = find_ffns_in(graph_module)
     routed = any(re.search(r"\bexperts\b", name) for name, _ in model.named_parameters())
     only_routed = routed and not found.ffns and not expected
     return Row(

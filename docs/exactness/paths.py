@@ -21,7 +21,7 @@ from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint, 
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import MoeifyError
 from moeify.layers import SparseMoE
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 
 CONFIG = moeify.MoEConfig(experts=4, top_k=2)
 Outputs = list[Tensor]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from moeify.conversion.cost import Cost
-    from moeify.passes.find_ffn import Inspection, Refusal
+    from moeify.passes.ffn import Inspection, Refusal
     from moeify.plan import Plan
 
 

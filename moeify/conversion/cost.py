@@ -11,7 +11,7 @@ from moeify.config import MoEConfig
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.layout import CopiedTensor, LayerTensor, StackedTensor
 from moeify.conversion.stored_layout import stored_tensors
-from moeify.passes.projection import as_projection
+from moeify.passes.matching.projection import as_projection
 from moeify.plan import Plan, Site
 
 

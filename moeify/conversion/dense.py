@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from moeify.checkpoint.source import Source
 from moeify.passes.ffn import Inspection
-from moeify.passes.find_ffn import FindFFN
+from moeify.passes.find_ffn import find_ffns_in
 from moeify.tracing.skeleton import StoredNames, build_on_meta, stored_names
 from moeify.tracing.trace import UNTRACED, Inputs, trace
 
@@ -39,7 +39,7 @@ class Dense:
     @cached_property
     def inspection(self) -> Inspection:
         """The FFNs, and what looks like one and is not."""
-        return FindFFN()(self.graph_module)
+        return find_ffns_in(self.graph_module)
 
     @property
     def untraced(self) -> Mapping[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,11 @@ from moeify.config import MoEConfig
 from moeify.conversion.layout import fill_layer, layer_tensors
 from moeify.conversion.restructure import read
 from moeify.errors import MoeifyError, RefusedError
-from moeify.layers.build import layer_in
-from moeify.passes.activation import bind
-from moeify.passes.dataflow import op_name
+from moeify.passes.base import copy_graph
 from moeify.passes.ffn import Inspection
-from moeify.passes.find_ffn import FindFFN
-from moeify.passes.insert_losses import InsertLosses
-from moeify.passes.insert_moe import InsertMoE
-from moeify.plan import Plan
+from moeify.passes.find_ffn import find_ffns_in
+from moeify.passes.matching.operators import op_name
+from moeify.passes.pipeline import conversion
 from moeify.planning.make_plan import make_plan
 from moeify.tracing.graphs import inline_blocks
 from moeify.tracing.trace import Inputs
@@ -57,64 +53,41 @@ def convert_graph(
         MoeifyError: a graph of `symbolic_trace` came without inputs.
     """
     dense = _aten(graph, example_inputs)
-    graph_module = _copy(dense)
-    inspection = FindFFN()(graph_module)
-    _refuse_blocks(dense, inspection)
-    plan = make_plan(graph_module, graph_module, inspection, config, layers, in_place=False)
-    converted = _insert(graph_module, dense, plan, inspection)
+    found = find_ffns_in(dense)
+    _refuse_blocks(dense, found)
+    plan = make_plan(dense, dense, found, config, layers, in_place=False)
+    converted = conversion(plan, return_losses=return_losses)(dense).graph_module
     for site in plan.sites:
         fill_layer(converted.get_submodule(site.path), layer_tensors(site, config), partial(read, dense))
-    if config.attach_losses or not return_losses:
-        return converted
-    return InsertLosses()(converted).graph_module
-
-
-def _insert(graph_module: fx.GraphModule, dense: fx.GraphModule, plan: Plan, inspection: Inspection) -> fx.GraphModule:
-    regions = {ffn.projected: bind(ffn.region, partial(read, dense)) for ffn in inspection.ffns}
-    paths = {site.down.parameter: site.path for site in plan.sites}
-    layers = {
-        site.down.parameter: layer_in(dense, site, plan.config, regions[site.parameters]).train(graph_module.training)
-        for site in plan.sites
-    }
-    return InsertMoE(layers, paths)(graph_module).graph_module
+    return converted
 
 
 def _aten(graph: torch.export.ExportedProgram | fx.GraphModule, example_inputs: Inputs | None) -> fx.GraphModule:
-    """Return an ATen graph that shares the parameters; it may be the given one."""
+    """Return an ATen graph of our own that shares the parameters, in the mode that it was traced in."""
     if isinstance(graph, torch.export.ExportedProgram):
-        return graph.module(check_guards=False)
-    calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-    if any("val" in node.meta for node in calls):
-        return graph
-    if example_inputs is None:
+        found = graph.module(check_guards=False)
+    elif any("val" in node.meta for node in graph.graph.find_nodes(op="call_function")):
+        found = graph
+    elif example_inputs is None:
         raise MoeifyError("a graph of symbolic_trace knows no shapes: pass example_inputs")
-    inputs: Any = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    args, kwargs = ((), dict(inputs)) if isinstance(inputs, dict) else (tuple(inputs), {})
-    return torch.export.export(graph, args, kwargs, strict=False).module(check_guards=False)
+    else:
+        inputs: Any = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+        args, kwargs = ((), dict(inputs)) if isinstance(inputs, dict) else (tuple(inputs), {})
+        found = torch.export.export(graph, args, kwargs, strict=False).module(check_guards=False)
+    own = copy_graph(found)
+    return own.train(any(node.args[2] for node in own.graph.nodes if op_name(node) == "dropout"))
 
 
-def _refuse_blocks(graph_module: fx.GraphModule, inspection: Inspection) -> None:
+def _refuse_blocks(graph_module: fx.GraphModule, found: Inspection) -> None:
     """Refuse FFNs in what torch.export sets apart, `with torch.no_grad()` and `with autocast`: passes do not go in."""
-    inlined = inline_blocks(_copy(graph_module))
-    seen = {ffn.down.weight for ffn in inspection.ffns}
-    hidden = [ffn for ffn in FindFFN()(inlined).ffns if ffn.down.weight not in seen]
+    if not any(op_name(node).startswith("wrap_with_") for node in graph_module.graph.nodes):
+        return
+    seen = {ffn.down.weight for ffn in found.ffns}
+    inlined = find_ffns_in(inline_blocks(copy_graph(graph_module)))
+    hidden = [ffn for ffn in inlined.ffns if ffn.down.weight not in seen]
     if hidden:
         more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
         raise RefusedError(
             f"{hidden[0].name}{more}: computed in a block `with torch.no_grad()` or `with autocast` (checkpoint's "
             "use_reentrant=True is one), which torch.export sets apart: export without it, or convert in place"
         )
-
-
-def _copy(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Return a GraphModule with a graph of its own and the same parameters, in the mode that it was traced in."""
-    graph = fx.Graph()
-    returned = graph.graph_copy(graph_module.graph, {})
-    graph.output(returned)
-    graph.set_codegen(graph_module.graph._codegen)
-    fresh = fx.GraphModule(graph_module, graph)
-    fresh.meta = dict(graph_module.meta)
-    for path, module in graph_module.named_modules():
-        with suppress(AttributeError):  # the copy has what the graph reads
-            fresh.get_submodule(path)._non_persistent_buffers_set |= module._non_persistent_buffers_set
-    return fresh.train(any(node.args[2] for node in graph.nodes if op_name(node) == "dropout"))

@@ -9,9 +9,9 @@ from torch import fx, nn
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
 from moeify.kernels.activations import ACTIVATIONS as KERNELS_KNOW
-from moeify.passes.activation import CUSTOM, learned, own_names
 from moeify.passes.ffn import FFN, Inspection
-from moeify.passes.projection import Projection
+from moeify.passes.matching.activation import CUSTOM, region_parameters, short_names
+from moeify.passes.matching.projection import Projection
 from moeify.plan import Plan, Rows, Site
 from moeify.planning.placement import Placement, Placer
 from moeify.planning.selection import is_pattern, select_layers
@@ -120,10 +120,10 @@ def _refuse_buffers(model: nn.Module, ffns: Iterable[FFN]) -> None:
 
 def _site(ffn: FFN, place: Placement) -> Site:
     activation = ffn.activation if ffn.activation in KERNELS_KNOW else CUSTOM
-    state = own_names(learned(ffn.region)) if activation == CUSTOM else {}
+    state = short_names(region_parameters(ffn.region)) if activation == CUSTOM else {}
     whole = tuple((i, 0, up.out_features, 1) for i, up in enumerate(ffn.ups))
-    halves = None if activation == CUSTOM else ffn.halves
-    parts = whole if halves is None else tuple(h for h in (halves.gate, halves.up) if h is not None)
+    named = None if activation == CUSTOM else ffn.gate_up_rows
+    parts = whole if named is None else tuple(rows for rows in (named.gate, named.up) if rows is not None)
     return Site(
         path=place.path,
         bypassed=place.bypassed,

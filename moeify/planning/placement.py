@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from moeify.errors import RefusedError
-from moeify.passes import dataflow as flow
 from moeify.passes.ffn import FFN
+from moeify.passes.matching import dataflow as flow
+from moeify.passes.matching.operators import TRANSPARENT, has, op_name
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,14 @@ class Placer:
 
     def _owner(self, ffn: FFN) -> Placement | None:
         """Return the place of the FFN's own module, when nothing else happens in it."""
-        inside = {*(n for p in (*ffn.ups, ffn.down) for n in (p.product, p.node)), *ffn.nodes}
+        inside = set(ffn.calls[0].inside)
         entry = _transparent_inputs(ffn.ups[0].source)
         result, dropout = _follow_dropout(ffn.down.node)
         around = {*entry, *result}
         owned = self._work(ffn.name)
         strangers = [node for node in owned if node not in inside and node not in around]
         own_calls = len(owned) - len(strangers)
-        if not ffn.name or len(strangers) != own_calls * (ffn.calls - 1):
+        if not ffn.name or len(strangers) != own_calls * (len(ffn.calls) - 1):
             return None
         dropout = dropout if any(node in owned for node in result) else 0.0
         return Placement(ffn.name, (), dropout, _dropout_among(ffn.nodes))
@@ -97,7 +98,7 @@ class Placer:
         inside = {*(n for p in ffn.ups for n in (p.product, p.node)), *ffn.nodes}
         path = flow.innermost_module(inside)
         own = [node for node in self._work(path) if node in inside]
-        alone = path and path != ffn.name and len(self._work(path)) == ffn.calls * len(own)
+        alone = path and path != ffn.name and len(self._work(path)) == len(ffn.calls) * len(own)
         return (path,) if alone else ()
 
     def _inner_modules(self, ffn: FFN, where: str) -> tuple[str, ...]:
@@ -106,13 +107,13 @@ class Placer:
             raise RefusedError(f"{where}: its gated FFN is computed in the block itself; convert the graph instead")
         bypassed = [self._leaf(ffn.ups[0].node, ffn, where)]
         for node in ffn.nodes:
-            if flow.op_name(node) in flow.TRANSPARENT and flow.module_stack(node)[-1] == ffn.name:
+            if has(node, TRANSPARENT) and flow.module_stack(node)[-1] == ffn.name:
                 continue  # dropout or a cast written in the block: nothing to neutralise in evaluation
             path = flow.module_stack(node)[-1]
             own = [n for n in self._work(path) if n in ffn.nodes]
-            if path == ffn.name or len(self._work(path)) != ffn.calls * len(own):
+            if path == ffn.name or len(self._work(path)) != len(ffn.calls) * len(own):
                 raise RefusedError(
-                    f"{where}: its activation `{flow.op_name(node)}` is not a module; convert the graph instead"
+                    f"{where}: its activation `{op_name(node)}` is not a module; convert the graph instead"
                 )
             bypassed.append(path)
         return tuple(dict.fromkeys(bypassed))
@@ -120,8 +121,8 @@ class Placer:
     def _leaf(self, node: fx.Node, ffn: FFN, where: str) -> str:
         """Return the module that computes this projection and nothing else."""
         path = flow.module_stack(node)[-1]
-        work = [n for n in self._work(path) if flow.op_name(n) not in flow.TRANSPARENT]
-        if len(work) != ffn.calls:
+        work = [n for n in self._work(path) if not has(n, TRANSPARENT)]
+        if len(work) != len(ffn.calls):
             raise RefusedError(f"{where}: its projection `{node.name}` is not a module; convert the graph instead")
         return path
 
@@ -133,7 +134,7 @@ class Placer:
 def _transparent_inputs(source: fx.Node) -> list[fx.Node]:
     """Return the casts and reshapes between what the FFN reads and its up projections."""
     nodes = []
-    while flow.op_name(source) in flow.TRANSPARENT:
+    while has(source, TRANSPARENT):
         nodes.append(source)
         source = source.all_input_nodes[0]
     return nodes
@@ -143,7 +144,7 @@ def _follow_dropout(result: fx.Node) -> tuple[list[fx.Node], float]:
     """Return the casts, reshapes and dropout after the down projection, and the dropout's probability."""
     nodes, probability = [], 0.0
     users = flow.data_users(result)
-    while len(users) == 1 and flow.op_name(users[0]) in flow.TRANSPARENT:
+    while len(users) == 1 and has(users[0], TRANSPARENT):
         nodes.append(users[0])
         probability = max(probability, _dropout_among(nodes[-1:]))
         users = flow.data_users(users[0])
@@ -151,4 +152,4 @@ def _follow_dropout(result: fx.Node) -> tuple[list[fx.Node], float]:
 
 
 def _dropout_among(nodes: Iterable[fx.Node]) -> float:
-    return max((float(n.args[1]) for n in nodes if flow.op_name(n) == "dropout"), default=0.0)  # type: ignore[arg-type]
+    return max((float(n.args[1]) for n in nodes if op_name(n) == "dropout"), default=0.0)  # type: ignore[arg-type]

@@ -16,9 +16,9 @@ from moeify.conversion.checkpoint import Callbacks
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import CheckpointError
 from moeify.families.table import FAMILIES
+from moeify.measure import TOLERANCE
 from moeify.plan import Plan
 from moeify.proving.proof import verify_slice
-from moeify.tolerances import TOLERANCE
 from tests.moeify import tiny
 
 CONFIG = MoEConfig(experts=3, top_k=2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import moeify
 from moeify.config import MoEConfig
 from moeify.conversion.graph import convert_graph
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.moeify.tiny import relative
 
 HIDDEN, INNER = 12, 29

@@ -16,7 +16,7 @@ from moeify.conversion.graph import convert_graph
 from moeify.conversion.layout import fill_layer, layer_tensors
 from moeify.conversion.restructure import read, restructure
 from moeify.errors import RefusedError
-from moeify.passes.find_ffn import FindFFN
+from moeify.passes.find_ffn import find_ffns_in
 from moeify.passes.lower import Lower
 from moeify.passes.token_inputs import token_arguments
 from moeify.planning.make_plan import make_plan
@@ -67,7 +67,7 @@ def in_place(program: torch.export.ExportedProgram, config: MoEConfig) -> nn.Mod
     model = Tagger()
     model.load_state_dict(program.state_dict)
     dense, graph_module = copy.deepcopy(model), program.module(check_guards=False)
-    plan = make_plan(model, graph_module, FindFFN()(graph_module), config)
+    plan = make_plan(model, graph_module, find_ffns_in(graph_module), config)
     restructure(model, plan, {})
     for site in plan.sites:
         fill_layer(model.get_submodule(site.path), layer_tensors(site, config), partial(read, dense))

@@ -15,8 +15,8 @@ from moeify.config import MoEConfig
 from moeify.conversion.layout import CopiedTensor, StackedTensor, StartTensor, fill_layer, layer_tensors
 from moeify.errors import RefusedError
 from moeify.layers.build import build_layer
+from moeify.measure import TOLERANCE
 from moeify.plan import Rows, Site
-from moeify.tolerances import TOLERANCE
 from tests.moeify import tiny
 
 # tiny.INTERMEDIATE is 57, 3 x 19

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from moeify.passes import dataflow as flow
+from moeify.passes.matching import dataflow as flow
+from moeify.passes.matching.operators import op_name
 from moeify.tracing.trace import trace
 
 
@@ -60,12 +61,12 @@ NOT_ROW_WISE: dict[str, Callable[..., torch.Tensor]] = {
 
 @pytest.mark.parametrize("function", ROW_WISE.values(), ids=ROW_WISE)
 def test_operators_that_keep_to_the_row(function: Callable[..., torch.Tensor]) -> None:
-    assert flow.is_row_wise(last_node(function, 12))
+    assert flow.is_position_wise(last_node(function, 12))
 
 
 @pytest.mark.parametrize("function", NOT_ROW_WISE.values(), ids=NOT_ROW_WISE)
 def test_operators_that_mix_or_move_positions(function: Callable[..., torch.Tensor]) -> None:
-    assert not flow.is_row_wise(last_node(function, 12))
+    assert not flow.is_position_wise(last_node(function, 12))
 
 
 def test_static_values_depend_on_parameters_and_constants_only() -> None:
@@ -79,7 +80,7 @@ def test_static_values_depend_on_parameters_and_constants_only() -> None:
 
 def test_the_same_activation_behind_casts_and_flattening() -> None:
     node = last_node(lambda x, w: F.dropout(x.tanh().reshape(10, 12), training=False).to(torch.float64))
-    assert flow.op_name(flow.same_activation(node)) == "tanh"
+    assert op_name(flow.same_activation(node)) == "tanh"
 
 
 def test_a_regrouped_row_is_another_activation() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeify.passes.find_ffn import FindFFN, Inspection
+from moeify.passes.find_ffn import Inspection, find_ffns_in
 from moeify.tracing.trace import trace
 
 HIDDEN, INNER, TOKENS = 10, 23, 5
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 
 def reasons(model: nn.Module) -> dict[str, str]:
-    found: Inspection = FindFFN()(trace(model, torch.zeros(2, TOKENS, HIDDEN)))
+    found: Inspection = find_ffns_in(trace(model, torch.zeros(2, TOKENS, HIDDEN)))
     return {refusal.name: refusal.reason for refusal in found.refused}
 
 
@@ -50,7 +50,7 @@ REGIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     ),
     "a convolution": (
         lambda z, x: F.conv1d(z, torch.ones(TOKENS, TOKENS, 3), padding=1).relu(),
-        "behind it stands `conv1d`, which mixes neighbouring positions",
+        "it is computed from `conv1d`, which mixes neighboring positions",
     ),
     "swapped dimensions": (
         lambda z, x: z.mT.relu().mT,
@@ -58,13 +58,13 @@ REGIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     ),
     "a product of activations": (
         lambda z, x: (z @ z.mT).relu() @ z,
-        "behind it stands `matmul_1`, a product of two activations: an attention",
+        "it is computed from `matmul_1`, a product of two activations: an attention",
     ),
     "an attention": (
         lambda z, x: F.scaled_dot_product_attention(z, z, z),
-        "behind it stands an attention, `scaled_dot_product_attention`: its output projection",
+        "it is the output projection of an attention, `scaled_dot_product_attention`",
     ),
-    "what nobody knows": (lambda z, x: z.roll(1, 1).relu(), "behind it stands `roll`, which is not position-wise"),
+    "what nobody knows": (lambda z, x: z.roll(1, 1).relu(), "it is computed from `roll`, which is not position-wise"),
 }
 
 
@@ -93,7 +93,7 @@ def test_a_weight_that_is_no_matrix() -> None:
 
 def test_another_width_at_the_end_is_a_head() -> None:
     head = nn.Sequential(nn.Linear(HIDDEN, INNER), nn.ReLU(), nn.Linear(INNER, 7), nn.Softmax(-1))
-    assert reasons(head)["2"] == "it projects to width 7, not back to 10: a head"
+    assert reasons(head)["2"] == "it projects to 7 features, not back to the hidden size 10: a head"
 
 
 def test_another_width_before_a_product_of_activations_is_an_attention() -> None:
@@ -106,4 +106,6 @@ def test_another_width_before_a_product_of_activations_is_an_attention() -> None
             wide: Tensor = self.wide(self.narrow(x).tanh())
             return wide @ wide.mT
 
-    assert reasons(Scores())["wide"] == "it projects to width 14, not back to 10: part of an attention"
+    assert (
+        reasons(Scores())["wide"] == "it projects to 14 features, not back to the hidden size 10: part of an attention"
+    )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moeify.passes.projection import Projection, find_projections
+from moeify.passes.matching.projection import Projection, find_projections
 from moeify.tracing.trace import trace
 
 Function = Callable[..., torch.Tensor]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeify.passes.find_ffn import FindFFN, Inspection
+from moeify.passes.find_ffn import Inspection, find_ffns_in
 from moeify.tracing.trace import trace
 
 HIDDEN, INNER, TOKENS = 10, 23, 5
@@ -26,7 +26,7 @@ class Packed(nn.Module):
 
 
 def find(region: Callable[[Tensor], Tensor]) -> Inspection:
-    return FindFFN()(trace(Packed(region), torch.zeros(2, TOKENS, HIDDEN)))
+    return find_ffns_in(trace(Packed(region), torch.zeros(2, TOKENS, HIDDEN)))
 
 
 def halves(z: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ SPLITS: dict[str, tuple[Callable[[Tensor], Tensor], Rows, Rows]] = {
 @pytest.mark.parametrize(("region", "gate", "up"), SPLITS.values(), ids=SPLITS)
 def test_rows_taken_apart_by_reshapes(region: Callable[[Tensor], Tensor], gate: Rows, up: Rows) -> None:
     (ffn,) = find(region).ffns
-    assert ffn.halves is not None
+    assert ffn.gate_up_rows is not None
     assert (ffn.kind, ffn.activation, ffn.intermediate) == ("glu", "silu", INNER)
-    assert (ffn.halves.gate, ffn.halves.up) == (gate, up)
+    assert (ffn.gate_up_rows.gate, ffn.gate_up_rows.up) == (gate, up)
     z = torch.randn(2, TOKENS, 2 * INNER)
     torch.testing.assert_close(ffn.region(z), region(z))
     assert ffn.region(z[0]).shape == (TOKENS, INNER)  # rows in a list are enough
@@ -105,8 +105,8 @@ def test_channels_are_cut_too() -> None:
             out: Tensor = x + self.down(glu(gate, up))
             return out
 
-    (ffn,) = FindFFN()(trace(Conv(), torch.zeros(2, HIDDEN, 6, 7))).ffns
-    assert ffn.halves is not None and (ffn.halves.gate, ffn.halves.up) == (FIRST, SECOND)
+    (ffn,) = find_ffns_in(trace(Conv(), torch.zeros(2, HIDDEN, 6, 7))).ffns
+    assert ffn.gate_up_rows is not None and (ffn.gate_up_rows.gate, ffn.gate_up_rows.up) == (FIRST, SECOND)
 
 
 def test_symbolic_sizes() -> None:
@@ -114,5 +114,5 @@ def test_symbolic_sizes() -> None:
     example = torch.zeros(3, TOKENS, HIDDEN)
     model = Packed(lambda z: glu(halves(z)[..., 0, :], halves(z)[..., 1, :]))
     program = torch.export.export(model, (example,), dynamic_shapes=shape)
-    (ffn,) = FindFFN()(program.module(check_guards=False)).ffns
+    (ffn,) = find_ffns_in(program.module(check_guards=False)).ffns
     assert ffn.activation == "silu"

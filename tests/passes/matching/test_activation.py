@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moeify.passes.find_ffn import FFN, FindFFN
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
+from moeify.passes.find_ffn import FFN, find_ffns_in
 from moeify.tracing.trace import trace
 
 HIDDEN, INNER = 10, 23
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 def find_one(model: nn.Module) -> FFN:
-    found = FindFFN()(trace(model, torch.zeros(2, 5, HIDDEN)))
+    found = find_ffns_in(trace(model, torch.zeros(2, 5, HIDDEN)))
     assert len(found.ffns) == 1, found.refused
     return found.ffns[0]
 
@@ -74,8 +74,8 @@ def test_the_gate_is_the_half_that_goes_through_the_activation(name: str) -> Non
     for region, widths, gate, up in cases:
         ffn = find_one(Block(region, *widths))
         assert (ffn.kind, ffn.activation) == ("glu", name)
-        assert ffn.halves is not None
-        assert (ffn.halves.gate, ffn.halves.up) == (gate, up)
+        assert ffn.gate_up_rows is not None
+        assert (ffn.gate_up_rows.gate, ffn.gate_up_rows.up) == (gate, up)
 
 
 def test_a_gate_without_an_activation_is_bilinear() -> None:
@@ -98,7 +98,7 @@ def test_an_activation_that_nobody_named_is_kept_as_a_graph(
     region: Callable[..., torch.Tensor], widths: tuple[int, ...]
 ) -> None:
     ffn = find_one(Block(region, *widths))
-    assert (ffn.activation, ffn.halves) == ("custom", None)
+    assert (ffn.activation, ffn.gate_up_rows) == ("custom", None)
     inputs = [torch.randn(3, 7, 2, width, dtype=torch.float64) for width in widths]  # not the traced leading shape
     torch.testing.assert_close(ffn.region(*inputs), region(*inputs), rtol=TOLERANCE["float64"], atol=0)
 
@@ -127,9 +127,3 @@ def test_parameters_of_a_learned_activation_come_along() -> None:
     ffn = find_one(Block(act, INNER))
     assert ffn.activation == "custom"
     assert {"region.a", "region.b"} <= set(ffn.parameters)
-
-
-def test_neurons_are_independent_unless_a_norm_ties_them() -> None:
-    assert find_one(Block(F.gelu, INNER)).neuron_wise
-    assert not find_one(Block(lambda x: F.layer_norm(F.relu(x), (INNER,)), INNER)).neuron_wise
-    assert not find_one(Block(lambda x: x.relu() / x.relu().sum(-1, keepdim=True), INNER)).neuron_wise

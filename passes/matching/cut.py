@@ -1,7 +1,7 @@
-"""A row that reshapes and selections take apart is a slice: read from the strides, however the code wrote it.
+"""Features that reshapes and selections take apart are a slice: read from the strides, however the code wrote it.
 
 `z.view(…, 2, -1)[…, 0, :]`, `z.unflatten(-1, (2, -1)).unbind(-2)[0]` and the first of einops'
-`rearrange(z, "… (k i) -> k … i")` are all the first half of the row; `z.view(…, -1, 2)[…, 0]` is every second feature.
+`rearrange(z, "… (k i) -> k … i")` are all the first half of the features; `z.view(…, -1, 2)[…, 0]` is every second one.
 """
 
 from __future__ import annotations
@@ -11,26 +11,21 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moeify.passes import dataflow as flow
+from moeify.passes.matching.operators import TRANSPARENT, Trait, has
 
 _HOPS = 12  # reshapes and selections in a row
-# They return a view, so that strides say where every value came from.
-_VIEWS = flow.TRANSPARENT | {
-    "select", "slice", "narrow", "unbind", "split", "chunk", "split_with_sizes", "tensor_split", "transpose", "permute",
-    "movedim", "swapaxes", "t", "getitem", "unsafe_split", "unsafe_chunk",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Features `start, start + step, …` (up to `stop`, not included) of the rows of `source`.
+    """Features `start, start + step, …` (up to `stop`, not included) of `source`.
 
     Attributes:
         source: The activation that is cut.
         nodes: The operators that cut it.
         start: The first feature.
         stop: The end.
-        step: From one feature to the next: above 1 where gate and up are interleaved.
+        step: From one feature to the next: above 1 where gate and up projection are interleaved.
     """
 
     source: fx.Node
@@ -41,15 +36,15 @@ class Cut:
 
 
 def as_cut(node: fx.Node, axis: int) -> Cut | None:
-    """Return the slice of each row that `node` holds, or None when it holds something else.
+    """Return the slice of the features that `node` holds, or None when it holds something else.
 
     Args:
         node: The last operator of a chain of reshapes and selections; the activation is what the chain starts from.
-        axis: The dimension of the row, counted from the end, at both ends of the chain.
+        axis: The dimension of the features, counted from the end, at both ends of the chain.
     """
     chain: list[fx.Node] = []
     source = node
-    while len(chain) < _HOPS and flow.op_name(source) in _VIEWS:
+    while len(chain) < _HOPS and has(source, TRANSPARENT | Trait.VIEW):
         chain.append(source)
         source = source.all_input_nodes[0]
     dims = _numbers(source.meta.get("val"))
@@ -74,7 +69,7 @@ def _replay(chain: list[fx.Node], source: fx.Node, whole: torch.Tensor) -> torch
         return values[node] if node in values else _number(node.meta["val"])
 
     for node in reversed(chain):
-        if flow.op_name(node) in flow.TRANSPARENT - flow.RESHAPES:
+        if has(node, Trait.COPY):
             values[node] = values[node.all_input_nodes[0]]  # a copy is laid out anew, the same values in the same order
             continue
         try:
@@ -89,8 +84,10 @@ def _replay(chain: list[fx.Node], source: fx.Node, whole: torch.Tensor) -> torch
 
 def _numbers(value: object) -> list[int] | None:
     """Return a tensor's shape in numbers: where sizes are symbols, those of the example."""
-    dims = [_number(dim) for dim in value.shape] if isinstance(value, torch.Tensor) else [None]
-    return None if None in dims else dims  # type: ignore[return-value]
+    if not isinstance(value, torch.Tensor):
+        return None
+    dims = [size for dim in value.shape if (size := _number(dim)) is not None]
+    return dims if len(dims) == value.dim() else None
 
 
 def _number(size: object) -> int | None:
@@ -102,9 +99,9 @@ def _number(size: object) -> int | None:
 def _positions(tensor: torch.Tensor, axis: int) -> list[tuple[int, int]]:
     """Return (size, stride) of the dimensions that count positions, those that are one list taken as one."""
     merged: list[tuple[int, int]] = []
-    row = tensor.dim() + axis
+    features = tensor.dim() + axis
     for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if dim == row or size == 1:
+        if dim == features or size == 1:
             continue
         if merged and merged[-1][1] == size * stride:
             size *= merged.pop()[0]
