@@ -17,9 +17,10 @@ from moeify.errors import MoeifyError
 from moeify.layers.dispatch import Dispatcher, LocalDispatcher
 from moeify.layers.model_inputs import ModelInputs
 from moeify.routers.base import RouterModule
+from moeify.routing.attach_loss import attach_loss
 from moeify.routing.balance import layer_losses, weighted_sum
 from moeify.routing.capacity import drop_overflow, exact_factor, expert_capacity
-from moeify.routing.losses import attach_loss, expert_counts
+from moeify.routing.losses import expert_counts
 from moeify.routing.record import Routing, RoutingContext
 
 
