@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moeify.config.choice import Choice
 
@@ -50,7 +50,7 @@ class RouterChoice(Choice):
     keeps_capacity: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = False
     kept_in_float32: ClassVar[tuple[str, ...]] = ()
-    builds: ClassVar[Callable[..., nn.Module]]
+    builds: ClassVar[Callable[..., Any]]
 
     @property
     def updates_bias(self) -> bool:
@@ -75,7 +75,8 @@ class RouterChoice(Choice):
         """Return the router's module with zero weights, for tokens of a hidden size."""
         import torch
 
-        return type(self).builds(self, hidden, config, partial(torch.zeros, device=device, dtype=dtype))
+        module: nn.Module = type(self).builds(self, hidden, config, partial(torch.zeros, device=device, dtype=dtype))
+        return module
 
     def start(self, config: MoEConfig, hidden: int, path: str) -> dict[str, StartValue]:
         """Return the values that the router's tensors start with, by name, in the order of its state dict.
