@@ -12,7 +12,6 @@ from torch import Tensor
 import moeify
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
-from moeify.methods.change import dropped_neurons, noisy, redrawn
 from moeify.methods.parts import routed_parts, shared_parts
 from moeify.tolerances import TOLERANCE
 from tests.moeify import tiny
@@ -55,32 +54,6 @@ def test_any_whole_groups_and_the_shared_experts_add_up_to_the_ffn(granularity: 
         total += run(part)
     assert len(shared_parts(config, "mlp")) == shared
     torch.testing.assert_close(total, glu(x, up, down, bias))
-
-
-def test_noise_changes_a_share_by_the_standard_deviation() -> None:
-    weight = torch.ones(300, 200)
-    change = noisy(weight, 0.25, 0.02, 1, "a") - weight
-    touched = change[change != 0]
-    assert touched.numel() / change.numel() == pytest.approx(0.25, abs=0.01)
-    assert float(touched.std()) == pytest.approx(0.02, rel=0.02) and abs(float(touched.mean())) < 1e-3
-    assert noisy(weight, 0.25, 0.02, 1, "a").equal(noisy(weight, 0.25, 0.02, 1, "a"))
-    assert not noisy(weight, 0.25, 0.02, 1, "a").equal(noisy(weight, 0.25, 0.02, 1, "b"))
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_dropped_neurons_are_drawn_from_what_they_replace_and_the_others_stay(axis: int) -> None:
-    weight = 3 + 0.5 * torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
-    neurons = dropped_neurons(100, 0.3, 1, "a")
-    assert len(set(neurons.tolist())) == 30
-    new = redrawn(weight, neurons, axis, 1, "w")
-    kept = torch.ones(100, dtype=torch.bool)
-    kept[neurons] = False
-    kept_indices = kept.nonzero()[:, 0]
-    assert new.index_select(axis, kept_indices).equal(weight.index_select(axis, kept_indices))
-    drawn = new.index_select(axis, neurons)
-    assert (drawn != weight.index_select(axis, neurons)).all()
-    assert float(drawn.mean()) == pytest.approx(3, abs=0.05) and float(drawn.std()) == pytest.approx(0.5, abs=0.03)
-    assert redrawn(weight, neurons[:0], axis, 1, "w").equal(weight)
 
 
 def test_an_expert_loses_the_same_neurons_in_all_its_projections() -> None:
