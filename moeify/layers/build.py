@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import Tensor, nn
 
 from moeify.config import MoEConfig
@@ -11,7 +9,6 @@ from moeify.layers.experts import Experts
 from moeify.layers.moe import MoELayer, SparseMoE
 from moeify.layers.soft import SoftMoE
 from moeify.plan import Site
-from moeify.routers.base import RouterModule
 
 
 def layer_in(root: nn.Module, site: Site, config: MoEConfig, region: nn.Module | None) -> MoELayer:
@@ -45,7 +42,7 @@ def build_layer(site: Site, config: MoEConfig, region: nn.Module | None, like: T
     """
     experts = _stack(site, config, config.experts, region, like)
     shared = _stack(site, config, config.shared_experts, region, like) if config.shared_experts else None
-    router = cast(RouterModule, config.router.module(site.hidden, config, device=like.device, dtype=like.dtype))
+    router = config.router.module(site.hidden, config, device=like.device, dtype=like.dtype)
     layer = SoftMoE if config.router.mixes_tokens else SparseMoE
     return layer(router, experts, shared, dropout=site.dropout, path=site.path)
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeify.measure import TOLERANCE
-from moeify.routing.losses import attach_loss, z_loss
-from moeify.routing.routers import softmax_topk
+from moeify.routers.softmax import softmax_topk
+from moeify.routing.attach_loss import attach_loss
+from moeify.routing.losses import z_loss
 from tests.moeify.routing import draw
 
 randn = partial(draw.randn, dtype=torch.float64)
