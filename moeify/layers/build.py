@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor, nn
 
 from moeify.config import MoEConfig
@@ -41,7 +43,8 @@ def build_layer(site: Site, config: MoEConfig, region: nn.Module | None, like: T
         like: A dense weight.
     """
     experts = _stack(site, config, config.experts, region, like)
-    shared = _stack(site, config, config.shared_experts, region, like) if config.shared_experts else None
+    own = copy.deepcopy(region)  # tied parameters would not survive saving and loading
+    shared = _stack(site, config, config.shared_experts, own, like) if config.shared_experts else None
     router = config.router.module(site.hidden, config, device=like.device, dtype=like.dtype)
     layer = SoftMoE if config.router.mixes_tokens else SparseMoE
     return layer(router, experts, shared, dropout=site.dropout, path=site.path)
