@@ -38,9 +38,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return spy
 
-    import moeify.conversion.checkpoint
-    import moeify.conversion.cost
-    import moeify.conversion.summary
     import moeify.proving.proof  # noqa: F401 (all modules that could call them are loaded)
 
     for function in COUNTED:
