@@ -19,15 +19,14 @@ LAYERS = (
     "export",
     "proving",
     "hub",
-    "streaming inplace graph_convert",
-    "training",
+    "conversion training",
     "planning",
     "passes",
     "layers",
     "families methods routers tracing checkpoint",
     "plan routing",
     "config",
-    "errors tolerances kernels seeding",
+    "errors measure kernels seeding",
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer.split()}
 
@@ -98,8 +97,8 @@ def test_imports_point_down(path: Path) -> None:
 @pytest.mark.parametrize(
     ("unit", "source"),
     [
-        ("planning", "from moeify.streaming.stream import convert_checkpoint"),
-        ("streaming", "from moeify.inplace import convert"),
+        ("planning", "from moeify.conversion.checkpoint import convert_checkpoint"),
+        ("training", "from moeify.conversion.module import convert"),
         ("layers", "def forward():\n    from moeify.passes.base import PassResult"),
         ("layers", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import moeify.planning"),
         ("plan", "from moeify import MoEConfig"),
@@ -116,7 +115,10 @@ def test_an_import_that_does_not_point_down_is_found(unit: str, source: str) -> 
 @pytest.mark.parametrize(
     ("unit", "source"),
     [
-        ("cli", "import click\nfrom moeify import __version__\nfrom moeify.streaming.stream import convert_checkpoint"),
+        (
+            "cli",
+            "import click\nfrom moeify import __version__\nfrom moeify.conversion.checkpoint import convert_checkpoint",
+        ),
         ("passes", "from moeify.passes.base import PassResult\nfrom moeify import layers"),
         ("layers", "import numpy\nfrom moeify.kernels.ops import experts"),
         ("kernels", "import math\nimport torch\nfrom triton import language\nfrom moeify.kernels.layout import Layout"),
