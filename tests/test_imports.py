@@ -27,7 +27,7 @@ LAYERS = (
     "families methods routers tracing checkpoint",
     "plan routing",
     "config",
-    "errors tolerances kernels seeding",
+    "errors measure kernels seeding",
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer.split()}
 
