@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from moeify.conversion.graph import convert_graph
     from moeify.conversion.module import convert
     from moeify.errors import MoeifyError
-    from moeify.export import OnnxReport, export_onnx
+    from moeify.export.onnx_file import export_onnx
+    from moeify.export.report import OnnxReport
     from moeify.hub.loading import load
     from moeify.hub.registration import register
     from moeify.plan import Plan
@@ -33,7 +34,7 @@ _HOME = {
     "LayerStats": "training.stats",
     "MoEConfig": "config",
     "MoeifyError": "errors",
-    "OnnxReport": "export",
+    "OnnxReport": "export.report",
     "Plan": "plan",
     "RoutingCallback": "training.callback",
     "VerifyReport": "proving.verification",
@@ -41,7 +42,7 @@ _HOME = {
     "aux_loss": "training.losses",
     "convert": "conversion.module",
     "convert_graph": "conversion.graph",
-    "export_onnx": "export",
+    "export_onnx": "export.onnx_file",
     "find_ffns": "conversion.dense",
     "freeze": "training.control",
     "load": "hub.loading",

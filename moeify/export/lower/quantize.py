@@ -5,14 +5,14 @@ Shape legend: E experts, N rows, K values in a row, B blocks in a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# How experts are stored, by name: bits, and the values that share a scale. Rows of 8 bits have one scale each, because
-# QMoE on the CPU also rounds activations where 8 bits come in blocks. 32 is the smallest block that CUDA takes.
-SCHEMES: dict[str, tuple[int, int | None]] = {"int8": (8, None), "int4": (4, 32)}
+# For each weight that was rounded, by name, what makes the values that an operator computes with.
+Rounded = dict[str, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)

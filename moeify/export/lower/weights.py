@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from moeify.errors import RefusedError
 
 
-class ConstantReader:
+class Weights:
     """Reads initializers, through the transposes that a model may put on them, and adds others.
 
     Args:
@@ -50,13 +49,12 @@ class ConstantReader:
 
     def add(self, name: str, tensor: Tensor) -> ir.Value:
         """Add an initializer."""
-        contents = tensor_adapters.TorchTensor(tensor, name=name)
-        return self._register(name, contents)
+        return self._register(name, tensor_adapters.TorchTensor(tensor, name=name))
 
     def add_lazy(self, name: str, compute: Callable[[], Tensor], like: Tensor) -> ir.Value:
         """Add an initializer that is computed when it is written, of the shape and dtype of `like`."""
         dtype = tensor_adapters.TorchTensor(like).dtype
-        contents: Any = ir.LazyTensor(
+        contents = ir.LazyTensor(
             lambda: tensor_adapters.TorchTensor(compute(), name=name), dtype, ir.Shape(like.shape), name=name
         )
         return self._register(name, contents)
@@ -65,7 +63,7 @@ class ConstantReader:
         """Drop initializers that no node reads, and the transposes that only they had."""
         ir.passes.common.RemoveUnusedNodesPass()(ir.Model(self.graph, ir_version=10))
 
-    def _register(self, name: str, contents: Any) -> ir.Value:
+    def _register(self, name: str, contents: tensor_adapters.TorchTensor | ir.LazyTensor) -> ir.Value:
         value = ir.Value(name=name, shape=contents.shape, type=ir.TensorType(contents.dtype), const_value=contents)
         self.graph.register_initializer(value)
         return value
