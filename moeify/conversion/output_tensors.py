@@ -50,7 +50,7 @@ def output_tensors(
             yield outputs.copied(names.of[name], name)
         elif site is not None and site.path not in done:
             done.add(site.path)
-            yield from (tensor for each in stored_tensors(plan, site) if (tensor := outputs.of(each, site)))
+            yield from (outputs.of(tensor, site) for tensor in stored_tensors(plan, site))
     for stored in names.merged:
         yield outputs.copied(stored, stored)  # transformers will do with it what it did before
 
@@ -103,11 +103,19 @@ class _Outputs:
         info = self.source.tensors[self.on_disk[name]]
         return self.source.read(info.name).to(torch_dtype(self.stored_dtype(info)))
 
-    def of(self, tensor: LayerTensor, site: Site) -> OutTensor | None:
-        """Describe a tensor of a new layer; None for a copied buffer that the checkpoint does not hold."""
+    def of(self, tensor: LayerTensor, site: Site) -> OutTensor:
+        """Describe a tensor of a new layer.
+
+        Raises:
+            CheckpointError: the checkpoint does not hold a buffer that the activation reads.
+        """
         if isinstance(tensor, CopiedTensor):
-            stored = self.on_disk.get(tensor.source)
-            return None if stored is None else self.copied(stored, tensor.name)
+            if tensor.source not in self.on_disk:
+                raise CheckpointError(
+                    f"the activation of {site.path} reads {tensor.source}, which the checkpoint does not hold: load "
+                    "the model, convert it in place and save it"
+                )
+            return self.copied(self.on_disk[tensor.source], tensor.name)
         dtype = self.stored_dtype(self.source.tensors[self.on_disk[site.down.parameter]])
         if isinstance(tensor, StartTensor):
             start, own = tensor.start, tensor.start.dtype or dtype
