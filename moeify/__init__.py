@@ -54,6 +54,8 @@ _HOME = {
     "verify": "proving.verification",
 }
 
+_PACKAGES = {"methods", "routers"}
+
 __all__ = [
     "LayerStats",
     "MoEConfig",
@@ -80,9 +82,6 @@ __all__ = [
     "update_selection_bias",
     "verify",
 ]
-
-
-_PACKAGES = {"methods", "routers"}
 
 
 def __getattr__(name: str) -> Any:
