@@ -55,6 +55,8 @@ _HOME = {
     "verify": "proving.verification",
 }
 
+_PACKAGES = {"methods", "routers"}
+
 __all__ = [
     "LayerStats",
     "MoEConfig",
@@ -81,9 +83,6 @@ __all__ = [
     "update_selection_bias",
     "verify",
 ]
-
-
-_PACKAGES = {"methods", "routers"}
 
 
 def __getattr__(name: str) -> Any:
