@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from moeify.layers.batch import connect
 from moeify.layers.build import build_layer, start_layer
-from moeify.passes.matching.activation import bind
+from moeify.passes.matching.region import bind
 from moeify.plan import Plan
 from moeify.planning.weights import dense_ffn, held
 
