@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moeify.checkpoint.shards import Compute, OutTensor, Part
+from moeify.checkpoint.shards import Compute, OutTensor, SourceRows
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
 from moeify.errors import CheckpointError
@@ -166,7 +166,7 @@ class _Maker:
         assert site.down.bias is not None
         return part.down_bias(self.read(site.down.bias))
 
-    def down(self, site: Site, part: ExpertPart) -> tuple[Part | Compute, ...]:
+    def down(self, site: Site, part: ExpertPart) -> tuple[SourceRows | Compute, ...]:
         """An expert's projection back (H, F)."""
         whole = part.method == "copy" and part.down_scale == 1 and self.plan.config.granularity == 1
         verbatim = self.verbatim(site, site.down) if whole else None
@@ -209,9 +209,9 @@ class _Maker:
         yield zeros(f"{prefix}.down_proj.weight", site.hidden, SHARED_WIDTH)
         yield zeros(f"{prefix}_gate.weight", 1, site.hidden)
 
-    def verbatim(self, site: Site, rows: Rows) -> tuple[Part] | None:
+    def verbatim(self, site: Site, rows: Rows) -> tuple[SourceRows] | None:
         """The source's own bytes, where these rows lie in them one after the other; None when they must be computed."""
         info = self.source.tensors[self.on_disk[rows.parameter]]
         if site.transposed or rows.step != 1 or self.stored_dtype(info) != info.dtype:
             return None
-        return (Part(info.name, None if rows.all else (rows.start, rows.stop)),)
+        return (SourceRows(info.name, None if rows.all else (rows.start, rows.stop)),)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_gguf_pytorch_utils
 
-from moeify.checkpoint import Source, open_source
+from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
 
 Q = gguf.GGMLQuantizationType
@@ -74,7 +74,6 @@ def test_a_real_model_equals_what_transformers_loads(
 
 
 def test_a_real_model_has_a_config_and_side_files(source: Source, tmp_path: Path) -> None:
-    assert source.is_gguf
     assert source.model_type == "llama"
     assert source.config["architectures"] == ["LlamaForCausalLM"]
     assert (source.config["hidden_size"], source.config["intermediate_size"]) == (576, 1536)
@@ -163,6 +162,14 @@ def test_transposed_weights_equal_what_transformers_loads(tmp_path: Path, monkey
         assert_same_model(source, from_transformers(file, monkeypatch))
 
 
+def test_the_file_is_mapped_while_it_is_open_and_no_longer(tmp_path: Path) -> None:
+    file, maps = write_llama(tmp_path / "tiny.gguf", {}), Path("/proc/self/maps")
+    with open_source(file) as source:
+        assert str(file) in maps.read_text()
+    assert str(file) not in maps.read_text()
+    assert source.model_type == "llama"
+
+
 def refusal(file: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         open_source(file)
@@ -184,10 +191,10 @@ def test_an_unsupported_architecture_is_named(tmp_path: Path) -> None:
     assert "the GGUF architecture 'rwkv6' is not supported" in refusal(file)
 
 
-def test_an_unsupported_quantisation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_quantization_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_llama(tmp_path / "tiny.gguf", {"ffn_up": Q.Q8_0})
     monkeypatch.delitem(gguf.quants._type_traits, Q.Q8_0)
-    assert "the GGUF quantisation Q8_0 of blk.0.ffn_up.weight is unknown here" in refusal(file)
+    assert "the GGUF quantization Q8_0 of blk.0.ffn_up.weight is not known to the gguf package" in refusal(file)
 
 
 def test_a_tensor_that_does_not_fit_the_config(tmp_path: Path) -> None:
