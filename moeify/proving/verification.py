@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moeify.errors import VerificationError
 from moeify.tolerances import TOLERANCE
-from moeify.tracing.inputs import guess_inputs
+from moeify.tracing.inputs import candidate_inputs
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def random_inputs(model: nn.Module, seed: int = 0, *, like: Mapping[str, Any] | 
             return torch.ones(value.shape, dtype=torch.bool)
         return torch.randint(0, vocabulary, value.shape, generator=generator)
 
-    return {name: fill(value) for name, value in (guess_inputs(model) if like is None else like).items()}
+    return {name: fill(value) for name, value in (next(candidate_inputs(model)) if like is None else like).items()}
 
 
 def _evaluate(model: nn.Module, arguments: dict[str, Any]) -> Any:
