@@ -27,7 +27,7 @@ LAYERS = (
     "families methods routing tracing checkpoint",
     "plan",
     "config",
-    "errors tolerances kernels seeding",
+    "errors measure kernels seeding",
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer.split()}
 

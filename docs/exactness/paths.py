@@ -19,8 +19,8 @@ import moeify
 from moeify.checkpoint.source import open_source
 from moeify.errors import MoeifyError
 from moeify.layers import SparseMoE
+from moeify.measure import TOLERANCE
 from moeify.streaming.stream import Watch, convert_checkpoint, plan_checkpoint
-from moeify.tolerances import TOLERANCE
 
 CONFIG = moeify.MoEConfig(experts=4, top_k=2)
 Outputs = list[Tensor]

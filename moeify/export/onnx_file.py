@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moeify.errors import ConfigError, RefusedError, VerificationError
 from moeify.export.report import OnnxReport, Quantization, Target
 from moeify.export.requirements import check_installed, oldest_runtime, package_versions, runtime_version
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 
 if TYPE_CHECKING:
     import onnx_ir as ir

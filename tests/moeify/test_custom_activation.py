@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import moeify
 from moeify.config import MoEConfig
 from moeify.graph_convert import convert_graph
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.moeify.tiny import relative
 
 HIDDEN, INNER = 12, 29

@@ -13,8 +13,8 @@ from moeify.config import MoEConfig
 from moeify.errors import MoeifyError, RefusedError
 from moeify.graph_convert import convert_graph
 from moeify.layers import SparseMoE
+from moeify.measure import TOLERANCE
 from moeify.passes.lower import Lower
-from moeify.tolerances import TOLERANCE
 from tests.moeify import tiny
 
 CONFIG = MoEConfig(experts=5, top_k=2)

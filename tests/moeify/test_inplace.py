@@ -11,7 +11,7 @@ import moeify
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
 from moeify.layers import SparseMoE
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.moeify import tiny
 
 CONFIG = MoEConfig(experts=5, top_k=2)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moeify.measure import TOLERANCE
 from moeify.passes.find_ffn import FFN, FindFFN
-from moeify.tolerances import TOLERANCE
 from moeify.tracing.trace import trace
 
 HIDDEN, INNER = 10, 23

@@ -14,8 +14,8 @@ from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
 from moeify.kernels import reference
 from moeify.layers.balance import weighted_sum
+from moeify.measure import TOLERANCE
 from moeify.routing.routers import updated_bias
-from moeify.tolerances import TOLERANCE
 from tests.moeify.layers import make
 
 SPARSE = [name for name in make.CONFIGS if name != "soft"]

@@ -12,9 +12,9 @@ from torch import Tensor
 import moeify
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
+from moeify.measure import TOLERANCE
 from moeify.methods.change import dropped_neurons, noisy, redrawn
 from moeify.methods.parts import routed_parts, shared_parts
-from moeify.tolerances import TOLERANCE
 from tests.moeify import tiny
 
 # tiny.INTERMEDIATE is 57, 3 x 19

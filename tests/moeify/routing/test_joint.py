@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moeify.errors import ConfigError
+from moeify.measure import TOLERANCE
 from moeify.routing.joint import expert_choice, sinkhorn, soft_moe
 from moeify.routing.routers import softmax_topk
-from moeify.tolerances import TOLERANCE
 from tests.moeify.routing.draw import randn
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeify.errors import ConfigError
+from moeify.measure import TOLERANCE
 from moeify.routing.losses import (
     deepseek_sequence_loss,
     expert_counts,
@@ -23,7 +24,6 @@ from moeify.routing.losses import (
     z_loss,
 )
 from moeify.routing.routers import noisy_topk, sigmoid_grouped, softmax_topk
-from moeify.tolerances import TOLERANCE
 from tests.moeify.routing import draw
 
 randn = partial(draw.randn, dtype=torch.float64)

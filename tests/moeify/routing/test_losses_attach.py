@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moeify.measure import TOLERANCE
 from moeify.routing.losses import attach_loss, z_loss
 from moeify.routing.routers import softmax_topk
-from moeify.tolerances import TOLERANCE
 from tests.moeify.routing import draw
 
 randn = partial(draw.randn, dtype=torch.float64)

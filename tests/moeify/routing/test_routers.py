@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moeify.errors import ConfigError
+from moeify.measure import TOLERANCE
 from moeify.routing.routers import (
     gshard,
     hash_table,
@@ -24,7 +25,6 @@ from moeify.routing.routers import (
     switch,
     updated_bias,
 )
-from moeify.tolerances import TOLERANCE
 from tests.moeify.routing.draw import randn, seeded
 
 

@@ -14,10 +14,10 @@ from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
 from moeify.errors import CheckpointError
 from moeify.families.table import FAMILIES
+from moeify.measure import TOLERANCE
 from moeify.plan import Plan
 from moeify.proving.proof import verify_slice
 from moeify.streaming.stream import Watch
-from moeify.tolerances import TOLERANCE
 from tests.moeify import tiny
 
 CONFIG = MoEConfig(experts=3, top_k=2)

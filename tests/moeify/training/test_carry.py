@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import moeify
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.moeify import tiny
 
 IDS = torch.arange(60).reshape(4, 15) % tiny.VOCABULARY
