@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moeify.inplace import convert
     from moeify.plan import Plan
     from moeify.planning.make import find_ffns
-    from moeify.proving.verification import VerifyReport, verify
+    from moeify.proving.proof import VerifyReport, verify
     from moeify.training.bias import attach_bias_update, update_selection_bias
     from moeify.training.callback import RoutingCallback
     from moeify.training.control import freeze, param_groups, set_capacity
@@ -36,7 +36,7 @@ _HOME = {
     "OnnxReport": "export",
     "Plan": "plan",
     "RoutingCallback": "training.callback",
-    "VerifyReport": "proving.verification",
+    "VerifyReport": "proving.proof",
     "attach_bias_update": "training.bias",
     "aux_loss": "training.losses",
     "convert": "inplace",
@@ -51,7 +51,7 @@ _HOME = {
     "scale_attached_losses": "training.losses",
     "set_capacity": "training.control",
     "update_selection_bias": "training.bias",
-    "verify": "proving.verification",
+    "verify": "proving.proof",
 }
 
 __all__ = [

@@ -55,7 +55,7 @@ def _compare(source: Path, target: Path) -> None:
 
     from moeify.hub.loading import load
     from moeify.proving.perplexity import perplexity
-    from moeify.proving.verification import verify
+    from moeify.proving.proof import verify
 
     tokenizer: Any = AutoTokenizer.from_pretrained(target)
     ids_L = _text_ids(tokenizer)
