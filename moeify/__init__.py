@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeify import methods, routers
     from moeify.config import MoEConfig
     from moeify.errors import MoeifyError
     from moeify.export import OnnxReport, export_onnx
@@ -69,8 +70,10 @@ __all__ = [
     "find_ffns",
     "freeze",
     "load",
+    "methods",
     "param_groups",
     "register",
+    "routers",
     "routing_stats",
     "scale_attached_losses",
     "set_capacity",
@@ -79,7 +82,12 @@ __all__ = [
 ]
 
 
+_PACKAGES = {"methods", "routers"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"moeify.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'moeify' has no attribute {name!r}")
     return getattr(import_module(f"moeify.{_HOME[name]}"), name)

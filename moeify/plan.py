@@ -14,7 +14,7 @@ from typing import Any
 from moeify.config import MoEConfig
 from moeify.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `Plan.from_dict` is the inverse."""
-        return {"moeify": VERSION, **asdict(self)}
+        sites = [asdict(site) for site in self.sites]
+        return {"moeify": VERSION, **vars(self), "config": self.config.to_dict(), "sites": sites}
 
     def to_json(self) -> str:
         """Return the plan as JSON text; `Plan.from_json` is the inverse."""
@@ -167,7 +168,7 @@ class Plan:
         try:
             return Plan(
                 model_type=data["model_type"],
-                config=MoEConfig(**data["config"]),
+                config=MoEConfig.from_dict(data["config"]),
                 sites=tuple(_site(site) for site in data["sites"]),
                 target=data["target"],
             )

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from moeify.errors import RefusedError
-from moeify.layers.routing import HashRouter
+from moeify.layers import MoELayer
 from moeify.passes import dataflow as flow
 from moeify.passes.base import PassResult
 from moeify.passes.ffn import FFN
@@ -85,7 +85,7 @@ def _check_shape(ffn: FFN) -> None:
 
 
 def _check_tokens(graph: fx.Graph, ffn: FFN, layer: nn.Module) -> None:
-    routed_by_id = isinstance(getattr(layer, "router", None), HashRouter)
+    routed_by_id = isinstance(layer, MoELayer) and layer.config.router.needs_token_ids
     if routed_by_id and "token_ids" not in token_arguments(graph, ffn.ups[0].source):
         raise RefusedError(
             f"{ffn.name}: hash routing needs the token ids, and its activations (batch, length, hidden) are made from "

@@ -24,8 +24,8 @@ LAYERS = (
     "planning",
     "passes",
     "layers",
-    "families methods routing tracing checkpoint",
-    "plan",
+    "families methods routers tracing checkpoint",
+    "plan routing",
     "config",
     "errors tolerances kernels seeding",
 )

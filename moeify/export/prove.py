@@ -226,9 +226,7 @@ def _forward(model: nn.Module, inputs: Mapping[str, Tensor], pieces: tuple[int, 
 def _tokens_compete(model: nn.Module) -> bool:
     """Whether what happens to a token depends on the others of its forward pass, not only through attention."""
     layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    return any(
-        layer.eval_capacity_factor is not None or layer.config.router in {"expert_choice", "soft"} for layer in layers
-    )
+    return any(layer.eval_capacity_factor is not None or layer.config.router.joint for layer in layers)
 
 
 def _plain_case(model: nn.Module, captured: Interface, generator: torch.Generator, batch: int, sequence: int) -> Case:

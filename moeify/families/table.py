@@ -59,10 +59,10 @@ class Family:
 
 # What a native format cannot hold: it routes by top-k softmax without a limit, and trains with its own balancing loss.
 _UNSAID = (
-    "router", "capacity_factor", "eval_capacity_factor", "shared_experts", "balance", "normalize_topk", "balance_level",
-    "z_loss", "attach_losses", "jitter", "expert_dropout",
+    "router", "capacity_factor", "eval_capacity_factor", "shared_experts", "balance", "divide_loss_by_top_k",
+    "balance_level", "z_loss", "attach_losses", "jitter", "expert_dropout",
 )  # fmt: skip
-_DEFAULTS = MoEConfig.__dataclass_fields__
+_DEFAULTS = MoEConfig(1, 1)
 
 _NO_ATTENTION_BIAS = _is("attention_bias", False, "the format has no attention biases")
 _NO_MLP_BIAS = _is("mlp_bias", False, "the experts have no biases")
@@ -205,7 +205,7 @@ def why_not(family: Family, plan: Plan, config: Config) -> str | None:
         return f"{dense} of its layers stay dense, and every layer of {family.model_type} is an MoE"
     if not plan.config.renormalize and not family.any_layer:
         return f"{family.model_type} always renormalises the weights of the chosen experts"
-    unsaid = [field for field in _UNSAID if getattr(plan.config, field) != _DEFAULTS[field].default]
+    unsaid = [field for field in _UNSAID if getattr(plan.config, field) != getattr(_DEFAULTS, field)]
     if unsaid:
         value = getattr(plan.config, unsaid[0])
         return f"{family.model_type} has no place for {unsaid[0]} = {value!r}; moeify format holds it"

@@ -47,9 +47,9 @@ class MoeifyLoader(HfQuantizer):
         plan = self.plan_for(model)
         custom = any(site.activation == "custom" for site in plan.sites)
         regions = survey(trace(model)).regions if custom else {}
-        if plan.config.router == "sigmoid":
-            untyped: Any = model  # whatever dtype is asked for: the bias's steps would be lost in bfloat16
-            untyped._keep_in_fp32_modules_strict = {*(untyped._keep_in_fp32_modules_strict or ()), "selection_bias"}
+        if kept := plan.config.router.kept_in_float32:
+            untyped: Any = model
+            untyped._keep_in_fp32_modules_strict = {*(untyped._keep_in_fp32_modules_strict or ()), *kept}
         return apply_plan(model, plan, regions, fill=False)
 
     def postprocess_model(self, model: nn.Module, **_: Any) -> nn.Module:

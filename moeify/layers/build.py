@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from moeify.config import MoEConfig
 from moeify.layers.experts import Experts
 from moeify.layers.moe import MoELayer, SparseMoE
-from moeify.layers.routing import ROUTERS
-from moeify.layers.soft import SoftMoE, SoftRouter
-from moeify.layers.start import router_start
-from moeify.methods import DenseFFN
-from moeify.methods.parts import Part, routed_parts, shared_parts
+from moeify.layers.soft import SoftMoE
+from moeify.methods.parts import DenseFFN, Part, routed_parts, shared_parts
 from moeify.plan import Site
+from moeify.routers.base import RouterModule
 
 
 def build_layer(site: Site, config: MoEConfig, region: nn.Module | None, like: Tensor) -> MoELayer:
@@ -27,11 +27,9 @@ def build_layer(site: Site, config: MoEConfig, region: nn.Module | None, like: T
     """
     experts = _stack(site, config, config.experts, region, like)
     shared = _stack(site, config, config.shared_experts, region, like) if config.shared_experts else None
-    if config.router == "soft":
-        soft = SoftRouter(site.hidden, config, device=like.device, dtype=like.dtype)
-        return SoftMoE(soft, experts, shared, dropout=site.dropout, path=site.path)
-    router = ROUTERS[config.router](site.hidden, config, device=like.device, dtype=like.dtype)
-    return SparseMoE(router, experts, shared, dropout=site.dropout, path=site.path)
+    router = cast(RouterModule, config.router.module(site.hidden, config, device=like.device, dtype=like.dtype))
+    layer = SoftMoE if config.router.mixes_tokens else SparseMoE
+    return layer(router, experts, shared, dropout=site.dropout, path=site.path)
 
 
 def _stack(site: Site, config: MoEConfig, count: int, region: nn.Module | None, like: Tensor) -> Experts:
@@ -39,7 +37,7 @@ def _stack(site: Site, config: MoEConfig, count: int, region: nn.Module | None, 
     return Experts(
         site.hidden,
         site.intermediate // config.granularity,
-        experts=count,
+        num_experts=count,
         activation=site.activation,
         gated=site.gated,
         up_rows=sum(rows.count for rows in site.ups) // config.granularity,
@@ -68,7 +66,7 @@ def start_layer(layer: MoELayer, site: Site, dense: DenseFFN) -> None:
             for parameter, value in expert_values(site, part, dense).items():
                 stack.get_parameter(parameter)[expert].copy_(value)
     state = layer.router.state_dict(keep_vars=True)
-    for name, start in router_start(layer.config, site.hidden, layer.path).items():
+    for name, start in layer.config.router.start(layer.config, site.hidden, layer.path).items():
         state[name].copy_(start.build())
 
 

@@ -21,7 +21,25 @@ import torch
 from torch import Tensor
 
 from moeify.config import MoEConfig
-from moeify.methods.change import dropped_neurons, noisy, redrawn
+from moeify.config.contracts import MethodChoice
+from moeify.methods.copy import Copy
+
+
+@dataclass(frozen=True)
+class DenseFFN:
+    """The weights of one FFN, each stored (out, in).
+
+    Attributes:
+        up_JH: Up projections, gate rows then up rows.
+        down_HI: Down projection.
+        up_bias_J: Bias of the up projections, or None.
+        down_bias_H: Bias of the down projection, or None.
+    """
+
+    up_JH: Tensor
+    down_HI: Tensor
+    up_bias_J: Tensor | None
+    down_bias_H: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,7 @@ class Part:
     Attributes:
         name: The expert's name in the model; its random numbers depend on this and the seed.
         config: The settings.
-        method: "copy", or what else makes it differ from the FFN.
+        method: What makes it differ from the FFN.
         shard: Which shard of the intermediate width it holds, of `config.granularity`.
         down_scale: Multiplies the projection back.
         bias_scale: Multiplies the bias of the projection back.
@@ -39,7 +57,7 @@ class Part:
 
     name: str
     config: MoEConfig
-    method: str
+    method: MethodChoice
     shard: int
     down_scale: float
     bias_scale: float
@@ -68,21 +86,13 @@ class Part:
 
     def moments(self) -> Part:
         """Return the same part for moments of the weights, which are cut and neither changed nor scaled."""
-        return Part(self.name, self.config, "copy", self.shard, 1.0, 1.0)
+        return Part(self.name, self.config, Copy(), self.shard, 1.0, 1.0)
 
     def _cut(self, tensor: Tensor, axis: int) -> Tensor:
         return tensor.chunk(self.config.granularity, axis)[self.shard]
 
     def _changed(self, weight: Tensor, which: str, axis: int) -> Tensor:
-        config, name = self.config, f"{self.name}.{which}"
-        match self.method:
-            case "noise":
-                return noisy(weight, config.share, config.noise_std, config.seed, name)
-            case "drop":
-                neurons = dropped_neurons(weight.shape[axis], config.share, config.seed, f"{self.name}.neurons")
-                return redrawn(weight, neurons, axis, config.seed, name)
-            case _:
-                return weight
+        return self.method.changed(weight, axis, self.config.seed, self.name, which)
 
 
 def routed_parts(config: MoEConfig, path: str) -> list[Part]:
@@ -102,7 +112,7 @@ def shared_parts(config: MoEConfig, path: str) -> list[Part]:
     for expert in range(config.shared_experts):
         shard = expert % config.granularity
         down_scale, bias_scale = 1 / (1 + _holders(config, shard)), 1 / (1 + config.shared_experts)
-        parts.append(Part(f"{path}.shared_expert.{expert}", config, "copy", shard, down_scale, bias_scale))
+        parts.append(Part(f"{path}.shared_expert.{expert}", config, Copy(), shard, down_scale, bias_scale))
     return parts
 
 

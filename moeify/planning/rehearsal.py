@@ -6,7 +6,7 @@ from torch import nn
 
 from moeify.errors import MoeifyError, RefusedError
 from moeify.layers import MoELayer
-from moeify.layers.batch import Batch
+from moeify.layers.model_inputs import ModelInputs
 from moeify.plan import Plan
 from moeify.planning.make import Survey
 from moeify.planning.replacement import apply_plan
@@ -23,9 +23,9 @@ def rehearse(model: nn.Module, plan: Plan, found: Survey, example_inputs: Inputs
     """
     twin = apply_plan(meta_twin(model).eval(), plan, found.regions, fill=False)
     layers = [module for module in twin.modules() if isinstance(module, MoELayer)]
-    if plan.config.router != "hash":  # which needs the token ids of the whole model
+    if not plan.config.router.needs_token_ids:
         for layer in layers:
-            layer.batch = Batch()  # a part must not read what a trace of the whole left behind when it failed
+            layer.model_inputs = ModelInputs()  # a part must not read what a failed trace of the whole left
     if _runs(twin, layers, example_inputs):
         return
     try:

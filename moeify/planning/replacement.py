@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import fx, nn
 
-from moeify.layers.batch import connect
 from moeify.layers.build import build_layer, start_layer
+from moeify.layers.model_inputs import connect
 from moeify.passes.activation import bind
 from moeify.plan import Plan
 from moeify.planning.weights import dense_ffn, held

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moeify.methods import DenseFFN
+from moeify.methods.parts import DenseFFN
 from moeify.plan import Rows, Site
 
 Read = Callable[[str], Tensor]

@@ -9,14 +9,12 @@ Shape suffixes: T tokens, E experts, K experts per token, N = K*T places (all fi
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from moeify.config.settings import DropOrder
 from moeify.errors import ConfigError
-
-DropOrder = Literal["position", "probability", "random", "batch_prioritized"]
 
 
 def exact_factor(factor: float | Fraction) -> Fraction:

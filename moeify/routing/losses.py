@@ -43,14 +43,14 @@ def load_balancing_loss(
     scores_TE: Tensor,
     expert_ids_TK: Tensor,
     *,
-    normalize_topk: bool,
+    divide_by_top_k: bool,
     mask_T: Tensor | None = None,
     sequences: int = 1,
     counts_E: Tensor | None = None,
 ) -> Tensor:
     """E * sum_e f_e P_e: f_e the share of tokens that chose e, P_e the mean probability of e (Switch Transformer).
 
-    One name, two scales. With `normalize_topk` f is divided by K, as in MegaBlocks, Megatron and DeepSeek: **1**
+    One name, two scales. With `divide_by_top_k` f is divided by K, as in MegaBlocks, Megatron and DeepSeek: **1**
     balanced, **E/K** collapsed. Without, f sums to K, as in flaxformer and transformers' Mixtral: **K** balanced, **E**
     collapsed. For K = 1 they agree. GShard counts first choices only: pass `expert_ids_TK[:, :1]`.
 
@@ -63,7 +63,7 @@ def load_balancing_loss(
     Args:
         scores_TE: (T, E) probabilities. The gradient flows through these alone.
         expert_ids_TK: (T, K) int64; E counts as no choice.
-        normalize_topk: The scale, as above.
+        divide_by_top_k: The scale, as above.
         mask_T: (T,) bool, False for padding.
         sequences: B, which divides T.
         counts_E: (E,), used for f instead of this batch's own counts; its sum stands for K times the tokens counted.
@@ -83,7 +83,7 @@ def load_balancing_loss(
         share_BE = counts_E.to(mean_BE.dtype) / counts_E.sum().clamp(min=1)
     loss_B = experts * (share_BE * mean_BE).sum(-1)
     loss = loss_B.sum() / (tokens_B1 > 0).sum().clamp(min=1)
-    return loss if normalize_topk else top_k * loss
+    return loss if divide_by_top_k else top_k * loss
 
 
 def deepseek_sequence_loss(
@@ -104,7 +104,7 @@ def deepseek_sequence_loss(
         () in the dtype of scores_TE.
     """
     ids_TK = scores_TE.topk(top_k, dim=-1).indices
-    return load_balancing_loss(scores_TE, ids_TK, normalize_topk=True, mask_T=mask_T, sequences=sequences)
+    return load_balancing_loss(scores_TE, ids_TK, divide_by_top_k=True, mask_T=mask_T, sequences=sequences)
 
 
 def z_loss(logits_TE: Tensor, *, mask_T: Tensor | None = None) -> Tensor:

@@ -13,12 +13,12 @@ from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
 from moeify.errors import CheckpointError
 from moeify.families.table import FAMILIES, MOEIFY, SHARED_WIDTH, layer_number
 from moeify.layers.build import expert_parts
-from moeify.layers.start import StartValue, router_start
 from moeify.methods.parts import Part as ExpertPart
 from moeify.methods.parts import routed_parts
 from moeify.plan import Plan, Rows, Site
 from moeify.planning.weights import dense_rows, up_bias
-from moeify.routing.routers import router_init
+from moeify.routers.base import StartValue
+from moeify.routing.logits import router_init
 from moeify.tracing.skeleton import StoredNames, build_on_meta, may_be_missing, stored_names
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class _Maker:
 
     def stacked(self, site: Site) -> Iterator[OutTensor]:
         """A site in moeify format: the state dict of the layer."""
-        for name, start in router_start(self.plan.config, site.hidden, site.path).items():
+        for name, start in self.plan.config.router.start(self.plan.config, site.hidden, site.path).items():
             yield self.started(start, site, f"{site.path}.router.{name}")
         for stack, parts in expert_parts(site, self.plan.config).items():
             experts = self.experts(site, parts)
@@ -122,7 +122,7 @@ class _Maker:
         made: dict[object, dict[str, OutTensor]] = {}
         experts = []
         for part in parts:
-            key = (part.shard, part.down_scale) if part.method == "copy" else part.name
+            key = (part.shard, part.down_scale) if part.method.exact else part.name
             if key not in made:
                 made[key] = self.expert(site, part)
             experts.append(made[key])
@@ -150,7 +150,7 @@ class _Maker:
         """An expert's rows of one projection into the intermediate width."""
         whole = site.ups[index]
         rows = whole.shard(part.shard, self.plan.config.granularity)
-        verbatim = self.verbatim(site, rows) if part.method == "copy" else None
+        verbatim = self.verbatim(site, rows) if part.method.exact else None
 
         def build() -> torch.Tensor:
             return part.up(dense_rows(whole, self.read, site.transposed), index)
@@ -168,14 +168,14 @@ class _Maker:
 
     def down(self, site: Site, part: ExpertPart) -> tuple[Part | Compute, ...]:
         """An expert's projection back (H, F)."""
-        whole = part.method == "copy" and part.down_scale == 1 and self.plan.config.granularity == 1
+        whole = part.method.exact and part.down_scale == 1 and self.plan.config.granularity == 1
         verbatim = self.verbatim(site, site.down) if whole else None
         return verbatim or (lambda: part.down(dense_rows(site.down, self.read, site.transposed)),)
 
     def native(self, site: Site) -> Iterator[OutTensor]:
         """A site in the key layout of a native family."""
         family, dtype, layer = FAMILIES[self.plan.target], self.site_dtype(site), layer_number(site.path)
-        router = router_start(self.plan.config, site.hidden, site.path)["weight"]
+        router = self.plan.config.router.start(self.plan.config, site.hidden, site.path)["weight"]
         yield self.started(router, site, family.router.format(layer=layer))
         for number, expert in enumerate(self.experts(site, routed_parts(self.plan.config, site.path))):
             both, down = expert["gate_up_proj"], expert["down_proj"]

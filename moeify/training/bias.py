@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moeify.errors import MoeifyError
 from moeify.layers import MoELayer
-from moeify.layers.routing import SigmoidRouter
+from moeify.routers.base import RouterModule
 from moeify.training.layers_of import layers_of
 
 
@@ -43,8 +43,8 @@ def update_selection_bias(model: nn.Module, group: dist.ProcessGroup | None = No
     for layer, counts_E in zip(layers, counts, strict=True):
         layer.counts_E = None
         for router in layer.router.modules():  # PEFT may have put a wrapper around it
-            if isinstance(router, SigmoidRouter):
-                router.update_bias(counts_E.to(router.selection_bias.device))
+            if isinstance(router, RouterModule):
+                router.update_bias(counts_E)
 
 
 def attach_bias_update(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
@@ -61,7 +61,7 @@ def attach_bias_update(model: nn.Module, optimizer: Optimizer) -> RemovableHandl
         MoeifyError: no layer has a selection bias.
     """
     if not _biased(model):
-        raise MoeifyError("no layer has a selection bias: convert with router='sigmoid' and a bias_rate above 0")
+        raise MoeifyError("no layer has a selection bias: convert with router=moeify.routers.Sigmoid(bias_rate=1e-3)")
 
     def update(*_: Any) -> None:
         update_selection_bias(model)
@@ -71,4 +71,4 @@ def attach_bias_update(model: nn.Module, optimizer: Optimizer) -> RemovableHandl
 
 
 def _biased(model: nn.Module) -> list[MoELayer]:
-    return [layer for layer in layers_of(model).values() if layer.config.bias_rate]
+    return [layer for layer in layers_of(model).values() if layer.config.router.updates_bias]

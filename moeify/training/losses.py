@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moeify.errors import MoeifyError
 from moeify.layers import MoELayer
-from moeify.layers.balance import weighted_sum
+from moeify.routing.balance import weighted_sum
 from moeify.training.layers_of import layers_of
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moeify.errors import MoeifyError
 from moeify.layers import MoELayer
-from moeify.layers.moe import Record
+from moeify.layers.moe import ForwardRecord
 from moeify.routing.losses import expert_counts
 from moeify.training.layers_of import layers_of
 
@@ -53,7 +53,7 @@ def routing_stats(model: nn.Module) -> dict[str, LayerStats]:
     return {path: _stats(path, layer, layer.record) for path, layer in ran.items() if layer.record is not None}
 
 
-def _stats(path: str, layer: MoELayer, record: Record) -> LayerStats:
+def _stats(path: str, layer: MoELayer, record: ForwardRecord) -> LayerStats:
     scores_TE, ids_TK, mask_T = record.routing.scores_TE, record.routing.expert_ids_TK, record.mask_T
     counts = expert_counts(ids_TK, layer.config.experts, mask_T=mask_T).tolist()
     entropy = _mean_entropy(scores_TE if mask_T is None else scores_TE[mask_T])

@@ -26,11 +26,11 @@ ROUTERS = {
     "switch": MoEConfig.switch(4),
     "gshard": MoEConfig.gshard(4),
     "noisy_topk": MoEConfig.noisy_topk(4, 2),
-    "sigmoid": MoEConfig.deepseek_v3(4, 2, groups=2, groups_kept=1, routed_scale=1.0),
+    "sigmoid": MoEConfig.deepseek_v3(4, 2, router={"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.0}),
     "expert_choice": MoEConfig.expert_choice(4),
     "sinkhorn": MoEConfig(4, 2, router="sinkhorn"),
-    "hash": MoEConfig(4, 1, router="hash", vocabulary=VOCABULARY),
-    "soft": MoEConfig(4, 1, router="soft", slots=2),
+    "hash": MoEConfig(4, 1, router=moeify.routers.Hash(vocab_size=VOCABULARY)),
+    "soft": MoEConfig(4, 1, router=moeify.routers.Soft(slots=2)),
 }
 
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
 from moeify.kernels import reference
-from moeify.layers.balance import weighted_sum
-from moeify.routing.routers import updated_bias
+from moeify.routers.sigmoid import updated_bias
+from moeify.routing.balance import weighted_sum
 from moeify.tolerances import TOLERANCE
 from tests.moeify.layers import make
 
@@ -160,7 +160,7 @@ def test_attached_losses_give_the_gradients_of_losses_that_are_added() -> None:
 
 @pytest.mark.parametrize("level", ["batch", "sequence"])
 def test_levels_of_balance(level: str) -> None:
-    layer = make.layer(MoEConfig(5, 2, balance_level=level, normalize_topk=True))
+    layer = make.layer(MoEConfig(5, 2, balance_level=level, divide_loss_by_top_k=True))
     call(layer, make.inputs(3, 7))
     routing = layer.record.routing
     parts = [slice(0, 21)] if level == "batch" else [slice(0, 7), slice(7, 14), slice(14, 21)]

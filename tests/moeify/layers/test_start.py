@@ -17,9 +17,9 @@ from tests.moeify import tiny
 CONFIGS = {
     "switch": MoEConfig.switch(5),
     "noisy_topk": MoEConfig.noisy_topk(5, 2),
-    "deepseek_v3": MoEConfig.deepseek_v3(6, 2, groups=3, groups_kept=2, routed_scale=1.0),
-    "hash": MoEConfig(5, 1, router="hash", vocabulary=tiny.VOCABULARY, aux_loss=0.0),
-    "soft": MoEConfig(5, 2, router="soft", slots=2, aux_loss=0.0),
+    "deepseek_v3": MoEConfig.deepseek_v3(6, 2, router={"n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.0}),
+    "hash": MoEConfig(5, 1, router=moeify.routers.Hash(vocab_size=tiny.VOCABULARY), aux_loss=0.0),
+    "soft": MoEConfig(5, 2, router=moeify.routers.Soft(slots=2), aux_loss=0.0),
 }
 
 
@@ -53,7 +53,7 @@ def test_a_bias_that_was_moved_stays_float32_in_a_bfloat16_model(tmp_path: Path)
 @pytest.mark.parametrize(
     ("config", "field"),
     [
-        (CONFIGS["deepseek_v3"], "router = 'sigmoid'"),
+        (CONFIGS["deepseek_v3"], "router = Sigmoid"),
         (MoEConfig(5, 2, eval_capacity_factor=2.0), "eval_capacity_factor"),
         (MoEConfig(5, 2, z_loss=1e-3), "z_loss"),
         (MoEConfig(5, 2, shared_experts=1), "shared_experts"),

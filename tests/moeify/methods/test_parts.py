@@ -22,9 +22,9 @@ CONFIGS = {
     "granularity": MoEConfig(6, 3, granularity=3),
     "shared": MoEConfig(5, 2, shared_experts=2),
     "shared shards": MoEConfig(6, 3, granularity=3, shared_experts=4),
-    "sigmoid shards": MoEConfig(12, 3, granularity=3, router="sigmoid", groups=2, shared_experts=1),
+    "sigmoid shards": MoEConfig(12, 3, granularity=3, router=moeify.routers.Sigmoid(n_group=2), shared_experts=1),
     "noise": MoEConfig(4, 2, method="noise"),
-    "drop": MoEConfig(6, 3, method="drop", share=0.4, granularity=3, shared_experts=1),
+    "drop": MoEConfig(6, 3, method=moeify.methods.Drop(share=0.4), granularity=3, shared_experts=1),
 }
 
 
@@ -84,7 +84,7 @@ def test_dropped_neurons_are_drawn_from_what_they_replace_and_the_others_stay(ax
 
 
 def test_an_expert_loses_the_same_neurons_in_all_its_projections() -> None:
-    config = MoEConfig(2, 1, method="drop", share=0.5)
+    config = MoEConfig(2, 1, method=moeify.methods.Drop(share=0.5))
     first, second = routed_parts(config, "mlp")
     up, down = torch.arange(80.0).reshape(20, 4), torch.arange(40.0).reshape(4, 10)
     lost = {part.name: (part.down(down) != down).all(0) for part in (first, second)}

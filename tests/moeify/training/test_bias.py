@@ -11,7 +11,7 @@ import torch
 import moeify
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
-from moeify.routing.routers import updated_bias
+from moeify.routers.sigmoid import updated_bias
 from tests.moeify.layers import make
 
 CONFIG = make.CONFIGS["deepseek_v3"]
@@ -43,7 +43,7 @@ def test_an_optimizer_step_moves_the_bias_once_by_all_micro_batches() -> None:
 
 
 def test_the_bias_balances_a_collapsed_router() -> None:
-    model = make.layer(MoEConfig(5, 1, router="sigmoid", bias_rate=0.02, aux_loss=0.0))
+    model = make.layer(MoEConfig(5, 1, router=moeify.routers.Sigmoid(bias_rate=0.02), aux_loss=0.0))
     with torch.no_grad():
         model.router.weight[3] = 0.5
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -59,7 +59,7 @@ def test_the_bias_balances_a_collapsed_router() -> None:
 
 def test_a_model_without_such_a_router_is_told() -> None:
     model = make.layer(MoEConfig(5, 2))
-    with pytest.raises(MoeifyError, match="router='sigmoid'"):
+    with pytest.raises(MoeifyError, match=r"moeify\.routers\.Sigmoid"):
         moeify.attach_bias_update(model, torch.optim.SGD(model.parameters(), lr=0.1))
     moeify.update_selection_bias(model)
 

@@ -20,7 +20,7 @@ from tests.moeify import tiny
 
 tf: Any = transformers
 CONFIGS = {
-    "deepseek_v3": MoEConfig.deepseek_v3(6, 2, groups=3, groups_kept=2, attach_losses=True),
+    "deepseek_v3": MoEConfig.deepseek_v3(6, 2, router={"n_group": 3, "topk_group": 2}, attach_losses=True),
     "switch": MoEConfig.switch(5, attach_losses=True),
 }
 

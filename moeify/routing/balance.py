@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeify.config import MoEConfig
 from moeify.routing import losses
-from moeify.routing.routers import Routing
+from moeify.routing.record import Routing
 
 
 def layer_losses(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None, sequences: int) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def _balance(routing: Routing, config: MoEConfig, mask_T: Tensor | None, sequenc
     return losses.load_balancing_loss(
         scores_TE,
         ids_TK,
-        normalize_topk=config.normalize_topk,
+        divide_by_top_k=config.divide_loss_by_top_k,
         mask_T=mask_T,
         sequences=sequences if config.balance_level == "sequence" else 1,
         counts_E=None if group is None else losses.expert_counts(ids_TK, config.experts, mask_T=mask_T, group=group),

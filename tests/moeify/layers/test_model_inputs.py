@@ -10,7 +10,7 @@ from torch import nn
 import moeify
 from moeify.config import MoEConfig
 from moeify.layers import SparseMoE
-from moeify.layers.batch import Batch
+from moeify.layers.model_inputs import ModelInputs
 from tests.moeify import tiny
 
 IDS = torch.arange(40).reshape(4, 10) % tiny.VOCABULARY
@@ -48,13 +48,13 @@ def test_a_copy_hears_of_its_own_mask() -> None:
     model, layers = converted("llama", MoEConfig(5, 2))
     other = copy.deepcopy(model)
     other(input_ids=IDS, attention_mask=MASK)
-    assert all(layer.batch.mask is None for layer in layers)
+    assert all(layer.model_inputs.mask is None for layer in layers)
     found = [layer for layer in other.modules() if isinstance(layer, SparseMoE)]
     assert all(layer.record is not None and layer.record.mask_T is not None for layer in found)
 
 
 def test_hash_routing_in_a_model_follows_the_token_ids_with_a_cache_too() -> None:
-    config = MoEConfig(5, 1, router="hash", vocabulary=tiny.VOCABULARY)
+    config = MoEConfig(5, 1, router=moeify.routers.Hash(vocab_size=tiny.VOCABULARY))
     model, layers = converted("llama", config)
     dense: Any = tiny.build("llama")
     prompt = {"input_ids": IDS[:1, :4], "max_new_tokens": 5, "do_sample": False}
@@ -68,7 +68,7 @@ def test_hash_routing_in_a_model_follows_the_token_ids_with_a_cache_too() -> Non
 
 
 def test_a_tower_of_another_length_is_told_nothing_and_an_export_leaves_nothing() -> None:
-    batch = Batch(("input_ids",))
+    batch = ModelInputs(("input_ids",))
     batch(nn.Identity(), (IDS,), {"attention_mask": MASK})
     assert batch.tokens(torch.zeros(4, 1, 8)) == (None, None)
     assert batch.tokens(torch.zeros(4, 7, 8)) == (None, None)
@@ -76,4 +76,4 @@ def test_a_tower_of_another_length_is_told_nothing_and_an_export_leaves_nothing(
     assert mask is not None and ids is not None and mask.equal(MASK.flatten().bool()) and ids.equal(IDS.flatten())
     model, layers = converted("llama", MoEConfig(5, 2))
     torch.export.export(model, (), {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}, strict=False)
-    assert all(layer.batch.mask is None and layer.batch.token_ids is None for layer in layers)
+    assert all(layer.model_inputs.mask is None and layer.model_inputs.token_ids is None for layer in layers)

@@ -1,7 +1,7 @@
 """What a model was called with, for the MoE layers inside it: the padding mask and the token ids.
 
 A layer sees activations only. The nearest module around it whose forward takes `input_ids` and `attention_mask` tells
-it of both, through a hook and one `Batch` that the layers below share.
+it of both, through a hook and one `ModelInputs` that the layers below share.
 
 Shape legend: B sequences, L positions, T = B·L tokens.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 _NAMES = ("input_ids", "attention_mask")
 
 
-class Batch:
+class ModelInputs:
     """The arguments of the forward pass that is going on, or of the last one.
 
     Args:
@@ -87,17 +87,17 @@ def connect(model: nn.Module, layers: Mapping[str, Any]) -> None:
         model: The model.
         layers: Layers with a `batch`, by their paths in it.
     """
-    owners: dict[str, Batch] = {}
+    owners: dict[str, ModelInputs] = {}
     for path, layer in layers.items():
         owner = _owner(model, path)
         if owner is None:
             continue
         if owner not in owners:
             module = model.get_submodule(owner)
-            owners[owner] = Batch(tuple(inspect.signature(module.forward).parameters))
+            owners[owner] = ModelInputs(tuple(inspect.signature(module.forward).parameters))
             module.register_forward_pre_hook(owners[owner], with_kwargs=True)
             module.register_forward_hook(owners[owner].forget)
-        layer.batch = owners[owner]
+        layer.model_inputs = owners[owner]
 
 
 def _owner(model: nn.Module, path: str) -> str | None:
