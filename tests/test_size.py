@@ -65,7 +65,9 @@ def test_any_is_rare_in_the_library() -> None:
     total, allowed = sum(counts.values()), ANY_PER_1000_LINES * lines // 1000
     most = sorted(counts.items(), key=lambda item: -item[1])[:20]
     report = "\n".join(f"{count:4} {path}" for path, count in most)
-    assert total <= allowed, f"Any is used {total} times in {lines} lines, expected at most {allowed}; most of all in\n{report}"
+    assert total <= allowed, (
+        f"Any is used {total} times in {lines} lines, expected at most {allowed}; most of all in\n{report}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,9 @@ def files() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_a_training_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_example_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = files()
     run(f"{name}.run", monkeypatch, "--quick")
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
