@@ -16,11 +16,10 @@ LIBRARY = {
     "passes": "graph in, graph out; imported as moeify.passes",
     "kernels": "tensors in, tensors out; imported as moeify.kernels; knows nothing of models or graphs",
 }
-# Folders without a docstring of their own.
+# kernels/ has no __init__.py, and so no docstrings of folders.
 FOLDERS = {
     "kernels/gpu": "Triton kernels, and the host code that launches them",
     "kernels/tools": "Reports, tuning and self-checks of the kernels",
-    "passes/matching": "What FindFFN knows about graphs",
 }
 # What else the repository holds, and where the row of each file stands.
 BESIDE = {
@@ -34,24 +33,26 @@ PROGRAMS = ("sweeps",)  # of BESIDE: their files are listed, too
 
 
 def summary(path: Path) -> str:
-    """The first sentence of a module's docstring, or as much of it as fits: up to a colon or a semicolon.
+    """Return the first sentence of a module's docstring, or as much of it as fits: up to a colon or a semicolon.
 
     Raises:
         ValueError: No part of it fits, or there is no docstring.
     """
     text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[a-z0-9)`'])\.(?:\s|$)", text)[0]
+    sentence = re.split(r"(?<! al)(?<! vs)\.(?:\s|$)", text)[0]
     room = WIDTH - NAMES
     ends = [len(sentence), *(match.start() for match in re.finditer(r"[:;](?=\s)", sentence))]
     fitting = [end for end in ends if 0 < end <= room]
     if not fitting:
-        raise ValueError(f"{path.relative_to(ROOT)}: the first sentence of its docstring needs {len(sentence)} columns, "
-                         f"expected 1 to {room}: shorten it, or put a colon where it may end")  # fmt: skip
+        raise ValueError(
+            f"{path.relative_to(ROOT)}: the first sentence of its docstring needs {len(sentence)} columns, expected 1 to "
+            f"{room}: shorten it, or put a colon where it may end"
+        )
     return sentence[: max(fitting)]
 
 
 def rows(folder: Path, indent: int) -> list[str]:
-    """The files of a folder, packages with their files below them."""
+    """Return the rows of a folder: files, and packages with their files below them."""
     found = []
     for path in sorted(folder.iterdir(), key=lambda path: (path.is_file(), path.name)):
         inside = path.relative_to(ROOT).as_posix()
@@ -64,12 +65,12 @@ def rows(folder: Path, indent: int) -> list[str]:
 
 
 def row(indent: int, name: str, text: str) -> str:
-    """One row; the texts stand below each other."""
+    """Return one row; the texts stand below each other."""
     return f"{' ' * indent}{name:<{NAMES - indent}}{text}"
 
 
 def draw() -> str:
-    """The whole tree."""
+    """Return the whole tree."""
     drawn = []
     for folder, text in LIBRARY.items():
         drawn += [row(0, f"{folder}/", text), *rows(ROOT / folder, 2)]
