@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.gpu_candidates import CANDIDATES, Candidate, Inputs, refusal
 from moeify.kernels.selfcheck import self_check
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 
 # Tokens, hidden, inner, experts, top-k.
 SHAPES = {

@@ -19,7 +19,7 @@ from torch import Tensor
 from moeify.kernels import reference
 from moeify.kernels.layout import routing_layout
 from moeify.kernels.ops import combine, dispatch, experts
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 
 Weights = tuple[Tensor, ...]
 CHECKED = 512  # tokens: the reference takes experts one by one

@@ -29,7 +29,7 @@ from exactness.paths import check_paths
 from exactness.small import small_model
 from generate_architectures import model_types
 
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "exactness.json", HERE / "exactness.md"

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeify import methods, routers
     from moeify.config import MoEConfig
+    from moeify.conversion.dense import find_ffns
+    from moeify.conversion.graph import convert_graph
+    from moeify.conversion.module import convert
     from moeify.errors import MoeifyError
-    from moeify.export import OnnxReport, export_onnx
-    from moeify.graph_convert import convert_graph
+    from moeify.export.onnx_file import export_onnx
+    from moeify.export.report import OnnxReport
     from moeify.hub.loading import load
     from moeify.hub.registration import register
-    from moeify.inplace import convert
     from moeify.plan import Plan
-    from moeify.planning.make import find_ffns
     from moeify.proving.verification import VerifyReport, verify
     from moeify.training.bias import attach_bias_update, update_selection_bias
     from moeify.training.callback import RoutingCallback
@@ -33,16 +34,16 @@ _HOME = {
     "LayerStats": "training.stats",
     "MoEConfig": "config",
     "MoeifyError": "errors",
-    "OnnxReport": "export",
+    "OnnxReport": "export.report",
     "Plan": "plan",
     "RoutingCallback": "training.callback",
     "VerifyReport": "proving.verification",
     "attach_bias_update": "training.bias",
     "aux_loss": "training.losses",
-    "convert": "inplace",
-    "convert_graph": "graph_convert",
-    "export_onnx": "export",
-    "find_ffns": "planning.make",
+    "convert": "conversion.module",
+    "convert_graph": "conversion.graph",
+    "export_onnx": "export.onnx_file",
+    "find_ffns": "conversion.dense",
     "freeze": "training.control",
     "load": "hub.loading",
     "param_groups": "training.control",

@@ -102,6 +102,7 @@ def test_imports_point_down(path: Path) -> None:
     ("unit", "source"),
     [
         ("planning", "from moeify.conversion.checkpoint import convert_checkpoint"),
+        ("training", "from moeify.conversion.module import convert"),
         ("conversion", "from moeify.hub.loading import load"),
         ("routing", "from moeify.routers.softmax import Softmax"),
         ("config", "import moeify.routers"),

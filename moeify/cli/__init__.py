@@ -20,7 +20,6 @@ COMMANDS = {
     "verify": "Compare the logits of a dense model and its MoE; exit 1 above tolerance.",
     "export": "Export a checkpoint to a sparse ONNX model, proved in ONNX Runtime.",
     "run": "Generate text with an exported ONNX model.",
-    "passes": "List the graph passes: what each does, before and after.",
     "doctor": "Say what this machine can run, and check the kernels on it.",
     "demo": "Convert a real 135M-parameter model, prove it, and let it speak.",
 }

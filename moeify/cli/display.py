@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from moeify.passes.find_ffn import Inspection, Refusal
+    from moeify.conversion.cost import Cost
+    from moeify.passes.ffn import Inspection, Refusal
     from moeify.plan import Plan
-    from moeify.planning.cost import Cost
 
 
 def stdout() -> Console:

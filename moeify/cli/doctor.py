@@ -43,7 +43,7 @@ def doctor(as_json: bool, tiles_file: Path | None, tune_shape: tuple[int, int, i
     import torch
 
     from moeify.cli import display
-    from moeify.tolerances import TOLERANCE
+    from moeify.measure import TOLERANCE
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if tiles_file is not None:
@@ -91,7 +91,7 @@ def _check(device: Any) -> tuple[dict[str, float], list[str]]:
     import torch
 
     from moeify.kernels.selfcheck import self_check
-    from moeify.tolerances import TOLERANCE
+    from moeify.measure import TOLERANCE
 
     worst: dict[str, float] = {}
     failed: list[str] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeify.checkpoint.source import Source, open_source
+from moeify.checkpoint.source import open_source
 from moeify.checkpoint.tensor_info import torch_dtype
-from moeify.config import MoEConfig
+from moeify.conversion.checkpoint import PLAN_FILE
+from moeify.conversion.dense import DenseCheckpoint
 from moeify.hub.loading import Slice, load, load_slice
 from moeify.plan import Plan
 from moeify.proving.verification import VerifyReport, random_inputs, verify
-from moeify.streaming.stream import PLAN_FILE
-from moeify.tracing.skeleton import build_on_meta, config_of, stored_names
 
 _SLICE = 2  # converted layers in a slice
 _NUMBERED = re.compile(r"(?P<stack>(?:[^.]+\.)*?)(?P<number>\d+)\.")
@@ -48,52 +46,44 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
     return verify(dense_model, moe_model, inputs, exact=_promises_equality(record))
 
 
-def verify_slice(
-    source: Source,
-    moe: Path,
-    plan: Plan,
-    *,
-    cast_to: str | None = None,
-    example_inputs: Mapping[str, Any] | None = None,
-) -> VerifyReport:
+def verify_slice(dense: DenseCheckpoint, moe: Path, plan: Plan, *, cast_to: str | None = None) -> VerifyReport:
     """Compare the first layers of a dense checkpoint and of its MoE, up to the second converted one, in float32.
 
     Models that are not one stack of numbered layers are compared whole.
 
     Args:
-        source: The opened dense checkpoint.
+        dense: The dense checkpoint.
         moe: The folder that was written.
         plan: What was converted.
         cast_to: safetensors name of the dtype that the output was told to store, if it was.
-        example_inputs: What to run them on, where it cannot be guessed; tensors on the meta device are filled.
 
     Raises:
         CheckpointError: a tensor of either is missing or unexpected.
     """
-    after = _slice(source, plan)
-    before = None if after is None else replace(after, stack=_stack_on_disk(source, plan))
+    after = first_layers(dense, plan)
+    before = None if after is None else replace(after, stack=_stack_on_disk(dense, plan))
     with open_source(moe) as converted:
-        dense_model, moe_model = load_slice(source, before), load_slice(converted, after, **_PLAIN)
+        dense_model, moe_model = load_slice(dense.source, before), load_slice(converted, after, **_PLAIN)
         if cast_to:
             _round(dense_model, torch_dtype(cast_to))
-        inputs = random_inputs(dense_model, like=example_inputs)
+        inputs = random_inputs(dense_model, like=dense.example_inputs)
         return verify(dense_model, moe_model, inputs, exact=plan.config.exact)
 
 
-def _slice(source: Source, plan: Plan) -> Slice | None:
-    """The layers up to the second converted one; None when the converted FFNs are not in one stack that can be cut."""
+def first_layers(dense: DenseCheckpoint, plan: Plan) -> Slice | None:
+    """Return the layers up to the second converted one; None when the FFNs are not in one stack that can be cut."""
     numbered = [found for site in plan.sites if (found := _NUMBERED.match(site.path))]
     stacks = {found["stack"] for found in numbered}
-    if len(numbered) < len(plan.sites) or len(stacks) > 1 or not hasattr(config_of(source.config), "num_hidden_layers"):
+    counted = hasattr(dense.model.config, "num_hidden_layers")
+    if len(numbered) < len(plan.sites) or len(stacks) > 1 or not counted:
         return None
     numbers = sorted(int(found["number"]) for found in numbered)
     return Slice(stacks.pop(), numbers[:_SLICE][-1] + 1)
 
 
-def _stack_on_disk(source: Source, plan: Plan) -> str:
-    """How the tensors of the first converted layer begin in the dense checkpoint, whose names may be older."""
-    names = stored_names(build_on_meta(source.config), source.tensors)
-    found = _NUMBERED.match(names.of[plan.sites[0].down.parameter])
+def _stack_on_disk(dense: DenseCheckpoint, plan: Plan) -> str:
+    """Return how the tensors of the first converted layer begin in the dense checkpoint, whose names may be older."""
+    found = _NUMBERED.match(dense.names.of[plan.sites[0].down.parameter])
     return found["stack"] if found else ""
 
 
@@ -113,7 +103,7 @@ def _record(moe: Path) -> dict[str, Any]:
 
 def _promises_equality(record: dict[str, Any]) -> bool:
     """Whether the method that made a checkpoint is exact; one without a record is held to equality."""
-    return MoEConfig(**record["config"]).exact if record else True
+    return Plan.from_dict(record).config.exact if record else True
 
 
 @torch.no_grad()

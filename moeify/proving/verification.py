@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.errors import VerificationError
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from moeify.tracing.inputs import guess_inputs
 
 

@@ -101,7 +101,7 @@ def gradients(out: Tensor, inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """max|a - b| / max|b|: the yardstick of moeify.tolerances."""
+    """max|a - b| / max|b|: the yardstick of moeify.measure."""
     if b.numel() == 0:
         return 0.0 if a.shape == b.shape else math.inf
     scale = b.double().abs().max().item()

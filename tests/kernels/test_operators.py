@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moeify.kernels.ops import experts, grouped_linear
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.kernels import oracle
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moeify.kernels.layout import routing_layout
 from moeify.kernels.ops import combine, dispatch, experts, grouped_linear
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.kernels import oracle
 
 

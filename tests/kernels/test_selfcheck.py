@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from moeify.kernels import selfcheck
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 
 
 def test_every_check_passes_on_the_cpu() -> None:

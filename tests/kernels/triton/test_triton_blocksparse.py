@@ -8,7 +8,7 @@ import torch
 from moeify.kernels.reference import to_blocks, to_dense
 from moeify.kernels.topology import BlockTopology, block_topology
 from moeify.kernels.triton_blocksparse import dds, dsd, sdd
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.kernels import oracle
 
 CASES = {

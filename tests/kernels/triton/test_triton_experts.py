@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moeify.kernels.ops import experts, grouped_linear
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.kernels import oracle
 
 # Inside a kernel a product is summed in fp32, in another order than the oracle's float64.

@@ -8,7 +8,7 @@ from moeify.export.lower import MANY_EXPERTS, lower
 from moeify.export.lower_contrib import Contrib, interleaved, lower_contrib
 from moeify.export.quantize import quantize
 from moeify.export.report import Quantization
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.moeify.export.layer_graph import EXPERTS, Layer, relative, routing, run
 
 EXPRESSIBLE = [("silu", True), ("quick_gelu", True), ("silu", False), ("relu", False), ("gelu_tanh", False)]

@@ -12,7 +12,7 @@ from moeify.export import standard
 from moeify.export.lower_standard import lower_standard
 from moeify.kernels import reference
 from moeify.kernels.activations import ACTIVATIONS
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.moeify.export.layer_graph import CHOICES, EXPERTS, Layer, graph_of, relative, routing, run, session_of
 
 

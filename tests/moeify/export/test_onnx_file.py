@@ -15,7 +15,7 @@ import moeify
 from moeify.errors import CheckpointError, ConfigError, RefusedError, VerificationError
 from moeify.export import requirements, standard, write
 from moeify.export.generation import TextModel, open_session
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.moeify import tiny
 
 tf: Any = transformers

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moeify.hub.stock_experts import through_moeify
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 
 tf: Any = transformers
 _SIZES = {"vocab_size": 101, "hidden_size": 36, "intermediate_size": 57, "num_hidden_layers": 1,

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
 from moeify.kernels import reference
+from moeify.measure import TOLERANCE
 from moeify.routers.sigmoid import updated_bias
 from moeify.routing.balance import weighted_sum
-from moeify.tolerances import TOLERANCE
 from tests.moeify.layers import make
 
 SPARSE = [name for name in make.CONFIGS if name != "soft"]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from moeify.kernels import reference
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.moeify.layers import make
 
 

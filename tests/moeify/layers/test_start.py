@@ -11,7 +11,7 @@ import torch
 import moeify
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.moeify import tiny
 
 CONFIGS = {

@@ -6,6 +6,7 @@ import pytest
 
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
+from moeify.conversion.dense import DenseCheckpoint
 from moeify.hub.loading import Slice, load_slice
 from moeify.proving import proof
 from tests.moeify import tiny
@@ -27,7 +28,7 @@ def test_a_slice_holds_the_first_layers_and_what_is_around_them(
 
     monkeypatch.setattr(proof, "load_slice", spy)
     with open_source(src) as source:
-        assert proof.verify_slice(source, tmp_path / "moe", plan).passed
+        assert proof.verify_slice(DenseCheckpoint(source), tmp_path / "moe", plan).passed
     assert [cut.layers for cut in kept if cut] == [2, 2]
 
 
@@ -35,7 +36,7 @@ def test_a_model_of_two_stacks_is_compared_whole(tmp_path: Path) -> None:
     src = tiny.save(tiny.build("t5"), tmp_path / "src")
     plan = tiny.convert_files(src, tmp_path / "moe", CONFIG)
     with open_source(src) as source:
-        assert proof._slice(source, plan) is None
+        assert proof.first_layers(DenseCheckpoint(source), plan) is None
 
 
 def test_other_numbered_lists_are_not_cut() -> None:

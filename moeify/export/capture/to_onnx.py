@@ -1,0 +1,140 @@
+"""A trace becomes an ONNX graph with opaque expert nodes, named as the model names its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx.defs import OpSchema
+from onnxscript import onnx_opset, values
+
+from moeify.errors import RefusedError
+from moeify.export.capture.interface import Interface
+from moeify.export.capture.opaque import DOMAIN, EXPERTS, GROUPED_LINEAR, OPSET
+from moeify.export.capture.simplify import simplify
+from moeify.export.capture.trace import PREFIX, Capture, cause_of, undisturbed
+from moeify.kernels import operators  # noqa: F401 (defines torch.ops.moeify)
+
+_OP: Any = onnx_opset.opset20
+_OPTION = OpSchema.FormalParameterOption
+_FLOATS = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "double")]
+_KINDS = {"T": _FLOATS, "W": _FLOATS, "I": ["tensor(int64)", "tensor(int32)"]}
+
+
+def to_onnx(captured: Capture) -> ir.Model:
+    """Translate a trace.
+
+    Returns:
+        A model whose experts are opaque nodes (see `moeify.export.capture.opaque`); weights are not copied.
+
+    Raises:
+        RefusedError: ONNX cannot express an operator.
+    """
+    interface = captured.interface
+    with undisturbed():
+        try:
+            translated = torch.onnx.export(
+                captured.program,
+                (),
+                dynamo=True,
+                input_names=list(interface.inputs),
+                output_names=list(interface.outputs),
+                custom_translation_table=_translations(),
+                opset_version=OPSET,
+                optimize=False,  # see moeify.export.capture.simplify
+                verbose=False,
+            )
+        except Exception as error:
+            raise RefusedError(f"the model has an operator that ONNX cannot express: {cause_of(error)}") from error
+        assert translated is not None
+        model: ir.Model = translated.model
+        simplify(model)
+    _name(model.graph, interface)
+    return model
+
+
+def _name(graph: ir.Graph, interface: Interface) -> None:
+    """Give weights the names of the state dict, and the dimensions of inputs and outputs theirs."""
+    for name, value in list(graph.initializers.items()):
+        if name.startswith(PREFIX):
+            value.name = name.removeprefix(PREFIX)
+    symbols = {
+        str(value.shape[axis]): name
+        for value in graph.inputs
+        if value.shape is not None
+        for axis, name in interface.axes[str(value.name)].items()
+    }
+    for value in graph.inputs:
+        _name_dimensions(value, interface.axes[str(value.name)], symbols)
+    for value in graph.outputs:
+        _name_dimensions(value, interface.output_axes.get(str(value.name), {}), symbols)
+
+
+def _name_dimensions(value: ir.Value, names: Mapping[int, str], symbols: Mapping[str, str]) -> None:
+    """Name dimensions by their place, or by the name that an input gave to the symbol of the trace."""
+    if value.shape is not None:
+        value.shape = ir.Shape([names.get(axis, symbols.get(str(size), size)) for axis, size in enumerate(value.shape)])
+
+
+def _translations() -> dict[Callable[..., object], Callable[..., object]]:
+    """Return the table that `torch.onnx.export(custom_translation_table=…)` takes."""
+    experts = _opaque(EXPERTS, "x:T expert_ids:I weights:W up:T down:T up_bias:T? down_bias:T?",
+                      activation=OpSchema.AttrType.STRING, gated=OpSchema.AttrType.INT)  # fmt: skip
+    grouped_linear = _opaque(GROUPED_LINEAR, "x:T w:T b:T? offsets:I")
+
+    def translate_experts(
+        x: object, ids: object, weights: object, up: object, down: object, up_bias: object, down_bias: object,
+        activation: str, gated: bool, recompute: bool, implementation: str,
+    ) -> object:  # fmt: skip
+        return experts(x, ids, weights, up, down, up_bias, down_bias, activation=activation, gated=int(gated))
+
+    def translate_grouped_linear(x: object, w: object, b: object, offsets: object, implementation: str) -> object:
+        return grouped_linear(x, w, b, offsets)
+
+    return {
+        torch.ops.moeify.experts.default: translate_experts,
+        torch.ops.moeify.grouped_linear.default: translate_grouped_linear,
+        torch.ops.aten.searchsorted.Tensor: _searchsorted,
+        torch.ops.aten.sort.stable: _sort_stable,
+    }
+
+
+def _sort_stable(x: object, stable: bool | None = None, dim: int = -1, descending: bool = False) -> object:
+    """Sort by TopK, which puts the lower index first where values are equal."""
+    length = _OP.Shape(x, start=dim, end=dim + 1 or None)
+    return _OP.TopK(x, length, axis=dim, largest=int(descending), sorted=1)
+
+
+def _searchsorted(
+    sorted_sequence: object,
+    values_: object,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: object = None,
+) -> object:
+    """Count the elements before each value, in one dimension, as the routing layout does."""
+    compare = _OP.LessOrEqual if right or side == "right" else _OP.Less
+    before = compare(_OP.Unsqueeze(sorted_sequence, [0]), _OP.Unsqueeze(values_, [1]))
+    return _OP.ReduceSum(_OP.Cast(before, to=6 if out_int32 else 7), [1], keepdims=0)
+
+
+def _opaque(name: str, inputs: str, **attributes: OpSchema.AttrType) -> values.Op:
+    """Describe an opaque node: inputs as `name:type`, a `?` after the type of those that may be absent."""
+    formal = []
+    for text in inputs.split():
+        word, kind = text.rstrip("?").split(":")
+        option = _OPTION.Optional if text.endswith("?") else _OPTION.Single
+        formal.append(OpSchema.FormalParameter(word, kind, param_option=option))
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=formal,
+        outputs=[OpSchema.FormalParameter("y", "T")],
+        type_constraints=[(kind, allowed, "") for kind, allowed in _KINDS.items() if f":{kind}" in inputs],
+        attributes=[OpSchema.Attribute(key, kind, required=True) for key, kind in attributes.items()],
+    )
+    return values.Op(values.Opset(DOMAIN, 1), name, schema)

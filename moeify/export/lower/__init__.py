@@ -1,0 +1,1 @@
+"""From opaque expert nodes to what a target runs."""
