@@ -47,9 +47,10 @@ MUTANTS ?= 150
 mutants: $(READY) ## change the library in MUTANTS places, one at a time, and see which changes no test notices (hours)
 	$(BIN)/python -m sweeps.mutants $(MUTANTS)
 
-# sweeps/check_exactness.py converts every model type, for hours: it is run by hand.
+# What takes hours is run by hand: the exactness of every model type.
+PAGES := sweeps.readme_tree
 docs: $(READY) ## let the programs in sweeps/ write their pages again (half an hour)
-	@for program in $(filter-out docs/check_exactness.py,$(wildcard docs/*.py)); do echo "==> $$program"; $(BIN)/python $$program || exit 1; done
+	@for program in $(PAGES); do echo "==> $$program"; $(BIN)/python -m $$program || exit 1; done
 
 kernels: $(READY) ## compile the GPU kernels and report registers, spills, shared memory
 	$(BIN)/python -m moeify.kernels.tools.static_report
