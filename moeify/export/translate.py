@@ -32,7 +32,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     def translate_experts(
         x: Any, ids: Any, weights: Any, up: Any, down: Any, up_bias: Any, down_bias: Any,
-        activation: str, gated: bool, recompute: bool, implementation: str,
+        activation: str, gated: bool, implementation: str,
     ) -> Any:  # fmt: skip
         return experts(x, ids, weights, up, down, up_bias, down_bias, activation=activation, gated=int(gated))
 
