@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import triton
 
-from moeify.kernels.static_report import CASES, DENSE_MARGIN, Entry, dense_kernel, faults, measure, slow_loops
-from moeify.kernels.tiles import Tile, choose
+from moeify.kernels.gpu.tiles import Tile, choose, least_shared
+from moeify.kernels.tools.cases import CASES, DENSE_MARGIN, Entry, dense_kernel, faults, measure, slow_loops
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs kernels that are compiled")
 UP = next(case for case in CASES if case.name == "up")
 DENSE = next(case for case in CASES if case.kernel is dense_kernel)
 TILE = Tile(64, 64, 64, 4, 3)
-# Registers of Liger's fused up-projection with this tile and Triton 3.9, and the tensor-core instruction to be found.
+# Registers of Liger's fused up projection with this tile and Triton 3.9, and the tensor-core instruction to be found.
 LIGER = {"sm_80": (190, "HMMA"), "sm_90": (128, "HGMMA"), "sm_100": (110, "UTCHMMA")}
 
 
@@ -28,6 +28,7 @@ def test_up_projection_beside_a_plain_product_and_ligers_kernel(architecture: st
     assert up.found.registers <= registers and instruction in up.found.tensor_ops
     assert 0 < up.found.loop_ratio <= DENSE_MARGIN * dense.found.loop_ratio
     assert faults(up) == [] and slow_loops([up, dense]) == []
+    assert least_shared("up", TILE, 2) <= up.found.shared
     slow = replace(up, found=replace(up.found, loop_ratio=1.2 * dense.found.loop_ratio, spill=8, fits=False, ctas=0))
     assert len(slow_loops([slow, dense])) == 1 and len(faults(slow)) == 3
 
@@ -38,3 +39,4 @@ def test_four_byte_tiles(kind: str, cores: bool) -> None:
     tile = choose("rows", "sm_90", 32, 2048, 2048, 4)
     entry = Entry(down, kind, tile, measure(down, tile, "sm_90", kind))
     assert faults(entry) == [] and bool(entry.found.tensor_ops) == cores
+    assert least_shared("rows", tile, 4) <= entry.found.shared

@@ -1,4 +1,4 @@
-"""Matrix products over rows sorted by expert, in Triton: the three shapes that an FFN and its gradients need.
+"""Matrix products over rows sorted by expert, in Triton: those that an FFN and its gradients need.
 
 The dataflow is SonicMoE's (arXiv:2512.14080). Rules kept by every kernel: int32 metadata and int64 addresses; fp32
 accumulators, one `tl.dot` per accumulator and iteration (two chained into one are miscompiled for sm_100 by Triton 3.6
@@ -7,8 +7,8 @@ masks only where a width is not a multiple of the tile (EVEN says that the summe
 64-bit base per tile plus 32-bit offsets within it. HIDDEN is a constant, which saves registers; `depth` is not, for the
 compiler would unroll its loop whole.
 
-Shape legend: T tokens, K choices per token, S = T*K pairs in sorted order, E experts, H hidden, I intermediate (inner),
-J = 2*I if gated else I, M and N tiles of the output, K (in BK) the dimension that is summed.
+Shape legend: T tokens, K choices per token, S = T*K choices sorted by expert, E experts, H hidden size, I intermediate
+size, J = 2*I if gated else I, M and N tiles of the output, K (in BK) the dimension that is summed.
 """
 
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
@@ -18,33 +18,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moeify.kernels.triton_math import activate, swizzle
+from moeify.kernels.gpu.math import activate, swizzle
 
 
 @triton.jit
 def up_kernel(
     X, W, BIAS, ORDER, OFFSETS, TILE_EXPERT, TILE_ROW, Z, A, tiles, stride_x, stride_we, stride_wn, stride_wk, stride_b,
-    HIDDEN: tl.constexpr, INNER: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
+    HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A_SI = act(Z) or act(gate) * up, where Z_SJ = X[token] W_EJH^T + bias. Z is written if KEEP.
 
-    Grid: (tiles * cdiv(INNER, BN),).
+    Grid: (tiles * cdiv(INTERMEDIATE, BN),).
     """
-    pid_m, pid_n = swizzle(tl.program_id(0), tiles, tl.cdiv(INNER, BN), GROUP_M)
+    pid_m, pid_n = swizzle(tl.program_id(0), tiles, tl.cdiv(INTERMEDIATE, BN), GROUP_M)
     expert = tl.load(TILE_EXPERT + pid_m)
     if expert >= 0:
         end = tl.load(OFFSETS + expert + 1)
         row = tl.load(TILE_ROW + pid_m) + tl.arange(0, BM)
         token = (tl.load(ORDER + tl.minimum(row, end - 1)) // TOP_K).to(tl.int64)
         col = pid_n * BN + tl.arange(0, BN)
-        n = tl.minimum(tl.arange(0, BN), INNER - 1 - pid_n * BN) if INNER % BN else tl.arange(0, BN)
+        n = tl.minimum(tl.arange(0, BN), INTERMEDIATE - 1 - pid_n * BN) if INTERMEDIATE % BN else tl.arange(0, BN)
         k = tl.arange(0, BK)
         x_ptr = X + token[:, None] * stride_x + k[None, :]
         gate_base = W + expert.to(tl.int64) * stride_we + (pid_n * BN).to(tl.int64) * stride_wn
-        up_base = gate_base + tl.full((), INNER, tl.int64) * stride_wn
+        up_base = gate_base + tl.full((), INTERMEDIATE, tl.int64) * stride_wn
         w_tile = n[None, :] * stride_wn + k[:, None] * stride_wk
         gate = tl.zeros((BM, BN), tl.float32)
         up = tl.zeros((BM, BN), tl.float32)
@@ -64,18 +64,18 @@ def up_kernel(
             bias_ptr = BIAS + expert.to(tl.int64) * stride_b + pid_n * BN + n
             gate += tl.load(bias_ptr)[None, :].to(tl.float32)
             if GATED:
-                up += tl.load(bias_ptr + INNER)[None, :].to(tl.float32)
-        mask = (row < end)[:, None] & (col < INNER)[None, :]
+                up += tl.load(bias_ptr + INTERMEDIATE)[None, :].to(tl.float32)
+        mask = (row < end)[:, None] & (col < INTERMEDIATE)[None, :]
         row64 = row.to(tl.int64)[:, None]
         if KEEP:
-            z_ptr = Z + row64 * (2 * INNER if GATED else INNER) + col[None, :]
+            z_ptr = Z + row64 * (2 * INTERMEDIATE if GATED else INTERMEDIATE) + col[None, :]
             tl.store(z_ptr, gate.to(Z.dtype.element_ty), mask=mask)
             if GATED:
-                tl.store(z_ptr + INNER, up.to(Z.dtype.element_ty), mask=mask)
+                tl.store(z_ptr + INTERMEDIATE, up.to(Z.dtype.element_ty), mask=mask)
         a, _ = activate(gate, ACTIVATION)
         if GATED:
             a *= up
-        tl.store(A + row64 * INNER + col[None, :], a.to(A.dtype.element_ty), mask=mask)
+        tl.store(A + row64 * INTERMEDIATE + col[None, :], a.to(A.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def rows_kernel(
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Y_SN = P_S W_E + bias, with W_E (depth, N) by strides: the down-projection, dX, and any grouped linear layer.
+    """Y_SN = P_S W_E + bias, with W_E (depth, N) by strides: the down projection, dX, and any grouped linear layer.
 
     Grid: (tiles * cdiv(N, BN),).
     """
@@ -127,16 +127,16 @@ def rows_kernel(
 def down_backward_kernel(
     DO, W, Z, WEIGHTS, ORDER, OFFSETS, TILE_EXPERT, TILE_ROW, DZ, AS, DS, tiles,
     stride_do, stride_we, stride_wk, stride_wn,
-    depth, INNER: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    depth, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From dA' = dO[token] W_EHI, before the routing weight s: dZ, s * A, and partial sums of ds = <dA', A>.
 
-    A is computed again from Z. DS is (S, cdiv(INNER, BN)): one partial sum per tile, to be summed in order.
-    Grid: (tiles * cdiv(INNER, BN),).
+    A is computed again from Z. DS is (S, cdiv(INTERMEDIATE, BN)): one partial sum per tile, to be summed in order.
+    Grid: (tiles * cdiv(INTERMEDIATE, BN),).
     """
-    tiles_n = tl.cdiv(INNER, BN)
+    tiles_n = tl.cdiv(INTERMEDIATE, BN)
     pid_m, pid_n = swizzle(tl.program_id(0), tiles, tiles_n, GROUP_M)
     expert = tl.load(TILE_EXPERT + pid_m)
     if expert >= 0:
@@ -144,10 +144,10 @@ def down_backward_kernel(
         first = tl.load(TILE_ROW + pid_m)
         m = tl.arange(0, BM)
         row = first + m
-        pair = tl.load(ORDER + tl.minimum(row, end - 1))
+        choice = tl.load(ORDER + tl.minimum(row, end - 1))
         col = pid_n * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
-        do_ptr = DO + (pair // TOP_K).to(tl.int64)[:, None] * stride_do + k[None, :]
+        do_ptr = DO + (choice // TOP_K).to(tl.int64)[:, None] * stride_do + k[None, :]
         w_base = W + expert.to(tl.int64) * stride_we + (pid_n * BN).to(tl.int64) * stride_wn
         w_tile = k[:, None] * stride_wk + tl.arange(0, BN)[None, :] * stride_wn
         da = tl.zeros((BM, BN), tl.float32)
@@ -155,29 +155,30 @@ def down_backward_kernel(
             do = tl.load(do_ptr) if EVEN else tl.load(do_ptr, mask=k[None, :] < depth - k0, other=0.0)
             w_ptr = w_base + w_tile
             if not EVEN:
-                w = tl.load(w_ptr, mask=(k[:, None] < depth - k0) & (col[None, :] < INNER), other=0.0)
-            elif INNER % BN:
-                w = tl.load(w_ptr, mask=col[None, :] < INNER, other=0.0)
+                w = tl.load(w_ptr, mask=(k[:, None] < depth - k0) & (col[None, :] < INTERMEDIATE), other=0.0)
+            elif INTERMEDIATE % BN:
+                w = tl.load(w_ptr, mask=col[None, :] < INTERMEDIATE, other=0.0)
             else:
                 w = tl.load(w_ptr)
             da = tl.dot(do, w, da, input_precision=PRECISION)
             do_ptr += BK
             w_base += BK * stride_wk
         live = row < end
-        mask = live[:, None] & (col < INNER)[None, :]
-        s = tl.load(WEIGHTS + pair).to(tl.float32)[:, None]
-        width = 2 * INNER if GATED else INNER
+        mask = live[:, None] & (col < INTERMEDIATE)[None, :]
+        s = tl.load(WEIGHTS + choice).to(tl.float32)[:, None]
+        width = 2 * INTERMEDIATE if GATED else INTERMEDIATE
         base = first.to(tl.int64) * width + pid_n * BN
         tile = m[:, None] * width + tl.arange(0, BN)[None, :]
         gate = tl.load(Z + base + tile, mask=mask, other=0.0).to(tl.float32)
         a, slope = activate(gate, ACTIVATION)
         if GATED:
-            up = tl.load(Z + base + INNER + tile, mask=mask, other=0.0).to(tl.float32)
-            tl.store(DZ + base + INNER + tile, (s * da * a).to(DZ.dtype.element_ty), mask=mask)
+            up = tl.load(Z + base + INTERMEDIATE + tile, mask=mask, other=0.0).to(tl.float32)
+            tl.store(DZ + base + INTERMEDIATE + tile, (s * da * a).to(DZ.dtype.element_ty), mask=mask)
             a *= up
             slope *= up
         tl.store(DZ + base + tile, (s * da * slope).to(DZ.dtype.element_ty), mask=mask)
-        as_ptr = AS + first.to(tl.int64) * INNER + pid_n * BN + (m[:, None] * INNER + tl.arange(0, BN)[None, :])
+        as_tile = m[:, None] * INTERMEDIATE + tl.arange(0, BN)[None, :]
+        as_ptr = AS + first.to(tl.int64) * INTERMEDIATE + pid_n * BN + as_tile
         tl.store(as_ptr, (s * a).to(AS.dtype.element_ty), mask=mask)
         ds = tl.sum(tl.where(mask, da * a, 0.0), 1)
         tl.store(DS + row.to(tl.int64) * tiles_n + pid_n, ds, mask=live)
@@ -236,13 +237,13 @@ def bias_kernel(
         live = row < end
         source = row
         if GATHER or WEIGHTED:
-            pair = tl.load(ORDER + row, mask=live, other=0)
+            choice = tl.load(ORDER + row, mask=live, other=0)
             if GATHER:
-                source = pair // TOP_K
+                source = choice // TOP_K
         mask = live[:, None] & (n < N)[None, :]
         value = tl.load(L + source.to(tl.int64)[:, None] * stride_l + n[None, :], mask=mask, other=0.0).to(tl.float32)
         if WEIGHTED:
-            value *= tl.load(WEIGHTS + pair, mask=live, other=0.0).to(tl.float32)[:, None]
+            value *= tl.load(WEIGHTS + choice, mask=live, other=0.0).to(tl.float32)[:, None]
         acc += value
     tl.store(DB + expert.to(tl.int64) * N + n, tl.sum(acc, 0).to(DB.dtype.element_ty), mask=n < N)
 

@@ -1,8 +1,7 @@
-"""The tile of a launch: one measured on this GPU where the environment variable MOEIFY_TILES names a file of them.
+"""The tile of a launch: from the file that MOEIFY_TILES names, if it is set, else from `moeify.kernels.gpu.tiles`.
 
-An environment variable, because nothing else gets here: the schema of an operator has no room for a table, and a
-context variable does not reach the threads in which autograd runs the backward pass. The file is written by
-`moeify doctor --tune FILE` and read once.
+It is an environment variable because the schema of an operator has no room for a table, and a context variable does not
+reach the threads in which autograd runs the backward pass. `moeify doctor --tune FILE` writes the file.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -20,9 +19,9 @@ from pathlib import Path
 
 import triton
 
-from moeify.kernels import tiles
-from moeify.kernels.tiles import Tile
-from moeify.kernels.triton_target import architecture
+from moeify.kernels.gpu import tiles
+from moeify.kernels.gpu.target import SHARED_MEMORY, architecture
+from moeify.kernels.gpu.tiles import Tile
 
 Table = Mapping[tuple[str, int, int], Tile]  # by kernel, height of a tile of rows, bytes of an element
 KERNELS = {"up", "rows", "down_backward", "weights"}
@@ -31,18 +30,19 @@ _trial: ContextVar[Tile | None] = ContextVar("trial", default=None)
 
 
 def pick(kernel: str, m: int, n: int, k: int, itemsize: int) -> Tile:
-    """Return the tile of one launch: that on trial, else the measured one, else that of `moeify.kernels.tiles`.
+    """Return the tile of one launch: the one on trial, else the measured one, else that of `moeify.kernels.gpu.tiles`.
 
     Raises:
-        ValueError: MOEIFY_TILES names a file that is not for this GPU and Triton, or a tile that cannot be used.
+        ValueError: MOEIFY_TILES names a file that is not for this GPU and Triton, or that holds an unusable tile.
     """
-    tile = _trial.get() or _measured(kernel, m, itemsize)
+    file = os.environ.get(_VARIABLE)
+    tile = _trial.get() or (_read(file).get((kernel, m, itemsize)) if file else None)
     return tiles.choose(kernel, architecture(), m, n, k, itemsize) if tile is None else tiles.fit(tile, n, k)
 
 
 @contextmanager
 def on_trial(tile: Tile) -> Iterator[None]:
-    """Let every launch of this thread use one tile; for a caller that launches one kernel."""
+    """Let every launch of this thread use one tile; for tuning, which launches one kernel at a time."""
     token = _trial.set(tile)
     try:
         yield
@@ -51,24 +51,10 @@ def on_trial(tile: Tile) -> Iterator[None]:
 
 
 def text_of(table: Table) -> str:
-    """The contents of a file of tiles measured here."""
+    """Return the contents of a file of tiles measured on this GPU."""
     rows = [{"kernel": kernel, "itemsize": size, **asdict(tile)} for (kernel, _, size), tile in sorted(table.items())]
     about = {"architecture": architecture(), "triton": triton.__version__}
     return json.dumps({**about, "tiles": rows}, indent=1) + "\n"
-
-
-@cache
-def _measured(kernel: str, m: int, itemsize: int) -> Tile | None:
-    """The tile in the file, compiled once to see that it may be used."""
-    path = os.environ.get(_VARIABLE)
-    tile = _read(path).get((kernel, m, itemsize)) if path else None
-    if tile is not None:
-        from moeify.kernels.static_report import tile_faults  # compiles: for those alone who have a file
-
-        faults = tile_faults(kernel, architecture(), tile, itemsize)
-        if faults:
-            raise _refusal(str(path), f"holds a tile that cannot be used ({faults[0]})")
-    return tile
 
 
 @cache
@@ -88,11 +74,16 @@ def _read(path: str) -> Table:
     if about != here:
         measured, now = (f"{a['architecture']} with Triton {a['triton']}" for a in (about, here))
         raise _refusal(path, f"was measured on {measured}, this is {now}")
+    room = SHARED_MEMORY.get(architecture())
+    for (kernel, _, itemsize), tile in table.items():
+        needed = tiles.least_shared(kernel, tile, itemsize)
+        if room is not None and needed > room:
+            raise _refusal(path, f"holds a tile that cannot be used ({tile} needs {needed} bytes of shared memory)")
     return table
 
 
 def _tile(kernel: str, itemsize: int, **sides: int) -> Tile:
-    """A tile of which every number is one that a compiler can take."""
+    """Return a tile; ValueError if the compiler cannot take one of its numbers."""
     tile = Tile(**sides)
     heights = (128,) if kernel == "weights" else tiles.HEIGHTS
     powers = all(type(side) is int and side in (16, 32, 64, 128) for side in (tile.n, tile.k))

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import torch
 
-from moeify.kernels.accounting import capacity, padded, tiled, useful_flops
 from moeify.kernels.layout import tile_map
+from moeify.kernels.tools.accounting import capacity, padded, tiled, useful_flops
 
 
 def test_issued_products_are_those_of_the_tiles() -> None:
-    counts, hidden, inner, block = [5, 0, 130, 16], 32, 24, 16
+    counts, hidden, intermediate, block = [5, 0, 130, 16], 32, 24, 16
     offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     tiles = int((tile_map(offsets, sum(counts), block).expert_L >= 0).sum())
-    assert tiled(counts, 80, hidden, inner, block).flops == tiles * block * 2 * (hidden * 2 * inner + inner * hidden)
-    assert useful_flops(counts, hidden, inner) == sum(counts) * 2 * 3 * hidden * inner
+    assert tiled(counts, 80, hidden, intermediate, block).flops == tiles * block * 2 * (
+        hidden * 2 * intermediate + intermediate * hidden
+    )
+    assert useful_flops(counts, hidden, intermediate) == sum(counts) * 2 * 3 * hidden * intermediate
 
 
 def test_padding_to_128_issues_more_and_moves_more() -> None:

@@ -1,6 +1,6 @@
-"""What a compiled kernel will use on a GPU, read from its machine code on a machine that has none.
+"""What a compiled kernel will use on a GPU, read from its machine code without a GPU.
 
-Triton carries the assembler and the disassembler for NVIDIA; for AMD the assembly text states its resources.
+Triton brings the assembler and the disassembler for NVIDIA; for AMD the assembly text states its resources.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -18,29 +18,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moeify.kernels.tiles import Tile
+from moeify.kernels.gpu.target import SHARED_MEMORY
+from moeify.kernels.gpu.tiles import Tile
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What one multiprocessor has. Shared memory in bytes: per block (opt-in) and in all."""
-
-    block_shared: int
-    shared: int
-    warps: int
-    registers: int = 65536
-
-
-# CUDA C++ programming guide, "Technical specifications per compute capability".
-LIMITS = {
-    80: Limits(166912, 167936, 64),
-    86: Limits(101376, 102400, 48),
-    89: Limits(101376, 102400, 48),
-    90: Limits(232448, 233472, 64),
-    100: Limits(232448, 233472, 64),
-    120: Limits(101376, 102400, 48),
-}
-AMD_LDS = {"gfx942": 65536, "gfx950": 163840}
+REGISTERS = 65536  # of one multiprocessor
+RESERVED = 1024  # bytes of shared memory that the system takes for each block
+WARPS = {"sm_86": 48, "sm_89": 48, "sm_120": 48}  # of one multiprocessor; others have 64
 
 TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "v_mfma")
 ASYNC_COPIES = ("LDGSTS", "UTMALDG", "buffer_load", "global_load")
@@ -51,14 +34,14 @@ class Resources:
     """What one kernel needs on one architecture.
 
     Attributes:
-        registers: per thread.
-        spill: bytes of stack per thread; these kernels have no other use for one.
-        shared: bytes per block.
-        fits: whether that is within the limit.
-        ctas: blocks that one multiprocessor can hold (compute unit, on AMD: waves per SIMD).
-        tensor_ops: tensor-core instructions by name.
-        async_copies: asynchronous copies by name (on AMD: vector loads).
-        loop_ratio: instructions per tensor-core instruction in the innermost loop that has any.
+        registers: Per thread.
+        spill: Bytes of stack per thread; these kernels have no other use for one.
+        shared: Bytes per block.
+        fits: Whether `shared` is within the limit.
+        ctas: Blocks that one multiprocessor can hold; on AMD, waves per SIMD.
+        tensor_ops: Tensor-core instructions by name.
+        async_copies: Asynchronous copies by name; on AMD, vector loads.
+        loop_ratio: Instructions per tensor-core instruction in the innermost loop that has any.
     """
 
     registers: int
@@ -72,7 +55,14 @@ class Resources:
 
 
 def compile_kernel(kernel: Any, arguments: dict[str, Any], architecture: str, tile: Tile) -> Any:
-    """Compile without a driver. `arguments`: each name's type ("*bf16", "i32") or its compile-time value."""
+    """Compile without a driver.
+
+    Args:
+        kernel: A `triton.jit` function.
+        arguments: For each name its type ("*bf16", "i32") or its compile-time value.
+        architecture: "sm_90", "gfx942", …
+        tile: The schedule; its sides are among the arguments.
+    """
     names = list(kernel.arg_names)
     signature = {n: arguments[n] if _is_type(arguments[n]) else "constexpr" for n in names}
     constants = {n: arguments[n] for n in names if signature[n] == "constexpr"}
@@ -82,21 +72,21 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], architecture: str, ti
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
-    return triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
+    # Fused multiply-add is what Triton up to 3.9 does unasked; later ones ask for it to be said.
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
 
 
 def resources(compiled: Any, architecture: str) -> Resources:
     """Read the resources of a compiled kernel."""
-    if architecture.startswith("gfx"):
-        return _amd(compiled, architecture)
-    return _nvidia(compiled, int(architecture[3:]))
+    return _amd(compiled, architecture) if architecture.startswith("gfx") else _nvidia(compiled, architecture)
 
 
 def _is_type(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"\*?(bf16|fp16|fp32|i32|i64)", value) is not None
 
 
-def _nvidia(compiled: Any, capability: int) -> Resources:
+def _nvidia(compiled: Any, architecture: str) -> Resources:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -104,15 +94,16 @@ def _nvidia(compiled: Any, capability: int) -> Resources:
         usage = _run(tools / "cuobjdump", "--dump-resource-usage", cubin)
         code = _run(tools / "nvdisasm", "-c", cubin)
     registers, shared, warps = int(_first(r"REG:(\d+)", usage)), compiled.metadata.shared, compiled.metadata.num_warps
-    limits = LIMITS[capability]
+    limit = SHARED_MEMORY[architecture]
     warp_registers = -(-registers * 32 // 256) * 256  # allocated 256 at a time
-    ctas = min(limits.registers // (warp_registers * warps), limits.warps // warps, limits.shared // (shared + 1024))
+    blocks = REGISTERS // (warp_registers * warps), WARPS.get(architecture, 64) // warps
+    ctas = min(*blocks, (limit + RESERVED) // (shared + RESERVED))
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
     return Resources(
         registers=registers,
         spill=int(_first(r"STACK:(\d+)", usage)),
         shared=shared,
-        fits=shared <= limits.block_shared,
+        fits=shared <= limit,
         ctas=ctas,
         tensor_ops=_count(instructions, TENSOR_CORES),
         async_copies=_count(instructions, ASYNC_COPIES),
@@ -128,7 +119,7 @@ def _amd(compiled: Any, architecture: str) -> Resources:
         registers=int(_first(r"\.vgpr_count:\s+(\d+)", code)),
         spill=4 * int(_first(r"\.vgpr_spill_count:\s+(\d+)", code)),
         shared=shared,
-        fits=shared <= AMD_LDS[architecture],
+        fits=shared <= SHARED_MEMORY[architecture],
         ctas=int(_first(r"Occupancy:\s+(\d+)", code)),
         tensor_ops=_count(groups, TENSOR_CORES),
         async_copies=_count(groups, ASYNC_COPIES),
@@ -137,7 +128,7 @@ def _amd(compiled: Any, architecture: str) -> Resources:
 
 
 def _loop_ratio(code: str) -> float:
-    """Instructions per tensor-core instruction in the shortest backward branch around one; 0 if there is none."""
+    """Return the instructions per tensor-core instruction in the shortest loop that has one; 0 if there is none."""
     lines = [line for line in code.splitlines() if re.search(r"^\.L_x_\d+:|/\*[0-9a-f]{4,}\*/\s+\S", line)]
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"^(\.L_x_\d+):", line))}
     loops = []

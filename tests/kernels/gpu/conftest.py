@@ -1,7 +1,9 @@
-"""Kernels in the Triton interpreter: real kernels, CPU tensors. Run with TRITON_INTERPRET=1.
+"""The kernels in Triton, which decides when a kernel is decorated whether it is interpreted or compiled.
+
+With TRITON_INTERPRET=1 the tests of numerics run, on CPU tensors; without it those of what is compiled and launched.
 
 The interpreter stores bf16 as its bits, multiplies and adds those bits, and truncates when it casts (Triton issues
-11584, 11604, 10919). The fixture below makes it do what a GPU does: compute in fp32, round to nearest even.
+11584, 11604, 10919). `bf16_as_on_a_gpu` makes it do what a GPU does: compute in fp32, round to nearest even.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -9,17 +11,18 @@ The interpreter stores bf16 as its bits, multiplies and adds those bits, and tru
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    raise pytest.UsageError("tests/kernels/triton runs in the Triton interpreter: set TRITON_INTERPRET=1")
-
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NUMERICS = ["test_blocksparse.py", "test_experts.py", "test_gemm.py", "test_layout.py"]
+COMPILED = ["test_launch.py", "test_tiles.py", "test_tuned_tiles.py"]
+collect_ignore = COMPILED if INTERPRETED else NUMERICS
 
 COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 
@@ -42,8 +45,8 @@ def narrow(data: Any) -> Any:
     )
 
 
-@pytest.fixture(autouse=True)
-def bf16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=INTERPRETED)
+def bf16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     builder = interpreter.InterpreterBuilder
     binary, unary, dot = builder.binary_op, builder.unary_op, builder.create_dot
     cast, convert = builder.cast_impl, builder.create_fp_to_fp
@@ -80,4 +83,35 @@ def bf16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "create_dot": create_dot,
     }.items():
         monkeypatch.setattr(builder, name, function)
-    yield
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a kernel read and write inside its arguments alone: a GPU would not say that it went past their ends."""
+    allowed: list[tuple[int, int]] = []
+    launch, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        allowed[:] = [extent(t) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        return launch(self, *args, **kwargs)
+
+    def checked(access: Any, mask_at: int) -> Any:
+        def run(self: Any, pointers: Any, *rest: Any) -> Any:
+            used = pointers.data[rest[mask_at].data]
+            inside = np.zeros(used.shape, bool)
+            for start, stop in allowed:
+                inside |= (used >= start) & (used < stop)
+            assert inside.all(), f"{(~inside).sum()} of {inside.size} addresses are outside the arguments"
+            return access(self, pointers, *rest)
+
+        return run
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    for name, mask_at in (("create_masked_load", 0), ("create_masked_store", 1)):
+        monkeypatch.setattr(builder, name, checked(getattr(builder, name), mask_at))
+
+
+def extent(t: torch.Tensor) -> tuple[int, int]:
+    """The addresses from the first element of a tensor to past its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + ((last + 1) * t.element_size() if t.numel() else 0)

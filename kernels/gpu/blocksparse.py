@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeify.kernels.tiles import block_tile
+from moeify.kernels.checks import check_dtypes, check_shape
+from moeify.kernels.gpu.target import interpreted, product_precision
+from moeify.kernels.gpu.tiles import block_tile
 from moeify.kernels.topology import BlockTopology
-from moeify.kernels.triton_target import interpreted, product_precision
 
 WIDTH = 64  # columns of the result of dsd that one program computes
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -121,9 +122,9 @@ def sdd(a_SK: Tensor, b_KC: Tensor, topology: BlockTopology) -> Tensor:
     Raises:
         ValueError: shapes that do not fit the topology, dtypes that differ or a device without Triton.
     """
-    _check("a", a_SK, (topology.rows, None))
-    _check("b", b_KC, (a_SK.shape[1], topology.experts * topology.columns))
-    _check_operands("a", a_SK, "b", b_KC)
+    check_shape("a", a_SK, (topology.rows, None))
+    check_shape("b", b_KC, (a_SK.shape[1], topology.experts * topology.columns))
+    _check_operands(("a", "b"), a_SK, b_KC)
     data_NBB: Tensor = _Sdd.apply(a_SK, b_KC, topology)  # type: ignore[no-untyped-call]
     return data_NBB
 
@@ -143,9 +144,9 @@ def dsd(data_NBB: Tensor, dense: Tensor, topology: BlockTopology, *, transpose: 
     Raises:
         ValueError: shapes that do not fit the topology, dtypes that differ or a device without Triton.
     """
-    _check("data", data_NBB, (topology.blocks, topology.block, topology.block))
-    _check("dense", dense, (topology.rows if transpose else topology.experts * topology.columns, None))
-    _check_operands("data", data_NBB, "dense", dense)
+    check_shape("data", data_NBB, (topology.blocks, topology.block, topology.block))
+    check_shape("dense", dense, (topology.rows if transpose else topology.experts * topology.columns, None))
+    _check_operands(("data", "dense"), data_NBB, dense)
     out: Tensor = _Dsd.apply(data_NBB, dense, topology, transpose)  # type: ignore[no-untyped-call]
     return out
 
@@ -164,7 +165,7 @@ def dds(dense: Tensor, data_NBB: Tensor, topology: BlockTopology, *, transpose: 
     Raises:
         ValueError: shapes that do not fit the topology, dtypes that differ or a device without Triton.
     """
-    _check("dense", dense, (None, topology.experts * topology.columns if transpose else topology.rows))
+    check_shape("dense", dense, (None, topology.experts * topology.columns if transpose else topology.rows))
     return dsd(data_NBB, dense.t(), topology, transpose=not transpose).t()
 
 
@@ -230,22 +231,11 @@ def _options(data: Tensor, block: int, columns: int) -> dict[str, Any]:
     return {"BK": tile.k, "PRECISION": precision, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    """None stands for any size."""
-    found = tuple(tensor.shape)
-    if len(found) != len(shape) or any(n not in {None, size} for n, size in zip(shape, found, strict=True)):
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name} has shape {found}: expected ({wanted}); build the topology for these rows")
-
-
-def _check_operands(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def _check_operands(names: tuple[str, str], tensor: Tensor, other: Tensor) -> None:
     if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {tensor.dtype}: expected float32, float16 or bfloat16; cast it")
-    if other.dtype != tensor.dtype:
-        raise ValueError(
-            f"{other_name} has dtype {other.dtype}, {name} has {tensor.dtype}: expected one dtype; cast one of them"
-        )
+        raise ValueError(f"{names[0]} has dtype {tensor.dtype}: expected float32, float16 or bfloat16; cast it")
+    check_dtypes(names[0], tensor, {names[1]: other})
     if tensor.device.type != "cuda" and not interpreted():
         raise ValueError(
-            f"{name} is on {tensor.device}: expected a GPU; use the dense product, or TRITON_INTERPRET=1 to try it"
+            f"{names[0]} is on {tensor.device}: expected a GPU; use the dense product, or TRITON_INTERPRET=1 to try it"
         )

@@ -1,4 +1,4 @@
-"""What the kernels run on, and what that allows."""
+"""The hardware that the kernels run on, and its limits."""
 
 # mypy: disable-error-code="import-untyped"
 
@@ -7,7 +7,19 @@ from __future__ import annotations
 import torch
 import triton
 
-from moeify.kernels.triton_math import swizzle
+from moeify.kernels.gpu.math import swizzle
+
+# Bytes that one block can use. NVIDIA: CUDA C++ programming guide, "Technical specifications per compute capability".
+SHARED_MEMORY = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+    "gfx950": 163840,
+}
 
 
 def interpreted() -> bool:
@@ -16,7 +28,7 @@ def interpreted() -> bool:
 
 
 def architecture() -> str:
-    """What the kernels will run on: "sm_90", "gfx942", or "interpreter"."""
+    """Return what the kernels will run on: "sm_90", "gfx942", or "interpreter"."""
     if interpreted():
         return "interpreter"
     target = triton.runtime.driver.active.get_current_target()

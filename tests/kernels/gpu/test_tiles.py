@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from moeify.kernels.tiles import TILES, choose, row_tile
+from moeify.kernels.gpu.tiles import TILES, choose, row_tile
 
 
 @pytest.mark.parametrize(

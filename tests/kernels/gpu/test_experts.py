@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from moeify.kernels.activations import ACTIVATIONS
 from moeify.kernels.ops import experts, grouped_linear
-from moeify.measure import TOLERANCE
+from moeify.measure import TOLERANCE, relative_difference
 from tests.kernels import oracle
 
 # Inside a kernel a product is summed in fp32, in another order than the oracle's float64.
@@ -32,20 +33,20 @@ def check(
     out = experts(*ours.values(), activation=activation, gated=gated, implementation="triton", **options)
     expected = oracle.experts(exact, activation, gated)
     tolerance = TOLERANCE[DTYPES[dtype]]
-    assert out.dtype == dtype and oracle.difference(out, expected) <= tolerance
+    assert out.dtype == dtype and relative_difference(out, expected) <= tolerance
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
     got, want = oracle.gradients(out, ours, grad), oracle.gradients(expected, exact, grad)
     for name in want:
         assert got[name].isfinite().all(), name
-        assert oracle.difference(got[name], want[name]) <= tolerance, name
+        assert relative_difference(got[name], want[name]) <= tolerance, name
 
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "one token": {"tokens": 1, "top_k": 2, "experts": 4, "hidden": 40, "inner": 24},
-    "fewer tokens than experts": {"tokens": 3, "top_k": 2, "experts": 16, "hidden": 33, "inner": 17},
-    "every expert": {"tokens": 7, "top_k": 8, "experts": 8, "hidden": 24, "inner": 19},
-    "no tokens": {"tokens": 0, "top_k": 2, "experts": 4, "hidden": 16, "inner": 16},
-    "whole tiles": {"tokens": 64, "top_k": 2, "experts": 4, "hidden": 64, "inner": 64},
+    "one token": {"tokens": 1, "top_k": 2, "experts": 4, "hidden": 40, "intermediate": 24},
+    "fewer tokens than experts": {"tokens": 3, "top_k": 2, "experts": 16, "hidden": 33, "intermediate": 17},
+    "every expert": {"tokens": 7, "top_k": 8, "experts": 8, "hidden": 24, "intermediate": 19},
+    "no tokens": {"tokens": 0, "top_k": 2, "experts": 4, "hidden": 16, "intermediate": 16},
+    "whole tiles": {"tokens": 64, "top_k": 2, "experts": 4, "hidden": 64, "intermediate": 64},
 }
 
 
@@ -59,7 +60,7 @@ def test_tiles_of_128_rows() -> None:
     check(oracle.make_inputs(129, 4, 20, 70, 1, gated=True, bias=True), "silu", True, torch.bfloat16)
 
 
-@pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False])
 def test_activations(activation: str, gated: bool) -> None:
     check(oracle.make_inputs(9, 3, 21, 18, 5, gated=gated, bias=gated), activation, gated, torch.float32)
@@ -74,7 +75,6 @@ def test_choices(top_k: int) -> None:
 def test_expert_ids(ids: list[list[int]]) -> None:
     inputs = oracle.make_inputs(len(ids), 2, 17, 18, 5, gated=True, bias=True, ids=torch.tensor(ids))
     check(inputs, "silu", True, torch.float32)
-    check(inputs, "silu", True, torch.float32, recompute=True)
 
 
 def test_ids_of_a_type_that_cannot_hold_the_number_of_experts() -> None:
@@ -98,7 +98,7 @@ def test_strided_inputs(layout: str) -> None:
         grad = torch.randn(18, 6, generator=torch.Generator().manual_seed(0)).t()
         results.append([out, *oracle.gradients(out, leaves, grad).values()])
     for a, b in zip(*results, strict=True):
-        assert oracle.difference(a, b) < 1e-6  # the interpreter's BLAS rounds by memory layout
+        assert relative_difference(a, b) < 1e-6  # the interpreter's BLAS rounds by memory layout
 
 
 def far_apart(t: torch.Tensor) -> torch.Tensor:
@@ -161,4 +161,4 @@ def test_grouped_linear(transposed: bool, bias: bool) -> None:
         y = grouped_linear(x, w, leaves[2] if bias else None, offsets, implementation)
         results.append([y, *torch.autograd.grad(y.sin().sum(), leaves[: 2 + bias])])
     for a, b in zip(*results, strict=True):
-        assert oracle.difference(a, b) <= TOLERANCE["float32"]
+        assert relative_difference(a, b) <= TOLERANCE["float32"]
