@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeify.config import MoEConfig
 from moeify.routers.base import LinearRouter, Router
 from moeify.routing.logits import at_least_fp32, check_top_k
 from moeify.routing.record import Routing, RoutingContext
@@ -69,7 +68,4 @@ class Sinkhorn(Router):
     """Experts chosen by a balanced plan in training, by the logits in evaluation."""
 
     builds = SinkhornRouter
-
-    def exact(self, config: MoEConfig) -> bool:
-        """Return False: the weights of a token do not sum to 1."""
-        return False
+    sums_to_one = False

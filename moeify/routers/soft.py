@@ -89,14 +89,11 @@ class Soft(Router):
     """
 
     builds = SoftRouter
+    sums_to_one = False
     joint = True
     mixes_tokens = True
 
     slots: Count = 1
-
-    def exact(self, config: MoEConfig) -> bool:
-        """Return False: experts never see a token by itself."""
-        return False
 
     def start(self, config: MoEConfig, hidden: int, path: str) -> dict[str, StartValue]:
         """Return the start values of the slots and of the scale, which is 1."""

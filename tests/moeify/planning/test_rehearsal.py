@@ -69,6 +69,6 @@ def test_dense_layers_between_mixtures_that_do_not_trace_convert() -> None:
 
 @pytest.mark.parametrize("router", ["hash", "soft"])
 def test_every_router_is_rehearsed(router: str) -> None:
-    given: dict[str, Any] = {"hash": {"vocabulary": 61}, "soft": {"slots": 2}}[router]
-    model = moeify.convert(tiny.build("llama"), MoEConfig(3, 1, router=router, **given))
+    given: dict[str, Any] = {"hash": {"vocab_size": 61}, "soft": {"slots": 2}}[router]
+    model = moeify.convert(tiny.build("llama"), MoEConfig(3, 1, router={"name": router, **given}))
     assert "MoE" in repr(model)
