@@ -33,7 +33,7 @@ class StartValue:
 
 @dataclass(frozen=True)
 class RouterChoice(Choice):
-    """What the library asks of a router; `moeify.routers.base.Router` is the base class of all routers.
+    """All that the library asks of a router; `moeify.routers.base.Router` is the base class to use.
 
     Attributes:
         sums_to_one: The weights of a token sum to 1 in evaluation, if the settings ask for it with `renormalize`.
@@ -89,7 +89,7 @@ class RouterChoice(Choice):
 
 @dataclass(frozen=True)
 class MethodChoice(Choice):
-    """What the library asks of a method; `moeify.methods.base.Method` is the base class of all methods.
+    """All that the library asks of a method; `moeify.methods.base.Method` is the base class to use.
 
     Attributes:
         exact: Experts are unchanged parts of the dense FFN.

@@ -46,7 +46,7 @@ def expert_choice(logits_TE: Tensor, capacity: int, *, mask_T: Tensor | None = N
 
 
 class ExpertChoiceRouter(LinearRouter):
-    """Let each expert take its most probable tokens."""
+    """Module of `ExpertChoice`."""
 
     def __init__(self, options: ExpertChoice, hidden: int, config: MoEConfig, zeros: Zeros) -> None:
         super().__init__(options, hidden, config, zeros)

@@ -55,7 +55,7 @@ def sinkhorn(logits_TE: Tensor, top_k: int, *, iterations: int = 16, mask_T: Ten
 
 
 class SinkhornRouter(LinearRouter):
-    """Choose by a balanced plan in training, by the logits in evaluation."""
+    """Module of `Sinkhorn`."""
 
     def route(self, x_TH: Tensor, context: RoutingContext) -> Routing:
         """Choose experts for tokens to which jitter was applied."""

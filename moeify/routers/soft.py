@@ -63,7 +63,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 class SoftRouter(RouterModule):
-    """The learned slots, and the scale of their logits."""
+    """Module of `Soft`: the learned slots, and the scale of their logits."""
 
     def __init__(self, options: Soft, hidden: int, config: MoEConfig, zeros: Zeros) -> None:
         super().__init__(config)
