@@ -34,7 +34,7 @@ from transformers.models.auto import modeling_auto as auto
 from moeify.errors import MoeifyError
 from moeify.passes.ffn import FFN, Inspection
 from moeify.passes.find_ffn import find_ffns_in
-from moeify.planning.placement import Places
+from moeify.planning.placement import Placer
 from moeify.tracing.trace import UNTRACED, trace
 
 HERE = Path(__file__).resolve().parent
@@ -116,7 +116,7 @@ def examine(model_type: str) -> Row:
         shared_experts=sum(ffn.shared_expert for ffn in found.ffns),
         refused=("all its FFNs are routed experts",) if only_routed else _reasons(found),
         parts=len(graph_module.meta[UNTRACED]),
-        applier=_applier(found.ffns, Places(graph_module)),
+        applier=_applier(found.ffns, Placer(graph_module)),
         note=row.note,
     )
 
@@ -167,11 +167,11 @@ def _cut(config: Any, seen: set[int]) -> None:
             setattr(config, name, type(value)(1 for _ in value))
 
 
-def _applier(ffns: tuple[FFN, ...], places: Places) -> str:
+def _applier(ffns: tuple[FFN, ...], placer: Placer) -> str:
     graph_only = 0
     for ffn in ffns:
         try:
-            places.place(ffn)
+            placer.place(ffn)
         except MoeifyError:
             graph_only += 1
     if not ffns:

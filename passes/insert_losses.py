@@ -11,9 +11,9 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from moeify.layers import MoELayer
-from moeify.layers.balance import layer_losses, weighted_sum
 from moeify.passes.base import PassError, Rewrite
-from moeify.routing.routers import Routing
+from moeify.routing.balance import layer_losses, weighted_sum
+from moeify.routing.record import Routing
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def call_with_loss(
     loss = None
     if isinstance(kept[0], Routing):  # soft routing has nothing to balance
         sequences = x.shape[0] if x.dim() == 3 else 1
-        mask_T, _ = layer.batch.tokens(x, token_ids, mask)
+        mask_T, _ = layer.model_inputs.tokens(x, token_ids, mask)
         loss = weighted_sum(layer_losses(kept[0], layer.config, mask_T=mask_T, sequences=sequences), layer.config)
     return out, x.new_zeros(()) if loss is None else loss
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from moeify.errors import RefusedError
 from moeify.layers import MoELayer
-from moeify.layers.build import build_layer
+from moeify.layers.build import layer_in
 from moeify.passes.base import PassError, Rewrite
 from moeify.passes.ffn import FFN, Call
 from moeify.passes.find_ffn import findings
@@ -88,18 +88,6 @@ class InsertMoE(Rewrite):
         return [(site, found[site.down.parameter]) for site in self.plan.sites]
 
 
-def set_trainable(layer: MoELayer, trainable: bool) -> None:
-    """Freeze the experts of a frozen FFN. Its router stays trainable, and a learned activation as it was.
-
-    Args:
-        layer: A new layer.
-        trainable: Whether some dense weight of the FFN is trained.
-    """
-    for experts in (layer.experts, layer.shared_expert):
-        for parameter in () if experts is None else experts.parameters(recurse=False):
-            parameter.requires_grad_(trainable)
-
-
 def put(root: nn.Module, path: str, layer: nn.Module) -> None:
     """Set a submodule, making the modules around it where there are none."""
     *outer, name = path.split(".")
@@ -117,8 +105,7 @@ def _check_shape(ffn: FFN, call: Call) -> None:
 
 
 def _check_tokens(graph: fx.Graph, ffn: FFN, call: Call, plan: Plan) -> None:
-    needed = getattr(plan.config.router, "needs_token_ids", plan.config.router == "hash")
-    if needed and "token_ids" not in token_arguments(graph, call.source):
+    if plan.config.router.needs_token_ids and "token_ids" not in token_arguments(graph, call.source):
         raise RefusedError(
             f"{ffn.name}: hash routing needs the token ids, and its activations (batch, length, hidden) are made from "
             "no input `input_ids` (batch, length) of the graph: name it so, or choose another router"
@@ -148,9 +135,7 @@ def _layer(graph_module: fx.GraphModule, ffn: FFN, site: Site, plan: Plan) -> Mo
         return value
 
     region = bind(ffn.region, read) if site.activation == CUSTOM else None
-    layer = build_layer(site, plan.config, region, read(site.down.parameter))
-    set_trainable(layer, any(read(name).requires_grad for name in site.parameters))
-    return layer.train(graph_module.training)
+    return layer_in(graph_module, site, plan.config, region).train(graph_module.training)
 
 
 def _replace(graph: fx.Graph, call: Call, path: str) -> None:

@@ -75,11 +75,11 @@ class Lower(Rewrite):
 
     def _choose(self, node: fx.Node) -> None:
         """Set what runs the experts."""
-        *inputs, activation, gated, recompute, _ = node.args
+        *inputs, activation, gated, _ = node.args
         if self.implementation == "reference":
             node.target, node.args = reference.experts, (*inputs, activation, gated)
         else:
-            node.args = (*inputs, activation, gated, recompute, self.implementation)
+            node.args = (*inputs, activation, gated, self.implementation)
 
 
 class _Traced(nn.Module):

@@ -17,10 +17,11 @@ from torch.utils import _pytree as pytree
 
 import moeify
 from moeify.checkpoint.source import open_source
+from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint, plan_checkpoint
+from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import MoeifyError
 from moeify.layers import SparseMoE
 from moeify.measure import TOLERANCE
-from moeify.streaming.stream import Watch, convert_checkpoint, plan_checkpoint
 
 CONFIG = moeify.MoEConfig(experts=4, top_k=2)
 Outputs = list[Tensor]
@@ -115,7 +116,7 @@ class _Paths:
         plan = {site["path"]: site for site in self.converted.config.quantization_config["plan"]["sites"]}
         for path in paths:
             x = torch.randn(2, 7, plan[path]["hidden"])
-            chain = [*plan[path]["through"], path]
+            chain = [*plan[path]["bypassed"], path]
             y: Any = x
             try:
                 for inner in chain:
@@ -174,10 +175,10 @@ class _Paths:
             self.said["dense, saved and loaded"] = own
         del again
         unused: list[str] = []
-        watch = Watch(lambda _: None, lambda _: None, lambda _: None, unused.append)
         with open_source(dense) as source:
-            plan = plan_checkpoint(source, CONFIG, target="moeify")
-            convert_checkpoint(source, moe, plan, watch=watch, check=lambda _: None, shard_size=10**10)
+            opened = DenseCheckpoint(source)
+            plan = plan_checkpoint(opened, CONFIG, target="moeify")
+            convert_checkpoint(opened, plan, Output(moe, shard_size=10**10), Callbacks(unused=unused.append))
         if unused:
             self.said["unused"] = f"{len(unused)}, {unused[0]}"
         return self.loaded(moe)
