@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 import pytest
+
 from moeify.cli.quiet import quiet_transformers
 
 
