@@ -11,14 +11,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from torch import nn
 
 from moeify.config import MoEConfig
 from moeify.layers import Experts, SparseMoE
-from moeify.layers.routing import ROUTERS
 
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS, REPEATS = 2048, 512, 1408, 8, 9
 CONFIGS = {
@@ -27,7 +25,7 @@ CONFIGS = {
     "switch": MoEConfig.switch(EXPERTS, attach_losses=True),
     "gshard": MoEConfig.gshard(EXPERTS, attach_losses=True),
     "noisy_topk": MoEConfig.noisy_topk(EXPERTS, 2, attach_losses=True),
-    "deepseek_v3": MoEConfig.deepseek_v3(EXPERTS, 2, groups=4, groups_kept=2, attach_losses=True),
+    "deepseek_v3": MoEConfig.deepseek_v3(EXPERTS, 2, router={"n_group": 4, "topk_group": 2}, attach_losses=True),
     "expert_choice": MoEConfig.expert_choice(EXPERTS),
 }
 
@@ -35,9 +33,9 @@ CONFIGS = {
 class Nothing(nn.Module):
     """Experts that cost nothing: they hand the routing weights on, so that their gradient flows."""
 
-    def forward(self, x: torch.Tensor, routing: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Return the input, plus the weights' sum times zero."""
-        result: torch.Tensor = x + 0 * routing.weights_TK.sum()
+        result: torch.Tensor = x + 0 * weights.sum()
         return result
 
 
@@ -61,9 +59,9 @@ def main() -> None:
 
 def make(config: MoEConfig) -> SparseMoE:
     """A layer in training mode."""
-    experts = Experts(HIDDEN, INTERMEDIATE, experts=config.experts, activation="silu", gated=True,
+    experts = Experts(HIDDEN, INTERMEDIATE, num_experts=config.experts, activation="silu", gated=True,
                       up_rows=2 * INTERMEDIATE)  # fmt: skip
-    layer = SparseMoE(ROUTERS[config.router](HIDDEN, config), experts)
+    layer = SparseMoE(config.router.module(HIDDEN, config), experts)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=HIDDEN**-0.5)
     return layer.train()

@@ -9,16 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeify import methods, routers
     from moeify.config import MoEConfig
+    from moeify.conversion.dense import find_ffns
+    from moeify.conversion.graph import convert_graph
+    from moeify.conversion.module import convert
     from moeify.errors import MoeifyError
-    from moeify.export import OnnxReport, export_onnx
-    from moeify.graph_convert import convert_graph
+    from moeify.export.onnx_file import export_onnx
+    from moeify.export.report import OnnxReport
     from moeify.hub.loading import load
     from moeify.hub.registration import register
-    from moeify.inplace import convert
     from moeify.plan import Plan
-    from moeify.planning.make import find_ffns
-    from moeify.proving.verification import VerifyReport, verify
+    from moeify.proving.proof import VerifyReport, verify
     from moeify.training.bias import attach_bias_update, update_selection_bias
     from moeify.training.callback import RoutingCallback
     from moeify.training.control import freeze, param_groups, set_capacity
@@ -32,16 +34,16 @@ _HOME = {
     "LayerStats": "training.stats",
     "MoEConfig": "config",
     "MoeifyError": "errors",
-    "OnnxReport": "export",
+    "OnnxReport": "export.report",
     "Plan": "plan",
     "RoutingCallback": "training.callback",
-    "VerifyReport": "proving.verification",
+    "VerifyReport": "proving.proof",
     "attach_bias_update": "training.bias",
     "aux_loss": "training.losses",
-    "convert": "inplace",
-    "convert_graph": "graph_convert",
-    "export_onnx": "export",
-    "find_ffns": "planning.make",
+    "convert": "conversion.module",
+    "convert_graph": "conversion.graph",
+    "export_onnx": "export.onnx_file",
+    "find_ffns": "conversion.dense",
     "freeze": "training.control",
     "load": "hub.loading",
     "param_groups": "training.control",
@@ -50,8 +52,10 @@ _HOME = {
     "scale_attached_losses": "training.losses",
     "set_capacity": "training.control",
     "update_selection_bias": "training.bias",
-    "verify": "proving.verification",
+    "verify": "proving.proof",
 }
+
+_PACKAGES = {"methods", "routers"}
 
 __all__ = [
     "LayerStats",
@@ -69,8 +73,10 @@ __all__ = [
     "find_ffns",
     "freeze",
     "load",
+    "methods",
     "param_groups",
     "register",
+    "routers",
     "routing_stats",
     "scale_attached_losses",
     "set_capacity",
@@ -80,6 +86,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"moeify.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'moeify' has no attribute {name!r}")
     return getattr(import_module(f"moeify.{_HOME[name]}"), name)

@@ -26,9 +26,9 @@ import torch
 import transformers
 
 from moeify.measure import TOLERANCE
+from sweeps.conversions import check_paths
 from sweeps.models import DOCS, model_types
-from sweeps.paths import check_paths
-from sweeps.small import small_model
+from sweeps.small_model import small_model
 
 RESULTS, PAGE = DOCS / "exactness.json", DOCS / "exactness.md"
 SECONDS = 60  # of CPU time for a type

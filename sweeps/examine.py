@@ -13,8 +13,8 @@ import torch
 
 from moeify.errors import MoeifyError
 from moeify.passes.ffn import FFN, Inspection
-from moeify.passes.find_ffn import FindFFN
-from moeify.planning.placement import Places
+from moeify.passes.find_ffn import find_ffns_in
+from moeify.planning.placement import Placer
 from moeify.tracing.trace import UNTRACED, trace
 from sweeps.count_by_name import Sizes, by_name
 from sweeps.models import build, looked_up, model_types
@@ -58,7 +58,7 @@ def examine(model_type: str) -> Row:
         graph_module = trace(model, inputs or None)
     except MoeifyError as error:
         return Row(model_type, task, expected=expected, problem="not traced: " + _line(error), note=row.note)
-    found = FindFFN()(graph_module)
+    found = find_ffns_in(graph_module)
     routed = any(re.search(r"\bexperts\b", name) for name, _ in model.named_parameters())
     only_routed = routed and not found.ffns and not expected
     return Row(
@@ -70,16 +70,16 @@ def examine(model_type: str) -> Row:
         shared_experts=sum(ffn.shared_expert for ffn in found.ffns),
         refused=("all its FFNs are routed experts",) if only_routed else _reasons(found),
         parts=len(graph_module.meta[UNTRACED]),
-        applier=_applier(found.ffns, Places(graph_module)),
+        applier=_applier(found.ffns, Placer(graph_module)),
         note=row.note,
     )
 
 
-def _applier(ffns: tuple[FFN, ...], places: Places) -> str:
+def _applier(ffns: tuple[FFN, ...], placer: Placer) -> str:
     graph_only = 0
     for ffn in ffns:
         try:
-            places.place(ffn)
+            placer.place(ffn)
         except MoeifyError:
             graph_only += 1
     if not ffns:

@@ -19,7 +19,7 @@ CONFIGS = {
     "aux_loss 0.01 (Switch)": moeify.MoEConfig(EXPERTS, 1, renormalize=False, aux_loss=0.01),
     "aux_loss 0.1": moeify.MoEConfig(EXPERTS, 1, renormalize=False, aux_loss=0.1),
     "selection bias (DeepSeek-V3)": moeify.MoEConfig(
-        EXPERTS, 1, router="sigmoid", renormalize=False, aux_loss=0.0, bias_rate=1e-2
+        EXPERTS, 1, router=moeify.routers.Sigmoid(bias_rate=1e-2), renormalize=False, aux_loss=0.0
     ),
 }
 DEAD = 0.1 / EXPERTS  # an expert with less than a tenth of its share
@@ -34,7 +34,7 @@ def main() -> None:
         torch.manual_seed(args.seed)
         model = lm.moe_from_scratch(replace(config, seed=args.seed))
         optimizer = lm.optimizer_for(model)
-        if config.bias_rate:
+        if config.router.updates_bias:
             moeify.attach_bias_update(model, optimizer)
         history: list[float] = []
         curves.append(lm.train(name, model, optimizer, text, steps, seed=args.seed, watch=watch(history)))
@@ -44,9 +44,9 @@ def main() -> None:
          f"{max(max(layer) for layer in loads[c.name][1]) * EXPERTS:.1f} x"]
         for c in curves
     ]  # fmt: skip
-    lm.write_table(HERE, args.seed, ["balancing", "held-out loss", "dead experts", "busiest expert"], rows)
+    lm.write_table(HERE, args, ["balancing", "held-out loss", "dead experts", "busiest expert"], rows)
     lm.plot(
-        HERE / "dead.png", args.seed,
+        HERE / "dead.png", args,
         ("step", [(n, list(range(len(h))), [sum(h[max(i - 9, 0) : i + 1]) / min(i + 1, 10) for i in range(len(h))])
                   for n, (h, _) in loads.items()]),
         y=f"dead experts of {lm.LAYERS * EXPERTS} (mean of 10 steps)",

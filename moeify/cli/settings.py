@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from moeify.config.choice import words
+from moeify.config.presets import PRESETS
 from moeify.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PRESETS = ("switch", "gshard", "st_moe", "noisy_topk", "mixtral", "deepseek_v3", "expert_choice", "dropless")
+_METHODS, _ROUTERS = (", ".join(words(f"moeify.{package}")) for package in ("methods", "routers"))
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -24,13 +26,14 @@ def config_options(command: F) -> F:
         (
             click.option("--experts", type=int, help="Experts in each converted layer."),
             click.option("--top-k", type=int, help="Experts that each token visits."),
-            click.option("--method", help="How experts are made: copy, noise or drop.  [default: copy]"),
+            click.option("--method", help=f"How experts are made: {_METHODS}.  [default: copy]"),
             click.option("--granularity", type=int, help="Cut each FFN into this many experts.  [default: 1]"),
             click.option("--shared-experts", type=int, help="Experts that every token visits besides.  [default: 0]"),
             click.option("--preset", type=click.Choice(PRESETS), help="Start from the settings of a paper."),
-            click.option("--router", help="Who chooses experts: softmax, gshard, sigmoid, …  [default: softmax]"),
+            click.option("--router", help=f"What chooses experts: {_ROUTERS}.  [default: softmax]"),
             click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE",
-                         help="Any other field of MoEConfig, such as z_loss=1e-3; may be repeated."),
+                         help="Any other field of MoEConfig, or an option of the router or the method, such as "
+                              "z_loss=1e-3, router.bias_rate=1e-3, method.share=0.3; may be repeated."),
             click.option("--seed", type=int, help="Start of all random numbers.  [default: 0]"),
         )
     ):  # fmt: skip
@@ -42,40 +45,49 @@ def config_from(options: dict[str, Any]) -> MoEConfig:
     """Make the settings from what was typed; what was not typed is the preset's, or the default.
 
     Raises:
-        ConfigError: a value that is wrong, or a field that there is not.
-        UsageError: a preset was not given, and the numbers of experts neither.
+        ConfigError: A value is wrong, or there is no such field.
+        UsageError: A preset was not given, and the numbers of experts neither.
     """
     from moeify.config import MoEConfig
 
     apart = {"preset", "settings"}
     typed = {name: value for name, value in options.items() if name not in apart and value is not None}
     for text in options["settings"]:
-        name, value = _setting(text)
-        if name in typed:
-            raise ConfigError(f"{name} is given twice: once is enough")
-        typed[name] = value
+        _add_setting(typed, text)
     preset = options["preset"]
     if "experts" not in typed or ("top_k" not in typed and preset is None):
         raise click.UsageError("--experts and --top-k are needed: for example --experts 8 --top-k 2")
     return MoEConfig(**typed) if preset is None else getattr(MoEConfig, preset)(**typed)
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    """Read FIELD=VALUE; the value in the type of the field's default."""
+def _add_setting(typed: dict[str, Any], text: str) -> None:
+    """Add FIELD=VALUE, or router.OPTION=VALUE, which go into a mapping beside the router's name."""
     from moeify.config import MoEConfig
 
-    name, equals, value = text.partition("=")
+    name, _, value = text.partition("=")
+    field, dot, option = name.partition(".")
     known = MoEConfig.__dataclass_fields__
-    if not equals or not value:
+    if not value:
         raise ConfigError(f"--set {text}: expected FIELD=VALUE, for example z_loss=1e-3")
-    if name not in known:
+    if field not in known or (dot and field not in {"method", "router"}):
         raise ConfigError(f"--set {text}: there is no field {name}; there are {', '.join(known)}")
-    kind = str(known[name].type)
-    if value.lower() in _WORDS and ("bool" in kind or "None" in kind):
-        return name, _WORDS[value.lower()]
-    if "bool" in kind:
-        raise ConfigError(f"--set {text}: {name} is true or false")
-    try:
-        return name, float(value) if "float" in kind else int(value) if "int" in kind else value
-    except ValueError as error:
-        raise ConfigError(f"--set {text}: {name} takes a number") from error
+    into, key = typed, field
+    if dot:
+        given = typed.get(field, {})
+        into = typed[field] = {"name": given} if isinstance(given, str) else given
+        key = option
+    if key in into:
+        raise ConfigError(f"{name} is given twice: once is enough")
+    into[key] = _value(value)
+
+
+def _value(text: str) -> object:
+    """Read a truth value, None, or a number; anything else is a word."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text

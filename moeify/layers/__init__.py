@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from moeify.layers.experts import Experts
 from moeify.layers.moe import MoELayer, SparseMoE
-from moeify.layers.routing import TopKRouter
 from moeify.layers.soft import SoftMoE
 
-__all__ = ["Experts", "MoELayer", "SoftMoE", "SparseMoE", "TopKRouter"]
+__all__ = ["Experts", "MoELayer", "SoftMoE", "SparseMoE"]

@@ -1,7 +1,7 @@
-"""E FFNs of one shape, stacked: what a router's choice is applied to.
+"""The experts: E FFNs of one shape, in stacked parameters.
 
-Shape legend: T tokens, H hidden, I intermediate, J rows of the first weight (2I with a gate), E experts, K experts per
-token, S = T·K rows in the experts' order.
+Shape legend: T tokens, H hidden size, I intermediate size, J rows of the up projections (2I with a gate), E experts,
+K choices per token, S = T·K choices in the experts' order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from moeify.kernels import ops
 from moeify.kernels.activations import ACTIVATIONS
 from moeify.kernels.layout import routing_layout
-from moeify.routing.routers import Routing
 
 
 class Experts(nn.Module):
@@ -25,14 +24,14 @@ class Experts(nn.Module):
     Args:
         hidden: H.
         intermediate: I.
-        experts: E.
+        num_experts: E.
         activation: A name that the kernels know, or any name when `region` is given.
         gated: act(gate) * up.
         up_rows: J.
-        up_bias: Whether the first projections have biases.
-        down_bias: Whether the projection back has one.
-        region: The captured computation between the projections; used when the kernels do not know it by name.
-        region_widths: Rows of each projection that the region takes.
+        up_bias: Whether the up projections have biases.
+        down_bias: Whether the down projection has one.
+        region: The captured computation between the projections, where the kernels do not know it by name.
+        region_widths: Rows of each up projection that the region takes.
         dropout: Probability of dropping hidden values inside the experts, in training.
         device: Of the parameters.
         dtype: Of the parameters.
@@ -43,7 +42,7 @@ class Experts(nn.Module):
         hidden: int,
         intermediate: int,
         *,
-        experts: int,
+        num_experts: int,
         activation: str,
         gated: bool,
         up_rows: int,
@@ -56,12 +55,12 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.experts, self.hidden, self.intermediate = experts, hidden, intermediate
+        self.num_experts, self.hidden, self.intermediate = num_experts, hidden, intermediate
         self.activation, self.gated, self.dropout = activation, gated, dropout
         self.region, self.region_widths = region, region_widths
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(experts, *shape, device=device, dtype=dtype))
+            return nn.Parameter(torch.zeros(num_experts, *shape, device=device, dtype=dtype))
 
         self.up_name = "gate_up_proj" if gated else "up_proj"
         self.register_parameter(self.up_name, parameter(up_rows, hidden))
@@ -71,23 +70,29 @@ class Experts(nn.Module):
 
     @property
     def up(self) -> Tensor:
-        """The first weight (E, J, H), whatever its name."""
+        """The up projections (E, J, H), whatever their name."""
         weight: Tensor = getattr(self, self.up_name)
         return weight
 
     @property
     def up_bias(self) -> Tensor | None:
-        """The first bias (E, J), or None."""
+        """Biases of the up projections (E, J), or None."""
         bias: Tensor | None = getattr(self, f"{self.up_name}_bias")
         return bias
 
-    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        """Return Σ_k weight · expert(x) for tokens (T, H)."""
+    def forward(self, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Return Σ_k weight · expert(x).
+
+        Args:
+            x_TH: (T, H).
+            expert_ids_TK: (T, K) integers; an id outside [0, E) contributes zero.
+            weights_TK: (T, K).
+        """
         if self.region is None and not (self.training and self.dropout):
             return ops.experts(
                 x_TH,
-                routing.expert_ids_TK,
-                routing.weights_TK,
+                expert_ids_TK,
+                weights_TK,
                 self.up,
                 self.down_proj,
                 self.up_bias,
@@ -95,15 +100,15 @@ class Experts(nn.Module):
                 activation=self.activation,
                 gated=self.gated,
             )
-        return self._unfused(x_TH, routing)
+        return self._unfused(x_TH, expert_ids_TK, weights_TK)
 
-    def _unfused(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        """Run the experts with any torch code between the products."""
-        layout = routing_layout(routing.expert_ids_TK, self.experts)
+    def _unfused(self, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Run the experts with any torch code between the projections."""
+        layout = routing_layout(expert_ids_TK, self.num_experts)
         z_SJ = ops.grouped_linear(ops.dispatch(x_TH, layout), self.up, self.up_bias, layout.offsets_E1)
         a_SI = F.dropout(self._activate(z_SJ), self.dropout, self.training)
         y_SH = ops.grouped_linear(a_SI, self.down_proj, self.down_proj_bias, layout.offsets_E1)
-        return ops.combine(y_SH, routing.weights_TK, layout).to(x_TH.dtype)
+        return ops.combine(y_SH, weights_TK, layout).to(x_TH.dtype)
 
     def _activate(self, z_SJ: Tensor) -> Tensor:
         if self.region is not None:
@@ -118,4 +123,4 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         """Describe the experts in `repr`."""
         form = f"{self.activation} {'GLU' if self.gated else 'MLP'}"
-        return f"{self.experts} x {form} {self.hidden} → {self.intermediate} → {self.hidden}"
+        return f"{self.num_experts} x {form} {self.hidden} → {self.intermediate} → {self.hidden}"

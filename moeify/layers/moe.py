@@ -1,6 +1,6 @@
-"""The sparse layer: route, keep to the capacity, attach the losses, run the experts, remember what was routed.
+"""The MoE layer: route, keep to the capacity, attach the losses, dispatch, run the experts, combine.
 
-Shape legend: T tokens, H hidden, E experts, K experts per token.
+Shape legend: T tokens, H hidden size, E experts, K choices per token.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
-from moeify.layers.balance import layer_losses, weighted_sum
-from moeify.layers.batch import Batch
-from moeify.layers.routing import Context
+from moeify.layers.dispatch import Dispatcher, LocalDispatcher
+from moeify.layers.model_inputs import ModelInputs
+from moeify.routers.base import RouterModule
+from moeify.routing.attach_loss import attach_loss
+from moeify.routing.balance import layer_losses, weighted_sum
 from moeify.routing.capacity import drop_overflow, exact_factor, expert_capacity
-from moeify.routing.losses import attach_loss, expert_counts
-from moeify.routing.routers import Routing
+from moeify.routing.losses import expert_counts
+from moeify.routing.record import Routing, RoutingContext
 
 
 @dataclass
-class Record:
+class ForwardRecord:
     """What a layer computed in a forward pass.
 
     Attributes:
         routing: The router's choice, before capacity.
         mask_T: (T,) bool, False for padding; None when all tokens are real.
         sequences: B; the tokens are B sequences in a row.
-        dropped: Places that gave way, () int64; None without a limit.
+        dropped: Number of dropped choices, () int64; None without a limit.
     """
 
     routing: Routing
@@ -41,17 +42,18 @@ class Record:
 
 
 class MoELayer(nn.Module):
-    """What every layer has that stands where a dense FFN stood.
+    """Base class of the layers that stand where a dense FFN stood.
 
     Args:
-        router: Chooses; its `config` is the layer's.
-        experts: Compute.
+        router: Chooses experts; its `config` is the layer's.
+        experts: The routed experts, called with rows, expert ids and weights.
         shared_expert: Experts that every token visits, or None.
         dropout: Probability with which the dense FFN dropped its output, in training.
         path: The layer's place in the model, for messages.
 
     Attributes:
-        batch: What the model was called with.
+        dispatcher: Brings tokens to the experts and the results back.
+        model_inputs: What the model was called with.
         capacity_factor: The limit in training, None for none; `set_capacity` changes it.
         eval_capacity_factor: The limit in evaluation, likewise.
         loss_scale: Multiplies the attached losses: what a script multiplies its own loss by before backward.
@@ -61,7 +63,7 @@ class MoELayer(nn.Module):
 
     def __init__(
         self,
-        router: Any,
+        router: RouterModule,
         experts: nn.Module,
         shared_expert: nn.Module | None = None,
         *,
@@ -71,14 +73,14 @@ class MoELayer(nn.Module):
         super().__init__()
         self.router, self.experts, self.shared_expert = router, experts, shared_expert
         self.dropout, self.path = dropout, path
-        config: MoEConfig = router.config
-        self.config = config
+        config = self.config = router.config
+        self.dispatcher: Dispatcher = LocalDispatcher()
         self.capacity_factor: Fraction | None = None
         self.eval_capacity_factor: Fraction | None = None
         self.set_capacity(train=config.capacity_factor, evaluation=config.eval_capacity_factor)
         self.loss_scale = 1.0
-        self.batch = Batch()
-        self.record: Record | None = None
+        self.model_inputs = ModelInputs()
+        self.record: ForwardRecord | None = None
         # Not a buffer: DistributedDataParallel would overwrite every rank's counts with the first one's.
         self.counts_E: Tensor | None = None
 
@@ -86,19 +88,18 @@ class MoELayer(nn.Module):
         """Change the limits.
 
         Raises:
-            ConfigError: a factor that is not a positive finite number.
+            ConfigError: A factor is not a positive finite number.
         """
         limits = [None if factor is None else exact_factor(factor) for factor in (train, evaluation)]
         self.capacity_factor, self.eval_capacity_factor = limits
 
     def with_shared(self, out_TH: Tensor, x_TH: Tensor) -> Tensor:
-        """Add what the shared experts make of tokens (T, H) to what the routed ones made."""
+        """Add the outputs of the shared experts for tokens (T, H) to those of the routed ones."""
         if self.shared_expert is None:
             return out_TH
         ids_TK = torch.arange(self.config.shared_experts, device=x_TH.device).expand(x_TH.shape[0], -1)
         weights_TK = torch.ones_like(ids_TK, dtype=torch.float32)
-        unused = weights_TK.new_zeros(())
-        shared_TH: Tensor = self.shared_expert(x_TH, Routing(ids_TK, weights_TK, unused, unused))
+        shared_TH: Tensor = self.shared_expert(x_TH, ids_TK, weights_TK)
         return out_TH + shared_TH
 
     def losses(self) -> dict[str, Tensor]:
@@ -106,7 +107,7 @@ class MoELayer(nn.Module):
         record = self.record
         return {} if record is None else self._losses(record)
 
-    def _losses(self, record: Record) -> dict[str, Tensor]:
+    def _losses(self, record: ForwardRecord) -> dict[str, Tensor]:
         return layer_losses(record.routing, self.config, mask_T=record.mask_T, sequences=max(record.sequences, 1))
 
     def extra_repr(self) -> str:
@@ -133,48 +134,49 @@ class SparseMoE(MoELayer):
 
         Args:
             x: (…, H).
-            token_ids: (B, L), where the caller hands them over (see `Batch.tokens`).
+            token_ids: (B, L), where the caller hands them over (see `ModelInputs.tokens`).
             mask: (B, at least L), likewise.
 
         Raises:
-            MoeifyError: a logit is NaN (looked for on the CPU only, where looking does not wait for a device).
+            MoeifyError: A router logit is NaN; checked on the CPU only, where the check waits for no device.
         """
         x_TH = x.reshape(-1, x.shape[-1])
-        mask_T, token_ids_T = self.batch.tokens(x, token_ids, mask)
+        mask_T, token_ids_T = self.model_inputs.tokens(x, token_ids, mask)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        routing = self.router(x_TH, Context(mask_T, token_ids_T, factor))
+        routing = self.router(x_TH, RoutingContext(mask_T, token_ids_T, factor))
         self._refuse_nan(routing, mask_T)
-        record = Record(routing, mask_T, sequences=x.shape[0] if x.dim() == 3 else 1)
-        if factor is not None and self.config.router != "expert_choice":  # which keeps to it itself
+        record = ForwardRecord(routing, mask_T, sequences=x.shape[0] if x.dim() == 3 else 1)
+        if factor is not None and not self.config.router.keeps_capacity:
             routing, record.dropped = self._limit(routing, mask_T, factor)
         if self.training and self.config.attach_losses:
             routing = self._attach(routing, record)
         self._remember(record)
-        out_TH = self.with_shared(self.experts(x_TH, routing), x_TH)
+        sent = self.dispatcher.dispatch(x_TH, routing)
+        y = self.experts(sent.x, sent.expert_ids, sent.weights)
+        out_TH = self.with_shared(self.dispatcher.combine(y, sent), x_TH)
         return F.dropout(out_TH.view(x.shape), self.dropout, self.training)
 
     def _limit(self, routing: Routing, mask_T: Tensor | None, factor: Fraction) -> tuple[Routing, Tensor]:
-        """Drop what exceeds the experts' capacity; padding takes none."""
+        """Drop choices that exceed an expert's capacity; padding takes none of it."""
         ids_TK, config = routing.expert_ids_TK, self.config
         if mask_T is not None:
             ids_TK = ids_TK.masked_fill(~mask_T.unsqueeze(-1), config.experts)
         capacity = expert_capacity(ids_TK.shape[0], config.experts, config.top_k, factor)
-        order: Any = config.drop_order
-        ids_TK, dropped = drop_overflow(ids_TK, routing.scores_TE, capacity, order=order)
+        ids_TK, dropped = drop_overflow(ids_TK, routing.scores_TE, capacity, order=config.drop_order)
         return replace(routing, expert_ids_TK=ids_TK), dropped
 
-    def _attach(self, routing: Routing, record: Record) -> Routing:
+    def _attach(self, routing: Routing, record: ForwardRecord) -> Routing:
         loss = weighted_sum(self._losses(record), self.config)
         if loss is None or not torch.is_grad_enabled():
             return routing
         return replace(routing, weights_TK=attach_loss(routing.weights_TK, loss * self.loss_scale))
 
-    def _remember(self, record: Record) -> None:
+    def _remember(self, record: ForwardRecord) -> None:
         """Keep what was computed, once: not while exporting, nor when activation checkpointing computes it again."""
         if torch.compiler.is_exporting() or _in_backward():
             return
         self.record = record
-        if self.training and self.config.bias_rate:
+        if self.training and self.config.router.updates_bias:
             counts_E = expert_counts(record.routing.expert_ids_TK, self.config.experts, mask_T=record.mask_T)
             self.counts_E = counts_E if self.counts_E is None else self.counts_E + counts_E
 

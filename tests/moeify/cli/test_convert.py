@@ -233,23 +233,23 @@ def test_what_is_converted_already_is_not_converted_again(src: Path, tmp_path: P
 
 def test_routers_presets_and_fields_reach_the_checkpoint(src: Path, tmp_path: Path) -> None:
     result = convert(src, tmp_path / "moe", "--preset", "deepseek_v3", "--experts", 6, "--top-k", 3, "--granularity", 3,
-                     "--shared-experts", 1, "--seed", 5, "--set", "groups=2", "--set", "groups_kept=1",
-                     "--set", "routed_scale=1", "--set", "attach_losses=true")  # fmt: skip
+                     "--shared-experts", 1, "--seed", 5, "--set", "router.n_group=2", "--set", "router.topk_group=1",
+                     "--set", "router.routed_scaling_factor=1", "--set", "attach_losses=true")  # fmt: skip
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "moe/moeify.json").read_text())["config"]
-    expected = MoEConfig.deepseek_v3(6, 3, granularity=3, shared_experts=1, seed=5, groups=2, groups_kept=1,
-                                     routed_scale=1.0, attach_losses=True)  # fmt: skip
-    assert MoEConfig(**config) == expected and expected.exact
+    expected = MoEConfig.deepseek_v3(6, 3, granularity=3, shared_experts=1, seed=5, attach_losses=True,
+                                     router={"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.0})  # fmt: skip
+    assert MoEConfig.from_dict(config) == expected and expected.exact
     assert "relative" in result.output and "tolerance 1e-05" in result.output
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--router", "topk"), "router is 'topk': expected one of softmax, gshard"),
+        (("--router", "topk"), "router is 'topk': expected one of expert_choice, gshard"),
         (("--set", "zloss=1"), "there is no field zloss; there are experts, top_k"),
-        (("--set", "z_loss=much"), "z_loss takes a number"),
-        (("--set", "attach_losses=1"), "attach_losses is true or false"),
+        (("--set", "z_loss=much"), "z_loss is 'much': expected a number"),
+        (("--set", "attach_losses=1"), "attach_losses is 1: expected True or False"),
         (("--set", "z_loss"), "expected FIELD=VALUE"),
         (("--set", "seed=1", "--seed", 2), "seed is given twice"),
         (("--granularity", 2), "top_k is 3: with granularity 2"),

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeify import routers
 from moeify.config import MoEConfig
-from moeify.layers import Experts, MoELayer, SoftMoE, SparseMoE
-from moeify.layers.batch import Batch
-from moeify.layers.routing import ROUTERS
-from moeify.layers.soft import SoftRouter
+from moeify.layers import Experts, SoftMoE, SparseMoE
+from moeify.layers.model_inputs import ModelInputs
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 13, 17, 23
 
@@ -21,27 +20,29 @@ CONFIGS: dict[str, MoEConfig] = {
     "gshard": MoEConfig.gshard(5),
     "st_moe": MoEConfig.st_moe(5),
     "noisy_topk": MoEConfig.noisy_topk(5, 2),
-    "deepseek_v3": MoEConfig.deepseek_v3(6, 2, groups=3, groups_kept=2),
+    "deepseek_v3": MoEConfig.deepseek_v3(6, 2, router={"n_group": 3, "topk_group": 2}),
     "expert_choice": MoEConfig.expert_choice(5),
     "sinkhorn": MoEConfig(5, 2, router="sinkhorn", aux_loss=0.0),
-    "hash": MoEConfig(5, 1, router="hash", vocabulary=VOCABULARY, aux_loss=0.0),
-    "soft": MoEConfig(5, 2, router="soft", slots=3, aux_loss=0.0),
+    "hash": MoEConfig(5, 1, router=routers.Hash(vocab_size=VOCABULARY), aux_loss=0.0),
+    "soft": MoEConfig(5, 2, router=routers.Soft(slots=3), aux_loss=0.0),
 }
 
 
 def layer(config: MoEConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A layer in training mode with random weights."""
-    experts = Experts(HIDDEN, INTERMEDIATE, experts=config.experts, activation="silu", gated=True,
-                      up_rows=2 * INTERMEDIATE, dtype=dtype)  # fmt: skip
-    made: MoELayer
-    if config.router == "soft":
-        made = SoftMoE(SoftRouter(HIDDEN, config, dtype=dtype), experts, path="model.layers.1.mlp")
-    else:
-        made = SparseMoE(ROUTERS[config.router](HIDDEN, config, dtype=dtype), experts, path="model.layers.1.mlp")
+
+    def experts(count: int) -> Experts:
+        return Experts(HIDDEN, INTERMEDIATE, num_experts=count, activation="silu", gated=True,
+                       up_rows=2 * INTERMEDIATE, dtype=dtype)  # fmt: skip
+
+    router: Any = config.router.module(HIDDEN, config, dtype=dtype)
+    shared = experts(config.shared_experts) if config.shared_experts else None
+    kind = SoftMoE if config.router.mixes_tokens else SparseMoE
+    made: Any = kind(router, experts(config.experts), shared, path="model.layers.1.mlp")
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.5, generator=generator)
-    if config.router == "hash":
+    if config.router.needs_token_ids:
         made.router.table.copy_(torch.arange(VOCABULARY) % config.experts)
     return made
 
@@ -52,5 +53,5 @@ def inputs(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> Te
 
 def tell(made: Any, *, mask: Tensor | None = None, token_ids: Tensor | None = None) -> None:
     """Tell a layer what the model around it would tell it."""
-    made.batch = Batch()
-    made.batch.mask, made.batch.token_ids = mask, token_ids
+    made.model_inputs = ModelInputs()
+    made.model_inputs.mask, made.model_inputs.token_ids = mask, token_ids

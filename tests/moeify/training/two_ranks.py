@@ -12,7 +12,7 @@ import moeify
 from moeify.config import MoEConfig
 from tests.moeify.layers import make
 
-GLOBAL = MoEConfig(5, 2, balance_level="global", normalize_topk=True)
+GLOBAL = MoEConfig(5, 2, balance_level="global", divide_loss_by_top_k=True)
 
 
 def main(rank: int, folder: str) -> None:
