@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_candidates import CANDIDATES, Candidate, Inputs, refusal
-from moeify.kernels.selfcheck import self_check
+from moeify.kernels.tools.selfcheck import self_check
 from moeify.measure import TOLERANCE
 
 # Tokens, hidden, inner, experts, top-k.

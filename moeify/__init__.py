@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moeify.hub.loading import load
     from moeify.hub.registration import register
     from moeify.plan import Plan
-    from moeify.proving.verification import VerifyReport, verify
+    from moeify.proving.proof import VerifyReport, verify
     from moeify.training.bias import attach_bias_update, update_selection_bias
     from moeify.training.callback import RoutingCallback
     from moeify.training.control import freeze, param_groups, set_capacity
@@ -37,7 +37,7 @@ _HOME = {
     "OnnxReport": "export.report",
     "Plan": "plan",
     "RoutingCallback": "training.callback",
-    "VerifyReport": "proving.verification",
+    "VerifyReport": "proving.proof",
     "attach_bias_update": "training.bias",
     "aux_loss": "training.losses",
     "convert": "conversion.module",
@@ -52,8 +52,10 @@ _HOME = {
     "scale_attached_losses": "training.losses",
     "set_capacity": "training.control",
     "update_selection_bias": "training.bias",
-    "verify": "proving.verification",
+    "verify": "proving.proof",
 }
+
+_PACKAGES = {"methods", "routers"}
 
 __all__ = [
     "LayerStats",
@@ -81,9 +83,6 @@ __all__ = [
     "update_selection_bias",
     "verify",
 ]
-
-
-_PACKAGES = {"methods", "routers"}
 
 
 def __getattr__(name: str) -> Any:

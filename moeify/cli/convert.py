@@ -133,11 +133,11 @@ def _show(dense: DenseCheckpoint, plan: Plan) -> None:
     from moeify.cli import display
     from moeify.conversion.cost import dense_cost, moe_cost
 
-    before, console = dense_cost(dense), display.stdout()
+    console = display.stdout()
     console.print(f"{plan.model_type} → {plan.target}, nothing is written")
     console.print(display.plan_table(plan))
     console.print()
-    console.print(display.cost_table((("dense", before), ("MoE", moe_cost(before, plan)))))
+    console.print(display.cost_table((("dense", dense_cost(dense)), ("MoE", moe_cost(dense, plan)))))
 
 
 def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> None:

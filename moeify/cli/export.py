@@ -44,7 +44,7 @@ def export(
     """
     from moeify.cli import display
     from moeify.cli.quiet import quiet_transformers
-    from moeify.export.request import check_request
+    from moeify.export.onnx_file import check_request
 
     typed = any(value not in (None, ()) for value in settings.values())
     config = config_from(settings) if typed else None
@@ -54,7 +54,7 @@ def export(
     with quiet_transformers():
         model = _load(src, request.dtype, config, layers)
         entries = {"source": src.name, **_text_entries(src, model)}
-        report = export_model(model, request, entries=entries)
+        report = export_model(model, request, None, entries)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
         return

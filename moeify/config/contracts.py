@@ -11,7 +11,7 @@ from moeify.config.choice import Choice
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from moeify.config.settings import MoEConfig
 
@@ -71,12 +71,11 @@ class RouterChoice(Choice):
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
-    ) -> nn.Module:
-        """Return the router's module with zero weights, for tokens of a hidden size."""
+    ) -> Any:
+        """Return the router's module, a `moeify.routers.base.RouterModule`, with zero weights."""
         import torch
 
-        module: nn.Module = type(self).builds(self, hidden, config, partial(torch.zeros, device=device, dtype=dtype))
-        return module
+        return type(self).builds(self, hidden, config, partial(torch.zeros, device=device, dtype=dtype))
 
     def start(self, config: MoEConfig, hidden: int, path: str) -> dict[str, StartValue]:
         """Return the values that the router's tensors start with, by name, in the order of its state dict.

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor, nn
 
 from moeify.checkpoint.tensor_info import ITEMSIZE
-from moeify.config import MoEConfig
 from moeify.conversion.dense import DenseCheckpoint
-from moeify.conversion.layout import CopiedTensor, LayerTensor, StackedTensor
+from moeify.conversion.layout import CopiedTensor, LayerTensor, StackedTensor, StartTensor
+from moeify.conversion.restructure import read
 from moeify.conversion.stored_layout import stored_tensors
 from moeify.passes.matching.projection import as_projection
-from moeify.plan import Plan, Site
+from moeify.plan import Plan
+
+Numbers: TypeAlias = tuple[Fraction, Fraction, Fraction, Fraction]  # changes of the numbers of a `Cost`
 
 
 class Cost(NamedTuple):
@@ -41,45 +46,43 @@ def dense_cost(dense: DenseCheckpoint) -> Cost:
     return Cost(parameters, parameters, dense.nbytes, 2 * products // max(rows, default=1))
 
 
-def moe_cost(dense: Cost, plan: Plan) -> Cost:
-    """Count the converted model.
-
-    Args:
-        dense: The dense model's numbers.
-        plan: What is converted.
-    """
-    itemsize = Fraction(dense.bytes, max(dense.parameters, 1))
-    numbers: list[Fraction] = [Fraction(number) for number in dense]
+def moe_cost(dense: DenseCheckpoint, plan: Plan) -> Cost:
+    """Count the converted checkpoint; no weight is read."""
+    before = dense_cost(dense)
+    itemsize = Fraction(before.bytes, max(before.parameters, 1))
+    numbers: Iterable[Fraction | int] = before
     for site in plan.sites:
-        new = [_numbers(tensor, plan.config, itemsize) for tensor in stored_tensors(plan, site)]
-        changes = zip(*new, [-number for number in _replaced(site, itemsize)], strict=True)
-        numbers = [number + sum(change) for number, change in zip(numbers, changes, strict=True)]
+        old = [_of_dense(read(dense.model, name), itemsize) for name in site.reads]
+        new = [_of_new(tensor, dense.model, plan, itemsize) for tensor in stored_tensors(plan, site)]
+        added, removed = ([sum(column) for column in zip(*changes, strict=True)] for changes in (new, old))
+        numbers = [n + plus - minus for n, plus, minus in zip(numbers, added, removed, strict=True)]
     return Cost(*map(int, numbers))
 
 
-def _numbers(tensor: LayerTensor, config: MoEConfig, itemsize: Fraction) -> tuple[Fraction, ...]:
-    """Return what a new tensor adds to each number of `Cost`."""
-    if isinstance(tensor, CopiedTensor):
-        return (Fraction(0),) * 4  # the dense model had it too
-    if isinstance(tensor, StackedTensor):
-        met = Fraction(config.top_k, config.experts) if tensor.routed else 1
-        return _of_parameter(prod(tensor.shape), itemsize, met, is_matrix=tensor.blocks[0].columns is not None)
-    size, dtype = prod(tensor.start.shape), tensor.start.dtype
-    if dtype is not None:  # a buffer
-        return (Fraction(0), Fraction(0), Fraction(size * ITEMSIZE[dtype]), Fraction(0))
-    return _of_parameter(size, itemsize, 1, is_matrix=len(tensor.start.shape) == 2)
+def _of_new(tensor: LayerTensor, model: nn.Module, plan: Plan, itemsize: Fraction) -> Numbers:
+    """Return what a tensor of a new layer adds to each number of `Cost`."""
+    match tensor:
+        case CopiedTensor(source=source):
+            return _of_dense(read(model, source), itemsize)
+        case StackedTensor(shape=shape, routed=routed):
+            met = Fraction(plan.config.top_k, plan.config.experts) if routed else Fraction(1)
+            return _of_parameter(prod(shape), itemsize, met, is_matrix=tensor.blocks[0].columns is not None)
+        case StartTensor(start=start):
+            size = prod(start.shape)
+            if start.dtype is None:  # a parameter, in the dtype of the dense weights
+                return _of_parameter(size, itemsize, Fraction(1), is_matrix=len(start.shape) == 2)
+            return _of_buffer(size * ITEMSIZE[start.dtype])
 
 
-def _replaced(site: Site, itemsize: Fraction) -> list[Fraction]:
-    """Return what the dense FFN of a site contributes to each number of `Cost`."""
-    sizes = {}
-    for rows, inputs in (*((up, site.hidden) for up in site.ups), (site.down, site.intermediate)):
-        sizes[rows.parameter] = _of_parameter(rows.out_features * inputs, itemsize, 1, is_matrix=True)
-        if rows.bias:
-            sizes[rows.bias] = _of_parameter(rows.out_features, itemsize, 1, is_matrix=False)
-    return [sum(column, Fraction(0)) for column in zip(*sizes.values(), strict=True)]
+def _of_dense(tensor: Tensor, itemsize: Fraction) -> Numbers:
+    if isinstance(tensor, nn.Parameter):
+        return _of_parameter(tensor.numel(), itemsize, Fraction(1), is_matrix=tensor.dim() > 1)
+    return _of_buffer(tensor.numel() * tensor.element_size())
 
 
-def _of_parameter(size: int, itemsize: Fraction, met: Fraction | int, *, is_matrix: bool) -> tuple[Fraction, ...]:
-    active = Fraction(size * met)
-    return (Fraction(size), active, size * itemsize, 2 * active if is_matrix else Fraction(0))
+def _of_parameter(size: int, itemsize: Fraction, met: Fraction, *, is_matrix: bool) -> Numbers:
+    return (Fraction(size), size * met, size * itemsize, 2 * size * met * is_matrix)
+
+
+def _of_buffer(nbytes: int) -> Numbers:
+    return (Fraction(0), Fraction(0), Fraction(nbytes), Fraction(0))

@@ -66,7 +66,7 @@ def _aten(graph: torch.export.ExportedProgram | fx.GraphModule, example_inputs: 
     """Return an ATen graph of our own that shares the parameters, in the mode that it was traced in."""
     if isinstance(graph, torch.export.ExportedProgram):
         found = graph.module(check_guards=False)
-    elif any("val" in node.meta for node in graph.graph.find_nodes(op="call_function")):
+    elif any("val" in node.meta for node in graph.graph.nodes if node.op == "call_function"):
         found = graph
     elif example_inputs is None:
         raise MoeifyError("a graph of symbolic_trace knows no shapes: pass example_inputs")

@@ -141,7 +141,7 @@ class StartTensor:
 
 @dataclass(frozen=True)
 class CopiedTensor:
-    """A parameter or buffer that a custom activation reads; all experts share it.
+    """A parameter or buffer that a custom activation reads; all experts of a stack share it.
 
     Attributes:
         name: Name in the state dict of the layer.
@@ -173,7 +173,8 @@ def layer_tensors(site: Site, config: MoEConfig) -> Iterator[LayerTensor]:
     shared = [_expert(site, config, f"shared_expert.{n}", n, routed=False) for n in range(config.shared_experts)]
     for name in shared[0] if shared else ():
         yield stacked(f"shared_expert.{name}", [expert[name] for expert in shared], routed=False)
-    yield from (CopiedTensor(f"experts.region.{own}", dense) for dense, own in site.activation_state)
+    for stack in ("experts", *(["shared_expert"] if shared else [])):
+        yield from (CopiedTensor(f"{stack}.region.{own}", dense) for dense, own in site.activation_state)
 
 
 def routed_experts(site: Site, config: MoEConfig) -> list[dict[str, tuple[Block, ...]]]:

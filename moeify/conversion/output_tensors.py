@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from moeify.checkpoint.shards import Compute, OutTensor, Part
+from moeify.checkpoint.shards import Compute, OutTensor, SourceRows
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
 from moeify.conversion.dense import DenseCheckpoint
@@ -19,7 +19,7 @@ from moeify.tracing.skeleton import may_be_missing
 if TYPE_CHECKING:
     import torch
 
-Piece: TypeAlias = "Part | Compute"
+Piece: TypeAlias = "SourceRows | Compute"
 
 
 def output_tensors(
@@ -50,7 +50,7 @@ def output_tensors(
             yield outputs.copied(names.of[name], name)
         elif site is not None and site.path not in done:
             done.add(site.path)
-            yield from (tensor for each in stored_tensors(plan, site) if (tensor := outputs.of(each, site)))
+            yield from (outputs.of(tensor, site) for tensor in stored_tensors(plan, site))
     for stored in names.merged:
         yield outputs.copied(stored, stored)  # transformers will do with it what it did before
 
@@ -103,11 +103,19 @@ class _Outputs:
         info = self.source.tensors[self.on_disk[name]]
         return self.source.read(info.name).to(torch_dtype(self.stored_dtype(info)))
 
-    def of(self, tensor: LayerTensor, site: Site) -> OutTensor | None:
-        """Describe a tensor of a new layer; None for a copied buffer that the checkpoint does not hold."""
+    def of(self, tensor: LayerTensor, site: Site) -> OutTensor:
+        """Describe a tensor of a new layer.
+
+        Raises:
+            CheckpointError: the checkpoint does not hold a buffer that the activation reads.
+        """
         if isinstance(tensor, CopiedTensor):
-            stored = self.on_disk.get(tensor.source)
-            return None if stored is None else self.copied(stored, tensor.name)
+            if tensor.source not in self.on_disk:
+                raise CheckpointError(
+                    f"the activation of {site.path} reads {tensor.source}, which the checkpoint does not hold: load "
+                    "the model, convert it in place and save it"
+                )
+            return self.copied(self.on_disk[tensor.source], tensor.name)
         dtype = self.stored_dtype(self.source.tensors[self.on_disk[site.down.parameter]])
         if isinstance(tensor, StartTensor):
             start, own = tensor.start, tensor.start.dtype or dtype
@@ -121,7 +129,7 @@ class _Outputs:
             self.pieces[block] = verbatim or (lambda: block.value(self.read).to(torch_dtype(dtype)))
         return self.pieces[block]
 
-    def verbatim(self, block: Block, dtype: str) -> Part | None:
+    def verbatim(self, block: Block, dtype: str) -> SourceRows | None:
         """Return the rows of the source tensor that hold a block's bytes one after the other."""
         if block.source is None:
             return None
@@ -130,4 +138,4 @@ class _Outputs:
         unchanged = block.change is None and block.scale == 1
         if not (all_columns and unchanged and rows.step == 1 and info.dtype == dtype):
             return None
-        return Part(info.name, None if rows.count == rows.out_features else (rows.start, rows.stop))
+        return SourceRows(info.name, None if rows.count == rows.out_features else (rows.start, rows.stop))

@@ -78,4 +78,4 @@ def summarize(dense: DenseCheckpoint, config: MoEConfig, layers: str = "all", ta
     except RefusedError as error:
         return Summary(*seen, obstacle=str(error))
     plan = plan.with_target(choose_target(plan, dense.config, target))
-    return Summary(*seen, plan, moe_cost(cost, plan))
+    return Summary(*seen, plan, moe_cost(dense, plan))

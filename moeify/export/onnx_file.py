@@ -1,27 +1,29 @@
-"""`moeify.export_onnx`."""
+"""`moeify.export_onnx`: what is asked for, checked before anything is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
+from moeify.errors import CheckpointError, ConfigError, MoeifyError
 from moeify.export.report import OnnxReport
-from moeify.export.request import check_request
+from moeify.export.targets import TARGETS, Form, Target, quantizations
+from moeify.runtime.session import check_runtime
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
 def export_onnx(
-    model: nn.Module,
-    path: str | Path,
-    target: str = "cpu",
-    quantize: str | None = None,
-    *,
-    example_inputs: Mapping[str, object] | None = None,
-    overwrite: bool = False,
+    model: nn.Module, path: str | Path, target: str = "cpu", quantize: str | None = None, *,
+    example_inputs: Mapping[str, object] | None = None, overwrite: bool = False,
     metadata: Mapping[str, str] | None = None,
-) -> OnnxReport:
+) -> OnnxReport:  # fmt: skip
     """Write a model for ONNX Runtime; the file appears after it agreed with PyTorch, or not at all.
 
     A causal language model gets keys and values as inputs and outputs, so that one graph serves prompts and single
@@ -44,13 +46,98 @@ def export_onnx(
         VerificationError: the graph gave other results than PyTorch.
         CheckpointError: the file cannot be written.
     """
-    request = check_request(Path(path), target, quantize, _narrowest_dtype(model), overwrite=overwrite)
+    dtypes = {(p.dtype.itemsize, str(p.dtype)) for p in model.parameters() if p.is_floating_point()}
+    _, narrowest = min(dtypes, default=(4, "torch.float32"))
+    request = check_request(Path(path), target, quantize, narrowest.removeprefix("torch."), overwrite=overwrite)
     from moeify.export.pipeline import export  # needs the packages that were just checked
 
     return export(model, request, example_inputs, metadata or {})
 
 
-def _narrowest_dtype(model: nn.Module) -> str:
-    """Return the narrowest floating-point dtype of the weights."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
-    return str(min(dtypes, key=lambda dtype: (dtype.itemsize, str(dtype)))).removeprefix("torch.")
+@dataclass(frozen=True)
+class Request:
+    """The settings of an export, from `check_request`.
+
+    Attributes:
+        path: The ONNX file.
+        target: What it is made for.
+        quantize: How the experts' weights are stored, None for the model's dtype.
+        dtype: What the model is in.
+    """
+
+    path: Path
+    target: Target
+    quantize: str | None
+    dtype: str
+
+    @property
+    def form(self) -> Form:
+        """How the experts are computed."""
+        return self.target.forms[self.quantize]
+
+    @property
+    def runtime(self) -> str:
+        """The oldest ONNX Runtime for the file."""
+        return ".".join(map(str, self.form.runtime))
+
+
+def check_request(path: Path, target: str, quantize: str | None, dtype: str | None, *, overwrite: bool) -> Request:
+    """Check everything that can be said without the model.
+
+    Args:
+        path: The ONNX file.
+        target: A name in `TARGETS`.
+        quantize: How to store the experts' weights; None for the model's dtype.
+        dtype: What the model is in, None for the target's default.
+        overwrite: Whether the file may be replaced.
+
+    Raises:
+        ConfigError: an unknown target or quantization, or a dtype that the target does not compute in.
+        MoeifyError: a package is missing or too old.
+        CheckpointError: the file exists.
+    """
+    if target not in TARGETS:
+        raise ConfigError(f"target is {target!r}: expected one of {', '.join(TARGETS)}")
+    if quantize not in {None, *quantizations()}:
+        raise ConfigError(f"quantize is {quantize!r}: expected one of {', '.join(quantizations())}, or None")
+    request = Request(path, TARGETS[target], quantize, dtype or TARGETS[target].default_dtype)
+    _check_form(request)
+    for name in _PACKAGES:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise MoeifyError(f"ONNX export needs {name}: pip install 'moeify[onnx]'") from error
+    check_runtime(request.form.runtime)
+    _check_place(path.expanduser(), overwrite=overwrite)
+    return request
+
+
+def _check_form(request: Request) -> None:
+    """Check that the target stores and computes what is asked for."""
+    target, quantize, dtype = request.target, request.quantize, request.dtype
+    if quantize not in target.forms:
+        others = " or ".join(other.name for other in TARGETS.values() if quantize in other.forms)
+        raise ConfigError(f"the target {target.name} ({target.about}) cannot store weights in {quantize}: use {others}")
+    if dtype not in target.dtypes:
+        raise ConfigError(
+            f"the model is in {dtype}, the target {target.name} computes in {_or(target.dtypes)}: load it with dtype "
+            "float32, or call model.float()"
+        )
+    if dtype not in request.form.dtypes:
+        operator = request.form.operator.name if request.form.operator else "it"
+        provider = (target.provider or target.name).removesuffix("ExecutionProvider")
+        raise ConfigError(
+            f"{operator} on {provider} computes in {_or(request.form.dtypes)}, and with {dtype} falls back to the CPU: "
+            f"load the model with dtype {request.form.dtypes[0]}"
+        )
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _check_place(path: Path, *, overwrite: bool) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: name the file, for example {path / 'model.onnx'}")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists: choose another name, or overwrite it (--overwrite)")

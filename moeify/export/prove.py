@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,18 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from moeify.errors import VerificationError
-from moeify.export.capture.inputs import device_of
-from moeify.export.capture.interface import (
-    BATCH,
-    DECODER_SEQUENCE,
-    PRESENT,
-    SEQUENCE,
-    STATE,
-    Interface,
-    flat_outputs,
-    without_cache,
-)  # fmt: skip
-from moeify.export.lower.quantize import Rounded
+from moeify.export.capture.interface import PRESENT, STATE, Interface, device_of, flat_outputs, without_cache
+from moeify.export.lower.weights import Rounded
 from moeify.layers import MoELayer
 from moeify.measure import fill, relative_difference
 
@@ -138,12 +128,10 @@ def _tokens_compete(model: nn.Module) -> bool:
 
 
 def _plain_case(model: nn.Module, interface: Interface, generator: torch.Generator, batch: int, sequence: int) -> Case:
-    sizes = {BATCH: batch, SEQUENCE: sequence, DECODER_SEQUENCE: sequence + 2}
     inputs = {}
-    for name, example in interface.inputs.items():
-        shape = [sizes.get(interface.axes[name].get(axis, ""), size) for axis, size in enumerate(example.shape)]
-        ids = 1 if example.is_floating_point() else interface.vocab_size or int(example.max()) + 1
-        inputs[name] = fill(example.new_empty(shape), generator, name=name, ids=range(ids))
+    for name, example in interface.sized(batch, sequence).items():
+        ids = 1 if example.is_floating_point() else interface.vocab_size or int(interface.inputs[name].max()) + 1
+        inputs[name] = fill(example, generator, name=name, ids=range(ids))
     output = flat_outputs(model(**_on(model, inputs), **without_cache(model)))
     live = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
     return Case(f"{batch} x {sequence}", inputs, (), live, {name: t.cpu() for name, t in output.items()})
@@ -171,37 +159,23 @@ def rounded_weights(model: nn.Module, rounded: Rounded) -> Iterator[None]:
         model: It has its own weights after the block, whatever happens inside.
         rounded: For each parameter, by name, what makes its rounded values.
     """
-    owners: dict[str, Rounded] = defaultdict(dict)
-    for name, make in rounded.items():
-        owner, _, leaf = name.rpartition(".")
-        owners[owner][leaf] = make
     with ExitStack() as at_the_end:
-        for owner, makers in owners.items():
-            module = model.get_submodule(owner)
-            restore = partial(_put, {name: module.get_parameter(name).data for name in makers})
+        for name, make in rounded.items():
+            owner, _, leaf = name.rpartition(".")
+            module, exact = model.get_submodule(owner), model.get_parameter(name).data
+            restore = partial(_put, leaf, exact.detach)
             at_the_end.callback(restore, module)
-            at_the_end.callback(module.register_forward_pre_hook(partial(_put_made, makers)).remove)
+            at_the_end.callback(module.register_forward_pre_hook(partial(_put, leaf, make)).remove)
             at_the_end.callback(module.register_forward_hook(restore).remove)
         yield
 
 
-def _put(values: Mapping[str, Tensor], module: nn.Module, *_: object) -> None:
-    """Give parameters of a module other values."""
-    for name, tensor in values.items():
-        module.get_parameter(name).data = tensor
-
-
-def _put_made(makers: Rounded, module: nn.Module, *_: object) -> None:
-    _put({name: make() for name, make in makers.items()}, module)
+def _put(name: str, make: Callable[[], Tensor], module: nn.Module, *_: object) -> None:
+    module.get_parameter(name).data = make()
 
 
 def compare(session: InferenceSession, interface: Interface, cases: list[Case]) -> Difference:
     """Run an ONNX Runtime session on the cases.
-
-    Args:
-        session: Of the exported file.
-        interface: What was exported.
-        cases: From `expected_cases`.
 
     Raises:
         VerificationError: the graph does not run.
@@ -216,10 +190,8 @@ def compare(session: InferenceSession, interface: Interface, cases: list[Case]) 
         for name, want in case.outputs.items():
             got = torch.from_numpy(actual[name])
             if got.shape != want.shape:
-                raise VerificationError(
-                    f"the exported graph gives {name} of shape {tuple(got.shape)} on {case.label}, and PyTorch of "
-                    f"{tuple(want.shape)}"
-                )
+                shapes = f"{tuple(got.shape)}, and PyTorch of {tuple(want.shape)}"
+                raise VerificationError(f"the exported graph gives {name} of shape {shapes}, on {case.label}")
             if want.numel():
                 found[name].append((case.rows(got), case.rows(want)))
     outputs = [_joined(pairs) for pairs in found.values()]

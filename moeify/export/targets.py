@@ -10,9 +10,6 @@ FLOATS = ("float32", *HALF)
 # From this many experts on, one MoE node decodes faster on the CPU than two standard nodes per expert
 # (benchmarks/onnx_layer.md).
 MANY_EXPERTS = 64
-_CUDA_MULTIPLE = 8  # CUDA loads 16 bytes at a time: ONNX Runtime's docs/contrib_ops/cuda/moe_qmoe.md, section 4.2
-_CUDA_TILE = 64  # rows of a tile of its packed weights, section 6.1
-_INT4_BLOCK = 32  # the smallest block that CUDA takes
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,12 @@ class Operator:
     def name(self) -> str:
         """The operator's name in ONNX Runtime."""
         return "QMoE" if self.bits else "MoE"
+
+    @property
+    def all_attributes(self) -> dict[str, int]:
+        """`attributes`, and those that say how weights are stored."""
+        stored = {"expert_weight_bits": self.bits, "block_size": self.block}
+        return {name: value for name, value in stored.items() if value is not None} | dict(self.attributes)
 
 
 @dataclass(frozen=True)
@@ -81,51 +84,29 @@ class Target:
         return tuple(dict.fromkeys(dtype for form in self.forms.values() for dtype in form.dtypes))
 
 
-_ALL = (
-    Target(
-        name="cpu",
-        about="ONNX Runtime on a CPU",
-        provider="CPUExecutionProvider",
-        default_dtype="float32",
-        forms={
-            None: Form((1, 23), ("float32",), Operator(min_experts=MANY_EXPERTS)),  # the oldest that the tests ran with
-            # Before 1.24, QMoE took every expert for a gated one. With blocks of 8 bits it would round activations too.
-            "int8": Form((1, 24), ("float32",), Operator(bits=8)),
-            # Before 1.31, QMoE knew no accuracy_level. Level 4 rounds activations to 8 bits, several times faster.
-            "int4": Form(
-                (1, 31),
-                ("float32",),
-                Operator(bits=4, block=_INT4_BLOCK, multiple=_INT4_BLOCK, late_attributes={"accuracy_level": 4}),
-            ),
-        },
-    ),
-    Target(
-        name="cuda",
-        about="onnxruntime-gpu",
-        provider="CUDAExecutionProvider",
-        default_dtype="float16",
-        # Without weights_prepacked=0 CUDA takes the bytes for packed ones, and gives noise.
-        forms={
-            # Before 1.28, MoE ignored the attributes of SwiGLU.
-            None: Form((1, 28), FLOATS, Operator(multiple=_CUDA_MULTIPLE)),
-            "int8": Form((1, 28), HALF, Operator(bits=8, multiple=_CUDA_TILE, attributes={"weights_prepacked": 0})),
-            # Before 1.31, QMoE knew no blocks.
-            "int4": Form(
-                (1, 31),
-                HALF,
-                Operator(bits=4, block=_INT4_BLOCK, multiple=_CUDA_TILE, attributes={"weights_prepacked": 0}),
-            ),
-        },
-    ),
-    Target(
-        name="portable",
-        about="standard operators only",
-        provider=None,
-        default_dtype="float32",
-        forms={None: Form((1, 23), FLOATS)},
-    ),
-)
-TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
+_CPU = {
+    None: Form((1, 23), ("float32",), Operator(min_experts=MANY_EXPERTS)),  # the oldest that the tests were run with
+    # Before 1.24, QMoE took every expert for a gated one. With blocks of 8 bits it would also round activations.
+    "int8": Form((1, 24), ("float32",), Operator(8)),
+    # Before 1.31, QMoE knew no accuracy_level; level 4 rounds activations to 8 bits, which is several times faster.
+    "int4": Form((1, 31), ("float32",), Operator(4, 32, multiple=32, late_attributes={"accuracy_level": 4})),
+}
+_PLAIN_BYTES = {"weights_prepacked": 0}  # else CUDA takes the bytes for packed ones, and gives noise
+_CUDA = {
+    # 8: CUDA loads 16 bytes at a time; 64: rows of a tile of packed weights (ONNX Runtime's
+    # docs/contrib_ops/cuda/moe_qmoe.md, sections 4.2 and 6.1). 32 is the smallest block that CUDA takes.
+    None: Form((1, 28), FLOATS, Operator(multiple=8)),  # before, MoE ignored the attributes of SwiGLU
+    "int8": Form((1, 28), HALF, Operator(8, multiple=64, attributes=_PLAIN_BYTES)),
+    "int4": Form((1, 31), HALF, Operator(4, 32, multiple=64, attributes=_PLAIN_BYTES)),  # before, QMoE knew no blocks
+}
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("cpu", "ONNX Runtime on a CPU", "CPUExecutionProvider", "float32", _CPU),
+        Target("cuda", "onnxruntime-gpu", "CUDAExecutionProvider", "float16", _CUDA),
+        Target("portable", "standard operators only", None, "float32", {None: Form((1, 23), FLOATS)}),
+    )
+}
 
 
 def quantizations() -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+import copy
 
 from torch import Tensor, nn
 
@@ -11,7 +11,6 @@ from moeify.layers.experts import Experts
 from moeify.layers.moe import MoELayer, SparseMoE
 from moeify.layers.soft import SoftMoE
 from moeify.plan import Site
-from moeify.routers.base import RouterModule
 
 
 def layer_in(root: nn.Module, site: Site, config: MoEConfig, region: nn.Module | None) -> MoELayer:
@@ -44,8 +43,9 @@ def build_layer(site: Site, config: MoEConfig, region: nn.Module | None, like: T
         like: A dense weight.
     """
     experts = _stack(site, config, config.experts, region, like)
-    shared = _stack(site, config, config.shared_experts, region, like) if config.shared_experts else None
-    router = cast(RouterModule, config.router.module(site.hidden, config, device=like.device, dtype=like.dtype))
+    own = copy.deepcopy(region)  # tied parameters would not survive saving and loading
+    shared = _stack(site, config, config.shared_experts, own, like) if config.shared_experts else None
+    router = config.router.module(site.hidden, config, device=like.device, dtype=like.dtype)
     layer = SoftMoE if config.router.mixes_tokens else SparseMoE
     return layer(router, experts, shared, dropout=site.dropout, path=site.path)
 

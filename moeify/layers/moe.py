@@ -138,7 +138,7 @@ class SparseMoE(MoELayer):
             mask: (B, at least L), likewise.
 
         Raises:
-            MoeifyError: A router logit is NaN; checked on the CPU only, because elsewhere the check waits for the device.
+            MoeifyError: A router logit is NaN; checked on the CPU only, where the check waits for no device.
         """
         x_TH = x.reshape(-1, x.shape[-1])
         mask_T, token_ids_T = self.model_inputs.tokens(x, token_ids, mask)

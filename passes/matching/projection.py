@@ -51,7 +51,7 @@ def find_projections(graph: fx.Graph) -> dict[fx.Node, Projection]:
 
 def as_projection(node: fx.Node) -> Projection | None:
     """Return the projection that a node computes, or None; a bias that another node adds is not looked for."""
-    given = dict(arguments(node))
+    given = arguments(node)
     match op_name(node):
         case "linear":
             return _product(node, given["input"], given["weight"], given["bias"], stored_out_in=True)

@@ -4,8 +4,6 @@
 
 is `com.microsoft::MoE`'s SwiGLU. Which models have it is measured, not looked up: alpha, beta and limit follow from
 three values of the gate, and many others must agree.
-
-Shape legend: T tokens, K choices per token, H hidden size.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.integrations import moe
 
-from moeify.export.capture.opaque import DOMAIN, EXPERTS
+from moeify.export.capture import DOMAIN, EXPERTS
 from moeify.hub.stock_experts import stacked_weights, stock_experts
 from moeify.measure import probe, same_values
 
@@ -54,14 +52,7 @@ class ClampedGate:
 
 
 def export_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute experts as `stock_experts` does; those with a clamped gate become one opaque node of the graph.
-
-    Args:
-        self: The experts module of transformers.
-        hidden_states: (T, H).
-        top_k_index: (T, K).
-        top_k_weights: (T, K).
-    """
+    """Compute experts as `stock_experts` does; those with a clamped gate become one opaque node of the graph."""
     gate = clamped_gate(self)
     if gate is None:
         return stock_experts(self, hidden_states, top_k_index, top_k_weights)
@@ -70,10 +61,8 @@ def export_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, 
         f"{DOMAIN}::{EXPERTS}",
         inputs,
         {"activation": "silu", "gated": 1, **asdict(gate)},
-        dtype=hidden_states.dtype,
-        shape=hidden_states.shape,
-        version=1,
-    )
+        dtype=hidden_states.dtype, shape=hidden_states.shape, version=1,
+    )  # fmt: skip
 
 
 def offer_export_experts() -> None:
@@ -83,14 +72,7 @@ def offer_export_experts() -> None:
 
 
 def clamped_gate(module: nn.Module) -> ClampedGate | None:
-    """Measure the gate of an experts module.
-
-    Args:
-        module: As transformers describes it (`has_gate`, `is_concatenated`, …).
-
-    Returns:
-        None if the gate has another formula, or is the plain one.
-    """
+    """Measure the gate of an experts module of transformers; None if it is the plain one or has another formula."""
     apply = getattr(type(module), "_apply_gate", moe._default_apply_gate)
     if apply is moe._default_apply_gate or not module.has_gate or module.has_post_expert_norm:
         return None

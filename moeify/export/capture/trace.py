@@ -24,8 +24,7 @@ from torch.utils import _pytree as pytree
 from moeify.errors import RefusedError
 from moeify.export.capture.clamped_gate import NAME, offer_export_experts
 from moeify.export.capture.compat import HALF, ExactNumbers, broadcast_padding, unsqueeze_real_parts
-from moeify.export.capture.inputs import choose_interface
-from moeify.export.capture.interface import FlatModel, Interface
+from moeify.export.capture.interface import FlatModel, Interface, choose_interface
 from moeify.hub.stock_experts import through_moeify
 from moeify.tracing.exporting import quiet_where_undecided
 

@@ -15,17 +15,21 @@ from __future__ import annotations
 
 import ast
 import math
+from functools import partial
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from moeify.errors import RefusedError
-from moeify.export.capture.opaque import EXPERTS
-from moeify.export.lower.experts import Experts, opaque_nodes
-from moeify.export.lower.quantize import Rounded, quantize
+from moeify.export.capture import EXPERTS
+from moeify.export.capture.clamped_gate import ClampedGate
+from moeify.export.lower.experts import Experts, LayerKind, opaque_nodes, read_experts
+from moeify.export.lower.functions import in_range
 from moeify.export.lower.tape import Attribute, Tape
-from moeify.export.lower.weights import Weights, base_name, stored_axes
+from moeify.export.lower.weights import Rounded, add, add_lazy, quantize, stored
 from moeify.export.targets import Operator
 from moeify.kernels.activations import QUICK_GELU_SCALE
 
@@ -45,39 +49,37 @@ def lower_contrib(model: ir.Model, operator: Operator) -> Rounded:
         RefusedError: a node cannot be expressed; the message names it and says why.
     """
     nodes = opaque_nodes(model)
-    reasons = {node: why_not(node, operator) for node in nodes}
     if operator.min_experts:
-        able = [node for node in nodes if reasons[node] is None]
-        nodes = [node for node in able if Experts.read(node).count >= operator.min_experts]
+        able = [node for node in nodes if why_not(node, operator) is None]
+        nodes = [node for node in able if read_experts(node).kind.experts >= operator.min_experts]
     for node in nodes:
-        if reasons[node] is not None:
+        reason = why_not(node, operator)
+        if reason is not None:
             raise RefusedError(
-                f"{_place(node)} cannot become com.microsoft::{operator.name}: {reasons[node]}; the portable target, "
-                "without quantize, takes any model"
+                f"{_place(node)} cannot become com.microsoft::{operator.name}: {reason}; the portable target, without "
+                "quantize, takes any model"
             )
-    weights = Weights(model.graph)
     rounded: Rounded = {}
     for node in nodes:
-        rounded |= _Layer(node, operator, weights).lower(model.graph)
+        _lower(model.graph, node, operator, rounded)
     if nodes:
         model.opset_imports[MICROSOFT] = 1
-    weights.remove_unused()
+    RemoveUnusedNodesPass()(model)
     return rounded
 
 
 def why_not(node: ir.Node, operator: Operator) -> str | None:
     """Say why an opaque node cannot become MoE or QMoE; None if it can."""
     if node.op_type != EXPERTS:
-        return "its experts compute something between the products that moeify has no name for"
-    layer = Experts.read(node)
-    known = _GATED if layer.gated else _PLAIN
-    if layer.activation not in known:
-        gated = "gated " * layer.gated
-        return f"the operator has no {gated}{layer.activation}: it has {', '.join(gated + name for name in known)}"
-    if layer.choices is None:
+        return "its experts compute something between the projections that moeify has no name for"
+    layer = read_experts(node)
+    activation, gated = layer.kind.activation, "gated " * layer.kind.gated
+    known = _GATED if gated else _PLAIN
+    if activation not in known:
+        return f"the operator has no {gated}{activation}: it has {', '.join(gated + name for name in known)}"
+    if _choices(layer) is None:
         return "the number of experts per token is not a constant"
-    assert layer.down.shape is not None
-    sizes = [size for size in layer.down.shape[1:] if isinstance(size, int)]
+    sizes = [size for size in (layer.stacked["down"].shape or ())[1:] if isinstance(size, int)]
     if any(size % operator.multiple for size in sizes):
         who = f"{operator.bits}-bit weights" if operator.bits else "its kernels"
         return f"{who} need a hidden and an intermediate size that are multiples of {operator.multiple}, not {sizes}"
@@ -107,93 +109,81 @@ def _place(node: ir.Node) -> str:
     return f"{module.removeprefix('model.')} ({kind.rpartition('.')[-1]})"
 
 
-class _Layer:
-    """The lowering of one node."""
+def _choices(layer: Experts) -> int | None:
+    """The number of experts per token, None if it is no constant."""
+    choices = None if layer.ids.shape is None else layer.ids.shape[1]
+    return choices if isinstance(choices, int) else None
 
-    def __init__(self, node: ir.Node, operator: Operator, weights: Weights) -> None:
-        self.node, self.operator, self.weights = node, operator, weights
-        self.experts = Experts.read(node)
-        # The operator takes gate and up rows that alternate.
-        self.alternate = self.experts.gated and not (self.experts.clamped and self.experts.clamped.alternating)
-        self.rounded: Rounded = {}
 
-    def lower(self, graph: ir.Graph) -> Rounded:
-        """Replace the node; returns what was rounded."""
-        tape, layer, operator = Tape(), self.experts, self.operator
-        logits, total = _routing(tape, layer)
-        up_bias = None if layer.up_bias is None else self._as_taken(layer.up_bias, self.alternate)
+def _lower(graph: ir.Graph, node: ir.Node, operator: Operator, rounded: Rounded) -> None:
+    """Replace a node; adds to `rounded`."""
+    tape, layer = Tape(), read_experts(node)
+    logits, total = _routing(tape, layer)
+    alternate = layer.kind.gated and not (layer.kind.clamped and layer.kind.clamped.alternating)
+    operands: list[ir.Value | None] = [layer.x, logits]
+    for part, rows_alternate in (("up", alternate), ("down", False)):
+        weight, bias = layer.stacked[part], layer.stacked.get(f"{part}_bias")
         if operator.bits is None:
-            stored = [self._as_taken(layer.up, self.alternate), up_bias, self._as_taken(layer.down, False)]
+            operands.append(_as_taken(graph, weight, rows_alternate))
         else:
-            up, down = self._quantized(layer.up, self.alternate), self._quantized(layer.down, False)
-            stored = [*up, up_bias, *down]
-        operands = [*stored, layer.down_bias]
-        while operands[-1] is None:
-            operands.pop()
-        y = tape(operator.name, layer.x, logits, *operands, domain=MICROSOFT, **self._attributes())
-        old = self.node.outputs[0]
-        out = tape.op("Mul", [y, total], output=ir.Value(name=old.name, shape=old.shape, type=old.type))
-        ir.convenience.replace_nodes_and_values(graph, self.node, [self.node], tape.nodes, [old], [out])
-        return self.rounded
-
-    def _attributes(self) -> dict[str, Attribute]:
-        operator = self.operator
-        attributes: dict[str, Attribute] = {
-            "k": self.experts.choices or 0,
-            "normalize_routing_weights": 1,
-            **_activation(self.experts),
-        }
-        if operator.bits:
-            attributes["expert_weight_bits"] = operator.bits
-        if operator.block:
-            attributes["block_size"] = operator.block
-        return {**attributes, **operator.attributes}
-
-    def _as_taken(self, stacked: ir.Value, alternate: bool) -> ir.Value:
-        """Return a weight as the operator takes it; a new one where that is not how it is stored."""
-        if not alternate and stacked.producer() is None:
-            return stacked
-        tensor = self.weights.tensor(stacked)
-        make = (lambda: interleaved(tensor)) if alternate else tensor.contiguous
-        return self.weights.add_lazy(f"{base_name(stacked)}.moe", make, tensor)
-
-    def _quantized(self, stacked: ir.Value, alternate: bool) -> tuple[ir.Value, ir.Value]:
-        """Return a weight in few bits, and its scales."""
-        assert self.operator.bits is not None
-        tensor, name, axes = self.weights.tensor(stacked).detach(), base_name(stacked), stored_axes(stacked)
-        parts = quantize(interleaved(tensor) if alternate else tensor, self.operator.bits, self.operator.block)
-
-        def rounded() -> Tensor:
-            weights = parts.dequantized()
-            apart = torch.cat((weights[:, ::2], weights[:, 1::2]), dim=1) if alternate else weights
-            return apart.permute(axes)
-
-        self.rounded[name] = rounded
-        return self.weights.add(f"{name}.quantized", parts.packed), self.weights.add(f"{name}.scales", parts.scales)
+            operands += _quantized(graph, weight, operator, rows_alternate, rounded)
+        operands.append(None if bias is None else _as_taken(graph, bias, rows_alternate))
+    if operands[-1] is None:
+        operands.pop()
+    attributes = {"k": _choices(layer) or 0, "normalize_routing_weights": 1, **_activation(layer.kind)}
+    y = tape(operator.name, *operands, domain=MICROSOFT, **attributes, **operator.all_attributes)
+    old = node.outputs[0]
+    out = tape.op("Mul", [y, total], output=ir.Value(name=old.name, shape=old.shape, type=old.type))
+    ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, [old], [out])
 
 
-def _activation(layer: Experts) -> dict[str, Attribute]:
+def _as_taken(graph: ir.Graph, stacked: ir.Value, alternate: bool) -> ir.Value:
+    """Return a weight as the operator takes it, a new one where that is not what is stored."""
+    if not alternate and stacked.producer() is None:
+        return stacked
+    weight = stored(stacked)
+    make = partial(interleaved, weight.tensor) if alternate else weight.tensor.contiguous
+    return add_lazy(graph, f"{weight.name}.moe", make, weight.tensor)
+
+
+def _quantized(
+    graph: ir.Graph, stacked: ir.Value, operator: Operator, alternate: bool, rounded: Rounded
+) -> list[ir.Value]:
+    """Return a weight in few bits and its scales; adds to `rounded`."""
+    weight = stored(stacked)
+    parts = quantize(interleaved(weight.tensor) if alternate else weight.tensor, operator.bits or 8, operator.block)
+
+    def values() -> Tensor:
+        used = parts.dequantized()
+        apart = torch.cat((used[:, ::2], used[:, 1::2]), dim=1) if alternate else used
+        return apart.permute(weight.axes)
+
+    rounded[weight.name] = values
+    names = f"{weight.name}.quantized", f"{weight.name}.scales"
+    return [
+        add(graph, name, TorchTensor(tensor, name=name))
+        for name, tensor in zip(names, (parts.packed, parts.scales), strict=True)
+    ]
+
+
+def _activation(kind: LayerKind) -> dict[str, Attribute]:
     """The attributes that say what stands between the projections."""
-    if not layer.gated:
-        return {"activation_type": _PLAIN[layer.activation], "swiglu_fusion": 0}
-    gate = layer.clamped
-    alpha, beta, limit = (gate.alpha, gate.beta, gate.limit) if gate else (_GATED[layer.activation], 0.0, math.inf)
-    swiglu: dict[str, Attribute] = {
-        "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": alpha, "activation_beta": beta
-    }  # fmt: skip
-    return swiglu if math.isinf(limit) else {**swiglu, "swiglu_limit": limit}
+    if not kind.gated:
+        return {"activation_type": _PLAIN[kind.activation], "swiglu_fusion": 0}
+    gate = kind.clamped or ClampedGate(_GATED[kind.activation], 0.0, math.inf, alternating=False)
+    attributes: dict[str, Attribute] = {"activation_type": "swiglu", "swiglu_fusion": 1}
+    attributes |= {"activation_alpha": gate.alpha, "activation_beta": gate.beta}
+    return attributes if math.isinf(gate.limit) else {**attributes, "swiglu_limit": gate.limit}
 
 
 def _routing(tape: Tape, layer: Experts) -> tuple[ir.Value, ir.Value]:
     """Return the logits (T, E) that make the operator use the given weights, and the sum of these (T, 1)."""
-    ids, experts, float32 = layer.expert_ids, layer.count, ir.DataType.FLOAT
-    end = tape.ints(experts)
-    inside = tape("And", tape("GreaterOrEqual", ids, tape.ints(0)), tape("Less", ids, end))
-    places = tape("Where", inside, ids, end)
-    shape = tape("Concat", tape("Shape", ids, start=0, end=1), tape.ints([experts + 1]), axis=0)
+    experts, dtype, float32 = layer.kind.experts, layer.kind.dtype, ir.DataType.FLOAT
+    ids = in_range(tape, layer.ids, experts)
+    shape = tape("Concat", tape("Shape", layer.ids, start=0, end=1), tape.ints([experts + 1]), axis=0)
     weights = tape("Cast", layer.weights, to=float32)
-    scattered = tape("ScatterElements", tape.zeros(shape, float32), places, weights, axis=1, reduction="add")
+    scattered = tape("ScatterElements", tape.zeros(shape, float32), ids, weights, axis=1, reduction="add")
     gates = tape("Slice", scattered, tape.ints([0]), tape.ints([experts]), tape.ints([1]))
     total = tape("ReduceSum", gates, tape.ints([1]), keepdims=1)
     logits = tape("Max", tape("Log", gates), tape.number(_NOT_CHOSEN, float32))
-    return tape("Cast", logits, to=layer.dtype), tape("Cast", total, to=layer.dtype)
+    return tape("Cast", logits, to=dtype), tape("Cast", total, to=dtype)

@@ -11,64 +11,30 @@ I intermediate size, J rows of the up projections (I, or 2I with a gate).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from moeify.export.capture import DOMAIN, OPSET
 from moeify.export.capture.clamped_gate import ClampedGate
-from moeify.export.capture.opaque import DOMAIN, OPSET
+from moeify.export.lower.experts import LayerKind
 from moeify.export.lower.tape import Tape
 from moeify.kernels.activations import QUICK_GELU_SCALE
 
 _TO_THE_END = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """What two layers must share to be calls of one function.
-
-    Attributes:
-        experts: E.
-        activation: A name that the kernels know.
-        gated: Whether the activation gates a second up projection.
-        up_bias: Whether the up projections have biases.
-        down_bias: Whether the down projections have biases.
-        dtype: Of x and of the weights.
-        clamped: What stands between the projections instead, if it has a clamp.
-        complete: Whether every choice is known to be an expert, which spares the search for others.
-    """
-
-    experts: int
-    activation: str
-    gated: bool
-    up_bias: bool
-    down_bias: bool
-    dtype: ir.DataType
-    clamped: ClampedGate | None = None
-    complete: bool = False
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The parameters that follow the activations in a call, each E times, in order."""
-        biases = (("up_bias", self.up_bias), ("down_bias", self.down_bias))
-        return ("up", "down", *(name for name, present in biases if present))
+_ONE_OPERATOR = {"gelu": "Gelu", "relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 
 
 def sparse_moe(kind: LayerKind, name: str) -> ir.Function:
     """Build the function of a layer: Σ_k weights[t, k] · expert ids[t, k] applied to x[t].
 
-    Its inputs are x (T, H); expert_ids (T, K) int64, where an id outside [0, E) counts nothing; weights (T, K); then,
-    each E times, up (J, H), down (H, I), and up_bias (J,) and down_bias (H,) where the kind has them.
-
-    Args:
-        kind: What the layer computes.
-        name: Of the function, in the domain "moeify".
+    Its inputs are x (T, H); expert_ids (T, K) int64, where an id outside [0, E) counts nothing; weights (T, K); then
+    the parameters of the kind, each E times: up (J, H), down (H, I), up_bias (J,), down_bias (H,).
     """
     tape = Tape()
     x, ids_TK, weights_TK = _values("x", "expert_ids", "weights")
     each = {part: _values(*(f"{part}_{e}" for e in range(kind.experts))) for part in kind.parameters}
-    flat_S = tape("Reshape", ids_TK if kind.complete else _in_range(tape, ids_TK, kind.experts), tape.ints([-1]))
+    flat_S = tape("Reshape", ids_TK if kind.complete else in_range(tape, ids_TK, kind.experts), tape.ints([-1]))
     order_S, inverse_S = _sort(tape, flat_S)
     dropped = []
     if kind.complete:
@@ -89,18 +55,23 @@ def sparse_moe(kind: LayerKind, name: str) -> ir.Function:
     return _function(name, tape, [x, ids_TK, weights_TK, *(value for values in each.values() for value in values)], y)
 
 
-def grouped_linear(experts: int, bias: bool, dtype: ir.DataType, name: str) -> ir.Function:
+def grouped_linear(kind: tuple[int, bool, ir.DataType], name: str) -> ir.Function:
     """Build the function that applies one linear layer per expert to sorted rows.
 
     Its inputs are x (S, H); offsets (E + 1,) int32; then, each E times, w (N, H), and b (N,) if there is a bias. Rows
     past the last offset give zeros.
+
+    Args:
+        kind: E, whether there is a bias, and the dtype.
+        name: Of the function.
     """
+    experts, bias, dtype = kind
     tape = Tape()
     x, offsets = _values("x", "offsets")
     weights, biases = _values(*(f"w_{e}" for e in range(experts))), _values(*(f"b_{e}" for e in range(experts) if bias))
-    ends = tape("Cast", offsets, to=ir.DataType.INT64)
-    starts_E = tape("Slice", ends, tape.ints([0]), tape.ints([-1]))
-    ends_E = tape("Slice", ends, tape.ints([1]), tape.ints([experts + 1]))
+    bounds = tape("Cast", offsets, to=ir.DataType.INT64)
+    starts_E = tape("Slice", bounds, tape.ints([0]), tape.ints([-1]))
+    ends_E = tape("Slice", bounds, tape.ints([1]), tape.ints([experts + 1]))
     counts_E = tape("Sub", ends_E, starts_E)
     live = tape("ReduceSum", counts_E, keepdims=1)
     y_SN = _grouped(tape, tape("Slice", x, tape.ints([0]), live), counts_E, weights, biases)
@@ -110,35 +81,23 @@ def grouped_linear(experts: int, bias: bool, dtype: ir.DataType, name: str) -> i
 
 
 def activate(tape: Tape, name: str, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Add an activation that the kernels know by name.
-
-    Raises:
-        KeyError: there is no such activation.
-    """
-
-    def scaled_sigmoid(scale: float) -> ir.Value:
-        inner = x if scale == 1 else tape("Mul", x, tape.number(scale, dtype))
-        return tape("Mul", x, tape("Sigmoid", inner))
-
-    def relu2() -> ir.Value:
-        positive = tape("Relu", x)
-        return tape("Mul", positive, positive)
-
-    formulas: dict[str, Callable[[], ir.Value]] = {
-        "silu": lambda: scaled_sigmoid(1.0),
-        "quick_gelu": lambda: scaled_sigmoid(QUICK_GELU_SCALE),
-        "gelu": lambda: tape("Gelu", x),
-        "gelu_tanh": lambda: tape("Gelu", x, approximate="tanh"),
-        "relu": lambda: tape("Relu", x),
-        "relu2": relu2,
-        "sigmoid": lambda: tape("Sigmoid", x),
-        "tanh": lambda: tape("Tanh", x),
-    }
-    return formulas[name]()
+    """Add an activation that the kernels know by name."""
+    match name:
+        case "silu":
+            return tape("Mul", x, tape("Sigmoid", x))
+        case "quick_gelu":
+            return tape("Mul", x, tape("Sigmoid", tape("Mul", x, tape.number(QUICK_GELU_SCALE, dtype))))
+        case "gelu_tanh":
+            return tape("Gelu", x, approximate="tanh")
+        case "relu2":
+            positive = tape("Relu", x)
+            return tape("Mul", positive, positive)
+        case _:
+            return tape(_ONE_OPERATOR[name], x)
 
 
-def _in_range(tape: Tape, ids: ir.Value, experts: int) -> ir.Value:
-    """The expert ids, E where there is no such expert."""
+def in_range(tape: Tape, ids: ir.Value, experts: int) -> ir.Value:
+    """Add the expert ids, with E where there is no such expert."""
     end = tape.ints(experts)
     inside = tape("And", tape("GreaterOrEqual", ids, tape.ints(0)), tape("Less", ids, end))
     return tape("Where", inside, ids, end)

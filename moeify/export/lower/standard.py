@@ -8,14 +8,18 @@ The stacked weights become one initializer per expert, views of the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from moeify.export.capture.opaque import DOMAIN, EXPERTS
-from moeify.export.lower import functions
-from moeify.export.lower.experts import Experts, dtype_of, experts_of, opaque_nodes
-from moeify.export.lower.weights import Weights
+from moeify.export.capture import DOMAIN, EXPERTS
+from moeify.export.lower.experts import count_of, dtype_of, opaque_nodes, read_experts
+from moeify.export.lower.functions import grouped_linear, sparse_moe
+from moeify.export.lower.weights import unstacked
+
+Values = Iterable[ir.Value | None]
 
 
 def lower_standard(model: ir.Model) -> None:
@@ -24,72 +28,33 @@ def lower_standard(model: ir.Model) -> None:
     Raises:
         RefusedError: the weights of a layer are not constants of the graph.
     """
-    lowering = _Lowering(model)
+    names: dict[object, str] = {}
     for node in opaque_nodes(model):
-        if node.op_type == EXPERTS:
-            lowering.experts(node)
-        else:
-            lowering.grouped_linear(node)
-    if lowering.names:
+        base, kind, build, inputs, stacked = _read(node)
+        if (base, kind) not in names:
+            others = sum(1 for name in names.values() if name.startswith(base))
+            function = build(f"{base}{others + 1}" if others else base)  # the first of its base has the plain name
+            model.functions[function.identifier()] = function
+            names[base, kind] = function.name
+        parameters = [part for value in stacked if value is not None for part in unstacked(model.graph, value)]
+        old = node.outputs[0]
+        y = ir.Value(name=old.name, shape=old.shape, type=old.type)
+        call = ir.Node(DOMAIN, names[base, kind], [*inputs, *parameters], outputs=[y], name=node.name)
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [call], [old], [y])
+    if names:
         model.opset_imports[DOMAIN] = 1
     else:
         model.opset_imports.pop(DOMAIN, None)
-    lowering.weights.remove_unused()
+    RemoveUnusedNodesPass()(model)
 
 
-class _Lowering:
-    """One run over a model: the functions made so far."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
-        self.weights = Weights(model.graph)
-        self.names: dict[tuple[str, Hashable], str] = {}
-
-    def experts(self, node: ir.Node) -> None:
-        layer = Experts.read(node)
-        kind = functions.LayerKind(
-            experts=layer.count,
-            activation=layer.activation,
-            gated=layer.gated,
-            up_bias=layer.up_bias is not None,
-            down_bias=layer.down_bias is not None,
-            dtype=layer.dtype,
-            clamped=layer.clamped,
-            complete=_complete(layer),
-        )
-        name = self._function("SparseMoE", kind, lambda name: functions.sparse_moe(kind, name))
-        stacked = [layer.up, layer.down, layer.up_bias, layer.down_bias]
-        self._call(node, name, [layer.x, layer.expert_ids, layer.weights], stacked)
-
-    def grouped_linear(self, node: ir.Node) -> None:
-        x, w, b, offsets = node.inputs
-        assert x is not None and w is not None
-        kind = (experts_of(w), b is not None, dtype_of(x))
-        name = self._function("GroupedLinear", kind, lambda name: functions.grouped_linear(*kind, name))
-        self._call(node, name, [x, offsets], [w, b])
-
-    def _function(self, base: str, kind: Hashable, build: Callable[[str], ir.Function]) -> str:
-        """Return the name of the function for a kind; the first of its base has the plain name."""
-        if (base, kind) not in self.names:
-            others = sum(1 for other, _ in self.names if other == base)
-            function = build(f"{base}{others + 1}" if others else base)
-            self.model.functions[function.identifier()] = function
-            self.names[base, kind] = function.name
-        return self.names[base, kind]
-
-    def _call(
-        self, node: ir.Node, name: str, inputs: Sequence[ir.Value | None], stacked: Sequence[ir.Value | None]
-    ) -> None:
-        parameters = [part for value in stacked if value is not None for part in self.weights.unstack(value)]
-        output = ir.Value(name=node.outputs[0].name, shape=node.outputs[0].shape, type=node.outputs[0].type)
-        call = ir.Node(DOMAIN, name, [*inputs, *parameters], outputs=[output], name=node.name)
-        ir.convenience.replace_nodes_and_values(self.model.graph, node, [node], [call], node.outputs, call.outputs)
-
-
-def _complete(layer: Experts) -> bool:
-    """Whether expert ids are the places of the largest of as many numbers as there are experts."""
-    node = layer.expert_ids.producer()
-    if node is None or node.op_type != "TopK" or node.inputs[0] is None:
-        return False
-    shape = node.inputs[0].shape
-    return shape is not None and shape[-1] == layer.count
+def _read(node: ir.Node) -> tuple[str, object, Callable[[str], ir.Function], Values, Values]:
+    """The name and kind of a node's function, what builds it, the inputs of its call, and its stacked weights."""
+    if node.op_type == EXPERTS:
+        layer = read_experts(node)
+        build = partial(sparse_moe, layer.kind)
+        return "SparseMoE", layer.kind, build, [layer.x, layer.ids, layer.weights], layer.stacked.values()
+    x, w, b, offsets = node.inputs
+    assert x is not None and w is not None
+    kind = (count_of(w), b is not None, dtype_of(x))
+    return "GroupedLinear", kind, partial(grouped_linear, kind), [x, offsets], [w, b]

@@ -1,72 +1,81 @@
-"""The weights of an exported graph as torch tensors, and new initializers made of them without copies."""
+"""The weights of an exported graph: read as torch tensors, rounded, and added without copies.
+
+Shape legend: E experts, N rows, K values in a row, B blocks in a row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
-from onnx_ir import tensor_adapters
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from moeify.errors import RefusedError
 
+# For each weight that was rounded, by name, what makes the values that an operator computes with.
+Rounded = dict[str, Callable[[], Tensor]]
 
-class Weights:
-    """Reads initializers, through the transposes that a model may put on them, and adds others.
 
-    Args:
-        graph: The graph that the initializers belong to.
+@dataclass(frozen=True)
+class Stored:
+    """A weight, which the graph may transpose before it is used.
+
+    Attributes:
+        name: Of the initializer.
+        tensor: The weight as it is used, a view of the initializer.
+        axes: How to permute it to what is stored.
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
-        self.parts: dict[str, list[ir.Value]] = {}
+    name: str
+    tensor: Tensor
+    axes: list[int]
 
-    def tensor(self, value: ir.Value) -> Tensor:
-        """Return the constant (a view of it where it is transposed).
 
-        Raises:
-            RefusedError: the value depends on the inputs.
-        """
-        node = value.producer()
-        if node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
-            return self.tensor(node.inputs[0]).permute(*node.attributes["perm"].as_ints())
-        if value.const_value is None:
-            raise RefusedError(
-                f"the expert weights {value.name} are computed by the model, not stored: export needs them constant"
-            )
-        raw = getattr(value.const_value, "raw", None)
-        return raw if isinstance(raw, Tensor) else _tensor(value.const_value)
+def stored(value: ir.Value) -> Stored:
+    """Return the weight that a value of the graph is.
 
-    def unstack(self, stacked: ir.Value) -> list[ir.Value]:
-        """Return one initializer for each entry of a stacked weight's first dimension."""
-        name = base_name(stacked)
-        if name not in self.parts:
-            tensor = self.tensor(stacked)
-            self.parts[name] = [self.add(f"{name}.{e}", part) for e, part in enumerate(tensor.detach())]
-        return self.parts[name]
-
-    def add(self, name: str, tensor: Tensor) -> ir.Value:
-        """Add an initializer."""
-        return self._register(name, tensor_adapters.TorchTensor(tensor, name=name))
-
-    def add_lazy(self, name: str, compute: Callable[[], Tensor], like: Tensor) -> ir.Value:
-        """Add an initializer that is computed when it is written, of the shape and dtype of `like`."""
-        dtype = tensor_adapters.TorchTensor(like).dtype
-        contents = ir.LazyTensor(
-            lambda: tensor_adapters.TorchTensor(compute(), name=name), dtype, ir.Shape(like.shape), name=name
+    Raises:
+        RefusedError: the value depends on the inputs.
+    """
+    used, perms = value, list[list[int]]()
+    while (node := value.producer()) is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
+        perms.append(list(node.attributes["perm"].as_ints()))
+        value = node.inputs[0]
+    if value.const_value is None:
+        raise RefusedError(
+            f"the expert weights {used.name} are computed by the model, not stored: export needs them constant"
         )
-        return self._register(name, contents)
+    raw = getattr(value.const_value, "raw", None)
+    tensor = raw.detach() if isinstance(raw, Tensor) else _tensor(value.const_value)
+    axes = list(range(tensor.dim()))
+    for perm in reversed(perms):
+        tensor, axes = tensor.permute(perm), [axes[axis] for axis in perm]
+    return Stored(str(value.name), tensor, [axes.index(axis) for axis in range(len(axes))])
 
-    def remove_unused(self) -> None:
-        """Drop initializers that no node reads, and the transposes that only they had."""
-        ir.passes.common.RemoveUnusedNodesPass()(ir.Model(self.graph, ir_version=10))
 
-    def _register(self, name: str, contents: tensor_adapters.TorchTensor | ir.LazyTensor) -> ir.Value:
-        value = ir.Value(name=name, shape=contents.shape, type=ir.TensorType(contents.dtype), const_value=contents)
-        self.graph.register_initializer(value)
-        return value
+def unstacked(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
+    """Return one initializer for each entry of a stacked weight's first dimension."""
+    weight = stored(value)
+    names = [f"{weight.name}.{number}" for number in range(weight.tensor.shape[0])]
+    if names[0] in graph.initializers:
+        return [graph.initializers[name] for name in names]
+    return [add(graph, name, TorchTensor(part, name=name)) for name, part in zip(names, weight.tensor, strict=True)]
+
+
+def add(graph: ir.Graph, name: str, contents: TorchTensor | ir.LazyTensor) -> ir.Value:
+    """Add an initializer."""
+    value = ir.Value(name=name, shape=contents.shape, type=ir.TensorType(contents.dtype), const_value=contents)
+    graph.register_initializer(value)
+    return value
+
+
+def add_lazy(graph: ir.Graph, name: str, compute: Callable[[], Tensor], like: Tensor) -> ir.Value:
+    """Add an initializer that is computed when it is written, of the shape and dtype of `like`."""
+    dtype, shape = TorchTensor(like).dtype, ir.Shape(like.shape)
+    return add(graph, name, ir.LazyTensor(lambda: TorchTensor(compute(), name=name), dtype, shape, name=name))
 
 
 def _tensor(constant: ir.TensorProtocol) -> Tensor:
@@ -77,21 +86,51 @@ def _tensor(constant: ir.TensorProtocol) -> Tensor:
     return torch.from_numpy(array)
 
 
-def base_name(value: ir.Value) -> str:
-    """Return the name of the initializer behind a value."""
-    node = value.producer()
-    while node is not None and node.inputs and node.inputs[0] is not None:
-        value = node.inputs[0]
-        node = value.producer()
-    return str(value.name)
+@dataclass(frozen=True)
+class Quantized:
+    """Weights w = (q - 2^(bits-1)) · scale; for the other attributes see `quantize`.
+
+    Attributes:
+        packed: uint8 (E, N, K · bits / 8), the first value in the low bits.
+        scales: (E, N) or, with blocks, (E, N, B), in the weights' dtype; of either sign.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    bits: int
+    block: int | None
+
+    def dequantized(self) -> Tensor:
+        """Return the weights that the operator computes with, (E, N, K)."""
+        q = self.packed if self.bits == 8 else torch.stack((self.packed & 15, self.packed >> 4), dim=-1).flatten(-2)
+        centred: Tensor = (q.int() - (1 << (self.bits - 1))).to(self.scales.dtype)
+        blocks = _blocks(centred, self.block)
+        scales = self.scales if self.block else self.scales[..., None]
+        weights: Tensor = (blocks * scales[..., None]).flatten(-2)
+        return weights
 
 
-def stored_axes(value: ir.Value) -> list[int]:
-    """Return how to permute a tensor of the form of `value` to that of the initializer behind it."""
-    axes = list(range(len(value.shape or ())))
-    node = value.producer()
-    while node is not None and node.op_type == "Transpose" and node.inputs[0] is not None:
-        perm = list(node.attributes["perm"].as_ints())
-        axes = [axes[perm.index(axis)] for axis in range(len(perm))]
-        node = node.inputs[0].producer()
-    return axes
+def quantize(weights_ENK: Tensor, bits: int, block: int | None) -> Quantized:
+    """Round weights to the nearest of 2^bits levels around zero.
+
+    Of each group with one scale the value farthest from zero becomes the level -2^(bits-1), which has no counterpart:
+    scales are negative where that value is positive. In 4 bits the sixteenth level takes a fifth of the error.
+
+    Args:
+        weights_ENK: (E, N, K), any float dtype; K a multiple of the block, and even for 4 bits.
+        bits: 8 or 4.
+        block: Values that share a scale; None for a whole row.
+    """
+    blocks_ENBK = _blocks(weights_ENK.float(), block)
+    zero = 1 << (bits - 1)
+    farthest_ENB1 = blocks_ENBK.abs().argmax(-1, keepdim=True)
+    scales_ENB = (blocks_ENBK.gather(-1, farthest_ENB1)[..., 0] / -zero).to(weights_ENK.dtype)
+    divisor = torch.where(scales_ENB == 0, 1, scales_ENB).float()[..., None]
+    q = ((blocks_ENBK / divisor).round().clamp(-zero, zero - 1) + zero).to(torch.uint8).flatten(-2)
+    packed = q if bits == 8 else q[..., ::2] | (q[..., 1::2] << 4)
+    return Quantized(packed.contiguous(), scales_ENB if block else scales_ENB[..., 0].contiguous(), bits, block)
+
+
+def _blocks(x_ENK: Tensor, block: int | None) -> Tensor:
+    """(E, N, K) as (E, N, B, block)."""
+    return x_ENK.reshape(*x_ENK.shape[:-1], -1, block or x_ENK.shape[-1])

@@ -21,8 +21,7 @@ HASH = MoEConfig(5, 1, router=moeify.routers.Hash(vocab_size=tiny.VOCABULARY), a
 def costs(src: Path, config: MoEConfig, target: str = "auto") -> tuple[Cost, Cost]:
     with open_source(src) as source:
         dense = DenseCheckpoint(source)
-        before = dense_cost(dense)
-        return before, moe_cost(before, plan_checkpoint(dense, config, target=target))
+        return dense_cost(dense), moe_cost(dense, plan_checkpoint(dense, config, target=target))
 
 
 @pytest.mark.parametrize(

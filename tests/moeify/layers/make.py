@@ -30,10 +30,15 @@ CONFIGS: dict[str, MoEConfig] = {
 
 def layer(config: MoEConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A layer in training mode with random weights."""
-    experts = Experts(HIDDEN, INTERMEDIATE, num_experts=config.experts, activation="silu", gated=True,
-                      up_rows=2 * INTERMEDIATE, dtype=dtype)  # fmt: skip
+
+    def experts(count: int) -> Experts:
+        return Experts(HIDDEN, INTERMEDIATE, num_experts=count, activation="silu", gated=True,
+                       up_rows=2 * INTERMEDIATE, dtype=dtype)  # fmt: skip
+
     router: Any = config.router.module(HIDDEN, config, dtype=dtype)
-    made: Any = (SoftMoE if config.router.mixes_tokens else SparseMoE)(router, experts, path="model.layers.1.mlp")
+    shared = experts(config.shared_experts) if config.shared_experts else None
+    kind = SoftMoE if config.router.mixes_tokens else SparseMoE
+    made: Any = kind(router, experts(config.experts), shared, path="model.layers.1.mlp")
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.5, generator=generator)

@@ -112,9 +112,15 @@ def test_capacity_differs_between_training_and_evaluation_and_drops_are_counted(
     assert layer.record.dropped is None
 
 
+def test_a_router_that_keeps_to_the_capacity_is_not_limited_again() -> None:
+    layer = make.layer(make.CONFIGS["expert_choice"])
+    call(layer, make.inputs(3, 7))
+    assert layer.record.dropped is None
+
+
 def test_a_dropped_token_contributes_zero() -> None:
     layer = make.layer(MoEConfig(5, 1, renormalize=False, capacity_factor=0.1))
-    out = call(layer, make.inputs(1, 21))  # 1 place in each expert
+    out = call(layer, make.inputs(1, 21))  # each expert takes 1 choice
     first_of_expert = {int(e): t for t, e in reversed(list(enumerate(layer.record.routing.expert_ids_TK[:, 0])))}
     kept = torch.zeros(21, dtype=torch.bool)
     kept[list(first_of_expert.values())] = True
@@ -122,7 +128,7 @@ def test_a_dropped_token_contributes_zero() -> None:
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_padding_changes_no_loss_takes_no_place_and_may_hold_anything(name: str) -> None:
+def test_padding_changes_no_loss_takes_no_capacity_and_may_hold_anything(name: str) -> None:
     layer = make.layer(replace(make.CONFIGS[name], z_loss=0.1, jitter=0.0)).eval()
     x = make.inputs(2, 9)
     mask = torch.ones(2, 9, dtype=torch.int64)
@@ -159,7 +165,7 @@ def test_attached_losses_give_the_gradients_of_losses_that_are_added() -> None:
 
 
 @pytest.mark.parametrize("level", ["batch", "sequence"])
-def test_levels_of_balance(level: str) -> None:
+def test_levels_of_balance(level: Any) -> None:
     layer = make.layer(MoEConfig(5, 2, balance_level=level, divide_loss_by_top_k=True))
     call(layer, make.inputs(3, 7))
     routing = layer.record.routing
@@ -280,6 +286,23 @@ def test_expert_dropout_is_for_training_only() -> None:
     evaluated = call(layer, x)
     layer.experts.dropout = 0.5
     torch.testing.assert_close(call(layer, x), evaluated)
+
+
+def test_repr_says_what_is_set() -> None:
+    config = MoEConfig(5, 2, aux_loss=0.25, z_loss=0.5, capacity_factor=1.5, eval_capacity_factor=2.0)
+    layer = make.layer(config)
+    assert layer.extra_repr() == "capacity_factor=1.5, eval_capacity_factor=2.0"
+    layer.set_capacity(train=None, evaluation=None)
+    assert layer.extra_repr() == ""
+    layer = make.layer(replace(config, attach_losses=True))
+    layer.dropout = 0.125
+    layer.set_capacity(train=0.75, evaluation=None)
+    assert layer.extra_repr() == "dropout=0.125, aux_loss=0.25, z_loss=0.5, capacity_factor=0.75"
+
+
+def test_no_device_but_the_cpu_is_waited_for() -> None:
+    layer = make.layer(MoEConfig(5, 2, capacity_factor=1.0, z_loss=0.1, shared_experts=0)).to("meta")
+    assert layer(make.inputs(2, 3).to("meta")).shape == (2, 3, make.HIDDEN)  # reading a meta tensor raises
 
 
 def test_the_state_dict_holds_what_the_router_needs() -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 
 
 def close(actual: Tensor, expected: object, dtype: str = "float32") -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from moeify.config import MoEConfig
 from moeify.errors import ConfigError
+from moeify.measure import TOLERANCE
 from moeify.routers.softmax import softmax_topk
-from moeify.tolerances import TOLERANCE
 from tests.moeify.routers.by_hand import best, close, softmax
 from tests.moeify.routing.draw import randn, seeded
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from moeify.routers.softmax import softmax_topk
 from moeify.routing.attach_loss import attach_loss
 from moeify.routing.losses import z_loss
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.moeify.routing import draw
 
 randn = partial(draw.randn, dtype=torch.float64)

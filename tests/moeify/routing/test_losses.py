@@ -25,7 +25,7 @@ from moeify.routing.losses import (
     load_cv2,
     z_loss,
 )
-from moeify.tolerances import TOLERANCE
+from moeify.measure import TOLERANCE
 from tests.moeify.routing import draw
 
 randn = partial(draw.randn, dtype=torch.float64)
