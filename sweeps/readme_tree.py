@@ -45,7 +45,7 @@ def summary(path: Path) -> str:
     fitting = [end for end in ends if 0 < end <= room]
     if not fitting:
         raise ValueError(
-            f"{path.relative_to(ROOT)}: the first sentence of its docstring needs {len(sentence)} columns, expected 1 to "
+            f"{path.relative_to(ROOT)}: its docstring's first sentence needs {len(sentence)} columns, expected 1 to "
             f"{room}: shorten it, or put a colon where it may end"
         )
     return sentence[: max(fitting)]

@@ -1,8 +1,8 @@
 """Convert every model type that transformers registers, with real weights, and write docs/exactness.json and .md.
 
-    python docs/check_exactness.py              every type that has no result yet
-    python docs/check_exactness.py llama t5     some types, again
-    python docs/check_exactness.py --page       only write the page
+    python -m sweeps.exactness              every type that has no result yet (hours, if there are none)
+    python -m sweeps.exactness llama t5     some types, again
+    python -m sweeps.exactness --page       only write the page
 
 Each type is built small with random weights that make every FFN matter, converted in place, saved and loaded, streamed
 from its checkpoint, and converted as a graph. All outputs are compared with the dense model's, state dicts bit for bit.
@@ -20,19 +20,17 @@ import sys
 import time
 import traceback
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from exactness.paths import check_paths
-from exactness.small import small_model
-from generate_architectures import model_types
 
 from moeify.measure import TOLERANCE
+from sweeps.conversions import check_paths
+from sweeps.models import DOCS, model_types
+from sweeps.small_model import small_model
 
-HERE = Path(__file__).resolve().parent
-RESULTS, PAGE = HERE / "exactness.json", HERE / "exactness.md"
+RESULTS, PAGE = DOCS / "exactness.json", DOCS / "exactness.md"
 SECONDS = 60  # of CPU time for a type
 LIMIT = TOLERANCE["float32"]
 
@@ -118,7 +116,7 @@ def page(known: dict[str, Result]) -> str:
         "digit. d_fine, deimv2, pp_doclayout_v3, v4, rt_detr and (mm-)grounding-dino sort queries by scores of which",
         "some tie. What paligemma's graph differs by, torch.export's own differs by. The graph rows of rt_detr and",
         "rt_detr_v2 were made before graphs kept what they write in place, and are to be made again. Written by",
-        "`python docs/check_exactness.py`, type by type.",
+        "`python -m sweeps.exactness`, type by type.",
         "",
         f"{len(known)} types: {len(built)} were built, {len(exact)} of them convert in place, "
         f"{len(exact) - len(above)} within the limit.",

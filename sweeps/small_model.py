@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import transformers
-from generate_architectures import build, looked_up, model_types
 from torch import nn
 
+from moeify.measure import fill
 from moeify.tracing.inputs import candidate_inputs
+from sweeps.models import build, looked_up, model_types
 
 # Widths are divided by one number each, which keeps the ratios between them that a model relies on.
 WIDTH = re.compile(r"dim|size|width|^d_|n_embd|n_inner|hidden|rank|channels|features|mrope_section|expand")
@@ -142,9 +143,6 @@ def _drawn(value: Any) -> Any:
         value = torch.empty(value["shape"], dtype=getattr(torch, value.get("dtype", "float32")), device="meta")
     if not isinstance(value, torch.Tensor):
         return value
-    generator = torch.Generator().manual_seed(1)
-    if value.is_floating_point():
-        return torch.randn(value.shape, generator=generator)
     if value.dtype is torch.bool:
-        return torch.zeros(value.shape, dtype=torch.bool)
-    return torch.randint(5, 90, value.shape, generator=generator)
+        return torch.zeros(value.shape, dtype=torch.bool)  # such masks say what is hidden
+    return fill(value, torch.Generator().manual_seed(1), ids=range(5, 90))
