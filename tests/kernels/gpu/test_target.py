@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -28,5 +30,9 @@ def test_products_are_tf32_where_torch_is_told_so_and_the_hardware_has_it(
     architecture: str, setting: str, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(target, "architecture", lambda: architecture)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", setting)
-    assert target.product_precision(dtype) == precision
+    matmul: Any = torch.backends.cuda.matmul  # its settings are not attributes that monkeypatch could restore
+    before, matmul.fp32_precision = matmul.fp32_precision, setting
+    try:
+        assert target.product_precision(dtype) == precision
+    finally:
+        matmul.fp32_precision = before
