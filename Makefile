@@ -47,8 +47,8 @@ MUTANTS ?= 150
 mutants: $(READY) ## change the library in MUTANTS places, one at a time, and see which changes no test notices (hours)
 	$(BIN)/python -m sweeps.mutants $(MUTANTS)
 
-# sweeps.exactness converts every model type, for hours: it is run by hand.
-PAGES := sweeps.architectures sweeps.readme_tree
+# What takes hours is run by hand: the exactness of every model type.
+PAGES := sweeps.readme_tree sweeps.architectures
 docs: $(READY) ## let the programs in sweeps/ write their pages again (half an hour)
 	@for program in $(PAGES); do echo "==> $$program"; $(BIN)/python -m $$program || exit 1; done
 

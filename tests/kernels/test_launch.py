@@ -8,16 +8,18 @@ Nothing is launched (`no_driver`). Needs a process in which kernels are compiled
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
 
-from moeify.kernels.gpu import blocksparse
+from moeify.kernels.gpu import blocksparse, tuned_tiles
 from moeify.kernels.gpu import experts as gpu_experts
 from moeify.kernels.gpu import layout as gpu_layout
 from moeify.kernels.gpu.blocksparse import dds, dsd, sdd
+from moeify.kernels.gpu.tiles import Tile
 from moeify.kernels.inputs import ExpertInputs, Kept
 from moeify.kernels.layout import sort_by_expert
 from moeify.kernels.tools import static_analysis
@@ -82,3 +84,24 @@ def test_no_launch_depends_on_the_routing(launches: list[tuple[str, int, Any]]) 
         gpu_layout.tile_map(layout.offsets_E1, 128, 64)
     half = len(launches) // 2
     assert [launch[:2] for launch in launches[:half]] == [launch[:2] for launch in launches[half:]]
+
+
+def test_a_file_of_tiles_changes_what_is_launched(
+    launches: list[tuple[str, int, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def launch_rows() -> None:
+        tuned_tiles._read.cache_clear()
+        offsets = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+        a, w = torch.zeros(20, 72, dtype=torch.bfloat16), torch.zeros(3, 128, 72, dtype=torch.bfloat16)
+        gpu_experts.launch_rows(a, w.transpose(1, 2), None, offsets)
+
+    file = tmp_path / "tiles.json"
+    file.write_text(tuned_tiles.text_of({("rows", 16, 2): Tile(16, 32, 64, 8, 2)}))
+    launch_rows()
+    monkeypatch.setenv("MOEIFY_TILES", str(file))
+    launch_rows()
+    assert [compiled.metadata.num_warps for name, _, compiled in launches if name == "rows_kernel"] == [4, 8]
+    file.write_text("{")
+    with pytest.raises(ValueError, match="is not a file of tiles"):
+        launch_rows()
+    assert len(launches) == 4, "nothing was launched with the broken file"
