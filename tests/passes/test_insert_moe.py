@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import moeify
 from moeify.config import MoEConfig
 from moeify.layers import SparseMoE
 from moeify.passes.find_ffn import find_ffns_in
-from moeify.passes.insert_moe import InsertMoE, put, set_trainable
+from moeify.passes.insert_moe import InsertMoE, put
 from tests.passes.blocks import (
     CONFIG,
     HIDDEN,
@@ -145,13 +146,11 @@ def test_experts_of_a_frozen_ffn_are_frozen_and_its_router_is_not() -> None:
 
 
 def test_shared_experts_are_frozen_with_the_others() -> None:
-    (layer,) = layers_of(inserted(residual(), MoEConfig(4, 2, shared_experts=1))).values()
-    set_trainable(layer, False)
-    assert trained(layer) == {"router.weight"}
-    set_trainable(layer, True)
-    assert trained(layer) == EXPERTS | {name.replace("experts", "shared_expert") for name in EXPERTS} | {
-        "router.weight"
-    }
+    config, model = MoEConfig(4, 2, shared_experts=1), residual(Mlp(), Mlp())
+    model.mlps[0].requires_grad_(False)
+    frozen, free = layers_of(inserted(model, config)).values()
+    assert trained(frozen) == {"router.weight"}
+    assert trained(free) == EXPERTS | {name.replace("experts", "shared_expert") for name in EXPERTS} | {"router.weight"}
 
 
 class Learned(nn.Module):
@@ -206,7 +205,7 @@ def test_layers_are_given_the_tokens_of_the_graph() -> None:
     }
 
 
-HASH = MoEConfig(4, 1, router="hash", vocabulary=17)
+HASH = MoEConfig(4, 1, router=moeify.routers.Hash(vocab_size=17))
 
 
 def test_a_router_that_needs_token_ids_gets_them() -> None:

@@ -15,8 +15,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 import moeify
-from moeify.checkpoint.source import Source, open_source
 from moeify.checkpoint.shards import OutTensor
+from moeify.checkpoint.source import Source, open_source
 from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import Output, convert_checkpoint, plan_checkpoint
 from moeify.conversion.dense import DenseCheckpoint
@@ -138,7 +138,7 @@ def test_a_buffer_of_an_activation_comes_along(leaky: Callable[[str], Any], tmp_
     assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-def test_a_buffer_that_is_not_saved_is_named_and_the_way_that_works(leaky: Callable[[str], Any], tmp_path: Path) -> None:
+def test_an_unsaved_buffer_is_named_and_the_way_that_works(leaky: Callable[[str], Any], tmp_path: Path) -> None:
     model = leaky("leaky")
     src = tiny.save(model, tmp_path / "src")
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.act_fn\.slope, which the checkpoint does not"):
