@@ -22,13 +22,13 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from moeify.export.graph import to_onnx
+from moeify.export.lower_contrib import Contrib, interleaved, lower_contrib, round_activations
+from moeify.export.lower_standard import lower_standard
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from moeify.export.capture import interface
-from moeify.export.graph import to_onnx
-from moeify.export.lower_contrib import Contrib, interleaved, lower_contrib, round_activations
-from moeify.export.lower_standard import lower_standard
 from moeify.kernels import ops
 
 HIDDEN, INNER, TOP_K = 576, 1536, 2

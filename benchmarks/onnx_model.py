@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from moeify.export.generation import TextModel, open_session
+
 from moeify.hub.loading import load
 
 PROMPT, NEW, ROUNDS, TURNS = 128, 24, 3, 4

@@ -1,18 +1,16 @@
-"""What a pass is: a frozen dataclass that takes a GraphModule and returns one, and never changes what it was given."""
+"""What a pass is: a frozen dataclass that takes a GraphModule and returns one, and leaves the given one as it was."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TypeVar
 
-from torch import fx, nn
+from torch import fx
 
-from moeify.passes.tidy import drop_unused
+from moeify.passes.matching import dataflow as flow
 
 FINDINGS = "findings"  # where a graph module's `meta` holds what analyses found, by the name of their class
-T = TypeVar("T")
 
 
 class PassError(RuntimeError):
@@ -21,12 +19,7 @@ class PassError(RuntimeError):
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass returns, always.
-
-    Attributes:
-        graph_module: The graph after the pass. It is the given one where nothing was modified.
-        modified: Whether the pass changed anything.
-    """
+    """What a pass returns, always: the graph after it (the given one if it changed nothing), and whether it did."""
 
     graph_module: fx.GraphModule
     modified: bool
@@ -34,10 +27,7 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """A frozen dataclass whose fields are its options: data, never live modules.
-
-    An analysis and a pipeline implement `run`. What rewrites graphs is a `Rewrite`.
-    """
+    """A frozen dataclass whose fields are its options: data, never live modules. To rewrite a graph, see `Rewrite`."""
 
     def __str__(self) -> str:
         """Return the name alone; `repr` has the options too."""
@@ -56,7 +46,7 @@ class Pass(ABC):
         return result
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Raise a MoeifyError for a graph that the pass cannot take. All that can be refused is refused here."""
+        """Raise a MoeifyError for a graph that the pass cannot take: all refusals come from here."""
         del graph_module  # most passes take every graph
 
     @abstractmethod
@@ -70,18 +60,18 @@ class Pass(ABC):
 
 @dataclass(frozen=True)
 class Rewrite(Pass):
-    """A pass that rewrites a graph: it implements `rewrite`, and is handed a copy.
+    """A pass that rewrites a graph, in a copy that shares parameters and layers with the given one.
 
-    After it the graph is checked, attributes that no node reads are dropped, and so are the findings of analyses, which
-    hold for the old graph.
+    The result is checked, and what nothing reads any more is dropped: nodes that only prepare parameters, parameters,
+    and the findings of analyses, which hold for the old graph.
     """
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrite a copy of the graph, which shares its parameters and layers."""
+        """Rewrite a copy."""
         draft = copy_graph(graph_module)
         if not self.rewrite(draft):
             return PassResult(graph_module, modified=False)
-        drop_unused(draft.graph)
+        _drop_unused(draft.graph)
         try:
             draft.graph.lint()
         except RuntimeError as error:
@@ -91,32 +81,31 @@ class Rewrite(Pass):
 
     @abstractmethod
     def rewrite(self, draft: fx.GraphModule) -> bool:
-        """Change the graph of `draft` and return whether anything changed.
+        """Change the graph of `draft`, and add submodules to it; return whether anything changed.
 
-        Submodules may be added to it. Its parameters and the layers that it calls are the caller's: they stay as they
-        are.
+        Its parameters, and the layers that it calls, belong to the caller: they must stay as they are.
         """
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Return a GraphModule with a graph of its own that shares parameters and layers, in the same modes.
 
-    Attributes that no node reads are left out. Findings of analyses come along, and refer to the new nodes.
+    Attributes that no node names are left out. Findings of analyses come along, and refer to the new nodes.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(graph_module.graph, copies))
     graph.set_codegen(graph_module.graph._codegen)
     copied = _holding(graph_module, graph)
-    if FINDINGS in copied.meta:
-        copied.meta[FINDINGS] = {name: _moved(found, copies) for name, found in copied.meta[FINDINGS].items()}
+    if found := copied.meta.get(FINDINGS):
+        copied.meta[FINDINGS] = {name: _about_copies(each, copies) for name, each in found.items()}
     return copied
 
 
-def _holding(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def _holding(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """Return a GraphModule of what `graph` reads in `root`."""
     made = fx.GraphModule(root, graph)
-    made.meta = dict(getattr(root, "meta", {}))
+    made.meta = dict(root.meta)
     for path, module in made.named_modules():
         original = root.get_submodule(path)
         if module is not original:
@@ -125,13 +114,21 @@ def _holding(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     return made
 
 
-def _moved(value: T, copies: Mapping[fx.Node, fx.Node]) -> T:
+def _about_copies(value: object, copies: Mapping[fx.Node, fx.Node]) -> object:
     """Return findings with the nodes of a copied graph in place of the original's."""
-    moved: object = value
     if isinstance(value, fx.Node):
-        moved = copies.get(value, value)  # one that was erased since is stale: `findings` refuses it
-    elif isinstance(value, tuple):
-        moved = tuple(_moved(each, copies) for each in value)
-    elif is_dataclass(value) and not isinstance(value, type):
-        moved = replace(value, **{each.name: _moved(getattr(value, each.name), copies) for each in fields(value)})
-    return moved  # type: ignore[return-value]
+        return copies.get(value, value)  # one that was erased since is stale: `findings` refuses it
+    if isinstance(value, tuple):
+        return tuple(_about_copies(each, copies) for each in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: _about_copies(getattr(value, each.name), copies) for each in fields(value)})
+    return value
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Erase the nodes that only prepare parameters which nothing reads; what writes in place stays."""
+    static: dict[fx.Node, bool] = {}
+    for node in reversed(list(graph.nodes)):
+        prepares = node.op == "get_attr" or (node.all_input_nodes and not flow.writes(node))
+        if prepares and not node.users and node.op != "output" and flow.is_static(node, static):
+            graph.erase_node(node)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from moeify.passes.matching.activation import GateUpRows, region_parameters
+from moeify.passes.matching.activation import GateUpRows
+from moeify.passes.matching.cut import Cut
 from moeify.passes.matching.projection import Projection
+from moeify.passes.matching.region import region_parameters
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,19 @@ class Call:
     Attributes:
         ups: The projections that read the input.
         down: The down projection.
-        nodes: What is computed between them.
+        nodes: What is computed between them, in the graph's order.
+        cuts: Which of that takes the features apart.
     """
 
     ups: tuple[Projection, ...]
     down: Projection
     nodes: tuple[fx.Node, ...] = field(repr=False)
+    cuts: tuple[Cut, ...] = field(default=(), repr=False)
+
+    @property
+    def kind(self) -> str:
+        """Return "glu" where more is projected up than down, and "mlp" otherwise."""
+        return "glu" if sum(up.out_features for up in self.ups) > self.down.in_features else "mlp"
 
     @property
     def source(self) -> fx.Node:

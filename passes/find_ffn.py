@@ -17,8 +17,9 @@ from moeify.errors import RefusedError
 from moeify.passes.base import FINDINGS, Pass, PassResult
 from moeify.passes.ffn import FFN, Inspection, Refusal
 from moeify.passes.matching import dataflow as flow
-from moeify.passes.matching.activation import region_parameters
+from moeify.passes.matching.activation import CUSTOM
 from moeify.passes.matching.match import Matcher, NoMatch
+from moeify.passes.matching.operators import op_name
 from moeify.passes.matching.projection import Projection
 
 __all__ = ["FFN", "FindFFN", "Inspection", "Refusal", "find_ffns_in", "findings"]
@@ -81,9 +82,9 @@ def _search(graph_module: fx.GraphModule) -> Inspection:
         except NoMatch as miss:
             misses.append((miss.near, _refusal(candidate.weight, miss.reason, miss.node)))
             continue
-        known = ffns.setdefault(_identity(ffn), ffn)
-        if known is not ffn:
-            ffns[_identity(ffn)] = replace(known, calls=(*known.calls, *ffn.calls))
+        identity = _identity(ffn)
+        known = ffns.get(identity)
+        ffns[identity] = replace(known, calls=(*known.calls, *ffn.calls)) if known else ffn
     misses += [(True, refusal) for refusal in matcher.computed_weights()]
     found = _without_the_only_one(list(ffns.values()), matcher.outside)
     refused = tuple(refusal for near, refusal in misses if near or not found.ffns)
@@ -93,16 +94,12 @@ def _search(graph_module: fx.GraphModule) -> Inspection:
 
 def _identity(ffn: FFN) -> object:
     """Return what two calls of one FFN have in common: the parameters, and what is computed with them."""
-    number = {node: index for index, node in enumerate(ffn.region.graph.nodes)}
-    named = {*region_parameters(ffn.region)}
-    region = [
-        (
-            node.target if node.op == "call_function" or node.target in named else node.op,
-            fx.map_arg((node.args, node.kwargs), number.__getitem__),
-        )
-        for node in ffn.region.graph.nodes
-    ]
-    return ffn.parameters, ffn.down.axis, str(region)
+    computed: object = (ffn.activation, ffn.gate_up_rows)
+    if ffn.activation == CUSTOM:
+        number = {node: index for index, node in enumerate(ffn.region.graph.nodes)}
+        arguments = [fx.map_arg((node.args, node.kwargs), number.__getitem__) for node in number]
+        computed = str([(op_name(node), given) for node, given in zip(number, arguments, strict=True)])
+    return ffn.parameters, ffn.down.axis, computed
 
 
 def _refusal(weight: str, reason: str, node: fx.Node) -> Refusal:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -16,7 +15,8 @@ from moeify.passes.base import PassError, Rewrite
 from moeify.passes.ffn import FFN, Call
 from moeify.passes.find_ffn import findings
 from moeify.passes.matching import dataflow as flow
-from moeify.passes.matching.activation import CUSTOM, bind
+from moeify.passes.matching.activation import CUSTOM
+from moeify.passes.matching.region import bind
 from moeify.passes.token_inputs import token_arguments
 from moeify.plan import Plan, Site
 
@@ -39,8 +39,8 @@ class InsertMoE(Rewrite):
     graph has inputs named `input_ids` and `attention_mask`, the layers are given those too.
 
     Refuses: a graph that FindFFN has not searched; a site for which it found no FFN; an FFN whose result has another
-    shape than its input; a router that needs token ids where the graph has no input named `input_ids`; a parameter that
-    would be lost with the module of an FFN, because something else reads it.
+    shape than its input; a router that needs token ids where the graph has no input named `input_ids`; a parameter of
+    an FFN, or another one in its module, that something else reads.
 
     Attributes:
         plan: What to replace, and where each layer is put.
@@ -49,7 +49,7 @@ class InsertMoE(Rewrite):
     plan: Plan
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Check every site before anything changes."""
+        """Check every site."""
         for site, ffn in self._matches(graph_module):
             for call in ffn.calls:
                 _check_shape(ffn, call)
@@ -57,38 +57,35 @@ class InsertMoE(Rewrite):
             _check_accounted_for(graph_module.graph, ffn, site)
 
     def rewrite(self, draft: fx.GraphModule) -> bool:
-        """Build the layers, and walk once over all calls, from the last to the first.
+        """Build the layers, and walk once over all calls.
 
-        (From the last, because an FFN may read the result of another one, which is still there then.)
+        From the last call to the first: an FFN may read the result of another one, which must be there still.
         """
-        order = {node: index for index, node in enumerate(draft.graph.nodes)}
-        matches = list(self._matches(draft))
+        matches = self._matches(draft)
         layers = {site.path: _layer(draft, ffn, site, self.plan) for site, ffn in matches}
         calls = [(call, site.path) for site, ffn in matches for call in ffn.calls]
-        for call, path in sorted(calls, key=lambda each: order[each[0].down.node], reverse=True):
-            _replace(draft.graph, call, path, order)
+        for call, path in sorted(calls, key=lambda each: each[0].down.node, reverse=True):
+            _replace(draft.graph, call, path)
         for path, layer in layers.items():
             put(draft, path, layer)
         return bool(layers)
 
     def ensures(self, graph_module: fx.GraphModule) -> None:
-        """Check that every layer is called and that no dense weight is left."""
+        """Check that every layer is called, and that no node reads a dense weight."""
         called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
         read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
         for site in self.plan.sites:
             if site.path not in called or read.intersection(site.parameters):
                 raise PassError(f"{self}: the FFN of {site.path} is still computed in the graph")
 
-    def _matches(self, graph_module: fx.GraphModule) -> Iterator[tuple[Site, FFN]]:
-        """Yield each site with its FFN in the graph."""
+    def _matches(self, graph_module: fx.GraphModule) -> list[tuple[Site, FFN]]:
+        """Return each site with its FFN in the graph."""
         found = {ffn.down.weight: ffn for ffn in findings(graph_module).ffns}
         for site in self.plan.sites:
-            name = site.down.parameter
-            if name not in found:
-                raise RefusedError(
-                    f"{site.path}: the graph has no FFN that ends in {name}: make the plan from this graph"
-                )
-            yield site, found[name]
+            if site.down.parameter not in found:
+                reason = f"the graph has no FFN that ends in {site.down.parameter}: make the plan from this graph"
+                raise RefusedError(f"{site.path}: {reason}")
+        return [(site, found[site.down.parameter]) for site in self.plan.sites]
 
 
 def put(root: nn.Module, path: str, layer: nn.Module) -> None:
@@ -116,22 +113,17 @@ def _check_tokens(graph: fx.Graph, ffn: FFN, call: Call, plan: Plan) -> None:
 
 
 def _check_accounted_for(graph: fx.Graph, ffn: FFN, site: Site) -> None:
-    """Refuse a parameter that lies in the module of an FFN and is read by something else: it would be lost."""
+    """Refuse to replace what something else reads: a weight of the FFN, or another parameter in its module."""
     inside = {node for call in ffn.calls for node in call.inside}
     static: dict[fx.Node, bool] = {}
     for node in (*graph.find_nodes(op="get_attr"), *graph.find_nodes(op="call_module")):
-        if not f"{node.target}.".startswith(f"{site.path}."):
-            continue
-        pending = [node]
+        name = str(node.target)
+        pending = [node] if name in site.parameters or f"{name}.".startswith(f"{site.path}.") else []
         while pending:
-            for user in pending.pop().users:
-                if user in inside:
-                    continue
+            for user in [user for user in pending.pop().users if user not in inside]:
                 if not flow.is_static(user, static):
-                    raise RefusedError(
-                        f"{site.path}: `{user.name}`, outside its FFN, reads {node.target}, which would be lost with "
-                        "the module: hold it in another module"
-                    )
+                    reason = f"`{user.name}`, which is no part of its FFN, reads {name}"
+                    raise RefusedError(f"{site.path}: {reason}: hold that in another module, or leave out this FFN")
                 pending.append(user)
 
 
@@ -146,7 +138,7 @@ def _layer(graph_module: fx.GraphModule, ffn: FFN, site: Site, plan: Plan) -> Mo
     return layer_in(graph_module, site, plan.config, region).train(graph_module.training)
 
 
-def _replace(graph: fx.Graph, call: Call, path: str, order: dict[fx.Node, int]) -> None:
+def _replace(graph: fx.Graph, call: Call, path: str) -> None:
     """Call the layer instead of the FFN, and erase the FFN's nodes."""
     down, source, axis = call.down.node, call.source, call.down.axis
     with graph.inserting_before(down):
@@ -159,16 +151,11 @@ def _replace(graph: fx.Graph, call: Call, path: str, order: dict[fx.Node, int]) 
         node.meta = {"nn_module_stack": down.meta.get("nn_module_stack", {})}
         node.meta["val"] = value if node is result else value.movedim(axis, -1)
     down.replace_all_uses_with(result)
-    _erase(graph, sorted(set(call.inside), key=order.__getitem__, reverse=True))
+    idle = {user for node in call.inside for user in node.users if user not in flow.data_users(node)}
+    for node in sorted(idle.union(call.inside), reverse=True):
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _move(graph: fx.Graph, node: fx.Node, source: int, destination: int) -> fx.Node:
     return graph.call_function(torch.ops.aten.movedim.int, (node, source, destination))
-
-
-def _erase(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    """Erase nodes, and what checks or takes apart their values without passing it on."""
-    for node in nodes:
-        for user in [user for user in node.users if user not in flow.data_users(node)]:
-            graph.erase_node(user)
-        graph.erase_node(node)

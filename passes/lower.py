@@ -75,25 +75,22 @@ class Lower(Rewrite):
 
     def _choose(self, node: fx.Node) -> None:
         """Set what runs the experts."""
-        *inputs, activation, gated, recompute, _ = node.args
+        *inputs, activation, gated, _ = node.args
         if self.implementation == "reference":
             node.target, node.args = reference.experts, (*inputs, activation, gated)
         else:
-            node.args = (*inputs, activation, gated, recompute, self.implementation)
+            node.args = (*inputs, activation, gated, self.implementation)
 
 
-class _Plain(nn.Module):
-    def __init__(self, layer: MoELayer) -> None:
+class _Traced(nn.Module):
+    """A layer with the outputs that its call has in the graph."""
+
+    def __init__(self, layer: MoELayer, with_loss: bool) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.with_loss, self.training = layer, with_loss, layer.training
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        return (self.layer(x, token_ids, mask),)
-
-
-class _WithLoss(_Plain):
-    def forward(self, x: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        return call_with_loss(self.layer, x, token_ids, mask)
+        return call_with_loss(self.layer, x, token_ids, mask) if self.with_loss else (self.layer(x, token_ids, mask),)
 
 
 def _calls(graph_module: fx.GraphModule) -> list[fx.Node]:
@@ -112,8 +109,7 @@ def _traced(graph_module: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
         name: {d: torch.export.Dim.AUTO for d in range(2 if name != "x" else each.dim() - 1) if each.shape[d] > 1}
         for name, each in examples.items()
     }
-    module = _WithLoss(layer) if node.target is call_with_loss else _Plain(layer)
-    module.training = layer.training
+    module = _Traced(layer, with_loss=node.target is call_with_loss)
     program = torch.export.export(module, (), examples, dynamic_shapes=free, strict=False)
     return program.module(check_guards=False)
 

@@ -4,57 +4,57 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from moeify.cli.options import json_option
 from moeify.cli.settings import config_from, config_options
+from moeify.export.targets import FLOATS, TARGETS, quantizations
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import nn
 
     from moeify.config import MoEConfig
-    from moeify.export import OnnxReport
+    from moeify.export.report import OnnxReport
+
+_TARGETS = ", ".join(f"{target.name} ({target.about})" for target in TARGETS.values())
+_DTYPES = ", ".join(f"{target.default_dtype} for {target.name}" for target in TARGETS.values())
 
 
 @click.command()
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--target", default="cpu", show_default=True, help="cpu, cuda, or portable (standard ONNX only).")
-@click.option("--quantize", help="Store the experts' weights in int8 or int4.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="[default: float32; cuda: float16]"
-)
+@click.option("--target", default="cpu", show_default=True, help=f"{_TARGETS}.")
+@click.option("--quantize", help=f"Store the experts' weights in {' or '.join(quantizations())}.")
+@click.option("--dtype", type=click.Choice(FLOATS), help=f"[default: {_DTYPES}]")
 @config_options
 @click.option("--layers", default="all", show_default=True, help="Which FFNs become experts, with --experts.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 @json_option
 def export(
     src: Path, out: Path, target: str, quantize: str | None, dtype: str | None, layers: str, overwrite: bool,
-    as_json: bool, **settings: Any,
+    as_json: bool, **settings: object,
 ) -> None:  # fmt: skip
     """Export the checkpoint SRC to the ONNX file OUT.
 
     SRC is a converted model, an MoE of transformers, or a dense model (with --experts and --top-k, or --preset, it is
     converted on the way). OUT appears after ONNX Runtime gave what PyTorch gives, on shapes that it did not see before.
     """
-    from moeify.checkpoint.source import open_source
     from moeify.cli import display
     from moeify.cli.quiet import quiet_transformers
-    from moeify.export import export_onnx
     from moeify.export.onnx_file import check_request
 
     typed = any(value not in (None, ()) for value in settings.values())
     config = config_from(settings) if typed else None
-    dtype = dtype or ("float16" if target == "cuda" else "float32")
-    check_request(out, target, quantize, dtype, overwrite=overwrite)  # before minutes of loading
-    with open_source(src):  # what is no model is said at once, too
-        pass
+    request = check_request(out, target, quantize, dtype, overwrite=overwrite)  # before minutes of loading
+    from moeify.export.pipeline import export as export_model  # needs the packages that were just checked
+
     with quiet_transformers():
-        model = _load(src, dtype, config, layers)
+        model = _load(src, request.dtype, config, layers)
         entries = {"source": src.name, **_text_entries(src, model)}
-        report = export_onnx(model, out, target, quantize, overwrite=overwrite, metadata=entries)  # type: ignore[arg-type]
+        report = export_model(model, request, None, entries)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
         return
@@ -72,13 +72,13 @@ def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str) -> nn.Mo
     return model if config is None else convert(model, config, layers)
 
 
-def _text_entries(src: Path, model: Any) -> dict[str, str]:
+def _text_entries(src: Path, model: nn.Module) -> dict[str, str]:
     """What `moeify run` needs: the tokenizer, and the tokens that end a text."""
     from transformers import AutoTokenizer
 
     try:
         kwargs = {"gguf_file": src.name} if src.suffix == ".gguf" else {}
-        tokenizer: Any = AutoTokenizer.from_pretrained(src.parent if kwargs else src, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(src.parent if kwargs else src, **kwargs)
         text = tokenizer.backend_tokenizer.to_str()
     except (OSError, ValueError, KeyError, AttributeError):
         return {}  # a vision model, or a tokenizer that has no file of its own
@@ -88,7 +88,7 @@ def _text_entries(src: Path, model: Any) -> dict[str, str]:
     return {"tokenizer": text, "eos_token_ids": " ".join(map(str, ids))}
 
 
-def _operators(report: OnnxReport) -> Any:
+def _operators(report: OnnxReport) -> Table:
     from rich.table import Table
 
     table = Table("operator", "count", box=None, pad_edge=False)

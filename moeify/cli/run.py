@@ -11,14 +11,16 @@ import click
 @click.argument("model", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Where to stop.")
-@click.option("--provider", type=click.Choice(["cpu", "cuda"]), help="[default: the best that works]")
+@click.option(
+    "--provider", help="cpu, cuda or another of onnxruntime's. [default: the best of cuda and cpu that works]"
+)
 @click.option("--threads", default=0, show_default="onnxruntime decides", help="Threads inside an operator.")
 def run(model: Path, prompt: str, max_new_tokens: int, provider: str | None, threads: int) -> None:
     """Continue a text with the exported causal language model MODEL, the most probable token each time.
 
     The text goes to stdout; tokens per second and the provider in use go to stderr.
     """
-    from moeify.export.generation import TextModel
+    from moeify.runtime.text import TextModel
 
     text_model = TextModel(model, provider=provider, threads=threads)
     for piece in text_model.text(prompt, max_new_tokens):

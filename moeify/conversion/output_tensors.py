@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from moeify.checkpoint.shards import Compute, OutTensor, Part
+from moeify.checkpoint.shards import Compute, OutTensor, SourceRows
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
 from moeify.conversion.dense import DenseCheckpoint
@@ -19,7 +19,7 @@ from moeify.tracing.skeleton import may_be_missing
 if TYPE_CHECKING:
     import torch
 
-Piece: TypeAlias = "Part | Compute"
+Piece: TypeAlias = "SourceRows | Compute"
 
 
 def output_tensors(
@@ -130,7 +130,7 @@ class _Outputs:
             self.pieces[block] = verbatim or (lambda: block.value(self.read).to(torch_dtype(dtype)))
         return self.pieces[block]
 
-    def verbatim(self, block: Block, dtype: str) -> Part | None:
+    def verbatim(self, block: Block, dtype: str) -> SourceRows | None:
         """Return the rows of the source tensor that hold a block's bytes one after the other."""
         if block.source is None:
             return None
@@ -139,4 +139,4 @@ class _Outputs:
         unchanged = block.change is None and block.scale == 1
         if not (all_columns and unchanged and rows.step == 1 and info.dtype == dtype):
             return None
-        return Part(info.name, None if rows.count == rows.out_features else (rows.start, rows.stop))
+        return SourceRows(info.name, None if rows.count == rows.out_features else (rows.start, rows.stop))

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from moeify.layers.build import layer_in
 from moeify.layers.model_inputs import connect
-from moeify.passes.matching.activation import bind
+from moeify.passes.matching.region import bind
 from moeify.plan import Plan
 
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-Target = Literal["cpu", "cuda", "portable"]
-Quantization = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -18,18 +14,18 @@ class OnnxReport:
     Attributes:
         path: The file.
         target: What it was made for.
-        quantize: How the experts' weights are stored, None for as they were.
+        quantize: How the experts' weights are stored, None for the model's dtype.
         dtype: What it computes in.
         operators: How often each operator occurs in the graph, those of other domains with their domain.
-        relative: Largest difference from PyTorch by its largest value, of several outputs the worst; where weights were
-            rounded, from PyTorch with the same rounded weights.
+        relative: Largest difference from PyTorch by its largest value, of several outputs the worst; with quantized
+            weights from PyTorch with the same rounded weights.
         max_abs_diff: Largest difference.
         top1_agreement: Share of rows whose largest value is at the same place.
         tolerance: Largest relative difference that passes.
-        rounding: What rounding does, None without it: root mean square of the differences from PyTorch with the
+        rounding: What rounding changes, None without it: root mean square of the differences from PyTorch with the
             original weights, by that of its values.
         rounding_largest: The same as the largest difference by the largest value.
-        rounding_top1: Share of rows whose largest value stays at its place in spite of it.
+        rounding_top1: Share of rows whose largest value stays at its place after rounding.
         cases: The shapes of the proof.
         runtime: The ONNX Runtime that ran the proof, and its provider.
         requires: The oldest ONNX Runtime for this file.
@@ -53,10 +49,10 @@ class OnnxReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the promise holds."""
+        """Whether the difference is within the tolerance."""
         return math.isfinite(self.relative) and self.relative <= self.tolerance
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the fields as plain data."""
         return asdict(self)
 

@@ -24,26 +24,16 @@ def data_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def check_place(path: Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError if something stands at `path` that may not be replaced."""
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: name the file, for example {path / 'model.onnx'}")
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists: choose another name, or overwrite it (--overwrite)")
-
-
 @contextmanager
-def staged_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yields a path to write to, which becomes `path` when the block ends without an error; else nothing is left.
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; it replaces `path` when the block ends, and nothing is left of it after an error.
 
     Args:
-        path: The ONNX file.
-        overwrite: Replace it, and the data file beside it, if it exists.
+        path: The ONNX file; what is there now, and its data file, may be replaced.
 
     Raises:
-        CheckpointError: `path` exists or is a folder, or cannot be written, or the disk is full.
+        CheckpointError: `path` cannot be written, or the disk is full.
     """
-    check_place(path, overwrite=overwrite)
     folder = path.with_name(f".{path.name}.moeify-partial")
     try:
         shutil.rmtree(folder, ignore_errors=True)

@@ -10,8 +10,9 @@ from moeify.config import MoEConfig
 from moeify.errors import RefusedError
 from moeify.kernels.activations import ACTIVATIONS as KERNELS_KNOW
 from moeify.passes.ffn import FFN, Inspection
-from moeify.passes.matching.activation import CUSTOM, region_parameters, short_names
+from moeify.passes.matching.activation import CUSTOM
 from moeify.passes.matching.projection import Projection
+from moeify.passes.matching.region import region_parameters, short_names
 from moeify.plan import Plan, Rows, Site
 from moeify.planning.placement import Placement, Placer
 from moeify.planning.selection import is_pattern, select_layers
@@ -123,7 +124,7 @@ def _site(ffn: FFN, place: Placement) -> Site:
     state = short_names(region_parameters(ffn.region)) if activation == CUSTOM else {}
     whole = tuple((i, 0, up.out_features, 1) for i, up in enumerate(ffn.ups))
     named = None if activation == CUSTOM else ffn.gate_up_rows
-    parts = whole if named is None else tuple(rows for rows in (named.gate, named.up) if rows is not None)
+    parts = whole if named is None else named.parts
     return Site(
         path=place.path,
         bypassed=place.bypassed,

@@ -13,7 +13,7 @@ Vocabulary, used throughout `matching/`:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import fx
@@ -52,7 +52,7 @@ def is_position_wise(node: fx.Node, axis: int = -1) -> bool:
         first = node.all_input_nodes[0]
         return axis == -1 and size(first) == size(node) and size(node) > 1
     if has(node, Trait.NORM):
-        return axis == -1 and dict(arguments(node))["normalized_shape"] == [size(node.all_input_nodes[0])]
+        return axis == -1 and arguments(node)["normalized_shape"] == [size(node.all_input_nodes[0])]
     if name == "expand_as":
         return axis == -1 and shape(node.all_input_nodes[0])[:-1] == shape(node)[:-1]
     if name == "prelu":  # it counts channels in dimension 1, or has one slope for all
@@ -65,20 +65,16 @@ def _works_along(node: fx.Node, axis: int) -> bool:
     """Whether the argument `dim` of a split or reduction names the features."""
     tensors = [n for n in node.all_input_nodes if shape(n)]
     rank = len(shape(tensors[0])) if tensors else 0
-    given = dict(arguments(node)).get("dim")
+    given = arguments(node).get("dim")
     dims = given if isinstance(given, list | tuple) else [given]
     return bool(dims) and all(isinstance(d, int) and d - rank * (d >= 0) == axis for d in dims)
 
 
-def arguments(node: fx.Node) -> Iterator[tuple[str, object]]:
-    """Yield an ATen call's arguments with their names in the schema, defaults included."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return
-    for position, spec in enumerate(node.target._schema.arguments):
-        if position < len(node.args):
-            yield spec.name, node.args[position]
-        else:
-            yield spec.name, node.kwargs.get(spec.name, spec.default_value if spec.has_default_value() else None)
+def arguments(node: fx.Node) -> dict[str, object]:
+    """Return an ATen call's arguments by their names in the schema, defaults included."""
+    specs = node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else ()
+    defaults = {spec.name: spec.default_value if spec.has_default_value() else None for spec in specs}
+    return defaults | dict(zip(defaults, node.args, strict=False)) | node.kwargs
 
 
 def writes(node: fx.Node) -> bool:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from operator import attrgetter
 
 from torch import fx, nn
 
 from moeify.passes.ffn import FFN, Call, Refusal
 from moeify.passes.matching import dataflow as flow
-from moeify.passes.matching.activation import capture, recognize
+from moeify.passes.matching.activation import name_activation
 from moeify.passes.matching.axes import reads_features
 from moeify.passes.matching.cut import Cut, as_cut
 from moeify.passes.matching.operators import TRANSPARENT, Trait, has, op_name
 from moeify.passes.matching.projection import Projection, find_projections
 from moeify.passes.matching.reasons import other_size, stopped_at
+from moeify.passes.matching.region import capture
 from moeify.passes.matching.residual import End, ResidualStreams
 
 # An intermediate size this many times smaller than the hidden size is an adapter or a gate, never an FFN. (Shared
@@ -37,52 +37,20 @@ class NoMatch(Exception):  # it is no error: most projections end no FFN
         self.reason, self.node, self.near = reason, node, near
 
 
-@dataclass
-class Candidate:
-    """What lies behind a projection that may be the down projection of an FFN.
-
-    Attributes:
-        down: That projection.
-        ups: The projections that the walk back ended at, in the graph's order.
-        nodes: What is computed between, in the graph's order.
-        cuts: Which of those nodes hold a slice of the features.
-    """
-
-    down: Projection
-    ups: tuple[Projection, ...]
-    nodes: tuple[fx.Node, ...]
-    cuts: dict[fx.Node, Cut]
-
-    @property
-    def hidden(self) -> int:
-        """The hidden size."""
-        return self.ups[0].in_features
-
-    @property
-    def kind(self) -> str:
-        """Return "glu" where more is projected up than down."""
-        return "glu" if sum(up.out_features for up in self.ups) > self.down.in_features else "mlp"
-
-
-@dataclass
 class Matcher:
     """Looks for FFNs in one graph.
 
     Attributes:
-        graph_module: The traced model.
-        projections: All its projections, by their nodes.
+        projections: All projections of the graph, by their nodes.
         outside: Down projections whose residual connection lies outside the traced part.
     """
 
-    graph_module: fx.GraphModule
-    projections: dict[fx.Node, Projection] = field(init=False)
-    outside: set[fx.Node] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.projections = find_projections(self.graph_module.graph)
-        self.order = {node: i for i, node in enumerate(self.graph_module.graph.nodes)}
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
         self.static: dict[fx.Node, bool] = {}
+        self.projections = find_projections(graph_module.graph)
         self.streams = ResidualStreams(self.projections, self.static)
+        self.outside: set[fx.Node] = set()
 
     def match(self, down: Projection) -> FFN:
         """Return the FFN that ends in `down`.
@@ -90,20 +58,20 @@ class Matcher:
         Raises:
             NoMatch: none does.
         """
-        found = self.walk_back(down)
-        self.check_size(found)
-        self.check_activation(found)
-        self.check_bottleneck(found)
-        self.check_axis(found)
-        self.check_private(found)
-        shared_expert = self.check_residual(found)
-        return self.describe(found, shared_expert)
+        call = self.walk_back(down)
+        self.check_size(call)
+        self.check_activation(call)
+        self.check_bottleneck(call)
+        self.check_axis(call)
+        self.check_private(call)
+        shared_expert = self.check_residual(call)
+        return self.describe(call, shared_expert)
 
-    def walk_back(self, down: Projection) -> Candidate:
-        """Collect what is computed position-wise behind `down`, and the projections at its edge."""
+    def walk_back(self, down: Projection) -> Call:
+        """Collect what is computed position-wise before `down`, back to the projections that it is computed from."""
         ups: dict[fx.Node, Projection] = {}
         nodes: dict[fx.Node, None] = {}
-        cuts: dict[fx.Node, Cut] = {}
+        cuts: list[Cut] = []
         pending = [down.source]
         while pending:
             node = pending.pop()
@@ -116,125 +84,108 @@ class Matcher:
                 nodes[node] = None
                 pending.extend(node.all_input_nodes)
             elif cut := as_cut(node, down.axis):
-                cuts[node] = cut
+                cuts.append(cut)
                 nodes |= dict.fromkeys(cut.nodes)
                 pending.append(cut.source)
             else:
                 raise NoMatch(stopped_at(node, self.static), node, near=bool(ups) and not self.crosses_sum(nodes))
         if not ups:
             raise NoMatch("nothing is projected before it", down.node, near=False)
-        ordered = sorted(ups.values(), key=lambda up: self.order[up.node])
-        return Candidate(down, tuple(ordered), tuple(sorted(nodes, key=self.order.__getitem__)), cuts)
+        return Call(tuple(ups[node] for node in sorted(ups)), down, tuple(sorted(nodes)), tuple(cuts))
 
     def check_one_source(self, ups: dict[fx.Node, Projection], nodes: Iterable[fx.Node]) -> None:
         """Refuse projections that read different activations."""
-        *_, last = ups
-        if len({flow.same_activation(p.source) for p in ups.values()}) > 1:
-            names = " and ".join(ups[n].weight.removesuffix(".weight") for n in sorted(ups, key=self.order.__getitem__))
+        if len({flow.same_activation(up.source) for up in ups.values()}) > 1:
+            names = " and ".join(ups[n].weight.removesuffix(".weight") for n in sorted(ups))
             reason = f"the projections before it read different activations: {names}"
-            if any(self.reads_the_same_through_another(p, ups.values()) for p in ups.values()):
+            if any(self.reads_the_same_through_another(up, ups.values()) for up in ups.values()):
                 reason += " (an adapter? merge it first)"
-            raise NoMatch(reason, last, near=not self.crosses_sum(nodes))
+            raise NoMatch(reason, list(ups)[-1], near=not self.crosses_sum(nodes))
 
     def reads_the_same_through_another(self, up: Projection, others: Iterable[Projection]) -> bool:
         """Whether `up` reads a narrow projection of what another one reads, as LoRA does."""
         narrow = self.projections.get(flow.same_activation(up.source))
-        if narrow is None:
-            return False
-        source = flow.same_activation(narrow.source)
-        return any(flow.same_activation(other.source) is source for other in others)
+        sources = [flow.same_activation(other.source) for other in others]
+        return narrow is not None and flow.same_activation(narrow.source) in sources
 
     def crosses_sum(self, nodes: Iterable[fx.Node]) -> bool:
         """Whether the walk went through a sum of two activations: it followed the residual stream, not an FFN."""
-        sums = (n for n in nodes if op_name(n) == "add")
-        return any(len(self.varying_inputs(n)) > 1 for n in sums)
+        return any(op_name(node) == "add" and self.varying_inputs(node) > 1 for node in nodes)
 
-    def varying_inputs(self, node: fx.Node) -> list[fx.Node]:
-        """Return the inputs of a node that depend on the model's inputs."""
-        return [n for n in node.all_input_nodes if not flow.is_static(n, self.static)]
+    def varying_inputs(self, node: fx.Node) -> int:
+        """Count the inputs of a node that depend on the model's inputs."""
+        return sum(not flow.is_static(n, self.static) for n in node.all_input_nodes)
 
-    def check_size(self, found: Candidate) -> None:
+    def check_size(self, call: Call) -> None:
         """Refuse a projection that does not lead back to the hidden size."""
-        down, hidden = found.down, found.hidden
+        down, hidden = call.down, call.ups[0].in_features
         if down.out_features != hidden:
             raise NoMatch(other_size(down.node, hidden, down.out_features, self.streams.products), down.node)
 
-    def check_activation(self, found: Candidate) -> None:
+    def check_activation(self, call: Call) -> None:
         """Refuse what no activation of an FFN does: nothing, a softmax, a choice that is not among the features."""
-        down = found.down
-        if all(self.is_linear(node) for node in found.nodes):
+        down = call.down
+        if all(self.is_linear(node) for node in call.nodes):
             raise NoMatch("no nonlinearity between the projections: a low-rank factor", down.node)
-        for node in found.nodes:
+        for node in call.nodes:
             if "softmax" in op_name(node):
                 raise NoMatch(
                     "a softmax over its intermediate values: classes fed back, or attention to a memory", node
                 )
-        for node in found.nodes:
+        for node in call.nodes:
             if has(node, Trait.CHOICE) and flow.size(node.all_input_nodes[0], down.axis) != down.in_features:
                 raise NoMatch(f"`{node.name}` chooses, but not among its intermediate values: a router", node)
 
     def is_linear(self, node: fx.Node) -> bool:
         """Whether an operator is a sum, a selection, or a product with at most one factor that depends on the input."""
-        scales = has(node, Trait.SCALE) and len(self.varying_inputs(node)) <= 1
+        scales = has(node, Trait.SCALE) and self.varying_inputs(node) <= 1
         return scales or has(node, TRANSPARENT | Trait.LINEAR)
 
-    def check_bottleneck(self, found: Candidate) -> None:
+    def check_bottleneck(self, call: Call) -> None:
         """Refuse an intermediate size that is many times smaller than the hidden size."""
-        size, hidden = found.down.in_features, found.hidden
-        if size * BOTTLENECK[found.kind] <= hidden:
-            raise NoMatch(
-                f"its intermediate size ({size}) is a bottleneck beside the hidden size {hidden}: an adapter",
-                found.down.node,
-            )
+        size, hidden = call.down.in_features, call.down.out_features
+        if size * BOTTLENECK[call.kind] <= hidden:
+            reason = f"its intermediate size ({size}) is a bottleneck beside the hidden size {hidden}: an adapter"
+            raise NoMatch(reason, call.down.node)
 
-    def check_axis(self, found: Candidate) -> None:
+    def check_axis(self, call: Call) -> None:
         """Refuse projections over positions."""
-        up = found.ups[0]
-        if not reads_features(up.source, found.down.axis, self.projections):
-            raise NoMatch("it projects over positions, not over features: token mixing", up.node)
+        if not reads_features(call.source, call.down.axis, self.projections):
+            raise NoMatch("it projects over positions, not over features: token mixing", call.ups[0].node)
 
-    def check_private(self, found: Candidate) -> None:
+    def check_private(self, call: Call) -> None:
         """Refuse an FFN of which a value between the projections is used outside it."""
-        inner = [n for up in found.ups for n in (up.product, up.node)] + list(found.nodes)
-        inside = {*inner, found.down.product}
-        for node in inner:
-            for user in flow.data_users(node):
-                if user in inside:
-                    continue
-                reason = f"its intermediate value `{node.name}` is also used by `{user.name}`"
+        inside = set(call.inside)
+        for node in call.inside:
+            outside = [user for user in flow.data_users(node) if user not in inside]
+            if outside and node is not call.down.node:
+                user, reason = outside[0], f"its intermediate value `{node.name}` is also used by `{outside[0].name}`"
                 if user in self.projections:
                     beside = self.projections[user].weight.removesuffix(".weight")
                     reason = f"{beside} projects its intermediate value too (an adapter? merge it first)"
                 raise NoMatch(reason, user)
 
-    def check_residual(self, found: Candidate) -> bool:
+    def check_residual(self, call: Call) -> bool:
         """Refuse what does not join the residual stream; return whether it joins together with routed experts."""
-        down = found.down.node
-        outcome = self.streams.outcome(down, found.ups[0].source)
-        match outcome.end:
+        down = call.down.node
+        end, beside_experts = self.streams.end_of(down, call.source)
+        match end:
             case End.ROUTED:
                 raise NoMatch("a router chooses its tokens: an expert of an MoE that the model already has", down)
             case End.ELSEWHERE:
                 raise NoMatch("its result does not join the residual stream: a head, pooler or gate", down)
             case End.BOUNDARY:
                 self.outside.add(down)
-        return outcome.beside_experts
+        return beside_experts
 
-    def describe(self, found: Candidate, shared_expert: bool) -> FFN:
+    def describe(self, call: Call, shared_expert: bool) -> FFN:
         """Name a match: its owner, its activation, and which rows are gate and up projection."""
-        down, up_nodes = found.down, [up.node for up in found.ups]
-        region = capture(self.graph_module, up_nodes, down.source, down.axis, found.cuts)
-        activation, rows = recognize(region, [up.out_features for up in found.ups], down.in_features)
+        down, up_nodes = call.down, [up.node for up in call.ups]
+        region = capture(self.graph_module, up_nodes, down.source, down.axis, call.cuts)
+        activation, rows = name_activation(region, [up.out_features for up in call.ups], down.in_features)
+        owner = flow.innermost_module([*up_nodes, *call.nodes, down.node])
         return FFN(
-            name=flow.innermost_module([*up_nodes, *found.nodes, down.node]),
-            kind=found.kind,
-            activation=activation,
-            hidden=down.out_features,
-            intermediate=down.in_features,
-            gate_up_rows=rows,
-            region=region,
-            calls=(Call(found.ups, down, found.nodes),),
-            shared_expert=shared_expert,
+            owner, call.kind, activation, down.out_features, down.in_features, rows, region, (call,), shared_expert
         )
 
     def computed_weights(self) -> list[Refusal]:

@@ -8,10 +8,8 @@ or a depthwise convolution stand between.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
 from enum import Enum
-from functools import cached_property
 
 from torch import fx
 
@@ -34,36 +32,27 @@ class End(Enum):
     ELSEWHERE = "it never meets the stream again"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a result ends, and whether routed experts are added to it on the way (it is a shared expert)."""
-
-    end: End
-    beside_experts: bool = False
-
-
-@dataclass
 class ResidualStreams:
     """The residual streams of one graph.
 
-    Attributes:
+    Args:
         projections: All projections of the graph, by their nodes.
         static: What is known of which nodes depend on the inputs.
     """
 
-    projections: dict[fx.Node, Projection]
-    static: dict[fx.Node, bool] = field(default_factory=dict)
-    _behind: dict[fx.Node, tuple[fx.Node, ...]] = field(default_factory=dict)
+    def __init__(self, projections: Mapping[fx.Node, Projection], static: dict[fx.Node, bool]) -> None:
+        self.projections, self.static = projections, static
+        self.products = frozenset(p.product for p in projections.values())
+        self._behind: dict[fx.Node, tuple[fx.Node, ...]] = {}
 
-    @cached_property
-    def products(self) -> frozenset[fx.Node]:
-        """The products of all projections, without their biases."""
-        return frozenset(p.product for p in self.projections.values())
+    def end_of(self, result: fx.Node, source: fx.Node) -> tuple[End, bool]:
+        """Return where `result` goes, which was computed from `source`.
 
-    def outcome(self, result: fx.Node, source: fx.Node) -> Outcome:
-        """Say where `result` goes, which was computed from `source`."""
+        Returns:
+            Where it ends, and whether routed experts are added to it on the way (it is a shared expert).
+        """
         if self.is_picked_by_router(source):
-            return Outcome(End.ROUTED)
+            return End.ROUTED, False
         return _Search(self, frozenset(self.behind(source)), result).run()
 
     def behind(self, source: fx.Node) -> tuple[fx.Node, ...]:
@@ -85,7 +74,7 @@ class ResidualStreams:
         """Whether `source` holds the positions that a router picked from the stream."""
         for node in self.behind(source):
             if has(node, Trait.SUM):
-                return False  # beyond it lies the stream, which other MoE layers may have written
+                return False  # before it lies the stream, which other MoE layers may have written
             if has(node, Trait.PICK) and follows_choice(node.all_input_nodes[1:], (), _MAY_ROUTE):
                 return True
         return False
@@ -97,13 +86,7 @@ class ResidualStreams:
 
 
 def follows_choice(nodes: Iterable[fx.Node], stream: Collection[fx.Node], signs: Trait = Trait.ROUTING) -> bool:
-    """Whether one of `nodes` was computed from a choice of experts that was made after the stream was read.
-
-    Args:
-        nodes: Where to start.
-        stream: Where to stop.
-        signs: The traits of operators that count as such a choice.
-    """
+    """Whether an operator with the traits `signs`, a choice of experts, lies between the stream and one of `nodes`."""
     seen: set[fx.Node] = set()
     pending = deque(nodes)
     while pending and len(seen) < _FAR:
@@ -120,10 +103,7 @@ def follows_choice(nodes: Iterable[fx.Node], stream: Collection[fx.Node], signs:
 class _Search:
     """Follows one result forward, nearest users first, until it is clear where it ends.
 
-    Args:
-        streams: The residual streams of the graph.
-        stream: The stream that the FFN read: its source and everything behind it.
-        result: The result of the FFN.
+    `stream` is what the FFN read, with everything behind it.
     """
 
     def __init__(self, streams: ResidualStreams, stream: frozenset[fx.Node], result: fx.Node) -> None:
@@ -133,41 +113,36 @@ class _Search:
         self.encodings: set[fx.Node] = set()  # of what was seen: results multiplied by values for each position
         self.beside_experts = self.leaves = False
 
-    def run(self) -> Outcome:
-        """Return where the result ends."""
+    def run(self) -> tuple[End, bool]:
+        """Return where the result ends, and whether routed experts are added to it."""
         while self.pending and len(self.seen) < _NEAR:
             node = self.pending.popleft()
             for user in flow.data_users(node):
-                if outcome := self.step(node, user):
-                    return outcome
+                if end := self.step(node, user):
+                    return end, self.beside_experts
         handed_in = all(node.op == "placeholder" or flow.is_position_wise(node) for node in self.stream)
-        return Outcome(End.BOUNDARY if self.leaves and handed_in else End.ELSEWHERE)
+        return (End.BOUNDARY if self.leaves and handed_in else End.ELSEWHERE), self.beside_experts
 
-    def step(self, node: fx.Node, user: fx.Node) -> Outcome | None:
-        """Look at one user of a node that holds the result; return the outcome as soon as it is known."""
+    def step(self, node: fx.Node, user: fx.Node) -> End | None:
+        """Look at one user of a node that holds the result; return where the result ends as soon as it is known."""
         others = [n for n in user.all_input_nodes if n not in self.seen and not flow.is_static(n, self.streams.static)]
         if self.is_weighed_by_router(user, others):
-            return Outcome(End.ROUTED)
+            return End.ROUTED
         if node in self.encodings and self.streams.is_only_projected(user):
             return None
         if has(user, Trait.SUM):
-            beside = self.beside_experts or follows_choice(others, self.stream)
+            self.beside_experts = self.beside_experts or follows_choice(others, self.stream)
             if any(self.is_stream(n) for n in others):
-                return Outcome(End.JOINS, beside)
-            self.beside_experts = beside
+                return End.JOINS
         self.leaves = self.leaves or user.op == "output"
         if user not in self.seen and self.passes_on(user, others):
-            self.go_on(node, user)
+            if node in self.encodings or _scales_positions(user, self.seen):
+                self.encodings.add(user)
+            self.seen[user] = None
+            self.pending.append(user)
         return None
 
-    def go_on(self, node: fx.Node, user: fx.Node) -> None:
-        """Follow the result through a user."""
-        if node in self.encodings or _scales_positions(user, self.seen):
-            self.encodings.add(user)
-        self.seen[user] = None
-        self.pending.append(user)
-
-    def is_weighed_by_router(self, user: fx.Node, others: Sequence[fx.Node]) -> bool:
+    def is_weighed_by_router(self, user: fx.Node, others: Iterable[fx.Node]) -> bool:
         """Whether a user applies a router's weights or choice to the result.
 
         (What was seen counts as the stream: a norm's factor is made from the result, which may hold routed experts.)

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from moeify.export.lower_contrib import Contrib, interleaved, lower_contrib
+from moeify.export.quantize import quantize
 
 from moeify.errors import RefusedError
 from moeify.export.lower import MANY_EXPERTS, lower
-from moeify.export.lower_contrib import Contrib, interleaved, lower_contrib
-from moeify.export.quantize import quantize
 from moeify.export.report import Quantization
 from moeify.measure import TOLERANCE
 from tests.moeify.export.layer_graph import EXPERTS, Layer, relative, routing, run

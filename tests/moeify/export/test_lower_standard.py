@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moeify.export.lower_standard import lower_standard
 from onnx import helper
 
 from moeify.export import standard
-from moeify.export.lower_standard import lower_standard
 from moeify.kernels import reference
 from moeify.kernels.activations import ACTIVATIONS
 from moeify.measure import TOLERANCE

@@ -9,12 +9,12 @@ import onnx
 import pytest
 import torch
 import transformers
+from moeify.export.generation import TextModel, open_session
 from torch import Tensor, nn
 
 import moeify
 from moeify.errors import CheckpointError, ConfigError, RefusedError, VerificationError
 from moeify.export import requirements, standard, write
-from moeify.export.generation import TextModel, open_session
 from moeify.measure import TOLERANCE
 from tests.moeify import tiny
 

@@ -112,6 +112,12 @@ def test_capacity_differs_between_training_and_evaluation_and_drops_are_counted(
     assert layer.record.dropped is None
 
 
+def test_a_router_that_keeps_to_the_capacity_is_not_limited_again() -> None:
+    layer = make.layer(make.CONFIGS["expert_choice"])
+    call(layer, make.inputs(3, 7))
+    assert layer.record.dropped is None
+
+
 def test_a_dropped_token_contributes_zero() -> None:
     layer = make.layer(MoEConfig(5, 1, renormalize=False, capacity_factor=0.1))
     out = call(layer, make.inputs(1, 21))  # each expert takes 1 choice
