@@ -13,7 +13,7 @@ from moeify.config import MoEConfig
 from moeify.passes.ffn import Inspection
 from moeify.passes.find_ffn import find_ffns_in
 from moeify.plan import Plan
-from moeify.planning.make import Survey, make_plan
+from moeify.planning.make_plan import make_plan
 from moeify.tracing.trace import trace
 
 HIDDEN, INTERMEDIATE, TOKENS = 10, 23, 5
@@ -74,7 +74,7 @@ def exported(model: nn.Module, *inputs: Tensor) -> fx.GraphModule:
 
 def planned(graph_module: fx.GraphModule, config: MoEConfig = CONFIG, layers: str = "all") -> Plan:
     """A plan for a graph; the graph is searched by that."""
-    return make_plan(graph_module, Survey(graph_module, find_ffns_in(graph_module)), config, layers, in_place=False)
+    return make_plan(graph_module, graph_module, find_ffns_in(graph_module), config, layers, in_place=False)
 
 
 def snapshot(graph_module: fx.GraphModule) -> dict[str, object]:

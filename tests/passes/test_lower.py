@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, fx
 
 from moeify.config import MoEConfig
-from moeify.graph_convert import convert_graph
+from moeify.conversion.graph import convert_graph
 from moeify.measure import TOLERANCE
 from moeify.passes.base import PassResult
 from moeify.passes.insert_losses import InsertLosses
