@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-import moeify
 from moeify.config import MoEConfig
 from moeify.conversion.graph import convert_graph
 from moeify.layers import SparseMoE
 from moeify.passes.base import PassResult
 from moeify.passes.insert_losses import InsertLosses, call_with_loss, moe_calls
+from moeify.routers import Soft
 from tests.passes.blocks import HIDDEN, TOKENS, Mlp, exported, residual
 
 CONFIG = MoEConfig(4, 2, z_loss=0.1)
@@ -79,7 +79,7 @@ def test_a_graph_whose_layers_all_return_their_loss_is_left_as_it_is(name: str) 
 
 
 def test_a_router_that_has_nothing_to_balance_has_no_loss() -> None:
-    given = sparse(config=MoEConfig(4, 1, router=moeify.routers.Soft(slots=2)))
+    given = sparse(config=MoEConfig(4, 1, router=Soft(slots=2)))
     assert len(moe_calls(given)) == 1
     _, loss = InsertLosses()(given).graph_module(X)
     assert loss.item() == 0

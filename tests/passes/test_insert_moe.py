@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import moeify
 from moeify.config import MoEConfig
 from moeify.layers import SparseMoE
 from moeify.passes.find_ffn import find_ffns_in
 from moeify.passes.insert_moe import InsertMoE, put
+from moeify.routers import Hash
 from tests.passes.blocks import (
     CONFIG,
     HIDDEN,
@@ -145,12 +145,14 @@ def test_experts_of_a_frozen_ffn_are_frozen_and_its_router_is_not() -> None:
     assert trained(layers["mlps.1"]) == trained(layers["mlps.2"]) == EXPERTS | {"router.weight"}
 
 
-def test_shared_experts_are_frozen_with_the_others() -> None:
-    config, model = MoEConfig(4, 2, shared_experts=1), residual(Mlp(), Mlp())
-    model.mlps[0].requires_grad_(False)
-    frozen, free = layers_of(inserted(model, config)).values()
-    assert trained(frozen) == {"router.weight"}
-    assert trained(free) == EXPERTS | {name.replace("experts", "shared_expert") for name in EXPERTS} | {"router.weight"}
+@pytest.mark.parametrize("frozen", [False, True])
+def test_shared_experts_are_frozen_with_the_others(frozen: bool) -> None:
+    model = residual()
+    model.mlps.requires_grad_(not frozen)
+    (layer,) = layers_of(inserted(model, MoEConfig(4, 2, shared_experts=1))).values()
+    shared = {name.replace("experts", "shared_expert") for name in EXPERTS}
+    assert trained(layer) - {"router.weight"} == (set() if frozen else EXPERTS | shared)
+    assert "router.weight" in trained(layer)
 
 
 class Learned(nn.Module):
@@ -205,7 +207,7 @@ def test_layers_are_given_the_tokens_of_the_graph() -> None:
     }
 
 
-HASH = MoEConfig(4, 1, router=moeify.routers.Hash(vocab_size=17))
+HASH = MoEConfig(4, 1, router=Hash(vocab_size=17))
 
 
 def test_a_router_that_needs_token_ids_gets_them() -> None:

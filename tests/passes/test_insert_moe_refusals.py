@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import moeify
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
 from moeify.passes.find_ffn import FindFFN
 from moeify.passes.insert_moe import InsertMoE
 from moeify.plan import Plan
+from moeify.routers import Hash
 from tests.passes.blocks import HIDDEN, INTERMEDIATE, Mlp, Model, exported, planned, residual, snapshot
 
-HASH = MoEConfig(4, 1, router=moeify.routers.Hash(vocab_size=17))
+HASH = MoEConfig(4, 1, router=Hash(vocab_size=17))
 
 
 def test_the_plan_of_a_graph_is_taken() -> None:
