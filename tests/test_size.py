@@ -99,7 +99,12 @@ def test_the_length_of_a_file_is_held_to_its_limit(path: str, lines: int, right:
     ],
 )
 def test_the_length_of_a_function_is_held_to_its_limit(head: str, lines: int, right: bool) -> None:
-    assert (too_long("kernels/x.py", head + "\n" + "    x = 1\n" * (lines - 1)) == []) is right
+    assert (too_long("passes/x.py", head + "\n" + "    x = 1\n" * (lines - 1)) == []) is right
+
+
+def test_a_function_of_kernels_may_document_more() -> None:
+    assert too_long("kernels/x.py", "def f():\n" + "    x = 1\n" * 49) == []
+    assert too_long("kernels/x.py", "def f():\n" + "    x = 1\n" * 50) != []
 
 
 def test_uses_of_any_are_counted_and_its_import_is_not() -> None:
