@@ -8,10 +8,10 @@ import onnx
 import pytest
 import torch
 import transformers
+from moeify.export.clamped_gate import ClampedGate, clamped_gate
 from torch import Tensor, nn
 
 import moeify
-from moeify.export.clamped_gate import ClampedGate, clamped_gate
 from moeify.export.report import Quantization, Target
 
 tf: Any = transformers

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from moeify.export.restack import traceable
 from torch import nn
 
 import moeify
-from moeify.export.restack import traceable
 
 tf: Any = transformers
 
