@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import moeify
 from moeify.errors import RefusedError, VerificationError
+from moeify.export.capture import trace
 from moeify.export.lower import functions
 from moeify.measure import TOLERANCE
 from moeify.runtime.session import open_session
@@ -177,26 +178,6 @@ def test_a_wrong_graph_is_not_written(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
-class Branching(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 1 if x.sum() > 0 else x - 1
-
-
-class Fixed(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.view(4, 21).sum(-1)
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [(Branching(), "in forward, .*test_pipeline.py:"), (Fixed(), "it works only where the batch of x is 4")],
-)
-def test_what_cannot_be_traced_is_refused_with_the_place(tmp_path: Path, model: nn.Module, reason: str) -> None:
-    with pytest.raises(RefusedError, match=f"torch.export cannot trace {type(model).__name__}: .*{reason}"):
-        moeify.export_onnx(model, tmp_path / "net.onnx", example_inputs={"x": torch.randn(4, 3, 7)})
-    assert not list(tmp_path.iterdir())
-
-
 def test_standard_operators_in_half_precision_are_for_any_gpu(tmp_path: Path) -> None:
     inputs = {"x": torch.randn(4, 3, 7)}
     model = moeify.convert(Net(nn.functional.gelu).eval(), moeify.MoEConfig(3, 2), example_inputs=inputs)
@@ -209,3 +190,27 @@ def test_standard_operators_in_half_precision_are_for_any_gpu(tmp_path: Path) ->
     (got,) = session.run(None, {"x": inputs["x"].half().numpy()})
     assert got.dtype == "float16"
     assert (torch.from_numpy(got).float() - want).abs().max() <= TOLERANCE["float16"] * want.abs().max()
+
+
+class Drawing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+def test_a_model_that_draws_random_numbers_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"^Drawing draws random numbers"):
+        moeify.export_onnx(Drawing(), tmp_path / "net.onnx", example_inputs={"x": torch.randn(4, 7)})
+
+
+def test_half_precision_is_traced_once_and_leaves_the_model_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced, right = [], trace._trace
+    monkeypatch.setattr(trace, "_trace", lambda *arguments: traced.append(1) or right(*arguments))
+    inputs = {"x": torch.randn(4, 3, 7).bfloat16()}
+    model = Net(nn.functional.silu).bfloat16().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = moeify.export_onnx(model, tmp_path / "net.onnx", "portable", example_inputs=inputs)
+    assert report.passed and report.dtype == "bfloat16" and len(traced) == 1
+    assert model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert onnx.load(tmp_path / "net.onnx").graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
