@@ -15,6 +15,8 @@ COVERED_BY = {
     "moeify/cli/options.py": "tests/moeify/cli/test_convert.py",
     "moeify/cli/run.py": "tests/moeify/cli/test_export.py",
     "moeify/errors.py": "tests/moeify/cli/test_convert.py",
+    "moeify/export/capture/__init__.py": "tests/moeify/export/capture/test_to_onnx.py",
+    "moeify/export/lower/__init__.py": "tests/moeify/export/lower/test_lower.py",
     "moeify/methods/__init__.py": "tests/moeify/config/test_choice.py",
     "moeify/routers/__init__.py": "tests/moeify/config/test_choice.py",
 }
