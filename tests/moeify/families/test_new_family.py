@@ -16,7 +16,7 @@ from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import plan_checkpoint
 from moeify.conversion.cost import moe_cost
 from moeify.conversion.dense import DenseCheckpoint
-from moeify.families.table import FAMILIES, Family, Role
+from moeify.families.table import DOWN, FAMILIES, GATE_UP, Family, router
 from moeify.measure import TOLERANCE
 from tests.moeify import tiny
 
@@ -27,9 +27,9 @@ GRANITE = Family(
     architecture="GraniteMoeForCausalLM",
     sources={"granite": ()},
     tensors={
-        f"{MOE}.router.layer.weight": Role.ROUTER,
-        f"{MOE}.input_linear.weight": Role.GATE_UP,
-        f"{MOE}.output_linear.weight": Role.DOWN,
+        f"{MOE}.router.layer.weight": router,
+        f"{MOE}.input_linear.weight": GATE_UP,
+        f"{MOE}.output_linear.weight": DOWN,
     },
     fields=lambda plan, config: {
         "num_local_experts": plan.config.experts,

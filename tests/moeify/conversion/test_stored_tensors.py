@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from moeify.config import MoEConfig
-from moeify.conversion.layout import StackedTensor, StartTensor, layer_tensors
-from moeify.conversion.stored_layout import stored_tensors
+from moeify.conversion.layout import layer_tensors, stored_tensors
 from moeify.families.table import FAMILIES, layer_number
 from moeify.plan import Plan, Rows, Site
 
@@ -25,9 +24,8 @@ HELD = {rows.parameter: torch.randn(6, 5) for rows in UPS} | {DOWN.parameter: to
 
 def values(target: str) -> dict[str, Tensor]:
     found = {}
-    for tensor in stored_tensors(PLAN.with_target(target), SITE):
-        assert isinstance(tensor, StackedTensor | StartTensor)
-        found[tensor.name] = torch.empty(tensor.shape if isinstance(tensor, StackedTensor) else tensor.start.shape)
+    for tensor in stored_tensors(replace(PLAN, target=target), SITE):
+        found[tensor.name] = torch.empty(tensor.shape)
         tensor.fill(found[tensor.name], HELD.__getitem__)
     return found
 
