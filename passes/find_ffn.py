@@ -48,7 +48,8 @@ class FindFFN(Pass):
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Search the graph once."""
-        graph_module.meta.setdefault(FINDINGS, {})[FindFFN.__name__] = _search(graph_module)
+        others = graph_module.meta.get(FINDINGS, {})  # copies of the graph module may share this dictionary
+        graph_module.meta[FINDINGS] = {**others, FindFFN.__name__: _search(graph_module)}
         return PassResult(graph_module, modified=False)
 
 

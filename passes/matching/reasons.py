@@ -70,7 +70,8 @@ def other_size(down: fx.Node, hidden: int, size: int, products: Collection[fx.No
     pending, seen = [down], {down}
     while pending and len(seen) < _HOPS:
         for user in flow.data_users(pending.pop(0)):
-            if has(user, Trait.ATTENTION | Trait.STACKED) or (op_name(user) == "matmul" and user not in products):
+            of_activations = has(user, Trait.PRODUCT) and not has(user, Trait.MIX) and user not in products
+            if of_activations or has(user, Trait.ATTENTION | Trait.STACKED):
                 return f"{text}: part of an attention"
             if user.op == "output":
                 return f"{text}: a head"

@@ -172,6 +172,15 @@ def test_the_graph_is_not_changed_and_the_findings_are_kept() -> None:
     assert find_ffns_in(gm) == findings(gm)
 
 
+def test_a_search_of_a_copy_leaves_what_was_found_in_the_original() -> None:
+    gm = trace(residual(), torch.zeros(2, TOKENS, HIDDEN))
+    found = find_ffns_in(gm)
+    other = trace(residual(Mlp(), Mlp()), torch.zeros(2, TOKENS, HIDDEN))
+    other.meta.update(gm.meta)  # as copy.deepcopy hands it on
+    assert len(find_ffns_in(other).ffns) == 2
+    assert findings(gm) == found
+
+
 def test_there_are_no_findings_before_a_search() -> None:
     with pytest.raises(RefusedError, match="the graph was not searched for FFNs, or changed since: run FindFFN first"):
         findings(trace(residual(), torch.zeros(2, TOKENS, HIDDEN)))
