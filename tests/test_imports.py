@@ -26,7 +26,7 @@ LAYERS = (
     "layers",
     "families methods routers tracing checkpoint",
     "plan routing",
-    "config",
+    "config runtime",
     "errors measure kernels seeding",
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer.split()}
