@@ -1,11 +1,12 @@
 # Everything runs in .venv, which is made when it is missing and brought up to date when the requirements change.
 
 PYTHON ?= python3
+OLDEST := $(shell sed -n 's/^requires-python = ">=\([0-9.]*\)".*/\1/p' pyproject.toml)
 BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs kernels gpuwheel clean
+.PHONY: help demo test check fix coverage mutants docs kernels gpuwheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,13 +16,14 @@ demo: $(READY) ## turn a real 135M-parameter model into an MoE and prove it
 	$(BIN)/moeify demo
 
 # A process for each core, of one thread: more threads would take turns.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(PROCESSES)
 
 test: check ## check, then every test
 	@echo '==> tests'
 	$(PYTEST)
 	@echo '==> tests of the GPU kernels, in the Triton interpreter'
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/gpu
 
 check: $(READY) ## style and types: ruff and mypy
 	@echo '==> style and types'
@@ -29,23 +31,40 @@ check: $(READY) ## style and types: ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# docs/check_exactness.py converts every model type, for hours: it is run by hand.
-docs: $(READY) ## let the programs in docs/ write their pages again (half an hour)
-	@for program in $(filter-out docs/check_exactness.py,$(wildcard docs/*.py)); do echo "==> $$program"; $(BIN)/python $$program || exit 1; done
+fix: $(READY) ## format, and mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# Not a part of `make test`: up to Python 3.11 the tracer almost doubles the time of the tests.
+coverage: $(READY) ## run every test and print which lines and branches of the library none of them runs
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(PROCESSES) --quiet
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/coverage run -m pytest $(PROCESSES) --quiet tests/kernels/gpu
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+MUTANTS ?= 150
+mutants: $(READY) ## change the library in MUTANTS places, one at a time, and see which changes no test notices (hours)
+	$(BIN)/python -m sweeps.mutants $(MUTANTS)
+
+# What takes hours is run by hand: the exactness of every model type.
+PAGES := sweeps.readme_tree sweeps.architectures
+docs: $(READY) ## let the programs in sweeps/ write their pages again (half an hour)
+	@for program in $(PAGES); do echo "==> $$program"; $(BIN)/python -m $$program || exit 1; done
 
 kernels: $(READY) ## compile the GPU kernels and report registers, spills, shared memory
-	$(BIN)/python -m moeify.kernels.static_report
+	$(BIN)/python -m moeify.kernels.tools.static_report
 
 gpuwheel: $(READY) ## check exported ONNX files against the onnxruntime-gpu wheel (256 MB; no GPU needed)
 	$(BIN)/python -m benchmarks.onnx_gpu_wheel --venv .venv-gpu
 
 clean: ## remove what building, testing and the demo leave behind (environments stay)
-	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist demo *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	    || { echo 'Python 3.11 or newer is needed: name one with make PYTHON=...'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(OLDEST)".split("."))))' \
+	    || { echo 'Python $(OLDEST) or newer is needed: name one with make PYTHON=...'; exit 1; }
 	@echo '==> installing the tested versions into .venv (a few minutes, the first time)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'

@@ -132,12 +132,14 @@ def forms(experts: int, inner: int) -> dict[str, ir.Model]:
             set_attributes(model, operator)
         return model
 
+    quantized = TARGETS["cpu"].forms
+
     return {
         "moeify::SparseMoE": lowered(None),
         BASE: by_hand(layer),
         "com.microsoft::MoE": lowered(Operator()),
-        "QMoE int8": lowered(TARGETS["cpu"].forms["int8"].operator),
-        "QMoE int4": lowered(TARGETS["cpu"].forms["int4"].operator),
+        "QMoE int8": lowered(quantized["int8"].operator),
+        "QMoE int4": lowered(quantized["int4"].operator),
         APART: apart(layer),
         DENSE: to_onnx(capture(Dense(inner), example)),
     }

@@ -20,7 +20,7 @@ def measure(layers: int) -> None:
     import torch
     import transformers
 
-    from moeify.passes.find_ffn import FindFFN
+    from moeify.passes.find_ffn import find_ffns_in
     from moeify.tracing.trace import trace
 
     config = transformers.LlamaConfig(
@@ -37,7 +37,7 @@ def measure(layers: int) -> None:
     built = time.process_time()
     graph_module = trace(model)
     traced = time.process_time()
-    found = FindFFN()(graph_module)
+    found = find_ffns_in(graph_module)
     searched = time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert len(found.ffns) == layers

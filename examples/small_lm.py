@@ -31,7 +31,10 @@ def options(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=float, default=1.0, help="factor on the number of training steps")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs; writes no file")
     chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.steps = 0.01
     torch.manual_seed(chosen.seed)
     return chosen
 
@@ -121,6 +124,16 @@ def flops_per_token(model: Any) -> int:
     return 6 * met
 
 
+def update(model: nn.Module, optimizer: Optimizer, loss: Tensor) -> None:
+    """Make one step of training; the losses of MoE layers, where there are any, are added."""
+    if any(isinstance(module, MoELayer) for module in model.modules()):
+        loss = loss + moeify.aux_loss(model)
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
 @dataclass
 class Curve:
     """Held-out loss against what was spent; `tokens` and `flops` go on from where `before` ended."""
@@ -144,7 +157,7 @@ def train(
     every: int = 50,
     watch: Callable[[Any], None] = lambda model: None,
 ) -> Curve:
-    """Train with the layers' losses added, and measure now and then.
+    """Train with the layers' losses added; measure every few steps and at the end.
 
     Args:
         name: Of the curve.
@@ -158,18 +171,11 @@ def train(
         watch: Called with the model after each step.
     """
     curve, cost = Curve(name), flops_per_token(model)
-    has_experts = any(isinstance(m, MoELayer) for m in model.modules())
     began = time.perf_counter()
     for step, windows in enumerate(text.batches(steps, seed)):
         if step % every == 0:
             _point(curve, start, step, cost, text.measure(model))
-        loss = loss_of(model, windows)
-        if has_experts:
-            loss = loss + moeify.aux_loss(model)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        update(model, optimizer, loss_of(model, windows))
         watch(model)
     _point(curve, start, steps, cost, text.measure(model))
     curve.seconds = time.perf_counter() - began
@@ -188,11 +194,16 @@ def end_of(curve: Curve) -> tuple[int, float]:
     return curve.tokens[-1], curve.flops[-1]
 
 
-def write_table(folder: Path, seed: int, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Put the table of a seed between its markers in a README, after the others where it has none yet."""
+def write_table(
+    folder: Path, args: argparse.Namespace, header: Sequence[str], rows: Sequence[Sequence[object]]
+) -> None:
+    """Print the table of a seed and put it between its markers in a README, after the tables of the other seeds."""
     lines = [header, ["---"] * len(header), *rows]
     table = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
     print(table)
+    if args.quick:
+        return
+    seed = args.seed
     section = f"<!-- seed {seed} -->\nSeed {seed}:\n\n{table}\n<!-- end of seed {seed} -->\n"
     readme = folder / "README.md"
     text = readme.read_text()
@@ -207,12 +218,17 @@ def write_table(folder: Path, seed: int, header: Sequence[str], rows: Sequence[S
 
 def plot(
     path: Path,
-    seed: int,
+    args: argparse.Namespace,
     *panels: tuple[str, Sequence[tuple[str, Sequence[float], Sequence[float]]]],
     y: str,
     top: float | None = None,
 ) -> None:
-    """Draw panels side by side: (x label, lines), each line (name, xs, ys); `top` is where the y axis ends."""
+    """Draw panels side by side: (x label, lines), each line (name, xs, ys); `top` is where the y axis ends.
+
+    Does nothing in a quick run, which therefore needs no matplotlib.
+    """
+    if args.quick:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,7 +243,7 @@ def plot(
         axes.set_ylabel(y)
         axes.grid(alpha=0.3)
     all_axes[0][0].legend(fontsize=8)
-    figure.suptitle(f"seed {seed}", fontsize=9)
+    figure.suptitle(f"seed {args.seed}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -1,60 +1,46 @@
-"""What the expert operators accept, checked once at the door."""
+"""What the expert operators accept. They check it once, before anything is computed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from moeify.kernels.activations import find_activation
+from moeify.kernels.inputs import ExpertInputs
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_experts(
-    x_TH: Tensor,
-    expert_ids_TK: Tensor,
-    weights_TK: Tensor,
-    up_EJH: Tensor,
-    down_EHI: Tensor,
-    up_bias_EJ: Tensor | None,
-    down_bias_EH: Tensor | None,
-    activation: str,
-    gated: bool,
-    implementation: str,
-) -> None:
+def check_experts(inputs: ExpertInputs, implementation: str) -> None:
     """Raise ValueError unless the arguments of `experts` fit together."""
+    x_TH, expert_ids_TK, weights_TK, up_EJH, down_EHI, up_bias_EJ, down_bias_EH, activation, gated = inputs
     find_activation(activation)
     _check_implementation(implementation)
-    for name, tensor, dims in (
-        ("x", x_TH, 2),
-        ("expert_ids", expert_ids_TK, 2),
-        ("up", up_EJH, 3),
-        ("down", down_EHI, 3),
-    ):
-        _check_dims(name, tensor, dims)
+    check_shape("x", x_TH, (None, None))
+    check_shape("expert_ids", expert_ids_TK, (x_TH.shape[0], None))
+    check_shape("up", up_EJH, (None, None, None))
+    check_shape("down", down_EHI, (None, None, None))
     _check_not_empty("down", down_EHI)
-    experts, hidden, inner = down_EHI.shape
-    rows = 2 * inner if gated else inner
-    _check_shape("x", x_TH, (x_TH.shape[0], hidden))
-    _check_shape("expert_ids", expert_ids_TK, (x_TH.shape[0], expert_ids_TK.shape[1]))
+    experts, hidden, intermediate = down_EHI.shape
+    rows = 2 * intermediate if gated else intermediate
+    check_shape("x", x_TH, (None, hidden))
     if expert_ids_TK.shape[1] == 0:
         raise ValueError("expert_ids has shape (T, 0): expected at least one choice per token; skip the layer instead")
-    _check_shape("weights", weights_TK, tuple(expert_ids_TK.shape))
-    _check_shape("up", up_EJH, (experts, rows, hidden))
-    if up_bias_EJ is not None:
-        _check_shape("up_bias", up_bias_EJ, (experts, rows))
-    if down_bias_EH is not None:
-        _check_shape("down_bias", down_bias_EH, (experts, hidden))
+    check_shape("weights", weights_TK, tuple(expert_ids_TK.shape))
+    check_shape("up", up_EJH, (experts, rows, hidden))
+    check_shape("up_bias", up_bias_EJ, (experts, rows))
+    check_shape("down_bias", down_bias_EH, (experts, hidden))
     if expert_ids_TK.is_floating_point() or expert_ids_TK.dtype == torch.bool:
         raise ValueError(f"expert_ids has dtype {expert_ids_TK.dtype}: expected integers; pass the indices of topk")
     _check_float("x", x_TH)
     _check_float("weights", weights_TK)
     others = {"up": up_EJH, "down": down_EHI, "up_bias": up_bias_EJ, "down_bias": down_bias_EH}
-    _check_dtypes(x_TH, **others)
-    _check_devices(x_TH, expert_ids=expert_ids_TK, weights=weights_TK, **others)
+    check_dtypes("x", x_TH, others)
+    _check_devices(x_TH, {"expert_ids": expert_ids_TK, "weights": weights_TK} | others)
 
 
 def check_grouped_linear(
@@ -62,24 +48,22 @@ def check_grouped_linear(
 ) -> None:
     """Raise ValueError unless the arguments of `grouped_linear` fit together."""
     _check_implementation(implementation)
-    _check_dims("x", x_SH, 2)
-    _check_dims("w", w_ENH, 3)
+    check_shape("w", w_ENH, (None, None, None))
     _check_not_empty("w", w_ENH)
-    _check_shape("x", x_SH, (x_SH.shape[0], w_ENH.shape[2]))
-    _check_shape("offsets", offsets_E1, (w_ENH.shape[0] + 1,))
-    if b_EN is not None:
-        _check_shape("b", b_EN, tuple(w_ENH.shape[:2]))
+    check_shape("x", x_SH, (None, w_ENH.shape[2]))
+    check_shape("offsets", offsets_E1, (w_ENH.shape[0] + 1,))
+    check_shape("b", b_EN, tuple(w_ENH.shape[:2]))
     if offsets_E1.dtype != torch.int32:
         raise ValueError(
             f"offsets has dtype {offsets_E1.dtype}: expected torch.int32; use routing_layout(...).offsets_E1"
         )
     _check_float("x", x_SH)
-    _check_dtypes(x_SH, w=w_ENH, b=b_EN)
-    _check_devices(x_SH, w=w_ENH, b=b_EN, offsets=offsets_E1)
+    check_dtypes("x", x_SH, {"w": w_ENH, "b": b_EN})
+    _check_devices(x_SH, {"w": w_ENH, "b": b_EN, "offsets": offsets_E1})
 
 
 def check_offsets(bounds: list[int], rows: int) -> None:
-    """Raise ValueError unless `bounds` cut `rows` rows into slices. For hosts that know them: a GPU is not asked."""
+    """Raise ValueError unless `bounds` cut `rows` rows into slices; for code that has them on the host anyway."""
     if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > rows:
         where = next((e for e, (a, b) in enumerate(pairwise(bounds)) if not 0 <= a <= b <= rows), 0)
         raise ValueError(
@@ -88,21 +72,28 @@ def check_offsets(bounds: list[int], rows: int) -> None:
         )
 
 
+def check_shape(name: str, tensor: Tensor | None, shape: Sequence[int | None]) -> None:
+    """Raise ValueError unless a tensor (None fits) has this shape, in which None stands for any size."""
+    if tensor is None:
+        return
+    found = tuple(tensor.shape)
+    if len(found) != len(shape) or any(n is not None and n != size for n, size in zip(shape, found, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} has shape {found}: expected ({wanted}); check it against the other arguments")
+
+
+def check_dtypes(first: str, x: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    """Raise ValueError unless all tensors have the dtype of the first."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype}, {first} has {x.dtype}: expected one dtype; cast one or use autocast"
+            )
+
+
 def _check_implementation(implementation: str) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
-
-
-def _check_dims(name: str, tensor: Tensor, dims: int) -> None:
-    if tensor.dim() != dims:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {dims} dimensions; reshape it")
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}: expected {shape}; check it against the other arguments"
-        )
 
 
 def _check_float(name: str, tensor: Tensor) -> None:
@@ -113,19 +104,11 @@ def _check_float(name: str, tensor: Tensor) -> None:
 def _check_not_empty(name: str, tensor: Tensor) -> None:
     if tensor.numel() == 0:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}: expected an expert and a width at least; skip the layer instead"
+            f"{name} has shape {tuple(tensor.shape)}: expected at least one expert and one row; skip the layer instead"
         )
 
 
-def _check_dtypes(x: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ValueError(
-                f"{name} has dtype {tensor.dtype}, x has {x.dtype}: expected one dtype; cast one or use autocast"
-            )
-
-
-def _check_devices(x: Tensor, **others: Tensor | None) -> None:
+def _check_devices(x: Tensor, others: Mapping[str, Tensor | None]) -> None:
     for name, tensor in others.items():
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: expected one device; move one of them")

@@ -1,112 +1,88 @@
-"""Expert computation on CPU: sorted slices, one matrix product per expert and projection, written where it belongs.
+"""Expert computation on CPU: choices sorted by expert, and one matrix product per expert and projection.
 
-Rows are taken in chunks of whole slices: elementwise work is done once per chunk, while it is in cache, and temporaries
-are as large as one chunk. Only the pre-activation z is kept for the backward pass; the router's gradient needs no
-expert output, because <dO, Y> = <dO, A W2^T> = <dO W2, A> (SonicMoE, arXiv:2512.14080).
+A slice is the sorted rows of one expert; a chunk is some whole slices. Elementwise work is done once per chunk, while
+it is in cache, and temporaries are as large as one chunk. Only the pre-activation z is kept for the backward pass; the
+router's gradient needs no expert output, because <dO, Y> = <dO, A W2^T> = <dO W2, A> (SonicMoE, arXiv:2512.14080).
 
-Shape legend: T tokens, K choices per token, S = T*K pairs in sorted order, E experts, H hidden, I intermediate,
-J = 2*I if gated else I, N any width, R rows of one chunk. A trailing 1 is one (R1) or plus one (E1).
+Shape legend: T tokens, K choices per token, S = T*K choices sorted by expert, E experts, H hidden size, I intermediate
+size, J = 2*I if gated else I, N any number of columns, R rows of one chunk. A trailing 1 is one (R1) or plus one (E1).
 """
 
 from __future__ import annotations
 
+import mmap
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeify.kernels import memory
 from moeify.kernels.activations import Activation, find_activation
 from moeify.kernels.checks import check_offsets
+from moeify.kernels.inputs import ExpertInputs, Kept
 from moeify.kernels.layout import invert, sort_by_expert
 
 CHUNK_ROWS = 512
 MANY_ROWS = 64
+FRESH_PAGES = 4 << 20  # bytes of an output from which fresh pages are worth their cost
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent from builds without it
-FEW_PAIRS = 64  # below this, sorting a Python list is faster than calling the operators that sort
+FEW_CHOICES = 64  # up to this many, sorting a Python list is faster than calling the operators that sort
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole slices that are computed together: where they are, whose, and how many rows each."""
+    """Whole slices that are computed together: their rows, their experts, and how many rows each expert has."""
 
     rows: slice
     experts: list[int]
     sizes: list[int]
 
+    def slices(self, x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield each expert with its rows of two tensors of this chunk."""
+        return zip(self.experts, x.split_with_sizes(self.sizes), y.split_with_sizes(self.sizes), strict=True)
 
-def experts_forward(
-    x_TH: Tensor,
-    expert_ids_TK: Tensor,
-    weights_TK: Tensor,
-    up_EJH: Tensor,
-    down_EHI: Tensor,
-    up_bias_EJ: Tensor | None,
-    down_bias_EH: Tensor | None,
-    activation: str,
-    gated: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `(out_TH, z_SJ, order_S, offsets_E1)`; the pre-activation z has no rows unless `keep`."""
+
+def experts_forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Kept]:
+    """Return the output (T, H) and what the backward pass reads; the pre-activation has no rows unless `keep`."""
+    x_TH, expert_ids_TK, weights_TK, up_EJH, down_EHI, up_bias_EJ, down_bias_EH, activation, gated = inputs
     act, dtype = find_activation(activation), _compute_dtype(x_TH)
-    order_S, offsets_E1, bounds = _sort(expert_ids_TK, up_EJH.shape[0])
-    token_S = order_S // expert_ids_TK.shape[1]
-    pairs, inner = order_S.shape[0], up_EJH.shape[1]
-    z_SJ = _rows(x_TH, pairs if keep else 0, bounds[-1], inner)
-    y_SH = _rows(x_TH, pairs, bounds[-1], x_TH.shape[1])
+    order_S, offsets_E1, bounds = _sort(expert_ids_TK, inputs.experts)
+    token_S = order_S // inputs.top_k
+    choices, rows_J = order_S.shape[0], up_EJH.shape[1]
+    z_SJ = _rows(x_TH, choices if keep else 0, bounds[-1], rows_J)
+    y_SH = _rows(x_TH, choices, bounds[-1], x_TH.shape[1])
     for chunk in _chunks(bounds, CHUNK_ROWS):
         x_RH = x_TH.index_select(0, token_S[chunk.rows]).to(dtype)
-        z_RJ = z_SJ[chunk.rows] if keep else x_RH.new_empty(len(x_RH), inner)
+        z_RJ = z_SJ[chunk.rows] if keep else x_RH.new_empty(len(x_RH), rows_J)
         _linear(x_RH, up_EJH, up_bias_EJ, chunk, out=z_RJ)
         _linear(_activate(z_RJ, act, gated), down_EHI, down_bias_EH, chunk, out=y_SH[chunk.rows])
     out_TH = combine(y_SH, weights_TK, invert(order_S).view_as(weights_TK))
-    return out_TH.to(x_TH.dtype), z_SJ.to(x_TH.dtype), order_S, offsets_E1
+    return out_TH.to(x_TH.dtype), Kept(z_SJ.to(x_TH.dtype), order_S, offsets_E1)
 
 
-def experts_backward(
-    grad_TH: Tensor,
-    x_TH: Tensor,
-    expert_ids_TK: Tensor,
-    weights_TK: Tensor,
-    up_EJH: Tensor,
-    down_EHI: Tensor,
-    up_bias_EJ: Tensor | None,
-    down_bias_EH: Tensor | None,
-    z_SJ: Tensor,
-    order_S: Tensor,
-    offsets_E1: Tensor,
-    activation: str,
-    gated: bool,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of the seven inputs of the forward pass; an empty tensor for each that `needs` leaves out.
-
-    A `z_SJ` without rows is computed again from x.
-    """
-    act, dtype, kept = find_activation(activation), _compute_dtype(x_TH), z_SJ.shape[0] == order_S.shape[0]
-    bounds, empty = offsets_E1.tolist(), x_TH.new_empty(0)
-    token_S = order_S // weights_TK.shape[1]
+def experts_backward(grad_TH: Tensor, inputs: ExpertInputs, kept: Kept, needs: list[bool]) -> list[Tensor]:
+    """Return the gradients of the seven tensors of `inputs`, an empty tensor for each that `needs` leaves out."""
+    x_TH, _, weights_TK, up_EJH, down_EHI, _, down_bias_EH, activation, gated = inputs
+    act, dtype, order_S = find_activation(activation), _compute_dtype(x_TH), kept.order_S
+    bounds, empty = kept.offsets_E1.tolist(), x_TH.new_empty(0)
+    token_S = order_S // inputs.top_k
     weight_S1 = weights_TK.reshape(-1, 1).index_select(0, order_S).to(dtype)
     dx_SH = _rows(x_TH, order_S.shape[0], bounds[-1], x_TH.shape[1]) if needs[0] else empty
     dweight_S = torch.zeros(order_S.shape[0], dtype=dtype, device=x_TH.device)
     dup_EJH, ddown_EHI, dup_bias_EJ, ddown_bias_EH = (
         _gradient(parameter, bounds) if parameter is not None and needed else empty
-        for parameter, needed in zip((up_EJH, down_EHI, up_bias_EJ, down_bias_EH), needs[3:], strict=True)
+        for parameter, needed in zip(inputs.parameters, needs[3:], strict=True)
     )
     for chunk in _chunks(bounds, CHUNK_ROWS):
         rows = chunk.rows
         x_RH = x_TH.index_select(0, token_S[rows]).to(dtype)
         dy_RH = grad_TH.index_select(0, token_S[rows]).to(dtype)
-        if kept:
-            z_RJ = z_SJ[rows].to(dtype)
-        else:
-            z_RJ = _linear(x_RH, up_EJH, up_bias_EJ, chunk, out=x_RH.new_empty(len(x_RH), up_EJH.shape[1]))
         da_RI = _times(dy_RH, down_EHI, chunk, out=x_RH.new_empty(len(x_RH), down_EHI.shape[2]))
-        a_RI, dz_RJ, dweight_S[rows] = _activate_backward(z_RJ, da_RI, weight_S1[rows], act, gated)
+        a_RI, dz_RJ, dweight_S[rows] = _activate_backward(kept.z_SJ[rows].to(dtype), da_RI, weight_S1[rows], act, gated)
         if down_bias_EH is not None:
             dweight_S[rows] += _dots(dy_RH, down_bias_EH, chunk)
         dy_RH *= weight_S1[rows]
@@ -127,7 +103,7 @@ def experts_backward(
 
 
 def grouped_linear_forward(x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor) -> Tensor:
-    """Rows offsets[e] .. offsets[e + 1] - 1 of x go through w[e], b[e]; rows past the last offset give zeros."""
+    """Compute what `moeify.kernels.ops.grouped_linear` says."""
     bounds = offsets_E1.tolist()
     check_offsets(bounds, x_SH.shape[0])
     y_SN = _rows(x_SH, x_SH.shape[0], bounds[-1], w_ENH.shape[1])
@@ -139,7 +115,7 @@ def grouped_linear_forward(x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, off
 def grouped_linear_backward(
     grad_SN: Tensor, x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor, needs: list[bool]
 ) -> list[Tensor]:
-    """Gradients of the four inputs of the forward pass; an empty tensor for each that `needs` leaves out."""
+    """Return the gradients of the four inputs of the forward pass, an empty tensor for each that `needs` leaves out."""
     bounds, empty = offsets_E1.tolist(), x_SH.new_empty(0)
     dx_SH = _rows(x_SH, x_SH.shape[0], bounds[-1], x_SH.shape[1]) if needs[0] else empty
     dw_ENH = _gradient(w_ENH, bounds) if needs[1] else empty
@@ -156,7 +132,7 @@ def grouped_linear_backward(
 
 
 def combine(y_SH: Tensor, weights_TK: Tensor | None, inverse_TK: Tensor) -> Tensor:
-    """Sum per token of the sorted rows of its K choices, weighted unless `weights_TK` is None."""
+    """Sum the sorted rows of each token's K choices, weighted unless `weights_TK` is None."""
     tokens, top_k = inverse_TK.shape
     bags_T = torch.arange(0, tokens * top_k, top_k, dtype=inverse_TK.dtype, device=inverse_TK.device)
     weights_S = None if weights_TK is None else weights_TK.reshape(-1).to(y_SH.dtype)
@@ -165,8 +141,8 @@ def combine(y_SH: Tensor, weights_TK: Tensor | None, inverse_TK: Tensor) -> Tens
 
 
 def _sort(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """`sort_by_expert`, and its offsets as a list."""
-    if expert_ids_TK.numel() > FEW_PAIRS:
+    """Return the result of `sort_by_expert`, and its offsets as a list too."""
+    if expert_ids_TK.numel() > FEW_CHOICES:
         order_S, offsets_E1 = sort_by_expert(expert_ids_TK, experts)
         return order_S, offsets_E1, offsets_E1.tolist()
     ids = [e if 0 <= e < experts else experts for e in expert_ids_TK.flatten().tolist()]
@@ -186,19 +162,36 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
 
 
-def _rows(x: Tensor, rows: int, valid: int, width: int) -> Tensor:
-    """Room for sorted rows, of which those past `valid` belong to no expert."""
-    return memory.room((rows, width), _compute_dtype(x), x.device, [slice(valid, rows)])
+def _rows(x: Tensor, rows: int, valid: int, columns: int) -> Tensor:
+    """Return room for sorted rows; those past `valid` belong to no expert and are zero."""
+    return _room((rows, columns), _compute_dtype(x), x.device, [slice(valid, rows)])
 
 
 def _gradient(parameter: Tensor, bounds: list[int]) -> Tensor:
-    """Room for the gradient of stacked experts, of which some have no rows."""
+    """Return room for the gradient of stacked experts; that of an expert without rows is zero."""
     idle = [slice(e, e + 1) for e, (start, end) in enumerate(pairwise(bounds)) if start == end]
-    return memory.room(parameter.shape, parameter.dtype, parameter.device, idle)
+    return _room(parameter.shape, parameter.dtype, parameter.device, idle)
+
+
+def _room(shape: Sequence[int], dtype: torch.dtype, device: torch.device, unused: list[slice]) -> Tensor:
+    """Return a tensor to be written everywhere but in the `unused` ranges of its first dimension, which are zero.
+
+    Where most of a large one is unused, it lies in fresh pages of the system: they are zero, and cost nothing until
+    they are written.
+    """
+    size = prod(shape) * dtype.itemsize
+    mostly_unused = 2 * sum(rows.stop - rows.start for rows in unused) > shape[0]
+    if mostly_unused and size > FRESH_PAGES and device.type == "cpu" and hasattr(mmap, "MAP_ANONYMOUS"):
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
+    out = torch.empty(shape, dtype=dtype, device=device)
+    for rows in unused:
+        out[rows] = 0
+    return out
 
 
 def _chunks(bounds: list[int], limit: int) -> Iterator[Chunk]:
-    """Cut sorted rows into runs of whole slices: at most `limit` rows, or one slice where it alone has more."""
+    """Yield runs of whole slices: at most `limit` rows each, or a single slice that has more."""
     first, experts, sizes = 0, list[int](), list[int]()
     for e, (start, end) in enumerate(pairwise(bounds)):
         if end == start:
@@ -213,11 +206,9 @@ def _chunks(bounds: list[int], limit: int) -> Iterator[Chunk]:
 
 
 def _linear(x_RH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, chunk: Chunk, out: Tensor) -> Tensor:
-    """Each slice times its expert's transposed weight, plus bias."""
+    """Write each slice times its expert's transposed weight, plus bias; return `out`."""
     w_EHN, few = w_ENH.transpose(1, 2), range(2, 5) if x_RH.dtype == torch.float32 else ()
-    for e, x, y in zip(
-        chunk.experts, x_RH.split_with_sizes(chunk.sizes), out.split_with_sizes(chunk.sizes), strict=True
-    ):
+    for e, x, y in chunk.slices(x_RH, out):
         if x.shape[0] in few:  # MKL is up to twice as fast with the few rows on the other side
             y.copy_(torch.mm(_cast(w_ENH[e], x), x.t()).t())
         else:
@@ -228,10 +219,8 @@ def _linear(x_RH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, chunk: Chunk, out:
 
 
 def _times(dy_RN: Tensor, w_ENH: Tensor, chunk: Chunk, out: Tensor) -> Tensor:
-    """Each slice times its expert's weight."""
-    for e, dy, dx in zip(
-        chunk.experts, dy_RN.split_with_sizes(chunk.sizes), out.split_with_sizes(chunk.sizes), strict=True
-    ):
+    """Write each slice times its expert's weight; return `out`."""
+    for e, dy, dx in chunk.slices(dy_RN, out):
         _multiply(dy, _cast(w_ENH[e], dy), out=dx)
     return out
 
@@ -245,10 +234,8 @@ def _multiply(x: Tensor, w_HN: Tensor, out: Tensor) -> None:
 
 
 def _outer(dy_RN: Tensor, x_RH: Tensor, chunk: Chunk, out: Tensor) -> None:
-    """Gradient of each expert's weight: its slice of dy, transposed, times its slice of x."""
-    for e, dy, x in zip(
-        chunk.experts, dy_RN.split_with_sizes(chunk.sizes), x_RH.split_with_sizes(chunk.sizes), strict=True
-    ):
+    """Write the gradient of each expert's weight: its slice of dy, transposed, times its slice of x."""
+    for e, dy, x in chunk.slices(dy_RN, x_RH):
         if out.dtype == x.dtype:
             torch.mm(dy.t(), x, out=out[e])
         else:
@@ -256,13 +243,13 @@ def _outer(dy_RN: Tensor, x_RH: Tensor, chunk: Chunk, out: Tensor) -> None:
 
 
 def _sums(dy_RN: Tensor, chunk: Chunk, out: Tensor) -> None:
-    """Gradient of each expert's bias."""
+    """Write the gradient of each expert's bias."""
     for e, dy in zip(chunk.experts, dy_RN.split_with_sizes(chunk.sizes), strict=True):
         out[e] = dy.sum(0)
 
 
 def _dots(dy_RN: Tensor, b_EN: Tensor, chunk: Chunk) -> Tensor:
-    """Each row times its expert's bias."""
+    """Return the product of each row with its expert's bias."""
     parts = zip(chunk.experts, dy_RN.split_with_sizes(chunk.sizes), strict=True)
     return torch.cat([torch.mv(dy, _cast(b_EN[e], dy)) for e, dy in parts])
 
@@ -281,7 +268,7 @@ def _activate(z_RJ: Tensor, act: Activation, gated: bool) -> Tensor:
 def _activate_backward(
     z_RJ: Tensor, da_RI: Tensor, weight_R1: Tensor, act: Activation, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `(a_RI, dz_RJ, dweight_R)` given the gradient of the unweighted activation, which is overwritten."""
+    """Return `(a_RI, dz_RJ, dweight_R)`; `da_RI`, the gradient of the unweighted activation, is overwritten."""
     gate, up = z_RJ.chunk(2, dim=-1) if gated else (z_RJ, None)
     h = act.forward(gate)
     a = h if up is None else h * up

@@ -1,6 +1,7 @@
-"""Routing layout: which expert sees which (token, choice) pair, in which order.
+"""Routing layout: the choices of all tokens, sorted by expert.
 
-Shape legend: T tokens, K choices per token, S = T*K pairs, E experts.
+A choice is one (token, expert) pair chosen by the router. Shape legend: T tokens, K choices per token, S = T*K choices,
+E experts, L tiles of rows. A trailing 1 is plus one: offsets_E1 is (E + 1,).
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RoutingLayout:
-    """The S = T*K (token, choice) pairs, sorted by expert.
+    """The S = T*K choices, sorted by expert.
 
-    Pair `p` is choice `p % K` of token `p // K`. Sorting is stable: within an expert, pairs keep their order. Pairs
-    whose expert id is outside [0, E) sort last, past `offsets_E1[-1]`; nothing computes them.
+    Number `c` is choice `c % K` of token `c // K`. Sorting is stable: within an expert, choices keep their order.
+    Choices whose expert id is outside [0, E) come last, from row `offsets_E1[-1]` on; nothing computes them.
 
     Attributes:
-        order_S: int32 (S,), the pair that sits at each sorted row.
-        inverse_S: int32 (S,), the sorted row of each pair.
+        order_S: int32 (S,), the number of the choice at each sorted row.
+        inverse_S: int32 (S,), the sorted row of each choice.
         offsets_E1: int32 (E + 1,), expert e owns sorted rows offsets[e] .. offsets[e + 1] - 1.
         top_k: K.
     """
@@ -32,15 +33,15 @@ class RoutingLayout:
 
     @property
     def token_S(self) -> Tensor:
-        """int32 (S,), the token that sits at each sorted row."""
+        """The token at each sorted row, int32 (S,)."""
         return self.order_S // self.top_k
 
 
 def routing_layout(expert_ids_TK: Tensor, experts: int) -> RoutingLayout:
-    """Sort (token, choice) pairs by expert, on the device of the ids and without waiting for it.
+    """Sort choices by expert, on the device of the ids and without waiting for it.
 
     Args:
-        expert_ids_TK: integers (T, K), K at least 1; ids outside [0, experts) are skipped.
+        expert_ids_TK: Integers (T, K), K at least 1; ids outside [0, experts) are skipped.
         experts: E.
 
     Returns:
@@ -56,14 +57,12 @@ def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]
     ids_S = torch.where((ids_S < 0) | (ids_S >= experts), experts, ids_S)
     sorted_S, order_S = torch.sort(ids_S, stable=True)
     edges_E1 = torch.arange(experts + 1, device=ids_S.device, dtype=ids_S.dtype)
-    offsets_E1 = torch.searchsorted(
-        sorted_S, edges_E1, out_int32=True
-    )  # row where expert e starts; [E] = number of valid pairs
+    offsets_E1 = torch.searchsorted(sorted_S, edges_E1, out_int32=True)  # the row where each expert starts
     return order_S.to(torch.int32), offsets_E1
 
 
 def wide_enough(expert_ids: Tensor) -> Tensor:
-    """Ids in a type that can also hold the number of experts, which narrower ones may not: int32 or int64."""
+    """Return the ids as int32 or int64; a narrower type may not hold the number of experts."""
     return expert_ids if expert_ids.dtype in {torch.int32, torch.int64} else expert_ids.long()
 
 
@@ -75,7 +74,7 @@ def invert(order_S: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TileMap:
-    """The sorted rows cut in tiles of at most `block_m` rows of one expert each.
+    """The sorted rows, cut into tiles of at most `block_m` rows of one expert each.
 
     Attributes:
         expert_L: int32 (L,), the expert of each tile; -1 for a dead tile, past the last one in use.
@@ -88,19 +87,19 @@ class TileMap:
     block_m: int
 
 
-def max_tiles(pairs: int, experts: int, block_m: int) -> int:
-    """How many tiles the worst routing needs: known on the host, whatever the routing is."""
-    if pairs <= experts:
-        return pairs
-    return (pairs - experts + block_m) // block_m + experts - 1
+def max_tiles(choices: int, experts: int, block_m: int) -> int:
+    """Return how many tiles the worst routing needs; this does not depend on the routing, so the host knows it."""
+    if choices <= experts:
+        return choices
+    return (choices - experts + block_m) // block_m + experts - 1
 
 
-def tile_map(offsets_E1: Tensor, pairs: int, block_m: int) -> TileMap:
-    """Cut `pairs` sorted rows in tiles. The number of tiles is `max_tiles`, on any device, without waiting for it."""
+def tile_map(offsets_E1: Tensor, choices: int, block_m: int) -> TileMap:
+    """Cut `choices` sorted rows into `max_tiles` tiles, on the device of the offsets and without waiting for it."""
     counts_E = offsets_E1.diff()
     tiles_E = (counts_E + block_m - 1) // block_m
     ends_E = tiles_E.cumsum(0, dtype=torch.int32)
-    tile_L = torch.arange(max_tiles(pairs, counts_E.shape[0], block_m), device=offsets_E1.device, dtype=torch.int32)
+    tile_L = torch.arange(max_tiles(choices, counts_E.shape[0], block_m), device=offsets_E1.device, dtype=torch.int32)
     expert_L = torch.searchsorted(ends_E, tile_L, right=True, out_int32=True)
     live_L = tile_L < ends_E[-1]
     owner_L = expert_L.clamp(max=counts_E.shape[0] - 1).long()

@@ -1,7 +1,7 @@
 """The expert computation: what layers and graphs call.
 
-Shape legend: T tokens, K choices per token, S = T*K pairs in sorted order, E experts, H hidden, I intermediate,
-J = 2*I if gated else I, N any width. A trailing 1 is plus one: offsets_E1 is (E + 1,).
+Shape legend: T tokens, K choices per token, S = T*K choices sorted by expert, E experts, H hidden size, I intermediate
+size, J = 2*I if gated else I, N any number of columns. A trailing 1 is plus one: offsets_E1 is (E + 1,).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from moeify.kernels import (
     operators,  # noqa: F401 (defines torch.ops.moeify)
     reference,
 )
+from moeify.kernels.inputs import ExpertInputs
 from moeify.kernels.layout import RoutingLayout
 
 
@@ -31,9 +32,8 @@ def experts(
     activation: str,
     gated: bool,
     implementation: str = "auto",
-    recompute: bool = False,
 ) -> Tensor:
-    """Sum over choices k of weights[t, k] * FFN of expert ids[t, k] applied to x[t].
+    """Return, for each token, the weighted sum of what its experts give: Σ_k weights[t, k] * FFN_ids[t, k](x[t]).
 
     The FFN is `down @ act(up @ x + up_bias) + down_bias`; with a gate, `down @ (act(gate) * up) + down_bias`, where
     `up_EJH` holds the gate rows, then the up rows. Differentiable, more than once, in every float argument. Under
@@ -47,24 +47,25 @@ def experts(
         down_EHI: (E, H, I) in x's dtype.
         up_bias_EJ: (E, J) in x's dtype, or None.
         down_bias_EH: (E, H) in x's dtype, or None; the routing weight multiplies it too.
-        activation: a name in `moeify.kernels.activations.ACTIVATIONS`.
-        gated: whether the FFN is a gated linear unit.
+        activation: A name in `moeify.kernels.activations.ACTIVATIONS`.
+        gated: Whether the FFN is a gated linear unit.
         implementation: "auto" (by device), "reference", "cpu" (any device, but waits for it) or "triton".
-        recompute: compute the pre-activation again in the backward pass instead of keeping it.
 
     Returns:
         (T, H) in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or names that do not fit together.
+        ValueError: Shapes, dtypes or names do not fit together.
     """
     dtype = x_TH.dtype
     x_TH, up_EJH, down_EHI, up_bias_EJ, down_bias_EH = _autocast(x_TH, up_EJH, down_EHI, up_bias_EJ, down_bias_EH)
-    inputs = (x_TH, expert_ids_TK, weights_TK, up_EJH, down_EHI, up_bias_EJ, down_bias_EH)
-    checks.check_experts(*inputs, activation, gated, implementation)
+    inputs = ExpertInputs(
+        x_TH, expert_ids_TK, weights_TK, up_EJH, down_EHI, up_bias_EJ, down_bias_EH, activation, gated
+    )
+    checks.check_experts(inputs, implementation)
     if implementation == "reference":
-        return reference.experts(*inputs, activation, gated).to(dtype)
-    out_TH: Tensor = torch.ops.moeify.experts(*inputs, activation, gated, recompute, implementation)
+        return reference.experts(*inputs).to(dtype)
+    out_TH: Tensor = torch.ops.moeify.experts(*inputs, implementation)
     return out_TH.to(dtype)
 
 
@@ -79,13 +80,13 @@ def grouped_linear(
         b_EN: (E, N) in x's dtype, or None.
         offsets_E1: int32 (E + 1,), as `RoutingLayout.offsets_E1`: from 0, never decreasing, at most S. Values are
             checked where the host sees them; the Triton kernels do not wait for them.
-        implementation: as for `experts`.
+        implementation: As for `experts`.
 
     Returns:
         (S, N) in x's dtype (autocast's under autocast); rows past the last offset are zero. Differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or offsets that do not fit together.
+        ValueError: Shapes, dtypes or offsets do not fit together.
     """
     x_SH, w_ENH, b_EN = _autocast(x_SH, w_ENH, b_EN)
     checks.check_grouped_linear(x_SH, w_ENH, b_EN, offsets_E1, implementation)

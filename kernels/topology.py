@@ -73,12 +73,12 @@ def block_topology(offsets_E1: Tensor, rows: int, columns: int, block: int) -> B
 
     Args:
         offsets_E1: int32 (E + 1,), as `RoutingLayout.offsets_E1`.
-        rows: S, pairs in all, valid or not.
-        columns: F, the width of one expert; any number.
+        rows: S, all choices, those with an id outside [0, E) too.
+        columns: F, any number.
         block: B, a power of two of at least 16.
 
     Raises:
-        ValueError: a block size that the hardware cannot multiply.
+        ValueError: The hardware cannot multiply blocks of this size.
     """
     if block < 16 or block & (block - 1):
         raise ValueError(f"block is {block}: expected a power of two of at least 16; use 16, 32, 64 or 128")
@@ -101,14 +101,6 @@ def block_topology(offsets_E1: Tensor, rows: int, columns: int, block: int) -> B
     entry_LG = torch.where(live_L1, entry_LG, spare)
     block_N = block_N.scatter(0, entry_LG.reshape(-1).long(), (l_L1 * group + j_G).reshape(-1))
     return BlockTopology(
-        offsets_E1,
-        tiles.expert_L,
-        tiles.row_L,
-        row_LG.reshape(-1).contiguous(),
-        column_LG.reshape(-1),
-        offsets_C1,
-        block_N[:spare],
-        rows,
-        columns,
-        block,
-    )
+        offsets_E1, tiles.expert_L, tiles.row_L, row_LG.reshape(-1).contiguous(), column_LG.reshape(-1),
+        offsets_C1, block_N[:spare], rows, columns, block,
+    )  # fmt: skip

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeify import methods, routers
     from moeify.config import MoEConfig
+    from moeify.conversion.dense import find_ffns
+    from moeify.conversion.graph import convert_graph
+    from moeify.conversion.module import convert
     from moeify.errors import MoeifyError
     from moeify.export.onnx_file import export_onnx
     from moeify.export.report import OnnxReport
-    from moeify.graph_convert import convert_graph
     from moeify.hub.loading import load
     from moeify.hub.registration import register
-    from moeify.inplace import convert
     from moeify.plan import Plan
-    from moeify.planning.make import find_ffns
-    from moeify.proving.verification import VerifyReport, verify
+    from moeify.proving.proof import VerifyReport, verify
     from moeify.training.bias import attach_bias_update, update_selection_bias
     from moeify.training.callback import RoutingCallback
     from moeify.training.control import freeze, param_groups, set_capacity
@@ -37,13 +37,13 @@ _HOME = {
     "OnnxReport": "export.report",
     "Plan": "plan",
     "RoutingCallback": "training.callback",
-    "VerifyReport": "proving.verification",
+    "VerifyReport": "proving.proof",
     "attach_bias_update": "training.bias",
     "aux_loss": "training.losses",
-    "convert": "inplace",
-    "convert_graph": "graph_convert",
+    "convert": "conversion.module",
+    "convert_graph": "conversion.graph",
     "export_onnx": "export.onnx_file",
-    "find_ffns": "planning.make",
+    "find_ffns": "conversion.dense",
     "freeze": "training.control",
     "load": "hub.loading",
     "param_groups": "training.control",
@@ -52,8 +52,10 @@ _HOME = {
     "scale_attached_losses": "training.losses",
     "set_capacity": "training.control",
     "update_selection_bias": "training.bias",
-    "verify": "proving.verification",
+    "verify": "proving.proof",
 }
+
+_PACKAGES = {"methods", "routers"}
 
 __all__ = [
     "LayerStats",
@@ -81,9 +83,6 @@ __all__ = [
     "update_selection_bias",
     "verify",
 ]
-
-
-_PACKAGES = {"methods", "routers"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,26 +1,31 @@
 """The errors that moeify raises on purpose: one line that says what is wrong and what to do.
 
-Anything else that escapes is a bug. The library never prints and never exits; `moeify.cli` turns these into exit codes.
+Any other exception is a bug. The library never prints and never exits; `moeify.cli` turns these errors into exit codes.
 """
 
 from __future__ import annotations
 
 
 class MoeifyError(Exception):
-    """What the caller asked for cannot be done; the message is one line, complete in itself."""
+    """A request that cannot be met; the message is one line that is complete in itself."""
 
 
 class ConfigError(MoeifyError):
-    """A setting is wrong in itself, whatever the model (`top_k` above `experts`, an unknown method)."""
+    """A setting that is wrong for every model (`top_k` above `experts`, an unknown method)."""
 
 
 class CheckpointError(MoeifyError):
-    """A checkpoint cannot be read or written: not a model folder, truncated, unsafe, disk full."""
+    """A checkpoint that cannot be read or written: not a model folder, truncated, unsafe, disk full."""
 
 
 class RefusedError(MoeifyError):
-    """The conversion is possible to ask for but would not be right for this model."""
+    """A conversion that would not be right for this model."""
 
 
 class VerificationError(MoeifyError):
-    """A converted model was measured against the dense one and differs by more than the tolerance."""
+    """A converted model that differs from the dense one by more than the tolerance."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's message, for a message of one line."""
+    return str(error).strip().split("\n")[0]

@@ -7,7 +7,7 @@ The three appliers (in place, on a graph, from checkpoint to checkpoint) do what
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,7 +27,8 @@ class Rows:
         start: First output row.
         stop: End of the rows.
         step: 2 where gate and up rows alternate, else 1.
-        whole: How many output rows the parameter has in all.
+        out_features: How many output rows the parameter has in all.
+        transposed: The weight is stored (in, out), as in GPT-2, and not (out, in).
     """
 
     parameter: str
@@ -35,7 +36,8 @@ class Rows:
     start: int
     stop: int
     step: int
-    whole: int
+    out_features: int
+    transposed: bool
 
     @property
     def count(self) -> int:
@@ -47,11 +49,6 @@ class Rows:
         start = self.start + index * (self.count // shards) * self.step
         return replace(self, start=start, stop=start + (self.count // shards) * self.step)
 
-    @property
-    def all(self) -> bool:
-        """Whether these are all rows of the parameter, in order."""
-        return self.count == self.whole
-
 
 @dataclass(frozen=True)
 class Site:
@@ -59,32 +56,31 @@ class Site:
 
     Attributes:
         path: Where the MoE layer sits.
-        through: Modules that become pass-throughs, because the layer at `path` does their work.
+        bypassed: Modules that pass their input on from now, because the layer at `path` does their work.
         kind: "glu" or "mlp".
         activation: Canonical name, or "custom" (then the captured graph is the activation).
-        hidden: Width of the model here.
-        intermediate: Width of the FFN; an expert's is this divided by the granularity.
-        ups: Rows of the projections that read the input: gate, then up; a single one without a gate; for a custom
-            activation every projection whole, in the order in which the region takes them.
-        down: The projection back.
-        transposed: Weights are stored (in, out), as in GPT-2.
+        hidden: Hidden size of the model here.
+        intermediate: Intermediate size of the FFN; an expert's is this divided by the granularity.
+        ups: Rows of the up projections: gate, then up; a single one without a gate; for a custom activation every
+            projection whole, in the order in which the region takes them.
+        down: The down projection.
         dropout: Probability with which the dense FFN dropped its output.
         expert_dropout: Probability with which it dropped its hidden layer.
-        learned: Names of the parameters and buffers that a custom activation reads, and what the layer calls them.
+        activation_state: Names of the parameters and buffers that a custom activation reads, and what the layer calls
+            them.
     """
 
     path: str
-    through: tuple[str, ...]
+    bypassed: tuple[str, ...]
     kind: str
     activation: str
     hidden: int
     intermediate: int
     ups: tuple[Rows, ...]
     down: Rows
-    transposed: bool
     dropout: float
     expert_dropout: float
-    learned: tuple[tuple[str, str], ...] = ()
+    activation_state: tuple[tuple[str, str], ...] = ()
 
     @property
     def gated(self) -> bool:
@@ -103,8 +99,13 @@ class Site:
         return tuple(dict.fromkeys(names))
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of all dense parameters and buffers whose values the layer takes."""
+        return (*self.parameters, *(dense for dense, _ in self.activation_state))
+
+    @property
     def up_bias(self) -> bool:
-        """Whether the first projections have biases."""
+        """Whether an up projection has a bias."""
         return any(rows.bias for rows in self.ups)
 
 
@@ -191,11 +192,11 @@ class Plan:
         return Plan.from_dict(data)
 
 
-def _site(data: dict[str, Any]) -> Site:
+def _site(data: Mapping[str, Any]) -> Site:
     ups = tuple(Rows(**rows) for rows in data["ups"])
-    learned = tuple((dense, own) for dense, own in data["learned"])
-    down, through = Rows(**data["down"]), tuple(data["through"])
-    return Site(**{**data, "ups": ups, "down": down, "through": through, "learned": learned})
+    state = tuple((dense, own) for dense, own in data["activation_state"])
+    down, bypassed = Rows(**data["down"]), tuple(data["bypassed"])
+    return Site(**{**data, "ups": ups, "down": down, "bypassed": bypassed, "activation_state": state})
 
 
 def _renamed(site: Site, rename: Callable[[str], str | None]) -> Site:
@@ -208,8 +209,8 @@ def _renamed(site: Site, rename: Callable[[str], str | None]) -> Site:
     return replace(
         site,
         path=name(site.path),
-        through=tuple(name(path) for path in site.through),
+        bypassed=tuple(name(path) for path in site.bypassed),
         ups=tuple(rows(up) for up in site.ups),
         down=rows(site.down),
-        learned=tuple((name(dense), own) for dense, own in site.learned),
+        activation_state=tuple((name(dense), own) for dense, own in site.activation_state),
     )

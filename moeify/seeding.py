@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed and a name only: not on order, sharding, device or the number of workers."""
+"""Random numbers that depend on a seed and a name only, not on order, sharding, device or the number of workers."""
 
 from __future__ import annotations
 

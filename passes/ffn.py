@@ -6,8 +6,42 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from moeify.passes.activation import Halves, learned
-from moeify.passes.projection import Projection
+from moeify.passes.matching.activation import GateUpRows
+from moeify.passes.matching.cut import Cut
+from moeify.passes.matching.projection import Projection
+from moeify.passes.matching.region import region_parameters
+
+
+@dataclass(frozen=True)
+class Call:
+    """One place in a graph where an FFN is computed.
+
+    Attributes:
+        ups: The projections that read the input.
+        down: The down projection.
+        nodes: What is computed between them, in the graph's order.
+        cuts: Which of that takes the features apart.
+    """
+
+    ups: tuple[Projection, ...]
+    down: Projection
+    nodes: tuple[fx.Node, ...] = field(repr=False)
+    cuts: tuple[Cut, ...] = field(default=(), repr=False)
+
+    @property
+    def kind(self) -> str:
+        """Return "glu" where more is projected up than down, and "mlp" otherwise."""
+        return "glu" if sum(up.out_features for up in self.ups) > self.down.in_features else "mlp"
+
+    @property
+    def source(self) -> fx.Node:
+        """The activation that the FFN reads."""
+        return self.ups[0].source
+
+    @property
+    def inside(self) -> tuple[fx.Node, ...]:
+        """All its nodes: projections, the biases added to them, and what is computed between them."""
+        return (*(node for p in (*self.ups, self.down) for node in (p.product, p.node)), *self.nodes)
 
 
 @dataclass(frozen=True)
@@ -18,15 +52,11 @@ class FFN:
         name: Path of the innermost module that contains all of it.
         kind: "glu" (gate and up projections) or "mlp".
         activation: Canonical name, or "custom".
-        hidden: Width read and written.
-        intermediate: Width between the projections.
-        ups: The projections that read the input.
-        down: The projection back.
-        halves: Which projection rows are gate and up; None for a custom activation.
-        region: The row-wise computation between them as a graph of its own: `region(*ups) → input of down`.
-        nodes: The region's nodes in the model's graph.
-        neuron_wise: Each neuron of the region depends on that neuron alone (no norm inside): the FFN may be split.
-        calls: How often the model applies it (above 1 when layers share it).
+        hidden: The hidden size.
+        intermediate: The intermediate size.
+        gate_up_rows: Which rows of the projections are gate and up; None for a custom activation.
+        region: What is computed between the projections, as a graph of its own: `region(*ups) → input of down`.
+        calls: Where the model computes it, in order: more than one where layers share it.
         shared_expert: It stands beside routed experts in an MoE layer that the model already has.
     """
 
@@ -35,14 +65,25 @@ class FFN:
     activation: str
     hidden: int
     intermediate: int
-    ups: tuple[Projection, ...]
-    down: Projection
-    halves: Halves | None
+    gate_up_rows: GateUpRows | None
     region: fx.GraphModule = field(repr=False, compare=False)
-    nodes: tuple[fx.Node, ...] = field(repr=False)
-    neuron_wise: bool = True
-    calls: int = 1
+    calls: tuple[Call, ...]
     shared_expert: bool = False
+
+    @property
+    def ups(self) -> tuple[Projection, ...]:
+        """The projections that read the input, in the first call."""
+        return self.calls[0].ups
+
+    @property
+    def down(self) -> Projection:
+        """The down projection, in the first call."""
+        return self.calls[0].down
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """What is computed between the projections, in the first call."""
+        return self.calls[0].nodes
 
     @property
     def projected(self) -> tuple[str, ...]:
@@ -53,7 +94,7 @@ class FFN:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of its weights and biases, and of the parameters inside the region."""
-        return tuple(dict.fromkeys([*self.projected, *learned(self.region)]))
+        return tuple(dict.fromkeys([*self.projected, *region_parameters(self.region)]))
 
 
 @dataclass(frozen=True)
@@ -61,7 +102,7 @@ class Refusal:
     """Something that looks like an FFN and is not.
 
     Attributes:
-        name: Path of the projection that would lead back.
+        name: Path of the module that would be the down projection.
         reason: Why not.
         node: The node of the graph at which the match stopped.
         where: Path of the module that issued that node.

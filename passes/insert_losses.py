@@ -1,24 +1,24 @@
-"""Put the losses of the sparse layers into the graph."""
+"""Let a graph return the losses of its MoE layers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import getitem
-from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from moeify.layers import MoELayer
-from moeify.passes.base import PassResult
+from moeify.passes.base import PassError, Rewrite
 from moeify.routing.balance import layer_losses, weighted_sum
 from moeify.routing.record import Routing
 
 
 @dataclass(frozen=True)
-class InsertLosses:
-    """Add the balancing and z-losses of the sparse layers, with their coefficients.
+class InsertLosses(Rewrite):
+    """Return the balancing losses and z-losses of the MoE layers beside the result, with their coefficients.
 
     Before:
         %moe    = mlp(%x)
@@ -30,32 +30,26 @@ class InsertLosses:
         %loss   = getitem(%both, 1)
         return ((%logits,), %loss)
 
-    With `attach`, the graph stays as it is and the layers add the losses to the gradients in backward, so that a
-    training script need not know of them.
+    The graph returns a pair then: what it returned before, and the sum of the losses, ().
 
-    Refuses: nothing; a graph without sparse layers is left as it is.
-
-    Attributes:
-        attach: Carry the losses in backward instead of returning them.
+    Refuses: nothing; a graph without MoE layers is left as it is.
     """
 
-    attach: bool = False
+    def rewrite(self, draft: fx.GraphModule) -> bool:
+        """Let each layer return its loss, and add them up."""
+        losses = [_with_loss(draft.graph, node) for node in moe_calls(draft)]
+        if losses:
+            _return(draft.graph, losses)
+        return bool(losses)
 
-    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        """Rewrite the graph in place: it returns a pair then, what it returned before and the sum of the losses, ()."""
-        calls = moe_calls(graph_module)
-        if self.attach:
-            for node in calls:
-                layer: Any = graph_module.get_submodule(str(node.target))
-                layer.config = layer.router.config = replace(layer.config, attach_losses=True)
-        elif calls:
-            _return(graph_module.graph, [_with_loss(graph_module.graph, node) for node in calls])
-            graph_module.recompile()
-        return PassResult(graph_module, modified=bool(calls))
+    def ensures(self, graph_module: fx.GraphModule) -> None:
+        """Check that no layer keeps its loss to itself."""
+        if moe_calls(graph_module):
+            raise PassError(f"{self}: a layer is still called without its loss")
 
 
 def moe_calls(graph_module: fx.GraphModule) -> list[fx.Node]:
-    """Return the nodes that call a sparse layer."""
+    """Return the nodes that call an MoE layer."""
     nodes = graph_module.graph.find_nodes(op="call_module")
     return [node for node in nodes if isinstance(graph_module.get_submodule(str(node.target)), MoELayer)]
 
@@ -101,16 +95,17 @@ def _with_loss(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _return(graph: fx.Graph, losses: list[fx.Node]) -> None:
+    """Return a pair: the result, and the sum of the losses."""
     output = graph.output_node()
     with graph.inserting_before(output):
         total = losses[0]
         for loss in losses[1:]:
             total = graph.call_function(torch.ops.aten.add.Tensor, (total, loss))
-    returned = output.args[0]
-    codegen: Any = graph._codegen
-    if hasattr(codegen, "pytree_info"):  # the calling convention of an exported program
-        output.args = ((*returned, total),)  # type: ignore[misc]
-        spec = pytree.treespec_tuple([codegen.pytree_info.out_spec, pytree.treespec_leaf()])
-        graph.set_codegen(type(codegen)(codegen.pytree_info._replace(out_spec=spec)))
+    returned, codegen = output.args[0], graph._codegen
+    info = codegen.pytree_info if isinstance(codegen, _PyTreeCodeGen) else None
+    if info and info.out_spec and isinstance(returned, list | tuple):  # the calling convention of an exported program
+        output.args = ((*returned, total),)
+        spec = pytree.treespec_tuple([info.out_spec, pytree.treespec_leaf()])
+        graph.set_codegen(_PyTreeCodeGen(info._replace(out_spec=spec)))
     else:
         output.args = ((returned, total),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from moeify.passes import dataflow as flow
+from moeify.passes.matching import dataflow as flow
 
 # What transformers calls them, by the names that the layers give to them.
 _ENCODER = {"token_ids": "input_ids", "mask": "attention_mask"}
@@ -12,10 +12,10 @@ _DECODER = {"token_ids": "decoder_input_ids", "mask": "decoder_attention_mask"}
 
 
 def token_arguments(graph: fx.Graph, activation: fx.Node) -> dict[str, fx.Node]:
-    """Return the inputs that describe the tokens of an activation (B, L, H), by what a sparse layer calls them.
+    """Return the inputs that describe the tokens of an activation (B, L, H), by what an MoE layer calls them.
 
     In a decoder beside an encoder those are the decoder's own. Where it makes them from labels, and in a tower that
-    reads no tokens, there is nothing to hand over.
+    reads no tokens, there is nothing to pass on.
     """
     if len(flow.shape(activation)) != 3:
         return {}

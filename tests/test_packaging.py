@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,6 +16,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("moeify", "passes", "kernels")
 HEAVY = {"torch", "transformers", "triton", "numpy"}
+RUNTIME = (
+    "import importlib, pkgutil, moeify.runtime as package\n"
+    "[importlib.import_module(f'moeify.runtime.{file.name}') for file in pkgutil.iter_modules(package.__path__)]"
+)
+
+
+def loaded_by(*arguments: str, cwd: Path) -> set[str]:
+    """The top-level packages that a run of Python imports."""
+    report = run(sys.executable, "-X", "importtime", *arguments, cwd=cwd).stderr
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in report.splitlines()}
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -54,11 +66,17 @@ def library_files() -> set[str]:
 
 
 def test_the_wheel_holds_the_library_and_nothing_else(dist: Path) -> None:
+    """That leaves out tests, examples, benchmarks and sweeps."""
     shipped = {name for name in wheel_names(dist / "from_tree") if ".dist-info/" not in name}
     assert shipped == library_files()
     assert "moeify/py.typed" in shipped
-    assert any(name.startswith("moeify/passes/") for name in shipped), "moeify/passes must be a link to ../passes"
-    assert any(name.startswith("moeify/kernels/") for name in shipped), "moeify/kernels must be a link to ../kernels"
+    assert {name.partition("/")[0] for name in shipped} == {"moeify"}
+
+
+@pytest.mark.parametrize("folder", ["passes", "passes/matching", "kernels", "kernels/gpu", "kernels/tools"])
+def test_the_wheel_holds_what_lies_behind_the_links(dist: Path, folder: str) -> None:
+    files = {name for name in wheel_names(dist / "from_tree") if name.rpartition("/")[0] == f"moeify/{folder}"}
+    assert files, f"moeify/{folder} is not shipped: is moeify/{folder.partition('/')[0]} still a link?"
 
 
 def test_the_sdist_gives_the_same_wheel(dist: Path) -> None:
@@ -93,7 +111,33 @@ def test_transformers_at_the_root_of_the_repository_runs_none_of_our_kernels() -
 
 @pytest.mark.parametrize("arguments", [("-c", "import moeify"), ("-m", "moeify", "--help")], ids=" ".join)
 def test_import_and_help_load_nothing_heavy(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    report = run(sys.executable, "-X", "importtime", *arguments, cwd=tmp_path).stderr
-    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in report.splitlines()}
-    assert "moeify" in loaded
-    assert loaded & HEAVY == set()
+    loaded = loaded_by(*arguments, cwd=tmp_path)
+    assert "moeify" in loaded and not loaded & HEAVY
+
+
+def test_the_runtime_of_exported_models_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    loaded = loaded_by("-c", RUNTIME, cwd=tmp_path)
+    assert "moeify" in loaded and not loaded & {"torch", "transformers"}
+
+
+def test_the_oldest_python_is_one_number() -> None:
+    """pyproject.toml has it; ruff and the Makefile read it there, and the texts say the same."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = project["project"]["requires-python"].removeprefix(">=")
+    assert re.fullmatch(r"3\.\d+", oldest)
+    assert "target-version" not in project["tool"]["ruff"], "ruff reads requires-python"
+    assert "python_version" not in project["tool"]["mypy"]
+    assert "'s/^requires-python = " in (ROOT / "Makefile").read_text()
+    for text in ("README.md", "CONTRIBUTING.md", "constraints.txt"):
+        named = set(re.findall(r"Python (3\.\d+)", (ROOT / text).read_text()))
+        assert named == {oldest}, text
+
+
+def test_every_version_of_the_tools_is_pinned() -> None:
+    """What `pip install -e '.[dev]'` asks for has its line in constraints.txt."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["dev"], *extras["examples"]]
+    names = {re.split(r"[^\w.-]", need)[0].lower() for need in wanted}
+    pinned = re.findall(r"^([\w.-]+)[=>]=", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    assert sorted(names - {name.lower() for name in pinned}) == []

@@ -1,52 +1,94 @@
-"""The tree that README draws is the tree on disk."""
+"""README.md says what is so: its tree, its links, its commands, and its ten lines of Python, which run."""
 
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
+import click
+import pytest
+
+from moeify.cli import main
+from sweeps import readme_tree
+from tests.moeify import tiny
+
 ROOT = Path(__file__).resolve().parent.parent
-TREE = re.compile(r"^## The tree$.*?^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text()
+SECTIONS = ["Ten lines", "Numbers", "How it works", "Pages", "The tree", "Limits"]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md"),
+     *(ROOT / "benchmarks").rglob("*.md")]
+)  # fmt: skip
 
 
-def drawn_paths(tree: str) -> set[str]:
-    """The paths of a tree drawn by indentation; names end where two spaces begin, and a line may hold several."""
-    paths: set[str] = set()
-    parents: list[tuple[int, str]] = []
-    for line in filter(str.strip, tree.splitlines()):
-        drawn = re.sub(r"[│├└─]", " ", line)
-        indent = len(drawn) - len(drawn.lstrip())
-        while parents and parents[-1][0] >= indent:
-            parents.pop()
-        folder = parents[-1][1] + "/" if parents else ""
-        names = re.split(r"\s{2,}", drawn.strip())[0].replace(" · ", " ").split()
-        paths.update(folder + name.rstrip("/") for name in names)
-        if names[0].endswith("/"):
-            parents.append((indent, folder + names[0].rstrip("/")))
-    return paths
+def block(section: str, language: str = "") -> str:
+    """The first fenced block of a language in a section."""
+    text = README.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    found = re.search(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert found, f"README.md has no block of {language or 'text'} under {section!r}"
+    return found[1]
 
 
-def readme_paths() -> set[str]:
-    match = TREE.search((ROOT / "README.md").read_text())
-    assert match, "README.md has no fenced block under '## The tree'"
-    return drawn_paths(match.group(1))
+def test_the_sections_stand_in_their_order() -> None:
+    assert re.findall(r"^## (.*)$", README, flags=re.MULTILINE) == SECTIONS
+    assert README.index("make demo") < README.index("make test") < README.index("## Ten lines")
 
 
-def test_drawn_paths_reads_indentation_and_box_drawing() -> None:
-    plain = "moeify/        for users\n    cli.py errors.py   two modules\n    methods/   copy, carve\nREADME.md\n"
-    boxed = "moeify/        for users\n├── cli.py · errors.py   two modules\n└── methods/   copy, carve\nREADME.md\n"
-    expected = {"moeify", "moeify/cli.py", "moeify/errors.py", "moeify/methods", "README.md"}
-    assert drawn_paths(plain) == drawn_paths(boxed) == expected
+def test_the_tree_is_the_one_on_disk() -> None:
+    assert block("The tree") == readme_tree.draw(), "write it again: python -m sweeps.readme_tree"
 
 
-def test_every_path_in_the_tree_exists() -> None:
-    paths = readme_paths()
-    assert paths
-    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+def test_no_row_of_the_tree_is_cut() -> None:
+    rows = block("The tree").splitlines()
+    assert [row for row in rows if "…" in row or len(row) > readme_tree.WIDTH] == []
 
 
-def test_every_module_is_in_the_tree() -> None:
-    modules = {path for folder in ("moeify", "passes", "kernels") for path in (ROOT / folder).glob("*.py")}
-    packages = {path.parent for path in (ROOT / "moeify").glob("*/__init__.py") if not path.parent.is_symlink()}
-    found = {path.relative_to(ROOT).as_posix() for path in modules | packages if not path.name.startswith("__")}
-    assert sorted(found - readme_paths()) == []
+def test_the_tree_names_every_module_of_the_library() -> None:
+    drawn = "\n".join(row.split()[0] for row in block("The tree").splitlines())
+    files = {path.name for folder in ("moeify", "passes", "kernels") for path in (ROOT / folder).rglob("*.py")}
+    assert sorted(name for name in files if not name.startswith("__") and name not in drawn) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_every_file_that_a_page_names_exists(page: str) -> None:
+    named = re.findall(r"`([\w.-]+/[\w./-]+?)`", (ROOT / page).read_text())
+    examples = {"moeify/passes", "moeify/kernels"}
+    assert [path for path in named if path not in examples and not (ROOT / path).exists()] == []
+
+
+def test_every_page_is_linked() -> None:
+    links = set(re.findall(r"\]\(([^)#\s]+)[^)]*\)", README))
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    pages |= {"examples/README.md", "benchmarks/README.md", "CONTRIBUTING.md"}
+    assert sorted(pages - links) == []
+
+
+def test_the_ten_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = block("Ten lines", "python")
+    assert sum(bool(line.strip()) for line in lines.splitlines()) <= 10
+    tiny.save(tiny.build("llama"), tmp_path / "my-dense-model")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(lines, "README.md", "exec"), names)
+    assert (tmp_path / "my-moe/config.json").exists()
+    shutil.rmtree(tmp_path / "my-moe")
+
+
+def test_the_commands_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-moe.onnx").touch()
+    lines = block("Ten lines", "sh").splitlines()
+    assert lines
+    for line in lines:
+        program, name, *arguments = shlex.split(line, comments=True)
+        command = main.get_command(click.Context(main), name)
+        assert program == "moeify" and command is not None, line
+        command.make_context(name, arguments)

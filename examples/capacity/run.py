@@ -43,8 +43,8 @@ def main() -> None:
         free.append(text.measure(model))
         rows.append([name, f"{shares[-1]:.1%}", f"{evaluated:.1%}", f"{same[-1]:.3f}", f"{free[-1]:.3f}"])
     header = ["capacity factor", "dropped in training", "dropped in evaluation", "held-out loss", "without a limit"]
-    lm.write_table(HERE, args.seed, header, rows)
-    lm.plot(HERE / "loss.png", args.seed, ("share of choices dropped in training",
+    lm.write_table(HERE, args, header, rows)
+    lm.plot(HERE / "loss.png", args, ("share of choices dropped in training",
             [("evaluated within the same capacity", shares, same), ("evaluated without a limit", shares, free)]),
             y="held-out loss, nats per byte")  # fmt: skip
 

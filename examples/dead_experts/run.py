@@ -44,9 +44,9 @@ def main() -> None:
          f"{max(max(layer) for layer in loads[c.name][1]) * EXPERTS:.1f} x"]
         for c in curves
     ]  # fmt: skip
-    lm.write_table(HERE, args.seed, ["balancing", "held-out loss", "dead experts", "busiest expert"], rows)
+    lm.write_table(HERE, args, ["balancing", "held-out loss", "dead experts", "busiest expert"], rows)
     lm.plot(
-        HERE / "dead.png", args.seed,
+        HERE / "dead.png", args,
         ("step", [(n, list(range(len(h))), [sum(h[max(i - 9, 0) : i + 1]) / min(i + 1, 10) for i in range(len(h))])
                   for n, (h, _) in loads.items()]),
         y=f"dead experts of {lm.LAYERS * EXPERTS} (mean of 10 steps)",

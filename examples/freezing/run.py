@@ -41,8 +41,8 @@ def main() -> None:
         rows.append([name, f"{trained / 1e6:.2f} M", f"{curve.losses[0]:.3f}", f"{curve.losses[-1]:.3f}",
                      f"{reference.measure(model):.3f}", f"{curve.seconds:.0f}"])  # fmt: skip
     header = ["trained", "parameters", "source code, before", "after", "reference, after", "seconds"]
-    lm.write_table(HERE, args.seed, header, rows)
-    lm.plot(HERE / "loss.png", args.seed, ("tokens", [(c.name, c.tokens, c.losses) for c in curves]),
+    lm.write_table(HERE, args, header, rows)
+    lm.plot(HERE / "loss.png", args, ("tokens", [(c.name, c.tokens, c.losses) for c in curves]),
             y="held-out loss on source code, nats per byte")  # fmt: skip
 
 

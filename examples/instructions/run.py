@@ -19,11 +19,9 @@ from moeify.layers import MoELayer
 
 HERE = Path(__file__).parent
 CONFIG = moeify.MoEConfig(experts=8, top_k=2, aux_loss=0.01)
-LETTERS, LENGTH, EXAMPLES = (
-    "abcdefghij",
-    18,
-    64,
-)  # bytes of an instruction with its answer; examples of the one task to learn from
+LETTERS = "abcdefghij"
+LENGTH = 18  # bytes of an instruction with its answer
+EXAMPLES = 64  # of the one task, to learn from
 TASKS: dict[str, Callable[[str], str]] = {
     "copy": lambda word: word,
     "upper": str.upper,
@@ -59,8 +57,8 @@ def main() -> None:
         rows += [[names[0], "-", f"{first[-1]:.1%}"], [names[1], f"{zero_shot:.1%}", f"{second[-1]:.1%}"]]
         lines += [(names[0], steps(first, many + few), first), (names[1], steps(second, few, many), second)]
         print(f"{kind}: {time.perf_counter() - began:.0f} s", flush=True)
-    lm.write_table(HERE, args.seed, ["training", "before the one task", "right answers at the end"], rows)
-    lm.plot(HERE / "accuracy.png", args.seed, ("step", lines), y=f"right answers to `{ONE}`, held-out words")
+    lm.write_table(HERE, args, ["training", "before the one task", "right answers at the end"], rows)
+    lm.plot(HERE / "accuracy.png", args, ("step", lines), y=f"right answers to `{ONE}`, held-out words")
 
 
 def model_of(kind: str, start: Any, seed: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,10 @@ def main() -> None:
     curves.append(lm.train("upcycled, new optimizer", model, fresh, text, steps, seed=seed, start=spent))
     scratch = lm.moe_from_scratch(config)
     curves.append(lm.train("MoE from scratch", scratch, lm.optimizer_for(scratch), text, 2 * steps, seed=args.seed))
-    write(first, curves, args.seed)
+    write(first, curves, args)
 
 
-def write(first: lm.Curve, curves: list[lm.Curve], seed: int) -> None:
+def write(first: lm.Curve, curves: list[lm.Curve], args: Namespace) -> None:
     """Write the table and the plot."""
     rows = [
         [c.name, f"{c.losses[0]:.3f}", f"{c.losses[1]:.3f}", f"{c.losses[-1]:.3f}", f"{c.tokens[-1] / 1e6:.2f} M",
@@ -54,11 +55,11 @@ def write(first: lm.Curve, curves: list[lm.Curve], seed: int) -> None:
         for c in [first, *curves]
     ]  # fmt: skip
     header = ["model", "loss at its start", "after 50 steps", "at the end", "tokens in all", "TFLOPs in all", "seconds"]
-    lm.write_table(HERE, seed, header, rows)
+    lm.write_table(HERE, args, header, rows)
     shown = [first, *curves]
     lm.plot(
         HERE / "loss.png",
-        seed,
+        args,
         ("tokens", [(c.name, c.tokens, c.losses) for c in shown]),
         ("training FLOPs", [(c.name, c.flops, c.losses) for c in shown]),
         y="held-out loss, nats per byte",

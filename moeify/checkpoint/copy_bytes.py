@@ -1,4 +1,4 @@
-"""Moving bytes between files at the speed of the disk, inside the kernel where it can."""
+"""Copying bytes between files at the speed of the disk, inside the kernel where possible."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from io import FileIO
 from moeify.checkpoint.safetensors_file import read_exactly
 from moeify.checkpoint.tensor_info import Span
 
-_STEP = 16 << 20  # how often progress is reported; also the size of the buffer without the kernel's help
+STEP = 16 << 20  # bytes between two reports of progress, and the size of the buffer where the kernel cannot copy
 _NOT_POSSIBLE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
 def copy_span(span: Span, file: FileIO, on_bytes: Callable[[int], None]) -> None:
-    """Appends the bytes of `span` to an open file.
+    """Append the bytes of `span` to an open file.
 
     Raises:
-        CheckpointError: the source file is shorter than the span.
-        OSError: the disk is full, or cannot be read or written.
+        CheckpointError: The source file is shorter than the span.
+        OSError: The disk is full, or cannot be read or written.
     """
     with span.path.open("rb", buffering=0) as source:
         done = _copy_in_kernel(source, span, file, on_bytes) if hasattr(os, "copy_file_range") else 0
-        buffer = memoryview(bytearray(min(_STEP, span.nbytes - done)))
+        buffer = memoryview(bytearray(min(STEP, span.nbytes - done)))
         while done < span.nbytes:
             chunk = buffer[: span.nbytes - done]
             read_exactly(source.fileno(), span.offset + done, chunk, span.path)
@@ -33,10 +33,10 @@ def copy_span(span: Span, file: FileIO, on_bytes: Callable[[int], None]) -> None
 
 
 def _copy_in_kernel(source: FileIO, span: Span, file: FileIO, on_bytes: Callable[[int], None]) -> int:
-    """How many of the bytes the kernel copied: all, or fewer where the file systems or the file do not allow it."""
+    """Return how many bytes the kernel copied: fewer than all where the file systems or the file do not allow it."""
     done = 0
     while done < span.nbytes:
-        count = min(_STEP, span.nbytes - done)
+        count = min(STEP, span.nbytes - done)
         try:
             copied = os.copy_file_range(source.fileno(), file.fileno(), count, offset_src=span.offset + done)
         except OSError as error:
@@ -51,10 +51,10 @@ def _copy_in_kernel(source: FileIO, span: Span, file: FileIO, on_bytes: Callable
 
 
 def write_all(file: FileIO, raw: memoryview) -> None:
-    """Appends all of `raw` to an unbuffered file, which may take it in several pieces.
+    """Append all of `raw` to an unbuffered file, which may take it in several steps.
 
     Raises:
-        OSError: the disk is full, or cannot be written.
+        OSError: The disk is full, or cannot be written.
     """
     written = 0
     while written < len(raw):

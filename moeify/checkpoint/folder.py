@@ -1,4 +1,4 @@
-"""Finding the files of a model in a folder laid out as Hugging Face does, and trusting none of them."""
+"""Finding the files of a model in a folder of Hugging Face layout, without trusting any of them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import json
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from moeify.errors import CheckpointError
+
+JsonObject: TypeAlias = dict[str, Any]
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 
-# What belongs to a model beside its weights and its config. A list of what to take, because model folders also
-# collect training state, code and notes about the dense model, which would be wrong beside the converted one.
+# The files that belong to a model beside its weights and its config. This is a list of what to copy and not of what to
+# leave out: model folders also collect training state, code and notes on the dense model, which would be wrong beside
+# the converted model.
 SIDE_FILES = (
     "tokenizer*",
     "vocab*",
@@ -35,64 +38,64 @@ SIDE_FILES = (
 
 
 def index_name(weights: str) -> str:
-    """The index that goes with a sharded `model.safetensors` or `pytorch_model.bin`."""
+    """Return the name of the index that belongs to a sharded `model.safetensors` or `pytorch_model.bin`."""
     return f"{weights}.index.json"
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+def load_json(path: Path) -> JsonObject:
+    """Read a JSON object.
 
     Raises:
-        CheckpointError: the file is not JSON, or not an object.
+        CheckpointError: The file is not JSON, or not an object.
     """
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download or copy the file again.") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}): download or copy the file again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
 
 
-def load_config(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
-    """Reads `config.json` and refuses what cannot be converted as it stands.
+def load_config(folder: Path, *, trust_remote_code: bool) -> JsonObject:
+    """Read `config.json` and refuse a model that cannot be converted as it is.
 
     Raises:
-        CheckpointError: the file is missing or damaged, the weights are quantised, or the model needs remote code.
+        CheckpointError: The file is missing or damaged, the weights are quantized, or the model needs remote code.
     """
     if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} has weights but no {CONFIG}: add the one the model was published with.")
+        raise CheckpointError(f"{folder} has weights but no {CONFIG}: add the one that the model was published with")
     config = load_json(folder / CONFIG)
     if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{folder / CONFIG} names no model_type: it is not the config of a transformers model.")
+        raise CheckpointError(f"{folder / CONFIG} names no model_type: it is not the config of a transformers model")
     if "auto_map" in config and not trust_remote_code:
         raise CheckpointError(
             f"{folder} asks to run Python code of its own (auto_map in {CONFIG}): "
-            "read that code, and pass --trust-remote-code if you trust it."
+            "read that code, and pass --trust-remote-code if you trust it"
         )
     quantization = config.get("quantization_config")
     if quantization:
         scheme = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         if scheme != "moeify":
             raise CheckpointError(
-                f"{folder} is quantised (scheme: {scheme}), which cannot be converted: dequantise it first, "
-                "or start from the unquantised checkpoint."
+                f"{folder} is quantized (scheme: {scheme}) and cannot be converted: dequantize it first, "
+                "or start from the checkpoint before quantization"
             )
     return config
 
 
 def find_shards(folder: Path, weights: str) -> dict[Path, set[str]] | None:
-    """The weight files of a folder, each with the tensors that the index expects in it (empty without an index).
+    """Return the weight files of a folder, each with the tensors that the index expects in it.
 
     Args:
-        folder: the model folder.
-        weights: `SAFETENSORS` or `PICKLE`; the whole file wins over an index, as in transformers.
+        folder: The model folder.
+        weights: `SAFETENSORS` or `PICKLE`. The whole file wins over an index, as in transformers.
 
     Returns:
-        None where the folder has neither the file nor its index.
+        An empty set for the whole file; None if the folder has neither the file nor its index.
 
     Raises:
-        CheckpointError: the index is damaged, leaves the folder, or names a file that is not there.
+        CheckpointError: The index is damaged, leads outside the folder, or names a file that does not exist.
     """
     if (folder / weights).is_file():
         return {folder / weights: set()}
@@ -101,47 +104,59 @@ def find_shards(folder: Path, weights: str) -> dict[Path, set[str]] | None:
         return None
     weight_map = load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensor names to file names.")
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names: download it again")
     shards: dict[Path, set[str]] = {}
     for shard in sorted(set(weight_map.values())):
         path = _inside(folder, shard, index)
         if not path.is_file():
-            raise CheckpointError(f"{index} names the shard {shard}, which is not there: download it again.")
+            raise CheckpointError(f"{index} names the shard {shard}, which does not exist: download it again")
         shards[path] = {name for name, home in weight_map.items() if home == shard}
     return shards
 
 
 def _inside(folder: Path, name: str, index: Path) -> Path:
+    """Return the path of a shard, and refuse one outside the folder."""
     path = folder / name
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":  # the hub's cache: files are links into the blobs beside the snapshots
         roots.append((folder.parent.parent / "blobs").resolve())
     if ".." in Path(name).parts or Path(name).is_absolute() or not any(map(path.resolve().is_relative_to, roots)):
-        raise CheckpointError(f"{index} names {name!r}, which leads outside the folder: refused.")
+        raise CheckpointError(f"{index} names {name!r}, which leads outside the folder: it is not opened")
     return path
 
 
-def check_index(shards: Mapping[Path, set[str]], file_of: Mapping[str, Path]) -> None:
-    """Checks that every tensor is in the shard where the index says it is.
-
-    Args:
-        shards: from `find_shards`.
-        file_of: tensor name -> the file that holds it.
+def note_file(file_of: dict[str, Path], name: str, file: Path) -> None:
+    """Note which file holds a tensor.
 
     Raises:
-        CheckpointError: a shard lacks a tensor.
+        CheckpointError: Another file holds a tensor of this name too.
+    """
+    first = file_of.setdefault(name, file)
+    if first != file:
+        raise CheckpointError(f"{name} is in both {first.name} and {file.name}: keep one of them")
+
+
+def check_index(shards: Mapping[Path, set[str]], file_of: Mapping[str, Path]) -> None:
+    """Check that every tensor is in the shard that the index says.
+
+    Args:
+        shards: From `find_shards`.
+        file_of: The file that holds each tensor, by the tensor's name.
+
+    Raises:
+        CheckpointError: A shard lacks a tensor.
     """
     for path, expected in shards.items():
         missing = sorted(name for name in expected if file_of.get(name) != path)
         if missing:
             raise CheckpointError(
                 f"the index says that {path} holds {missing[0]}, but it does not "
-                f"({len(missing)} such tensors): download both again."
+                f"({len(missing)} such tensors): download both again"
             )
 
 
 def side_files(folder: Path) -> tuple[Path, ...]:
-    """The files to carry along with the weights: tokenizer, templates, generation config, licence."""
+    """Return the files to copy along with the weights: tokenizer, templates, generation config, license."""
     return tuple(
         path
         for path in sorted(folder.iterdir())

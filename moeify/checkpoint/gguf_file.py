@@ -1,33 +1,36 @@
-"""GGUF, the format of llama.cpp: read with the `gguf` library, named and laid out as transformers does it.
+"""GGUF, the format of llama.cpp: read with the `gguf` library, with names and layouts as in transformers.
 
-transformers knows how llama.cpp renames and permutes the tensors of each architecture; this module asks it for the
-mapping and undoes the permutations one tensor at a time, so that a model is never in memory as a whole.
+transformers knows how llama.cpp renames and permutes the tensors of each architecture. This module asks it for the
+mapping and undoes the permutations one tensor at a time, so that the whole model is never in memory.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from moeify.checkpoint.tensor_info import Span, TensorInfo
-from moeify.errors import CheckpointError
+from moeify.checkpoint.folder import JsonObject
+from moeify.checkpoint.tensor_info import TensorInfo
+from moeify.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
-    from gguf import GGUFReader
+    from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
     from transformers import PreTrainedConfig
 
 
 class GgufFile:
-    """The tensors of one GGUF file under their Hugging Face names, dequantised to F32 as they are read.
+    """The tensors of one GGUF file under their Hugging Face names, dequantized to F32 as they are read.
 
     Raises:
-        CheckpointError: the file is damaged, or its architecture or quantisation is not supported.
+        CheckpointError: The file is damaged, or its architecture or quantization is not supported.
     """
 
     def __init__(self, file: Path) -> None:
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+        from transformers import modeling_gguf_pytorch_utils as utils
 
         self.files: tuple[Path, ...] = (file,)
         reader = _open(file)
@@ -35,19 +38,19 @@ class GgufFile:
         architecture = str(reader.fields["general.architecture"].contents())
         self._hf_config = _read_config(file, architecture)
         skeleton = _skeleton(self._hf_config)
-        self.config: dict[str, Any] = json.loads(self._hf_config.to_json_string())
+        self.config: JsonObject = json.loads(self._hf_config.to_json_string())
         self.config |= {"architectures": [type(skeleton).__name__], "dtype": "float32"}
-        make_processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-        self._processor = make_processor(config=self._hf_config.to_dict())
+        processor: Any = utils.TENSOR_PROCESSORS.get(architecture, utils.TensorProcessor)
+        self._processor = processor(config=self._hf_config.to_dict())
         names = {tensor.name for tensor in reader.tensors}
         self._hf_name = _names(file, architecture, skeleton, names, self._processor)
         self._stored = {self._hf_name[t.name]: t for t in reader.tensors if t.name in self._hf_name}
-        _check_types(file, self._stored)
+        _check_types(file, self._stored.values())
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         self.tensors = {name: TensorInfo(name, "F32", shapes[name]) for name in shapes if name in self._stored}
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, float32, in memory of its own."""
+        """Return one tensor in float32, in memory of its own."""
         import numpy as np
         import torch
         from gguf import dequantize
@@ -58,20 +61,21 @@ class GgufFile:
         done = self._processor.process(
             weights=values, name=stored.name, tensor_key_mapping=self._hf_name, parsed_parameters=parsed
         )
-        # A processor may file the tensor itself (GPT-2's lm_head) instead of handing it back.
+        # A processor may put the tensor into `parsed` itself (GPT-2's lm_head) instead of returning it.
         tensor = parsed["tensors"].get(name) if done.name is None else torch.from_numpy(np.copy(done.weights))
         expected = self.tensors[name].shape
         if tensor is None or tuple(tensor.shape) != expected:
             found = None if tensor is None else list(tensor.shape)
-            raise CheckpointError(f"{self.files[0]}: {name} has shape {found}, the model expects {list(expected)}.")
+            raise CheckpointError(
+                f"{self.files[0]}: {name} has shape {found}, the model expects {list(expected)}: download it again"
+            )
         return tensor
 
-    def span(self, name: str) -> Span | None:
-        """None: what is on disk is quantised or permuted."""
-        return None
+    def span(self, name: str) -> None:
+        """Return None: the bytes on disk are quantized or permuted."""
 
     def write_side_files(self, dst: Path) -> None:
-        """Writes the tokenizer and the generation config that the file carries in its metadata.
+        """Write the tokenizer and the generation config from the metadata of the file.
 
         Raises:
             CheckpointError: transformers cannot build the tokenizer.
@@ -82,17 +86,13 @@ class GgufFile:
         try:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except (ValueError, KeyError, OSError, NotImplementedError) as error:
-            raise CheckpointError(f"{file}: its tokenizer cannot be rebuilt ({_first_line(error)}).") from error
+            raise CheckpointError(f"{file}: its tokenizer cannot be rebuilt ({first_line(error)})") from error
         tokenizer.save_pretrained(dst)
         GenerationConfig.from_model_config(self._hf_config).save_pretrained(dst)
 
     def close(self) -> None:
-        """Lets go of the mapped file."""
+        """Release the mapped file."""
         self._stored.clear()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _open(file: Path) -> GGUFReader:
@@ -100,10 +100,10 @@ def _open(file: Path) -> GGUFReader:
         import numpy as np
         from gguf import GGUFReader
     except ImportError as error:
-        raise CheckpointError("reading GGUF needs the gguf package: pip install 'moeify[gguf]'.") from error
+        raise CheckpointError("reading GGUF needs the gguf package: pip install 'moeify[gguf]'") from error
 
     class Reader(GGUFReader):
-        """GGUFReader on a plain array: slicing a memmap once per vocabulary entry costs four times as much."""
+        """GGUFReader on a plain array: slicing a memmap once for each vocabulary entry costs four times as much."""
 
         @property
         def data(self) -> Any:
@@ -117,9 +117,7 @@ def _open(file: Path) -> GGUFReader:
         reader = Reader(file)
         reader.fields["general.architecture"].contents()
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read as GGUF, or is truncated ({error}): download it again."
-        ) from error
+        raise CheckpointError(f"{file} cannot be read as GGUF, or is truncated ({error}): download it again") from error
     return reader
 
 
@@ -129,39 +127,34 @@ def _read_config(file: Path, architecture: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, KeyError, OSError) as error:
-        reason = _first_line(error)
-        raise CheckpointError(f"{file}: the GGUF architecture {architecture!r} is not supported ({reason}).") from error
-    # Where the file came from is not part of the model.
-    vars(config).pop("_model_name_or_path", None)
+        raise _unsupported(file, architecture, f" ({first_line(error)})") from error
+    vars(config).pop("_model_name_or_path", None)  # the place of the file is not part of the model
     return config
 
 
-def _skeleton(config: PreTrainedConfig) -> torch.nn.Module:
-    """The model without storage: its parameter names and shapes."""
-    import torch
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForSeq2SeqLM,
-    )
+def _unsupported(file: Path, architecture: str, reason: str = "") -> CheckpointError:
+    return CheckpointError(f"{file}: the GGUF architecture {architecture!r} is not supported{reason}")
 
-    auto: Any = AutoModel
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        auto = AutoModelForCausalLM
-    elif type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        auto = AutoModelForSeq2SeqLM
+
+def _skeleton(config: PreTrainedConfig) -> torch.nn.Module:
+    """Return the model without storage: its parameter names and shapes."""
+    import torch
+    import transformers as tf
+
+    choices = (
+        (tf.MODEL_FOR_CAUSAL_LM_MAPPING, tf.AutoModelForCausalLM),
+        (tf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, tf.AutoModelForSeq2SeqLM),
+    )
+    auto: Any = next((auto for mapping, auto in choices if type(config) in mapping), tf.AutoModel)
     with torch.device("meta"):
-        model: torch.nn.Module = auto.from_config(config)
-    return model
+        return cast("torch.nn.Module", auto.from_config(config))
 
 
 class _Outline:
     """A model as far as the mapping looks at it, with its children down to a given depth.
 
-    transformers searches every submodule and builds the whole table of names anew for each: seconds for a small model.
-    Names that are not found from the top are found one level below it, in the model without its head.
+    transformers searches every submodule and builds the whole table of names again for each: seconds for a small model.
+    Names that it does not find from the top are found one level below, in the model without its head.
     """
 
     def __init__(self, model: torch.nn.Module, depth: int) -> None:
@@ -178,7 +171,7 @@ class _Outline:
 def _names(
     file: Path, architecture: str, skeleton: torch.nn.Module, stored: set[str], processor: Any
 ) -> dict[str, str]:
-    """GGUF name -> Hugging Face name."""
+    """Return the Hugging Face names by the GGUF names."""
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
     try:
@@ -186,24 +179,23 @@ def _names(
         if not stored <= names.keys():
             names = get_gguf_hf_weights_map(skeleton, processor)
     except NotImplementedError as error:
-        raise CheckpointError(f"{file}: the GGUF architecture {architecture!r} is not supported.") from error
+        raise _unsupported(file, architecture) from error
     if len(set(names.values())) < len(names):
-        raise CheckpointError(f"{file} already is a mixture of experts ({architecture}): start from a dense model.")
+        raise CheckpointError(f"{file} is a Mixture-of-Experts already ({architecture}): start from a dense model")
     return names
 
 
-def _check_types(file: Path, stored: dict[str, Any]) -> None:
-    """Finds quantisation types that gguf cannot undo, by undoing one block of each."""
+def _check_types(file: Path, stored: Iterable[ReaderTensor]) -> None:
+    """Refuse quantization types that gguf cannot undo; one block of each type is tried."""
     from gguf import dequantize
 
-    seen = set()
-    for tensor in stored.values():
-        if tensor.tensor_type not in seen:
-            seen.add(tensor.tensor_type)
-            try:
-                dequantize(tensor.data[:1], tensor.tensor_type)
-            except NotImplementedError as error:
-                name = tensor.tensor_type.name
-                raise CheckpointError(
-                    f"{file}: the GGUF quantisation {name} of {tensor.name} is unknown here."
-                ) from error
+    first_of: dict[GGMLQuantizationType, ReaderTensor] = {}
+    for tensor in stored:
+        first_of.setdefault(tensor.tensor_type, tensor)
+    for kind, tensor in first_of.items():
+        try:
+            dequantize(tensor.data[:1], kind)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{file}: the GGUF quantization {kind.name} of {tensor.name} is not known to the gguf package"
+            ) from error

@@ -1,8 +1,8 @@
-"""Counting NaN and Inf by their bits, at the speed of memory.
+"""Looking for NaN and Inf by their bits, at the speed of memory.
 
-In every IEEE-like float the non-finite values have the exponent all ones, so as integers they are the largest: from
-some threshold up among the positive (signed view), and from that threshold with the sign bit up among the negative
-(unsigned view). Two maxima decide a chunk without a temporary; only a chunk that holds one is counted.
+In every IEEE-like float the exponent of a non-finite value is all ones. Read as integers, the non-finite values are
+therefore the largest: from a threshold up among the positive values (signed view), and from that threshold with the
+sign bit up among the negative ones (unsigned view). Two maxima decide a chunk without a temporary.
 """
 
 from __future__ import annotations
@@ -27,43 +27,40 @@ _THRESHOLD = {
     "F8_E5M2": (8, 0x7C),
     "F8_E4M3": (8, 0x7F),
 }
-_CHUNK = 1 << 20  # stays in the second-level cache between the two maxima
+_CHUNK = 1 << 20  # bytes that stay in the second-level cache between the two maxima
+BUFFER = 8 * _CHUNK  # bytes of a file that are read at a time
 
 
-def count_nonfinite_bytes(raw: memoryview, dtype: str) -> int:
-    """How many of the values in `raw` (a multiple of the itemsize) are NaN or Inf; 0 for integer dtypes."""
+def bytes_hold_nonfinite(raw: memoryview, dtype: str) -> bool:
+    """Return whether a value in `raw` (a multiple of the itemsize) is NaN or Inf; integers never are."""
     import numpy as np
 
     if dtype not in _THRESHOLD:
-        return 0
+        return False
     bits, threshold = _THRESHOLD[dtype]
     signed = np.frombuffer(raw, dtype=f"<i{bits // 8}")
     unsigned = signed.view(f"<u{bits // 8}")
-    sign = 1 << (bits - 1)
-    found = 0
     step = _CHUNK * 8 // bits
-    for start in range(0, len(signed), step):
-        chunk, unsigned_chunk = signed[start : start + step], unsigned[start : start + step]
-        if chunk.max() >= threshold or unsigned_chunk.max() >= sign + threshold:
-            found += int(np.count_nonzero((unsigned_chunk & (sign - 1)) >= threshold))
-    return found
+    chunks = (slice(start, start + step) for start in range(0, len(signed), step))
+    sign = 1 << (bits - 1)
+    return any(signed[c].max() >= threshold or unsigned[c].max() >= sign + threshold for c in chunks)
 
 
-def count_nonfinite_tensor(tensor: torch.Tensor) -> int:
-    """How many values of a contiguous CPU tensor are NaN or Inf; 0 for integer dtypes."""
-    return count_nonfinite_bytes(tensor_bytes(tensor), dtype_name(tensor.dtype) or "")
+def tensor_holds_nonfinite(tensor: torch.Tensor) -> bool:
+    """Return whether a value of a contiguous CPU tensor is NaN or Inf."""
+    return bytes_hold_nonfinite(tensor_bytes(tensor), dtype_name(tensor.dtype) or "")
 
 
-def count_nonfinite(source: Source, name: str) -> int:
-    """How many values of one tensor of a checkpoint are NaN or Inf, with a fixed amount of memory where possible."""
+def holds_nonfinite(source: Source, name: str) -> bool:
+    """Return whether a value of a checkpoint's tensor is NaN or Inf, in a fixed amount of memory where possible."""
     span = source.span(name)
     if span is None:
-        return count_nonfinite_tensor(source.read(name))
-    found = 0
-    buffer = memoryview(bytearray(min(span.nbytes, 8 * _CHUNK)))
+        return tensor_holds_nonfinite(source.read(name))
+    buffer = memoryview(bytearray(min(span.nbytes, BUFFER)))
     with span.path.open("rb", buffering=0) as file:
-        for start in range(0, span.nbytes, 8 * _CHUNK):
+        for start in range(0, span.nbytes, BUFFER):
             chunk = buffer[: span.nbytes - start]
             read_exactly(file.fileno(), span.offset + start, chunk, span.path)
-            found += count_nonfinite_bytes(chunk, source.tensors[name].dtype)
-    return found
+            if bytes_hold_nonfinite(chunk, source.tensors[name].dtype):
+                return True
+    return False

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moeify.checkpoint.tensor_info import Span, TensorInfo, dtype_name
-from moeify.errors import CheckpointError
+from moeify.checkpoint.folder import note_file
+from moeify.checkpoint.tensor_info import TensorInfo, dtype_name
+from moeify.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch
 
 
 class PickleFiles:
-    """The tensors of one or many pickled state dicts, mapped into memory rather than read.
+    """The tensors of one or many pickled state dicts, mapped into memory and not read.
 
     Raises:
-        CheckpointError: a file is not a pickled state dict of plain tensors, or two files hold the same name.
+        CheckpointError: A file is not a pickled state dict of plain tensors, or two files hold the same name.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -29,29 +30,24 @@ class PickleFiles:
         self._values: dict[str, torch.Tensor] = {}
         for file in files:
             for name, value in _load(file).items():
-                if name in self.tensors:
-                    first = self.file_of[name].name
-                    raise CheckpointError(f"{name} is in both {first} and {file.name}: keep one of them.")
-                self.tensors[name] = _describe(file, name, value)
-                self.file_of[name] = file
-                self._values[name] = value
+                note_file(self.file_of, name, file)
+                self.tensors[name], self._values[name] = _plain_tensor(file, name, value)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own."""
+        """Return one tensor, in memory of its own."""
         import torch
 
         return self._values[name].detach().clone(memory_format=torch.contiguous_format)
 
-    def span(self, name: str) -> Span | None:
-        """None: a pickled tensor may be strided, so its bytes are not taken from disk as they lie."""
-        return None
+    def span(self, name: str) -> None:
+        """Return None: a pickled tensor may be strided, so its bytes are not copied as they lie on disk."""
 
     def close(self) -> None:
-        """Lets go of the mapped files."""
+        """Release the mapped files."""
         self._values.clear()
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Path) -> dict[str, object]:
     import torch
 
     try:
@@ -60,19 +56,18 @@ def _load(file: Path) -> dict[str, Any]:
         except RuntimeError:  # files from before torch 1.6 are not zip archives and cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"{file} cannot be read as plain tensors ({reason}): use a safetensors version."
-        ) from error
+        reason = first_line(error)
+        raise CheckpointError(f"{file} cannot be read as plain tensors ({reason}): use safetensors") from error
     if not isinstance(state, dict):
-        raise CheckpointError(f"{file} holds a {type(state).__name__}, not a state dict.")
+        raise CheckpointError(f"{file} holds a {type(state).__name__}, not a state dict: use safetensors")
     return state
 
 
-def _describe(file: Path, name: str, value: Any) -> TensorInfo:
+def _plain_tensor(file: Path, name: str, value: object) -> tuple[TensorInfo, torch.Tensor]:
     import torch
 
-    dtype = dtype_name(value.dtype) if isinstance(value, torch.Tensor) and value.layout == torch.strided else None
-    if dtype is None:
-        raise CheckpointError(f"{file} holds {name}, which is not a plain tensor but {type(value).__name__}.")
-    return TensorInfo(name, dtype, tuple(value.shape))
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        dtype = dtype_name(value.dtype)
+        if dtype is not None:
+            return TensorInfo(name, dtype, tuple(value.shape)), value
+    raise CheckpointError(f"{file} holds {name}, which is not a plain tensor but {type(value).__name__}")

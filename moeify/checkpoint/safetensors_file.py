@@ -1,6 +1,6 @@
 """The safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes without gaps.
 
-The header is checked in full before any byte of data is used, so a file that is damaged is found when it is opened.
+The whole header is checked before any byte of data is used, so a damaged file is found when it is opened.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from moeify.checkpoint.folder import note_file
 from moeify.checkpoint.tensor_info import ITEMSIZE, Span, TensorInfo, torch_dtype
 from moeify.errors import CheckpointError
 
@@ -22,19 +22,14 @@ _MAX_HEADER = 100_000_000  # the safetensors library refuses longer ones
 _ALIGNMENT = 8
 
 
-@dataclass(frozen=True)
-class SafetensorsHeader:
-    """The checked header of one file: each tensor and where it lies, in the order of the data."""
+def _read_header(path: Path) -> tuple[bytes, dict[TensorInfo, Span]]:
+    """Read and check the header of a safetensors file.
 
-    raw: bytes
-    tensors: tuple[tuple[TensorInfo, Span], ...]
-
-
-def read_header(path: Path) -> SafetensorsHeader:
-    """Reads and checks the header of a safetensors file.
+    Returns:
+        The header as it is, and each tensor with its place, in the order of the data.
 
     Raises:
-        CheckpointError: the file is truncated, is not safetensors, or its header contradicts itself.
+        CheckpointError: The file is truncated, is not safetensors, or its header contradicts itself.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -46,18 +41,18 @@ def read_header(path: Path) -> SafetensorsHeader:
         raw = file.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_unique_keys)
-    except ValueError as error:  # covers bad JSON, bad UTF-8 and keys given twice
+    except ValueError as error:  # bad JSON, bad UTF-8, or a key that is given twice
         _refuse(path, f"its header is not valid JSON ({error})")
     if not isinstance(header, dict):
         _refuse(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
     start = 8 + length
-    placed = sorted((_entry(path, name, entry) for name, entry in header.items()), key=lambda item: item[1:])
-    _check_layout(path, placed, size - start)
-    return SafetensorsHeader(raw, tuple((info, Span(path, start + begin, end - begin)) for info, begin, end in placed))
+    entries = sorted((_read_entry(path, name, entry) for name, entry in header.items()), key=lambda item: item[1:])
+    _check_layout(path, entries, size - start)
+    return raw, {info: Span(path, start + begin, end - begin) for info, begin, end in entries}
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -65,24 +60,26 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        _refuse(path, f"the entry of {name} has no dtype, shape and two data_offsets")
+def _read_entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
+    """Return what a header says of one tensor: the tensor, and where its data begin and end."""
+    match entry:
+        case {"dtype": dtype, "shape": [*lengths], "data_offsets": [begin, end]}:
+            pass
+        case _:
+            _refuse(path, f"the entry of {name} has no dtype, shape and two data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         _refuse(path, f"{name} has the unknown dtype {dtype!r} (known: {', '.join(ITEMSIZE)})")
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or end < begin:
-        _refuse(path, f"{name} has an impossible shape {list(shape)} or data_offsets {[begin, end]}")
-    info = TensorInfo(name, dtype, shape)
+    if not all(type(n) is int and n >= 0 for n in (*lengths, begin, end)) or end < begin:
+        _refuse(path, f"{name} has an impossible shape {lengths} or data_offsets {[begin, end]}")
+    info = TensorInfo(name, dtype, tuple(lengths))
     if end - begin != info.nbytes:
-        _refuse(path, f"{name} takes {end - begin} bytes where {dtype}{list(shape)} needs {info.nbytes}")
+        _refuse(path, f"{name} takes {end - begin} bytes where {dtype}{lengths} needs {info.nbytes}")
     return info, begin, end
 
 
-def _check_layout(path: Path, placed: Sequence[tuple[TensorInfo, int, int]], data_size: int) -> None:
+def _check_layout(path: Path, entries: Sequence[tuple[TensorInfo, int, int]], data_size: int) -> None:
     position = 0
-    for info, begin, end in placed:
+    for info, begin, end in entries:
         if begin != position:
             problem = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
             _refuse(path, f"{info.name} {problem} (starts at byte {begin} of the data, expected {position})")
@@ -94,12 +91,12 @@ def _check_layout(path: Path, placed: Sequence[tuple[TensorInfo, int, int]], dat
 
 
 def _refuse(path: Path, problem: str) -> NoReturn:
-    raise CheckpointError(f"{path} cannot be read: {problem}. Download or copy the file again.")
+    raise CheckpointError(f"{path} cannot be read: {problem}; download or copy the file again")
 
 
 def encode_header(tensors: Iterable[TensorInfo]) -> bytes:
-    """The bytes that come before the data of a file that holds `tensors` in this order, length field included."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """Return the bytes before the data of a file that holds `tensors` in this order, with the length field."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for info in tensors:
         end = position + info.nbytes
@@ -110,34 +107,24 @@ def encode_header(tensors: Iterable[TensorInfo]) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
-def read_tensor(info: TensorInfo, span: Span) -> torch.Tensor:
-    """Reads one tensor into memory of its own."""
-    import torch
-
-    raw = torch.empty(span.nbytes, dtype=torch.uint8)
-    with span.path.open("rb", buffering=0) as file:
-        read_exactly(file.fileno(), span.offset, raw.numpy().data, span.path)
-    return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
-
-
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The values of a CPU tensor as bytes, row major; shares memory with a contiguous tensor."""
+    """Return the values of a CPU tensor as bytes, row major; the memory is that of a contiguous tensor."""
     import torch
 
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_exactly(fd: int, offset: int, buffer: memoryview, path: Path) -> None:
-    """Fills `buffer` from `offset` of an open file.
+    """Fill `buffer` from `offset` of an open file.
 
     Raises:
-        CheckpointError: the file ends before the buffer is full.
+        CheckpointError: The file ends before the buffer is full.
     """
     filled = 0
     while filled < len(buffer):
         count = os.preadv(fd, [buffer[filled:]], offset + filled)
         if count == 0:
-            raise CheckpointError(f"{path} became shorter while it was read. Leave the source alone and run again.")
+            raise CheckpointError(f"{path} became shorter while it was read: leave the source alone and run again")
         filled += count
 
 
@@ -145,33 +132,36 @@ class SafetensorsFiles:
     """The tensors of one or many safetensors files.
 
     Raises:
-        CheckpointError: a file is damaged, or two files hold a tensor of the same name.
+        CheckpointError: A file is damaged, or two files hold a tensor of the same name.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
-        self.tensors: dict[str, TensorInfo] = {}
         self.header_bytes = b""
+        self.tensors: dict[str, TensorInfo] = {}
         self.file_of: dict[str, Path] = {}
         self._spans: dict[str, Span] = {}
         for file in files:
-            header = read_header(file)
-            self.header_bytes += header.raw
-            for info, span in header.tensors:
-                if info.name in self.tensors:
-                    first = self.file_of[info.name].name
-                    raise CheckpointError(f"{info.name} is in both {first} and {file.name}: keep one of them.")
+            raw, spans = _read_header(file)
+            self.header_bytes += raw
+            for info, span in spans.items():
+                note_file(self.file_of, info.name, file)
                 self.tensors[info.name] = info
-                self.file_of[info.name] = file
                 self._spans[info.name] = span
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own."""
-        return read_tensor(self.tensors[name], self._spans[name])
+        """Return one tensor, in memory of its own."""
+        import torch
 
-    def span(self, name: str) -> Span | None:
-        """Where the tensor's bytes lie."""
+        info, span = self.tensors[name], self._spans[name]
+        raw = torch.empty(span.nbytes, dtype=torch.uint8)
+        with span.path.open("rb", buffering=0) as file:
+            read_exactly(file.fileno(), span.offset, raw.numpy().data, span.path)
+        return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
+
+    def span(self, name: str) -> Span:
+        """Return where the tensor's bytes lie."""
         return self._spans[name]
 
     def close(self) -> None:
-        """Nothing to let go of: files are opened for each read, so that any number of shards will do."""
+        """Do nothing: files are opened for each read, so that there may be any number of shards."""

@@ -1,8 +1,7 @@
-"""What a checkpoint to be written consists of, and how it is cut into files. Nothing here touches the disk.
+"""What a checkpoint to be written consists of, and how it is cut into files; nothing here touches the disk.
 
-A tensor is a sequence of parts, laid one after the other along its first dimension: rows of a source tensor, whose
-bytes are copied as they are, or a function that computes a piece. Stacking copies of an FFN for E experts is the
-same two parts E times over.
+A tensor is a sequence of parts along its first dimension. A part is rows of a source tensor, whose bytes are copied as
+they are, or a function that computes the values. E stacked copies of an FFN are the same two parts, E times.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ Compute: TypeAlias = "Callable[[], torch.Tensor]"
 
 
 @dataclass(frozen=True)
-class Part:
-    """A source tensor, or the rows `[start, stop)` of it, verbatim."""
+class SourceRows:
+    """A whole tensor of the source, or the rows `[start, stop)` of it, as they are."""
 
     source_name: str
     rows: tuple[int, int] | None = None
@@ -33,21 +32,21 @@ class OutTensor:
     """A tensor to write.
 
     Attributes:
-        name: its key in the output.
-        dtype: safetensors spelling; source parts must already have it (a cast is a computed part).
-        shape: of the whole.
-        parts: what it is made of, in order. A function that is repeated is called once for a run of repeats.
+        name: Its key in the output.
+        dtype: In safetensors spelling. Rows of the source must have it already: a cast is a computed part.
+        shape: Of the whole tensor.
+        parts: What it consists of, in order. A function that is repeated is called once for a run of repeats.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    parts: tuple[Part | Compute, ...]
+    parts: tuple[SourceRows | Compute, ...]
 
     @classmethod
     def copy(cls, info: TensorInfo, name: str | None = None) -> OutTensor:
-        """A source tensor as it is, under its own name or another."""
-        return cls(name or info.name, info.dtype, info.shape, (Part(info.name),))
+        """Return a source tensor as it is, under its own name or another."""
+        return cls(name or info.name, info.dtype, info.shape, (SourceRows(info.name),))
 
     @property
     def info(self) -> TensorInfo:
@@ -62,7 +61,7 @@ class OutTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the output; its tensors are in the order in which they lie in the file."""
+    """One file of the output, with its tensors in the order of the file."""
 
     name: str
     tensors: tuple[OutTensor, ...]
@@ -74,12 +73,12 @@ class Shard:
 
 
 def plan_shards(tensors: Sequence[OutTensor], shard_size: int) -> list[Shard]:
-    """Cuts tensors into files of at most `shard_size` bytes of values (a larger tensor gets a file of its own).
+    """Cut tensors into files of at most `shard_size` bytes of values; a larger tensor gets a file of its own.
 
-    The order is kept, but for this: within a file wider dtypes come first, so that every tensor is aligned.
+    Tensors keep their order over the files. Within a file, wider dtypes come first, so that every tensor is aligned.
 
     Raises:
-        ValueError: two tensors have the same name.
+        ValueError: Two tensors have the same name.
     """
     names = {tensor.name for tensor in tensors}
     if len(names) < len(tensors):

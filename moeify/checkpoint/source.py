@@ -1,4 +1,4 @@
-"""A checkpoint to read from, whatever it is stored as: `open_source` looks, checks and decides; `Source` reads."""
+"""A checkpoint to read from, in any storage format: `open_source` finds and checks it, `Source` reads it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from moeify.checkpoint.folder import (
     CONFIG,
     PICKLE,
     SAFETENSORS,
     SIDE_FILES,
+    JsonObject,
     check_index,
     find_shards,
     index_name,
@@ -26,7 +27,7 @@ from moeify.checkpoint.gguf_file import GgufFile
 from moeify.checkpoint.pickle_file import PickleFiles
 from moeify.checkpoint.safetensors_file import SafetensorsFiles
 from moeify.checkpoint.tensor_info import Span, TensorInfo
-from moeify.errors import CheckpointError
+from moeify.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -34,33 +35,16 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-class Tensors(Protocol):
-    """What each storage format offers to `Source`."""
-
-    files: tuple[Path, ...]
-    header_bytes: bytes
-    tensors: dict[str, TensorInfo]
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own."""
-
-    def span(self, name: str) -> Span | None:
-        """Where the tensor lies verbatim on disk, if it does."""
-
-    def close(self) -> None:
-        """Lets go of the files."""
-
-
 class Source:
     """An opened checkpoint; made by `open_source`, and a context manager.
 
     Attributes:
-        path: the folder or GGUF file.
-        config: what `config.json` says, or the GGUF metadata as transformers translates it.
-        tensors: name -> `TensorInfo`, in the order of the files and of the data in them.
+        path: The folder or GGUF file.
+        config: The contents of `config.json`, or the GGUF metadata as transformers translates it.
+        tensors: Every tensor by its name, in the order of the files and of the data in them.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], stored: Tensors) -> None:
+    def __init__(self, path: Path, config: JsonObject, stored: SafetensorsFiles | PickleFiles | GgufFile) -> None:
         self.path = path
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(stored.tensors)
@@ -71,49 +55,40 @@ class Source:
         """The architecture, as transformers calls it."""
         return str(self.config["model_type"])
 
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the weights come from a GGUF file and are dequantised as they are read."""
-        return isinstance(self._stored, GgufFile)
-
     def info(self, name: str) -> TensorInfo:
-        """What a tensor is.
+        """Return what is known of a tensor.
 
         Raises:
-            CheckpointError: the checkpoint has no tensor of this name; so do `read` and `span`.
+            CheckpointError: The checkpoint has no tensor of this name; `read` and `span` raise it too.
         """
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path} has no tensor {name} among its {len(self.tensors)}.")
+            raise CheckpointError(f"{self.path} has no tensor {name} among its {len(self.tensors)}")
         return self.tensors[name]
 
     def read(self, name: str) -> torch.Tensor:
-        """Reads one tensor to the CPU, into memory of its own.
+        """Read one tensor to the CPU, into memory of its own.
 
         Raises:
-            CheckpointError: the file has changed since it was opened.
+            CheckpointError: The file has changed since it was opened.
         """
         self.info(name)
         return self._stored.read(name)
 
     def span(self, name: str) -> Span | None:
-        """Where the bytes of a tensor lie verbatim in a file; None for GGUF and pickles."""
+        """Return where the values of a tensor lie as they are in a file; None for GGUF and pickles."""
         self.info(name)
         return self._stored.span(name)
 
-    @property
-    def side_files(self) -> Sequence[Path]:
-        """Tokenizer, templates, generation config and licence: what goes along with the weights. None for GGUF."""
-        return () if self.is_gguf else side_files(self.path)
-
     def write_side_files(self, dst: Path) -> None:
-        """Copies the side files into `dst`; for GGUF, builds tokenizer and generation config from the metadata."""
+        """Copy the files beside the weights into `dst`; for GGUF, build tokenizer and generation config."""
         if isinstance(self._stored, GgufFile):
             self._stored.write_side_files(dst)
-        for path in self.side_files:
+            return
+        for path in side_files(self.path):
             shutil.copyfile(path, dst / path.name)
 
     def fingerprint(self) -> str:
-        """A digest that changes when the source does: names, sizes and times of the weight files, headers, config."""
+        """Return a digest that changes with the source: headers, config, and names, sizes and times of its files."""
         digest = hashlib.sha256(self._stored.header_bytes)
         digest.update(json.dumps(self.config, sort_keys=True).encode())
         for file in self._stored.files:
@@ -127,29 +102,29 @@ class Source:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Lets go of the files: GGUF files and pickles are mapped while the source is open."""
+        """Release the files: GGUF files and pickles are mapped while the source is open."""
         self._stored.close()
 
 
 def open_source(src: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Source:
-    """Opens a checkpoint and checks its headers; no tensor is read.
+    """Open a checkpoint and check its headers; no tensor is read.
 
     Args:
-        src: a model folder in Hugging Face layout, a GGUF file or a folder with exactly one, or a hub id.
-        allow_pickle: also accept `pytorch_model.bin`, with torch's `weights_only` guard.
-        trust_remote_code: accept a config that names Python code in the folder (the code is not run here).
+        src: A model folder in Hugging Face layout, a GGUF file or a folder with exactly one, or a hub id.
+        allow_pickle: Also accept `pytorch_model.bin`, with torch's `weights_only` guard.
+        trust_remote_code: Accept a config that names Python code in the folder; the code is not run here.
 
     Raises:
-        CheckpointError: one line that says what is wrong with the checkpoint and what to do.
+        CheckpointError: One line that says what is wrong with the checkpoint and what to do.
     """
     path = Path(src).expanduser()
     if not path.exists():
         path = _download(src, allow_pickle)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is a file that is not .gguf: give the folder that holds the model.")
-        return _open_gguf(path)
-    return _open_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    if path.is_dir():
+        return _open_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    if path.suffix != ".gguf":
+        raise CheckpointError(f"{path} is a file but not a .gguf file: give the folder that holds the model")
+    return _open_gguf(path)
 
 
 def _open_gguf(file: Path) -> Source:
@@ -158,18 +133,15 @@ def _open_gguf(file: Path) -> Source:
 
 
 def _open_folder(folder: Path, *, allow_pickle: bool, trust_remote_code: bool) -> Source:
-    stored: SafetensorsFiles | PickleFiles
+    open_files: type[SafetensorsFiles] | type[PickleFiles] = SafetensorsFiles
     shards = find_shards(folder, SAFETENSORS)
-    if shards is not None:
-        config = load_config(folder, trust_remote_code=trust_remote_code)
-        stored = SafetensorsFiles(tuple(shards))
-    else:
+    if shards is None:
         ggufs = sorted(folder.glob("*.gguf"))
         if len(ggufs) == 1:
             return _open_gguf(ggufs[0])
-        shards = _find_pickles(folder, ggufs, allow_pickle)
-        config = load_config(folder, trust_remote_code=trust_remote_code)
-        stored = PickleFiles(tuple(shards))
+        shards, open_files = _find_pickles(folder, ggufs, allow_pickle), PickleFiles
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    stored = open_files(tuple(shards))
     check_index(shards, stored.file_of)
     return Source(folder, config, stored)
 
@@ -177,24 +149,24 @@ def _open_folder(folder: Path, *, allow_pickle: bool, trust_remote_code: bool) -
 def _find_pickles(folder: Path, ggufs: Sequence[Path], allow_pickle: bool) -> dict[Path, set[str]]:
     if ggufs:
         names = ", ".join(file.name for file in ggufs)
-        raise CheckpointError(f"{folder} holds {len(ggufs)} GGUF files: give the path of one of {names}.")
+        raise CheckpointError(f"{folder} holds {len(ggufs)} GGUF files: give the path of one of {names}")
     shards = find_shards(folder, PICKLE)
     if shards is None:
         raise CheckpointError(
-            f"{folder} is not a model folder: looked for {SAFETENSORS}, {index_name(SAFETENSORS)}, one .gguf file, "
-            f"{PICKLE} and {index_name(PICKLE)}."
+            f"{folder} is not a model folder: it has no {SAFETENSORS}, no {index_name(SAFETENSORS)}, no .gguf file, "
+            f"no {PICKLE} and no {index_name(PICKLE)}"
         )
     if not allow_pickle:
         raise CheckpointError(
             f"{folder} has its weights only as pickles ({next(iter(shards)).name}), a format that can carry code: "
-            "use a safetensors version, or pass --allow-pickle."
+            "use a safetensors version, or pass --allow-pickle"
         )
     return shards
 
 
 def _download(src: str | Path, allow_pickle: bool) -> Path:
     if isinstance(src, Path) or not _HUB_ID.fullmatch(src) or src.endswith((".gguf", ".safetensors", ".bin")):
-        raise CheckpointError(f"{src} does not exist: give a model folder, a .gguf file or a hub id.")
+        raise CheckpointError(f"{src} does not exist: give a model folder, a .gguf file or a hub id")
     from huggingface_hub import snapshot_download
 
     wanted = [CONFIG, "model*.safetensors", index_name(SAFETENSORS), *SIDE_FILES]
@@ -203,5 +175,5 @@ def _download(src: str | Path, allow_pickle: bool) -> Path:
     try:
         return Path(snapshot_download(src, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{src} is no folder here and could not be had from the hub: {reason}") from error
+        reason = first_line(error)
+        raise CheckpointError(f"{src} is not a folder here and cannot be downloaded from the hub: {reason}") from error

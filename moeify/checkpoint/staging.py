@@ -18,21 +18,21 @@ from moeify.errors import CheckpointError
 def staged(
     dst: str | Path, *, overwrite: bool, resume: bool, source: Path | None = None, nbytes: int = 0
 ) -> Iterator[Path]:
-    """Yields a folder to write into, which becomes `dst` when the block ends without an error.
+    """Yield a folder to write into; it becomes `dst` when the block ends without an error.
 
     After an error nothing is left. After a kill or Ctrl-C the unfinished folder stays, hidden beside `dst`, for a run
-    with `resume`; a run without it starts afresh.
+    with `resume`; a run without `resume` starts anew.
 
     Args:
-        dst: the output folder.
-        overwrite: replace `dst` if it is a model folder; the old one goes only when the new one is whole.
-        resume: start from what an interrupted run left.
-        source: the source's path, which the output must not touch.
-        nbytes: bytes that will be written, checked against the free space before anything is.
+        dst: The output folder.
+        overwrite: Replace `dst` if it is a model folder; the old one is removed only when the new one is whole.
+        resume: Start from what an interrupted run left.
+        source: The source's path; the output must not overlap it.
+        nbytes: Bytes that will be written, compared with the free space before anything is written.
 
     Raises:
-        CheckpointError: `dst` exists, must not be replaced, lies in the source or around it, or cannot be written, or
-            the disk is full.
+        CheckpointError: `dst` exists, must not be replaced, overlaps the source, or cannot be written, or the disk is
+            full.
     """
     target = Path(dst).expanduser().resolve()
     partial = target.with_name(f".{target.name}.moeify-partial")
@@ -42,12 +42,12 @@ def staged(
     _check_target(target, source, overwrite=overwrite)
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)
-    _check_space(partial, nbytes)  # outside the block below: a refusal leaves what an interrupted run has done
+    _check_space(partial, nbytes)  # outside the block below: a refusal keeps what an interrupted run has written
     try:
         partial.mkdir(parents=True, exist_ok=True)
         yield partial
         (partial / RESUME_RECORD).unlink(missing_ok=True)
-        _swap_in(partial, target, old)
+        _rename_into_place(partial, target, old)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno is not None:
@@ -59,18 +59,18 @@ def _check_target(target: Path, source: Path | None, *, overwrite: bool) -> None
     if source is not None:
         origin = source.resolve()
         if target.is_relative_to(origin) or origin.is_relative_to(target):
-            raise CheckpointError(f"the output {target} and the source {origin} overlap: choose another output folder.")
+            raise CheckpointError(f"the output {target} and the source {origin} overlap: choose another output folder")
     if not target.exists():
         return
     if not overwrite:
-        raise CheckpointError(f"{target} exists: choose another output folder, or pass --overwrite.")
+        raise CheckpointError(f"{target} exists: choose another output folder, or pass --overwrite")
     problem = _why_not_replace(target)
     if problem:
-        raise CheckpointError(f"{target} is not replaced, because {problem}: look at it, and remove it yourself.")
+        raise CheckpointError(f"{target} is not replaced, because {problem}: look at it, and remove it yourself")
 
 
 def _why_not_replace(target: Path) -> str | None:
-    """What speaks against deleting what is at `target`; None for a model folder or an empty one."""
+    """Return the reason not to delete `target`; None for a model folder or an empty one."""
     if not target.is_dir():
         return "it is not a folder"
     if not any(target.iterdir()):
@@ -93,15 +93,16 @@ def _check_space(partial: Path, nbytes: int) -> None:
     if missing > free:
         raise CheckpointError(
             f"not enough space on the disk of {place}: {missing / 1e6:,.0f} MB are needed, "
-            f"{free / 1e6:,.0f} MB are free. Free some, or choose another output folder."
+            f"{free / 1e6:,.0f} MB are free: free some, or choose another output folder"
         )
 
 
-def _swap_in(partial: Path, target: Path, old: Path) -> None:
+def _rename_into_place(partial: Path, target: Path, old: Path) -> None:
+    """Give the finished folder its name; if that fails, the model that it replaces keeps its own."""
     if not target.exists():
         partial.rename(target)
         return
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)  # an earlier run was killed before it removed it
     target.rename(old)
     try:
         partial.rename(target)
@@ -113,5 +114,5 @@ def _swap_in(partial: Path, target: Path, old: Path) -> None:
 
 def _explain(error: OSError, target: Path) -> str:
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return f"the disk became full while {target} was written: free some space and run again; nothing was left."
-    return f"{target} cannot be written: {error.strerror} ({error.filename or 'no file named'})."
+        return f"the disk became full while {target} was written: free some space and run again; nothing was left"
+    return f"{target} cannot be written: {error.strerror} ({error.filename or 'no file named'})"

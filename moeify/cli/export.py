@@ -65,8 +65,8 @@ def export(
 def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str) -> nn.Module:
     import torch
 
+    from moeify.conversion.module import convert
     from moeify.hub.loading import load
-    from moeify.inplace import convert
 
     model = load(src, dtype=getattr(torch, dtype))
     return model if config is None else convert(model, config, layers)

@@ -33,12 +33,13 @@ def inspect(
     from moeify.checkpoint.source import open_source
     from moeify.cli import display
     from moeify.config import MoEConfig
-    from moeify.planning.overview import overview
+    from moeify.conversion.dense import DenseCheckpoint
+    from moeify.conversion.summary import summarize
     from moeify.tracing.given_inputs import read_inputs
 
     inputs = None if example_inputs is None else read_inputs(example_inputs)
     with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
-        seen = overview(source, MoEConfig(experts, top_k), example_inputs=inputs)
+        seen = summarize(DenseCheckpoint(source, inputs), MoEConfig(experts, top_k))
     if as_json:
         click.echo(json.dumps(seen.to_dict(), indent=2))
         return

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
+Command = TypeVar("Command", bound=Callable[..., object])
 
 
-def source_options(command: F) -> F:
-    """Add what every command that opens a dense checkpoint accepts."""
+def source_options(command: Command) -> Command:
+    """Add the options of every command that opens a dense checkpoint."""
     command = click.option(
         "--trust-remote-code", is_flag=True, help="Accept a model whose config names Python code of its own."
     )(command)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TextIO
 
 import click
 
 from moeify.cli.options import json_option
-from moeify.errors import CheckpointError
+from moeify.errors import CheckpointError, VerificationError
 
 
 @click.command()
@@ -21,7 +20,7 @@ from moeify.errors import CheckpointError
 def verify(dense: Path, moe: Path, text: TextIO | None, as_json: bool) -> None:
     """Compare the logits of DENSE and MOE in float32; exit 1 above tolerance.
 
-    Every tensor of both checkpoints must find its place: a missing or unexpected one is an error.
+    Every tensor of both checkpoints must have its place: a missing or unexpected one is an error.
     """
     from moeify.cli.quiet import quiet_transformers
     from moeify.proving.proof import verify_checkpoints
@@ -33,5 +32,4 @@ def verify(dense: Path, moe: Path, text: TextIO | None, as_json: bool) -> None:
         report = verify_checkpoints(dense, moe, text=None if text is None else text.read())
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.summary())
     if not report.passed:
-        click.echo("Error: the MoE differs from the dense model by more than the tolerance", err=True)
-        sys.exit(1)
+        raise VerificationError("the MoE differs from the dense model by more than the tolerance")

@@ -29,14 +29,20 @@ class Limit:
     words: str
 
 
-Count = Annotated[int, Limit(lambda number: number >= 1, "at least 1")]
-CountOrZero = Annotated[int, Limit(lambda number: number >= 0, "a number that is not negative")]
+Count = Annotated[int, Limit(lambda number: number >= 1, "a whole number of at least 1")]
+CountOrZero = Annotated[int, Limit(lambda number: number >= 0, "a whole number of at least 0")]
 NotNegative = Annotated[float, Limit(lambda number: 0 <= number < math.inf, "a number that is not negative")]
 Positive = Annotated[float, Limit(lambda number: 0 < number < math.inf, "a positive number")]
 Share = Annotated[float, Limit(lambda number: 0 <= number <= 1, "a number from 0 to 1")]
 Probability = Annotated[float, Limit(lambda number: 0 <= number < 1, "a number from 0 to below 1")]
 
-_KINDS = {int: (Integral, "a whole number"), float: (Real, "a number"), bool: (bool, "True or False")}
+_Rule = tuple[Callable[[Any], bool], str]  # whether a value fits, and what is expected in words
+_RULES: dict[Any, _Rule] = {
+    int: (lambda value: isinstance(value, Integral) and not isinstance(value, bool), "a whole number"),
+    float: (lambda value: isinstance(value, Real) and not isinstance(value, bool), "a number"),
+    bool: (lambda value: isinstance(value, bool), "True or False"),
+    NoneType: (lambda value: value is None, "None"),
+}
 
 
 def check_fields(settings: DataclassInstance, prefix: str = "", besides: Collection[str] = ()) -> None:
@@ -51,8 +57,11 @@ def check_fields(settings: DataclassInstance, prefix: str = "", besides: Collect
         ConfigError: A value does not fit; the message names the field.
     """
     for name, kind in field_types(type(settings)).items():
-        if name not in besides and (expected := _expected(getattr(settings, name), kind)):
-            raise ConfigError(f"{prefix}{name} is {getattr(settings, name)!r}: expected {expected}")
+        if name in besides:
+            continue
+        fits, expected = _rule(kind)
+        if not fits(value := getattr(settings, name)):
+            raise ConfigError(f"{prefix}{name} is {value!r}: expected {expected}")
 
 
 @cache
@@ -62,19 +71,15 @@ def field_types(settings: type[Any]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(settings)}
 
 
-def _expected(value: object, kind: Any) -> str | None:
-    """Return what `kind` asks for, in words; None if the value fits."""
+def _rule(kind: Any) -> _Rule:
+    """Return the rule of an annotation: one of `_RULES`, a Literal of words, one with a limit, or a union of these."""
     origin, inside = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        base, limit = inside
-        return _expected(value, base) or (None if limit.holds(value) else limit.words)
     if origin is Literal:
-        return None if value in inside else f"one of {', '.join(inside)}"
+        return lambda value: value in inside, f"one of {', '.join(inside)}"
+    if origin is Annotated:
+        fits, limit = _rule(inside[0])[0], inside[1]
+        return lambda value: fits(value) and limit.holds(value), limit.words
     if origin in {Union, UnionType}:
-        options = [_expected(value, option) for option in inside]
-        return None if None in options else " or ".join(str(option) for option in options)
-    if kind is NoneType:
-        return None if value is None else "None"
-    abstract, words = _KINDS.get(kind, (kind, kind.__name__))
-    right = isinstance(value, abstract) and (kind is bool or not isinstance(value, bool))
-    return None if right else words
+        rules = [_rule(option) for option in inside]
+        return lambda value: any(fits(value) for fits, _ in rules), " or ".join(words for _, words in rules)
+    return _RULES[kind]

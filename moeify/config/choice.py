@@ -6,6 +6,7 @@ CamelCase. So a new router or method is one new file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 from moeify.config.checks import check_fields, field_types
 from moeify.errors import ConfigError
 
-_SHARED = {"base", "parts"}  # files that hold what the others share
+_SHARED = {"base"}  # files that hold what the others share
 
 
 @dataclass(frozen=True)
@@ -97,20 +98,12 @@ def words(package: str) -> tuple[str, ...]:
 
 def find(package: str, word: str) -> Any:
     """Return the class of a word: "noisy_topk" is NoisyTopk in noisy_topk.py."""
-    return getattr(import_module(f"{package}.{word}"), _class_name(word))
+    return getattr(import_module(f"{package}.{word}"), "".join(part.capitalize() for part in word.split("_")))
 
 
 def find_by_class(package: str, name: str) -> Any:
-    """Return a class by its own name, for `__getattr__` of a package.
-
-    Raises:
-        AttributeError: There is no such class.
-    """
-    for word in words(package):
-        if _class_name(word) == name:
-            return find(package, word)
-    raise AttributeError(f"module {package!r} has no attribute {name!r}")
-
-
-def _class_name(word: str) -> str:
-    return "".join(part.capitalize() for part in word.split("_"))
+    """Return a class by its own name, or raise an AttributeError: for `__getattr__` of a package."""
+    word = re.sub("(?<=.)(?=[A-Z])", "_", name).lower()
+    if not name[0].isupper() or word not in words(package):
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return find(package, word)

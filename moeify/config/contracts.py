@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moeify.config.choice import Choice
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from moeify.config.settings import MoEConfig
 
@@ -32,22 +33,26 @@ class StartValue:
 
 @dataclass(frozen=True)
 class RouterChoice(Choice):
-    """What the library asks of a router; `moeify.routers.base.Router` is the base class of all routers.
+    """All that the library asks of a router; `moeify.routers.base.Router` is the base class to use.
 
     Attributes:
+        sums_to_one: The weights of a token sum to 1 in evaluation, if the settings ask for it with `renormalize`.
         joint: In evaluation, what the router does with a token depends on the other tokens of the forward pass.
         needs_token_ids: It reads the ids of the tokens in the vocabulary.
         keeps_capacity: It keeps to the capacity itself: the layer drops no choices.
         mixes_tokens: Experts take mixtures of tokens: the layer is a `SoftMoE`.
         kept_in_float32: Tensors of the router that stay float32 whatever the dtype of the model.
+        builds: Makes the module, called with the router, the hidden size, the settings and a `torch.zeros`.
     """
 
-    kind: ClassVar[str] = "router"
+    kind = "router"
+    sums_to_one: ClassVar[bool] = True
     joint: ClassVar[bool] = False
     needs_token_ids: ClassVar[bool] = False
     keeps_capacity: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = False
     kept_in_float32: ClassVar[tuple[str, ...]] = ()
+    builds: ClassVar[Callable[..., Any]]
 
     @property
     def updates_bias(self) -> bool:
@@ -55,15 +60,11 @@ class RouterChoice(Choice):
         return False
 
     def check(self, config: MoEConfig) -> None:
-        """Check that the router can work with the rest of the settings.
-
-        Raises:
-            ConfigError: It cannot; the message names the field.
-        """
+        """Raise a ConfigError that names the field, if the router cannot work with the rest of the settings."""
 
     def exact(self, config: MoEConfig) -> bool:
         """Return whether equal experts compute together what one of them computes, in evaluation."""
-        return config.renormalize and config.eval_capacity_factor is None
+        return self.sums_to_one and config.renormalize and config.eval_capacity_factor is None
 
     def module(
         self,
@@ -72,38 +73,30 @@ class RouterChoice(Choice):
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
-    ) -> nn.Module:
-        """Return the router's module with zero weights.
+    ) -> Any:
+        """Return the router's module, a `moeify.routers.base.RouterModule`, with zero weights."""
+        import torch
 
-        Args:
-            hidden: Hidden size H.
-            config: The settings.
-            device: Device of the parameters.
-            dtype: Dtype of the parameters.
-        """
-        raise NotImplementedError
+        return type(self).builds(self, hidden, config, partial(torch.zeros, device=device, dtype=dtype))
 
     def start(self, config: MoEConfig, hidden: int, path: str) -> dict[str, StartValue]:
         """Return the values that the router's tensors start with, by name, in the order of its state dict.
 
-        Args:
-            config: The settings.
-            hidden: Hidden size H.
-            path: The layer's place in the model; random numbers depend on it and the seed alone.
+        Random numbers depend on the seed of the settings and on `path`, the layer's place in the model, alone.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class MethodChoice(Choice):
-    """What the library asks of a method; `moeify.methods.base.Method` is the base class of all methods.
+    """All that the library asks of a method; `moeify.methods.base.Method` is the base class to use.
 
     Attributes:
         exact: Experts are unchanged parts of the dense FFN.
     """
 
-    kind: ClassVar[str] = "method"
-    exact: ClassVar[bool]
+    kind = "method"
+    exact: ClassVar[bool] = False
 
     def changed(self, weight: Tensor, axis: int, seed: int, expert: str, which: str) -> Tensor:
         """Return one weight of an expert, changed.

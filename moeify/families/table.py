@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from moeify.config import MoEConfig
 from moeify.errors import ConfigError, RefusedError
-from moeify.plan import Plan
+from moeify.plan import Plan, Site
 
 Config = Mapping[str, Any]
-SHARED_WIDTH = 128  # of the shared expert that qwen2_moe insists on; ours outputs zero, so any width is exact
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,29 @@ def _is(field: str, value: Any, why: str) -> Condition:
     return Condition(lambda config: config.get(field, value) == value, f"its config has {field} ≠ {value}: {why}")
 
 
+class Role(Enum):
+    """What a tensor of a native format holds."""
+
+    ROUTER = "the router's weight"
+    GATE = "the gate projection of an expert"
+    UP = "the up projection of an expert"
+    GATE_UP = "the gate projection of an expert, then its up projection"
+    DOWN = "the down projection of an expert"
+
+
+@dataclass(frozen=True)
+class Added:
+    """A tensor that a format insists on and that has no part in what the converted model computes.
+
+    Attributes:
+        shape: Its shape, from the hidden size.
+        drawn: Random values, ready to be trained; if False zeros.
+    """
+
+    shape: Callable[[int], tuple[int, int]]
+    drawn: bool = False
+
+
 @dataclass(frozen=True)
 class Family:
     """One native MoE format.
@@ -38,23 +61,18 @@ class Family:
         model_type: The target's type in `config.json`.
         architecture: The transformers class.
         sources: Dense model types, each with the conditions under which the conversion is exact.
-        router: Key of the router, with `{layer}`.
-        gate: Key of an expert's gate projection, with `{layer}` and `{expert}`; `up` and `down` likewise.
+        tensors: What a layer's tensors hold, in order, by their keys on disk with `{layer}`; a key with `{expert}` is
+            there for each expert, another one of an expert's weights holds all experts, stacked.
         fields: Config fields that the MoE adds, from the plan.
         any_layer: Layers can stay dense.
-        shared: Key prefix of the shared expert that the format insists on, or None.
     """
 
     model_type: str
     architecture: str
     sources: Mapping[str, tuple[Condition, ...]]
-    router: str
-    gate: str
-    up: str
-    down: str
+    tensors: Mapping[str, Role | Added]
     fields: Callable[[Plan, Config], dict[str, Any]]
     any_layer: bool
-    shared: str | None = None
 
 
 # What a native format cannot hold: it routes by top-k softmax without a limit, and trains with its own balancing loss.
@@ -90,7 +108,7 @@ def _mixtral_fields(plan: Plan, config: Config) -> dict[str, Any]:
 
 
 def _qwen_fields(plan: Plan, config: Config) -> dict[str, Any]:
-    converted = set(converted_layers(plan))
+    converted = {layer_number(site) for site in plan.sites}
     return {
         "num_experts": plan.config.experts,
         "num_experts_per_tok": plan.config.top_k,
@@ -105,7 +123,7 @@ def _qwen_fields(plan: Plan, config: Config) -> dict[str, Any]:
 
 def _qwen2_moe_fields(plan: Plan, config: Config) -> dict[str, Any]:
     qkv_bias = config["model_type"] == "qwen2"
-    return {**_qwen_fields(plan, config), "shared_expert_intermediate_size": SHARED_WIDTH, "qkv_bias": qkv_bias}
+    return {**_qwen_fields(plan, config), "shared_expert_intermediate_size": _SHARED_SIZE, "qkv_bias": qkv_bias}
 
 
 def _qwen3_moe_fields(plan: Plan, config: Config) -> dict[str, Any]:
@@ -113,23 +131,27 @@ def _qwen3_moe_fields(plan: Plan, config: Config) -> dict[str, Any]:
     return {**_qwen_fields(plan, config), "num_local_experts": plan.config.experts}
 
 
-_QWEN_KEYS = {
-    "router": "model.layers.{layer}.mlp.gate.weight",
-    "gate": "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
-    "up": "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
-    "down": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
-}
 _MIXTRAL_MOE = "model.layers.{layer}.block_sparse_moe"
+_QWEN_MOE = "model.layers.{layer}.mlp"
+_QWEN_TENSORS: dict[str, Role | Added] = {
+    f"{_QWEN_MOE}.gate.weight": Role.ROUTER,
+    f"{_QWEN_MOE}.experts.{{expert}}.gate_proj.weight": Role.GATE,
+    f"{_QWEN_MOE}.experts.{{expert}}.up_proj.weight": Role.UP,
+    f"{_QWEN_MOE}.experts.{{expert}}.down_proj.weight": Role.DOWN,
+}
+_SHARED_SIZE = 128  # of the shared expert that qwen2_moe insists on; ours outputs zero, so any size is exact
 
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         model_type="mixtral",
         architecture="MixtralForCausalLM",
         sources={"llama": (_NO_ATTENTION_BIAS, _NO_MLP_BIAS), "mistral": ()},
-        router=_MIXTRAL_MOE + ".gate.weight",
-        gate=_MIXTRAL_MOE + ".experts.{expert}.w1.weight",
-        up=_MIXTRAL_MOE + ".experts.{expert}.w3.weight",
-        down=_MIXTRAL_MOE + ".experts.{expert}.w2.weight",
+        tensors={
+            f"{_MIXTRAL_MOE}.gate.weight": Role.ROUTER,
+            f"{_MIXTRAL_MOE}.experts.{{expert}}.w1.weight": Role.GATE,
+            f"{_MIXTRAL_MOE}.experts.{{expert}}.w3.weight": Role.UP,
+            f"{_MIXTRAL_MOE}.experts.{{expert}}.w2.weight": Role.DOWN,
+        },
         fields=_mixtral_fields,
         any_layer=False,
     ),
@@ -141,16 +163,21 @@ FAMILIES: dict[str, Family] = {
             "llama": (_NO_ATTENTION_BIAS, _NO_MLP_BIAS, _PLAIN_HEAD_DIM),
             "mistral": (_NO_SLIDING_WINDOW, _PLAIN_HEAD_DIM),
         },
-        **_QWEN_KEYS,
+        tensors={
+            **_QWEN_TENSORS,
+            f"{_QWEN_MOE}.shared_expert.gate_proj.weight": Added(lambda hidden: (_SHARED_SIZE, hidden), drawn=True),
+            f"{_QWEN_MOE}.shared_expert.up_proj.weight": Added(lambda hidden: (_SHARED_SIZE, hidden), drawn=True),
+            f"{_QWEN_MOE}.shared_expert.down_proj.weight": Added(lambda hidden: (hidden, _SHARED_SIZE)),
+            f"{_QWEN_MOE}.shared_expert_gate.weight": Added(lambda hidden: (1, hidden)),
+        },
         fields=_qwen2_moe_fields,
         any_layer=True,
-        shared="model.layers.{layer}.mlp.shared_expert",
     ),
     "qwen3_moe": Family(
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
         sources={"qwen3": (_FULL_ATTENTION,)},
-        **_QWEN_KEYS,
+        tensors=_QWEN_TENSORS,
         fields=_qwen3_moe_fields,
         any_layer=True,
     ),
@@ -158,14 +185,9 @@ FAMILIES: dict[str, Family] = {
 MOEIFY = "moeify"
 
 
-def layer_number(path: str) -> int:
-    """Return N of `model.layers.N.…`, the form that every native source has."""
-    return int(path.split(".")[2])
-
-
-def converted_layers(plan: Plan) -> list[int]:
-    """Return the numbers of the layers that a plan converts."""
-    return [layer_number(site.path) for site in plan.sites]
+def layer_number(site: Site) -> int:
+    """Return the number of a site's layer: the first number in its path, as every native source is one stack."""
+    return next(int(part) for part in site.path.split(".") if part.isdigit())
 
 
 def choose_target(plan: Plan, config: Config, wanted: str) -> str:
@@ -200,13 +222,16 @@ def why_not(family: Family, plan: Plan, config: Config) -> str | None:
     for condition in conditions:
         if not condition.holds(config):
             return condition.otherwise
+    unnamed = next((site.path for site in plan.sites if not site.gated), None)
+    if unnamed:
+        return f"its activation at {unnamed} has no name here, so it is not known which projection is the gate"
     dense = config["num_hidden_layers"] - len(plan.sites)
     if dense and not family.any_layer:
         return f"{dense} of its layers stay dense, and every layer of {family.model_type} is an MoE"
     if not plan.config.renormalize and not family.any_layer:
-        return f"{family.model_type} always renormalises the weights of the chosen experts"
-    unsaid = [field for field in _UNSAID if getattr(plan.config, field) != getattr(_DEFAULTS, field)]
-    if unsaid:
-        value = getattr(plan.config, unsaid[0])
-        return f"{family.model_type} has no place for {unsaid[0]} = {value!r}; moeify format holds it"
+        return f"{family.model_type} always renormalizes the weights of the chosen experts"
+    for field in _UNSAID:
+        value = getattr(plan.config, field)
+        if value != getattr(_DEFAULTS, field):
+            return f"{family.model_type} has no place for {field} = {value!r}; moeify format holds it"
     return None

@@ -1,102 +1,106 @@
-"""Load checkpoints through transformers, with the strictness that it lacks: every tensor must find its place."""
+"""Loading checkpoints through transformers, but strictly: every tensor must have its place."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
 from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
 from moeify.hub.registration import register
 from moeify.tracing.skeleton import config_of, model_class
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-def load(path: str | Path, **kwargs: Any) -> nn.Module:
-    """Load a checkpoint, dense, native MoE or in moeify format; every tensor must find its place.
+
+def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint: dense, native MoE or in moeify format; every tensor must have its place.
 
     Args:
         path: A model folder or a GGUF file.
         kwargs: For `from_pretrained` (`dtype`, `device_map`, …).
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape, where transformers would only log it.
+        CheckpointError: A tensor is missing, unexpected or of another shape, where transformers would only log it.
     """
     path = Path(path)
     with open_source(path) as source:
         cls = model_class(source.config)
     if path.suffix == ".gguf":
-        return _strictly(cls, path.parent, gguf_file=path.name, **kwargs)
-    return _strictly(cls, path, **kwargs)
-
-
-def load_slice(source: Source, cut: Slice | None, **kwargs: Any) -> nn.Module:
-    """Load the first layers of a checkpoint in float32, with everything before and after them.
-
-    Args:
-        source: The opened checkpoint.
-        cut: Which layers to keep; None loads all.
-        kwargs: For `from_pretrained`.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape.
-    """
-    cls, config = model_class(source.config), config_of(source.config)
-    wanted = list(source.tensors)
-    if cut is not None:
-        _cut(config, cut)
-        wanted = [name for name in wanted if cut.keeps(name)]
-    tensors = {name: source.read(name) for name in wanted}
-    return _strictly(cls, None, config=config, state_dict=tensors, dtype=torch.float32, **kwargs)
+        return _load_strictly(cls, path.parent, gguf_file=path.name, **kwargs)
+    return _load_strictly(cls, path, **kwargs)
 
 
 @dataclass(frozen=True)
-class Slice:
+class FirstLayers:
     """The first layers of a stack.
 
     Attributes:
-        stack: What stands before the number in the names of its tensors, `model.layers.` for example.
-        layers: How many of them.
+        stack: What stands before the number in the names of its tensors, such as `model.layers.`.
+        count: How many layers.
     """
 
     stack: str
-    layers: int
+    count: int
 
     def keeps(self, name: str) -> bool:
-        """Whether a tensor or module is outside the stack or in one of its first layers."""
+        """Return whether a tensor or module is outside the stack or in one of its first layers."""
         number = name.removeprefix(self.stack).split(".")[0]
-        return not (name.startswith(self.stack) and number.isdigit() and int(number) >= self.layers)
+        return not (name.startswith(self.stack) and number.isdigit() and int(number) >= self.count)
 
 
-def _cut(config: Any, cut: Slice) -> None:
+def load_first_layers(source: Source, layers: FirstLayers | None, **kwargs: Any) -> PreTrainedModel:
+    """Load the first layers of a checkpoint in float32, with everything before and after the stack.
+
+    Args:
+        source: The opened checkpoint.
+        layers: The layers to keep; None loads all.
+        kwargs: For `from_pretrained`.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected or of another shape.
+    """
+    cls, config = model_class(source.config), config_of(source.config)
+    if layers is not None:
+        _keep_first_layers(config, layers)
+    tensors = {name: source.read(name) for name in source.tensors if layers is None or layers.keeps(name)}
+    return _load_strictly(cls, None, config=config, state_dict=tensors, dtype=torch.float32, **kwargs)
+
+
+def _keep_first_layers(config: PreTrainedConfig, layers: FirstLayers) -> None:
     """Make a config describe its first layers only."""
-    depth = config.num_hidden_layers
-    for field, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == depth:
-            setattr(config, field, value[: cut.layers])
-    if getattr(config, "mlp_only_layers", None):
-        config.mlp_only_layers = [i for i in config.mlp_only_layers if i < cut.layers]
-    config.num_hidden_layers = cut.layers
+    fields = config.to_dict()
+    depth, count = config.num_hidden_layers, layers.count
+    changed: dict[str, object] = {
+        name: value[:count] for name, value in fields.items() if isinstance(value, list) and len(value) == depth
+    }
+    changed["num_hidden_layers"] = count
+    if fields.get("mlp_only_layers"):  # numbers of layers, not one entry per layer
+        changed["mlp_only_layers"] = [number for number in fields["mlp_only_layers"] if number < count]
     entry = getattr(config, "quantization_config", None)
     if entry:
-        sites = [site for site in entry["plan"]["sites"] if cut.keeps(site["path"])]
-        config.quantization_config = {**entry, "plan": {**entry["plan"], "sites": sites}}
+        sites = [site for site in entry["plan"]["sites"] if layers.keeps(site["path"])]
+        changed["quantization_config"] = {**entry, "plan": {**entry["plan"], "sites": sites}}
+    for name, value in changed.items():
+        setattr(config, name, value)
 
 
-def _strictly(cls: Any, folder: Path | None, **kwargs: Any) -> nn.Module:
+def _load_strictly(cls: type[PreTrainedModel], folder: Path | None, **kwargs: Any) -> PreTrainedModel:
     register()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
+        loaded: object = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model, info = cast("tuple[torch.nn.Module, dict[str, Iterable[str]]]", loaded)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info.get(kind) or ())
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             where = f"{folder}: " if folder else ""
             raise CheckpointError(f"{where}{kind.split('_')[0]} tensor {names[0]}{more} for {cls.__name__}")
-    loaded: nn.Module = model.eval()
-    return loaded
+    return cast("PreTrainedModel", model.eval())

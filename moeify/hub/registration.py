@@ -19,13 +19,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moeify.conversion.dense import Dense
+from moeify.conversion.module import remember_plan
+from moeify.conversion.restructure import restructure
 from moeify.errors import CheckpointError
 from moeify.hub.stock_experts import offer_stock_experts
-from moeify.inplace import remember_plan
 from moeify.plan import Plan
-from moeify.planning.make import survey
-from moeify.planning.replacement import apply_plan
-from moeify.tracing.trace import trace
 
 FORMAT = "moeify"
 
@@ -46,11 +45,11 @@ class MoeifyLoader(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         plan = self.plan_for(model)
         custom = any(site.activation == "custom" for site in plan.sites)
-        regions = survey(trace(model)).regions if custom else {}
+        regions = Dense(model).regions if custom else {}
         if kept := plan.config.router.kept_in_float32:
             untyped: Any = model
             untyped._keep_in_fp32_modules_strict = {*(untyped._keep_in_fp32_modules_strict or ()), *kept}
-        return apply_plan(model, plan, regions, fill=False)
+        return restructure(model, plan, regions)
 
     def postprocess_model(self, model: nn.Module, **_: Any) -> nn.Module:
         """Leave an ordinary model that trains and saves, with the plan in its config."""

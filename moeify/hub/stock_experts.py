@@ -1,16 +1,16 @@
 """The experts of transformers' own MoE models, computed by `moeify::experts`.
 
-transformers looks up by name how its experts are computed, and gives the function the module with its stacked weights.
-Shape legend: T tokens, H hidden, K experts per token, S = T·K rows in the experts' order.
+transformers looks up by name how its experts are computed, and calls that function with the module that holds the
+stacked weights. Shape legend: T tokens, H hidden size, K choices per token, S = T·K choices in the experts' order,
+E experts, I intermediate size, J rows of the up projection (2I with a gate).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.integrations import moe
@@ -18,6 +18,10 @@ from transformers.integrations import moe
 from moeify.kernels import ops
 from moeify.kernels.activations import ACTIVATIONS
 from moeify.kernels.layout import routing_layout
+from moeify.measure import probe, recognize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAME = "moeify"
 
@@ -26,7 +30,7 @@ def stock_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     """Compute what transformers' other experts functions compute, with their signature.
 
     Args:
-        self: The module that holds the stacked weights.
+        self: The module that holds the stacked weights, as `use_experts_implementation` describes it.
         hidden_states: (T, H).
         top_k_index: (T, K) int64; an id past the last expert counts nothing.
         top_k_weights: (T, K).
@@ -39,10 +43,10 @@ def stock_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
             activation=name, gated=self.has_gate,
         )  # fmt: skip
     layout = routing_layout(top_k_index, up.shape[0])
-    z = ops.grouped_linear(ops.dispatch(hidden_states, layout), up, up_bias, layout.offsets_E1)
-    activated = self._apply_gate(z) if self.has_gate else self.act_fn(z)
-    y_SH = ops.grouped_linear(activated, down, down_bias, layout.offsets_E1)
-    if self.has_post_expert_norm:
+    z_SJ = ops.grouped_linear(ops.dispatch(hidden_states, layout), up, up_bias, layout.offsets_E1)
+    a_SI = self._apply_gate(z_SJ) if self.has_gate else self.act_fn(z_SJ)
+    y_SH = ops.grouped_linear(a_SI, down, down_bias, layout.offsets_E1)
+    if _has_norm(self):
         y_SH = self.post_expert_norm(y_SH)
     return ops.combine(y_SH, top_k_weights, layout).to(hidden_states.dtype)
 
@@ -55,27 +59,27 @@ def offer_stock_experts() -> None:
 
 @contextmanager
 def through_moeify(model: nn.Module, name: str = NAME) -> Iterator[None]:
-    """Let a transformers model compute its experts so inside the block; others stay as they are.
+    """Let a transformers model compute its experts in another way inside the block; other models stay as they are.
 
     Args:
-        model: Any.
+        model: Any model.
         name: Of the implementation, as transformers knows it; `stock_experts` unless another was added.
     """
-    untyped: Any = model
     if not hasattr(model, "set_experts_implementation"):
         yield
         return
     offer_stock_experts()
-    before = untyped.get_experts_implementation()
-    untyped.set_experts_implementation(name)
+    pretrained = cast("PreTrainedModel", model)
+    before = pretrained.get_experts_implementation()
+    pretrained.set_experts_implementation(name)
     try:
         yield
     finally:
-        untyped.set_experts_implementation(before)
+        pretrained.set_experts_implementation(before)
 
 
 def stacked_weights(module: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return the weights as the kernels take them: (E, J, H) and (E, H, I), and the biases (E, J) and (E, H)."""
+    """Return the weights as the kernels take them, (E, J, H) and (E, H, I), and the biases (E, J) and (E, H)."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = getattr(module, name), module.down_proj
     if module.is_transposed:
@@ -85,18 +89,19 @@ def stacked_weights(module: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor 
     return up, down, getattr(module, f"{name}_bias"), module.down_proj_bias
 
 
+def _has_norm(module: object) -> bool:
+    return getattr(module, "has_post_expert_norm", False)  # transformers 5.17 has no such field
+
+
 def _activation_name(module: Any) -> str | None:
-    """The kernels' name for what stands between the products; None if they have none."""
+    """Return the kernels' name for what stands between the projections, or None if they have none."""
     plain_gate = getattr(type(module), "_apply_gate", None) is moe._default_apply_gate and module.is_concatenated
-    if module.has_post_expert_norm or (module.has_gate and not plain_gate):
+    if _has_norm(module) or (module.has_gate and not plain_gate):
         return None
     with _disable_current_modes():  # real numbers, also while the model is traced with fake ones
-        points = torch.linspace(-8, 8, 257, dtype=torch.float64, device="cpu")
+        points = probe(257)
         try:
             values = module.act_fn(points)
         except (RuntimeError, AttributeError):
             return None  # not a function of one tensor on the CPU
-        for name, known in ACTIVATIONS.items():
-            if torch.allclose(values, known.forward(points), rtol=1e-9, atol=1e-12):
-                return name
-    return None
+        return recognize(values, {name: known.forward for name, known in ACTIVATIONS.items()}, points)

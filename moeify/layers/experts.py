@@ -1,7 +1,7 @@
-"""E FFNs of one shape, stacked: what a router's choice is applied to.
+"""The experts: E FFNs of one shape, in stacked parameters.
 
-Shape legend: T tokens, H hidden, I intermediate, J rows of the first weight (2I with a gate), E experts, K experts per
-token, S = T·K rows in the experts' order.
+Shape legend: T tokens, H hidden size, I intermediate size, J rows of the up projections (2I with a gate), E experts,
+K choices per token, S = T·K choices in the experts' order.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Experts(nn.Module):
         activation: A name that the kernels know, or any name when `region` is given.
         gated: act(gate) * up.
         up_rows: J.
-        up_bias: Whether the first projections have biases.
-        down_bias: Whether the projection back has one.
-        region: The captured computation between the projections; used when the kernels do not know it by name.
-        region_widths: Rows of each projection that the region takes.
+        up_bias: Whether the up projections have biases.
+        down_bias: Whether the down projection has one.
+        region: The captured computation between the projections, where the kernels do not know it by name.
+        region_widths: Rows of each up projection that the region takes.
         dropout: Probability of dropping hidden values inside the experts, in training.
         device: Of the parameters.
         dtype: Of the parameters.
@@ -70,13 +70,13 @@ class Experts(nn.Module):
 
     @property
     def up(self) -> Tensor:
-        """The first weight (E, J, H), whatever its name."""
+        """The up projections (E, J, H), whatever their name."""
         weight: Tensor = getattr(self, self.up_name)
         return weight
 
     @property
     def up_bias(self) -> Tensor | None:
-        """The first bias (E, J), or None."""
+        """Biases of the up projections (E, J), or None."""
         bias: Tensor | None = getattr(self, f"{self.up_name}_bias")
         return bias
 
@@ -103,7 +103,7 @@ class Experts(nn.Module):
         return self._unfused(x_TH, expert_ids_TK, weights_TK)
 
     def _unfused(self, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Run the experts with any torch code between the products."""
+        """Run the experts with any torch code between the projections."""
         layout = routing_layout(expert_ids_TK, self.num_experts)
         z_SJ = ops.grouped_linear(ops.dispatch(x_TH, layout), self.up, self.up_bias, layout.offsets_E1)
         a_SI = F.dropout(self._activate(z_SJ), self.dropout, self.training)

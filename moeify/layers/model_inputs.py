@@ -1,7 +1,7 @@
 """What a model was called with, for the MoE layers inside it: the padding mask and the token ids.
 
-A layer sees activations only. The nearest module around it whose forward takes `input_ids` and `attention_mask` tells
-it of both, through a hook and one `ModelInputs` that the layers below share.
+A layer sees activations only. The nearest module around it whose forward takes `input_ids` and `attention_mask` passes
+both on through a forward hook, into one `ModelInputs` that the layers below share.
 
 Shape legend: B sequences, L positions, T = B·L tokens.
 """
@@ -19,10 +19,10 @@ _NAMES = ("input_ids", "attention_mask")
 
 
 class ModelInputs:
-    """The arguments of the forward pass that is going on, or of the last one.
+    """The padding mask and the token ids of the current or the last forward pass.
 
     Args:
-        names: The positional parameters of the forward that it is told of.
+        names: Names of the positional parameters of the forward.
     """
 
     def __init__(self, names: tuple[str, ...] = ()) -> None:
@@ -45,12 +45,12 @@ class ModelInputs:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the mask (T,) bool and the token ids (T,) for activations (B, L, H), each None where it does not fit.
 
-        While a cache is in use the mask covers earlier positions too: the last L are taken. A tower for images in the
-        same model has another L.
+        With a KV cache the mask covers earlier positions too: the last L are taken. A part of the model for images has
+        another L.
 
         Args:
             x: (B, L, H).
-            token_ids: (B, L), where the caller hands them over, as a graph does.
+            token_ids: (B, L), if the caller passes them, as a graph does.
             mask: (B, at least L), likewise; 0 for padding.
         """
         token_ids = _fitting(self.token_ids if token_ids is None else token_ids, x)
@@ -81,11 +81,11 @@ def takes_tokens(module: nn.Module) -> bool:
 
 
 def connect(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Give layers the batch of the module around them.
+    """Give layers the `ModelInputs` of the module around them.
 
     Args:
         model: The model.
-        layers: Layers with a `batch`, by their paths in it.
+        layers: Layers with `model_inputs`, by their paths in it.
     """
     owners: dict[str, ModelInputs] = {}
     for path, layer in layers.items():
@@ -101,7 +101,7 @@ def connect(model: nn.Module, layers: Mapping[str, Any]) -> None:
 
 
 def _owner(model: nn.Module, path: str) -> str | None:
-    """The path of the nearest module around `path` that takes tokens."""
+    """Return the path of the nearest module around `path` that takes tokens."""
     while path:
         path = path.rpartition(".")[0]
         if takes_tokens(model.get_submodule(path)):

@@ -1,6 +1,6 @@
 """The MoE layer: route, keep to the capacity, attach the losses, dispatch, run the experts, combine.
 
-Shape legend: T tokens, H hidden, E experts, K experts per token.
+Shape legend: T tokens, H hidden size, E experts, K choices per token.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from moeify.errors import MoeifyError
 from moeify.layers.dispatch import Dispatcher, LocalDispatcher
 from moeify.layers.model_inputs import ModelInputs
 from moeify.routers.base import RouterModule
+from moeify.routing.attach_loss import attach_loss
 from moeify.routing.balance import layer_losses, weighted_sum
 from moeify.routing.capacity import drop_overflow, exact_factor, expert_capacity
-from moeify.routing.losses import attach_loss, expert_counts
+from moeify.routing.losses import expert_counts
 from moeify.routing.record import Routing, RoutingContext
 
 
@@ -31,7 +32,7 @@ class ForwardRecord:
         routing: The router's choice, before capacity.
         mask_T: (T,) bool, False for padding; None when all tokens are real.
         sequences: B; the tokens are B sequences in a row.
-        dropped: Places that gave way, () int64; None without a limit.
+        dropped: Number of dropped choices, () int64; None without a limit.
     """
 
     routing: Routing
@@ -41,11 +42,11 @@ class ForwardRecord:
 
 
 class MoELayer(nn.Module):
-    """What every layer has that stands where a dense FFN stood.
+    """Base class of the layers that stand where a dense FFN stood.
 
     Args:
-        router: Chooses; its `config` is the layer's.
-        experts: Compute.
+        router: Chooses experts; its `config` is the layer's.
+        experts: The routed experts, called with rows, expert ids and weights.
         shared_expert: Experts that every token visits, or None.
         dropout: Probability with which the dense FFN dropped its output, in training.
         path: The layer's place in the model, for messages.
@@ -87,13 +88,13 @@ class MoELayer(nn.Module):
         """Change the limits.
 
         Raises:
-            ConfigError: a factor that is not a positive finite number.
+            ConfigError: A factor is not a positive finite number.
         """
         limits = [None if factor is None else exact_factor(factor) for factor in (train, evaluation)]
         self.capacity_factor, self.eval_capacity_factor = limits
 
     def with_shared(self, out_TH: Tensor, x_TH: Tensor) -> Tensor:
-        """Add what the shared experts make of tokens (T, H) to what the routed ones made."""
+        """Add the outputs of the shared experts for tokens (T, H) to those of the routed ones."""
         if self.shared_expert is None:
             return out_TH
         ids_TK = torch.arange(self.config.shared_experts, device=x_TH.device).expand(x_TH.shape[0], -1)
@@ -103,8 +104,7 @@ class MoELayer(nn.Module):
 
     def losses(self) -> dict[str, Tensor]:
         """Return the losses of the last forward pass, without their coefficients."""
-        record = self.record
-        return {} if record is None else self._losses(record)
+        return {} if self.record is None else self._losses(self.record)
 
     def _losses(self, record: ForwardRecord) -> dict[str, Tensor]:
         return layer_losses(record.routing, self.config, mask_T=record.mask_T, sequences=max(record.sequences, 1))
@@ -137,7 +137,7 @@ class SparseMoE(MoELayer):
             mask: (B, at least L), likewise.
 
         Raises:
-            MoeifyError: a logit is NaN (looked for on the CPU only, where looking does not wait for a device).
+            MoeifyError: A router logit is NaN; checked on the CPU only, where the check waits for no device.
         """
         x_TH = x.reshape(-1, x.shape[-1])
         mask_T, token_ids_T = self.model_inputs.tokens(x, token_ids, mask)
@@ -156,7 +156,7 @@ class SparseMoE(MoELayer):
         return F.dropout(out_TH.view(x.shape), self.dropout, self.training)
 
     def _limit(self, routing: Routing, mask_T: Tensor | None, factor: Fraction) -> tuple[Routing, Tensor]:
-        """Drop what exceeds the experts' capacity; padding takes none."""
+        """Drop choices that exceed an expert's capacity; padding takes none of it."""
         ids_TK, config = routing.expert_ids_TK, self.config
         if mask_T is not None:
             ids_TK = ids_TK.masked_fill(~mask_T.unsqueeze(-1), config.experts)

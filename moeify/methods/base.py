@@ -1,4 +1,4 @@
-"""What methods share.
+"""The base class of methods.
 
 Shape legend, here and in the methods: H hidden size, I intermediate size.
 """
@@ -13,5 +13,3 @@ from moeify.config.contracts import MethodChoice
 @dataclass(frozen=True)
 class Method(MethodChoice):
     """Base class of methods: the fields of a subclass are its options, and `changed` is what it does."""
-
-    exact = False

@@ -3,7 +3,7 @@
 Two ways, tried in this order:
     owner    The FFN is a module of its own (`model.layers.0.mlp`): the MoE layer takes its place.
     splice   It is spread over siblings (BERT's `intermediate.dense`, `output.dense`; OPT's `fc1`, `fc2`): the MoE layer
-             takes the place of the projection back, and the modules before it pass their input through.
+             takes the place of the down projection, and the modules before it pass their input on.
 """
 
 from __future__ import annotations
@@ -14,22 +14,34 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from moeify.errors import RefusedError
-from moeify.passes import dataflow as flow
-from moeify.passes.find_ffn import FFN
+from moeify.passes.ffn import FFN
+from moeify.passes.matching import dataflow as flow
+from moeify.passes.matching.operators import TRANSPARENT, has, op_name
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the MoE layer sits (`path`), which modules become pass-throughs, and the dropout that it takes over."""
+    """Where the MoE layer of an FFN sits, and what it takes over.
+
+    Attributes:
+        path: Where the MoE layer sits.
+        bypassed: Modules that pass their input on from now, because the layer does their work.
+        dropout: Probability with which the FFN's output is dropped in a module that the layer replaces.
+        expert_dropout: Probability with which its hidden layer is dropped.
+    """
 
     path: str
-    through: tuple[str, ...]
+    bypassed: tuple[str, ...]
     dropout: float
     expert_dropout: float
 
 
-class Places:
-    """The nodes of a traced graph by the module that issued them."""
+class Placer:
+    """Finds the places of FFNs in the module tree.
+
+    Args:
+        graph_module: The traced graph.
+    """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.by_module: dict[str, list[fx.Node]] = {}
@@ -48,8 +60,6 @@ class Places:
         """
         if ffn.down.axis != -1:
             raise RefusedError(f"{ffn.name}: its projections are 1x1 convolutions; convert the graph instead")
-        if len({p.transposed for p in (*ffn.ups, ffn.down)}) > 1:
-            raise RefusedError(f"{ffn.name}: its weights are stored in two orientations; convert the graph instead")
         return self._owner(ffn) or self._splice(ffn)
 
     def place_in_graph(self, ffn: FFN) -> Placement:
@@ -61,85 +71,83 @@ class Places:
             place = Placement(
                 path if leaf == "weight" else f"{ffn.down.weight}_moe", (), 0.0, _dropout_among(ffn.nodes)
             )
-        return replace(place, through=(), dropout=0.0)
+        return replace(place, bypassed=(), dropout=0.0)
 
     def _owner(self, ffn: FFN) -> Placement | None:
-        """The FFN's own module, when nothing else happens in it."""
-        inside = {*(n for p in (*ffn.ups, ffn.down) for n in (p.product, p.node)), *ffn.nodes}
-        entry = _transparent_inputs(ffn.ups[0].source)
-        result, dropout = _follow_dropout(ffn.down.node)
-        around = {*entry, *result}
+        """Return the place of the FFN's own module, when nothing else happens in it."""
+        inside = set(ffn.calls[0].inside)
+        result = _transparent_outputs(ffn.down.node)
+        around = {*_transparent_inputs(ffn.ups[0].source), *result}
         owned = self._work(ffn.name)
         strangers = [node for node in owned if node not in inside and node not in around]
         own_calls = len(owned) - len(strangers)
-        if not ffn.name or len(strangers) != own_calls * (ffn.calls - 1):
+        if not ffn.name or len(strangers) != own_calls * (len(ffn.calls) - 1):
             return None
-        dropout = dropout if any(node in owned for node in result) else 0.0
+        dropout = _dropout_among(node for node in result if node in owned)  # what is outside stays
         return Placement(ffn.name, (), dropout, _dropout_among(ffn.nodes))
 
     def _splice(self, ffn: FFN) -> Placement:
-        """The projection back, with what stands before it passing its input through."""
+        """Return the place of the down projection; the modules before it pass their input on."""
         where = ffn.name or "the model"
-        through = self._inner_module(ffn) or self._inner_modules(ffn, where)
-        return Placement(self._leaf(ffn.down.node, ffn, where), through, 0.0, _dropout_among(ffn.nodes))
+        bypassed = self._inner_module(ffn) or self._inner_modules(ffn, where)
+        return Placement(self._leaf(ffn.down.node, ffn, where), bypassed, 0.0, _dropout_among(ffn.nodes))
 
     def _inner_module(self, ffn: FFN) -> tuple[str, ...]:
-        """The one module that holds first projections and activation, if there is one (BERT's `intermediate`)."""
+        """Return the one module that holds up projections and activation, if there is one (BERT's `intermediate`)."""
         inside = {*(n for p in ffn.ups for n in (p.product, p.node)), *ffn.nodes}
         path = flow.innermost_module(inside)
         own = [node for node in self._work(path) if node in inside]
-        alone = path and path != ffn.name and len(self._work(path)) == ffn.calls * len(own)
+        alone = path and path != ffn.name and len(self._work(path)) == len(ffn.calls) * len(own)
         return (path,) if alone else ()
 
     def _inner_modules(self, ffn: FFN, where: str) -> tuple[str, ...]:
-        """Every module between the input and the projection back (OPT's `fc1` and `activation_fn`)."""
+        """Return every module between the input and the down projection (OPT's `fc1` and `activation_fn`)."""
         if len(ffn.ups) > 1 or ffn.kind != "mlp":
             raise RefusedError(f"{where}: its gated FFN is computed in the block itself; convert the graph instead")
-        through = [self._leaf(ffn.ups[0].node, ffn, where)]
+        bypassed = [self._leaf(ffn.ups[0].node, ffn, where)]
         for node in ffn.nodes:
-            if flow.op_name(node) in flow.TRANSPARENT and flow.module_stack(node)[-1] == ffn.name:
+            if has(node, TRANSPARENT) and flow.module_stack(node)[-1] == ffn.name:
                 continue  # dropout or a cast written in the block: nothing to neutralise in evaluation
             path = flow.module_stack(node)[-1]
             own = [n for n in self._work(path) if n in ffn.nodes]
-            if path == ffn.name or len(self._work(path)) != ffn.calls * len(own):
+            if path == ffn.name or len(self._work(path)) != len(ffn.calls) * len(own):
                 raise RefusedError(
-                    f"{where}: its activation `{flow.op_name(node)}` is not a module; convert the graph instead"
+                    f"{where}: its activation `{op_name(node)}` is not a module; convert the graph instead"
                 )
-            through.append(path)
-        return tuple(dict.fromkeys(through))
+            bypassed.append(path)
+        return tuple(dict.fromkeys(bypassed))
 
     def _leaf(self, node: fx.Node, ffn: FFN, where: str) -> str:
-        """The module that does this projection and nothing else."""
+        """Return the module that computes this projection and nothing else."""
         path = flow.module_stack(node)[-1]
-        work = [n for n in self._work(path) if flow.op_name(n) not in flow.TRANSPARENT]
-        if len(work) != ffn.calls:
+        work = [n for n in self._work(path) if not has(n, TRANSPARENT)]
+        if len(work) != len(ffn.calls):
             raise RefusedError(f"{where}: its projection `{node.name}` is not a module; convert the graph instead")
         return path
 
     def _work(self, path: str) -> list[fx.Node]:
-        """The nodes that a module issued and that depend on the input."""
+        """Return the nodes that a module issued and that depend on the input."""
         return [node for node in self.by_module.get(path, ()) if not flow.is_static(node, self.static)]
 
 
 def _transparent_inputs(source: fx.Node) -> list[fx.Node]:
-    """The casts and reshapes between the activation and the first projections."""
+    """Return the casts and reshapes between what the FFN reads and its up projections."""
     nodes = []
-    while flow.op_name(source) in flow.TRANSPARENT:
+    while has(source, TRANSPARENT):
         nodes.append(source)
         source = source.all_input_nodes[0]
     return nodes
 
 
-def _follow_dropout(result: fx.Node) -> tuple[list[fx.Node], float]:
-    """The casts, reshapes and dropout after the projection back, and the dropout's probability."""
-    nodes, probability = [], 0.0
+def _transparent_outputs(result: fx.Node) -> list[fx.Node]:
+    """Return the casts, reshapes and dropout after the down projection."""
+    nodes = []
     users = flow.data_users(result)
-    while len(users) == 1 and flow.op_name(users[0]) in flow.TRANSPARENT:
+    while len(users) == 1 and has(users[0], TRANSPARENT):
         nodes.append(users[0])
-        probability = max(probability, _dropout_among(nodes[-1:]))
         users = flow.data_users(users[0])
-    return nodes, probability
+    return nodes
 
 
 def _dropout_among(nodes: Iterable[fx.Node]) -> float:
-    return max((float(n.args[1]) for n in nodes if flow.op_name(n) == "dropout"), default=0.0)  # type: ignore[arg-type]
+    return max((float(n.args[1]) for n in nodes if op_name(n) == "dropout"), default=0.0)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""The proof of a conversion: logits side by side, whole or on a slice, and perplexity."""
+"""The proof of a conversion: outputs side by side, of whole models or of a few layers, and perplexity."""

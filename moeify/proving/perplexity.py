@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +16,13 @@ def perplexity(model: nn.Module, ids_L: Tensor, *, window: int = 512) -> float:
     Args:
         model: A causal language model of transformers.
         ids_L: Token ids of the text, (L,), int64.
-        window: The text is cut into windows of this many tokens, each predicted from its own beginning.
+        window: The text is cut into windows of this many tokens; each is predicted from its own beginning.
     """
     total, count = 0.0, 0
     for ids in torch.split(ids_L, window):
         if len(ids) < 2:
             continue
-        output: Any = model(input_ids=ids[None], use_cache=False)
-        total += F.cross_entropy(output.logits[0, :-1].float(), ids[1:], reduction="sum").item()
+        logits_LV = model(input_ids=ids[None], use_cache=False).logits[0]
+        total += F.cross_entropy(logits_LV[:-1].float(), ids[1:], reduction="sum").item()
         count += len(ids) - 1
     return math.exp(total / count) if count else math.nan

@@ -1,36 +1,107 @@
-"""Verify checkpoints: whole, or a slice of a few layers so that the memory does not grow with the depth."""
+"""The proof of a conversion: the dense model and the MoE run on the same inputs, and their logits are compared.
+
+`verify` compares two models, `verify_checkpoints` two checkpoints, and `verify_slice` the first layers of two
+checkpoints, so that the memory does not grow with the depth.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moeify.checkpoint.source import Source, open_source
+from moeify.checkpoint.source import open_source
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.config import MoEConfig
-from moeify.hub.loading import Slice, load, load_slice
+from moeify.conversion.checkpoint import PLAN_FILE
+from moeify.conversion.dense import DenseCheckpoint
+from moeify.errors import VerificationError
+from moeify.hub.loading import FirstLayers, load, load_first_layers
+from moeify.measure import fill_inputs, relative_difference, tolerance_of, top1_agreement
 from moeify.plan import Plan
-from moeify.proving.verification import VerifyReport, random_inputs, verify
-from moeify.streaming.stream import PLAN_FILE
-from moeify.tracing.skeleton import build_on_meta, config_of, stored_names
+from moeify.tracing.inputs import candidate_inputs
 
-_SLICE = 2  # converted layers in a slice
+_CONVERTED_LAYERS = 2  # in the slice that is compared
+_MAX_TOKENS = 512  # of a text
 _NUMBERED = re.compile(r"(?P<stack>(?:[^.]+\.)*?)(?P<number>\d+)\.")
 _PLAIN = {"experts_implementation": "eager"}  # transformers' default needs widths of whole 16 bytes
 
 
-def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> VerifyReport:
-    """Load both checkpoints whole, in float32, and compare their logits.
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was measured.
 
-    Where the conversion was told to store another dtype, the dense weights are rounded to it first: what is proved is
-    the conversion, not the rounding that was asked for.
+    Attributes:
+        max_abs_diff: Largest absolute difference between two logits.
+        max_abs_logit: Largest absolute logit of the dense model.
+        relative: Their ratio.
+        top1_agreement: Share of positions at which both models rank the same logit first.
+        tolerance: Largest relative difference that passes; None if the method promises none.
+        passed: Whether the promise holds.
+    """
+
+    max_abs_diff: float
+    max_abs_logit: float
+    relative: float
+    top1_agreement: float
+    tolerance: float | None
+    passed: bool
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Return the fields as plain data."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Return one line for people."""
+        promise = "no exactness promised" if self.tolerance is None else f"tolerance {self.tolerance:.0e}"
+        return (
+            f"relative difference {self.relative:.2e} ({promise}), largest {self.max_abs_diff:.2e} "
+            f"of {self.max_abs_logit:.3g}, top-1 agreement {self.top1_agreement:.2%}"
+        )
+
+
+@torch.no_grad()
+def verify(
+    dense: nn.Module, moe: nn.Module, inputs: Mapping[str, object] | None = None, *, exact: bool = True
+) -> VerifyReport:
+    """Run both models on the same inputs and compare their logits, or their first output if they have no head.
+
+    Args:
+        dense: The model before the conversion.
+        moe: The model after it, in the same dtype; the tolerance is that of the dtype.
+        inputs: Keyword arguments of both forwards; None makes random ones for a transformers model.
+        exact: Whether the method promises equality.
+
+    Raises:
+        VerificationError: The outputs have different shapes.
+    """
+    arguments = _random_inputs(dense) if inputs is None else inputs
+    expected, result = (_logits(_evaluate(model, arguments)) for model in (dense, moe))
+    if expected.shape != result.shape:
+        raise VerificationError(f"the dense model gives {tuple(expected.shape)}, the MoE {tuple(result.shape)}")
+    tolerance = tolerance_of(expected.dtype) if exact else None
+    relative = relative_difference(result, expected)
+    return VerifyReport(
+        max_abs_diff=(result.double() - expected.double()).abs().max().item(),
+        max_abs_logit=expected.double().abs().max().item(),
+        relative=relative,
+        top1_agreement=top1_agreement(result, expected),
+        tolerance=tolerance,
+        passed=math.isfinite(relative) and (tolerance is None or relative <= tolerance),
+    )
+
+
+def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> VerifyReport:
+    """Load both checkpoints as a whole, in float32, and compare their logits.
+
+    If the conversion was told to store another dtype, the dense weights are rounded to it first: the proof is about the
+    conversion, not about the rounding that was asked for.
 
     Args:
         dense: A folder or GGUF file.
@@ -38,87 +109,98 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
         text: Text to run them on, through the tokenizer beside the MoE; None takes random token ids.
 
     Raises:
-        CheckpointError: a tensor of either is missing or unexpected.
+        CheckpointError: A tensor of either is missing or unexpected.
     """
     dense_model, moe_model = load(dense, dtype=torch.float32), load(moe, dtype=torch.float32, **_PLAIN)
-    record = _record(moe)
-    if record.get("cast_to"):
-        _round(dense_model, torch_dtype(record["cast_to"]))
-    inputs = None if text is None else _tokens(moe, text)
-    return verify(dense_model, moe_model, inputs, exact=_promises_equality(record))
+    plan_file = moe / PLAN_FILE
+    record = json.loads(plan_file.read_text()) if plan_file.is_file() else {}
+    _round_weights(dense_model, record.get("cast_to"))
+    exact = MoEConfig.from_dict(record["config"]).exact if record else True  # others' MoEs are held to equality
+    return verify(dense_model, moe_model, None if text is None else _tokens(moe, text), exact=exact)
 
 
-def verify_slice(
-    source: Source,
-    moe: Path,
-    plan: Plan,
-    *,
-    cast_to: str | None = None,
-    example_inputs: Mapping[str, Any] | None = None,
-) -> VerifyReport:
-    """Compare the first layers of a dense checkpoint and of its MoE, up to the second converted one, in float32.
+def verify_slice(dense: DenseCheckpoint, moe: Path, plan: Plan, *, cast_to: str | None = None) -> VerifyReport:
+    """Compare a dense checkpoint and its MoE up to the second converted layer, in float32.
 
-    Models that are not one stack of numbered layers are compared whole.
+    Models that are not one stack of numbered layers are compared as a whole.
 
     Args:
-        source: The opened dense checkpoint.
+        dense: The dense checkpoint.
         moe: The folder that was written.
         plan: What was converted.
-        cast_to: safetensors name of the dtype that the output was told to store, if it was.
-        example_inputs: What to run them on, where it cannot be guessed; tensors on the meta device are filled.
+        cast_to: safetensors name of the dtype that the output was told to store, if any.
 
     Raises:
-        CheckpointError: a tensor of either is missing or unexpected.
+        CheckpointError: A tensor of either is missing or unexpected.
     """
-    after = _slice(source, plan)
-    before = None if after is None else replace(after, stack=_stack_on_disk(source, plan))
+    after = _first_layers(dense, plan)
+    before = None if after is None else replace(after, stack=_stack_on_disk(dense, plan))
     with open_source(moe) as converted:
-        dense_model, moe_model = load_slice(source, before), load_slice(converted, after, **_PLAIN)
-        if cast_to:
-            _round(dense_model, torch_dtype(cast_to))
-        inputs = random_inputs(dense_model, like=example_inputs)
-        return verify(dense_model, moe_model, inputs, exact=plan.config.exact)
+        dense_model = load_first_layers(dense.source, before)
+        moe_model = load_first_layers(converted, after, **_PLAIN)
+    _round_weights(dense_model, cast_to)
+    return verify(dense_model, moe_model, _random_inputs(dense_model, dense.example_inputs), exact=plan.config.exact)
 
 
-def _slice(source: Source, plan: Plan) -> Slice | None:
-    """The layers up to the second converted one; None when the converted FFNs are not in one stack that can be cut."""
+def _first_layers(dense: DenseCheckpoint, plan: Plan) -> FirstLayers | None:
+    """Return the layers up to the second converted one; None if the converted FFNs are not in one numbered stack."""
     numbered = [found for site in plan.sites if (found := _NUMBERED.match(site.path))]
     stacks = {found["stack"] for found in numbered}
-    if len(numbered) < len(plan.sites) or len(stacks) > 1 or not hasattr(config_of(source.config), "num_hidden_layers"):
+    counted = hasattr(dense.model.config, "num_hidden_layers")
+    if len(numbered) < len(plan.sites) or len(stacks) > 1 or not counted:
         return None
     numbers = sorted(int(found["number"]) for found in numbered)
-    return Slice(stacks.pop(), numbers[:_SLICE][-1] + 1)
+    return FirstLayers(stacks.pop(), numbers[:_CONVERTED_LAYERS][-1] + 1)
 
 
-def _stack_on_disk(source: Source, plan: Plan) -> str:
-    """How the tensors of the first converted layer begin in the dense checkpoint, whose names may be older."""
-    names = stored_names(build_on_meta(source.config), source.tensors)
-    found = _NUMBERED.match(names.of[plan.sites[0].down.parameter])
+def _stack_on_disk(dense: DenseCheckpoint, plan: Plan) -> str:
+    """Return how the first converted layer's tensors begin in the dense checkpoint, whose names may be older."""
+    found = _NUMBERED.match(dense.names.of[plan.sites[0].down.parameter])
     return found["stack"] if found else ""
 
 
-def _tokens(folder: Path, text: str) -> dict[str, Any]:
+def _tokens(folder: Path, text: str) -> dict[str, Tensor]:
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
-    return {"input_ids": ids[:, :512]}
-
-
-def _record(moe: Path) -> dict[str, Any]:
-    """What moeify wrote beside a checkpoint; nothing for one that it did not make."""
-    path = moe / PLAN_FILE
-    data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return data
-
-
-def _promises_equality(record: dict[str, Any]) -> bool:
-    """Whether the method that made a checkpoint is exact; one without a record is held to equality."""
-    return MoEConfig(**record["config"]).exact if record else True
+    return {"input_ids": ids[:, :_MAX_TOKENS]}
 
 
 @torch.no_grad()
-def _round(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every weight the value that it has in a narrower dtype."""
+def _round_weights(model: nn.Module, dtype: str | None) -> None:
+    """Give every weight the value that it has in a narrower dtype; None leaves them as they are."""
+    if dtype is None:
+        return
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
-            tensor.copy_(tensor.to(dtype))
+            tensor.copy_(tensor.to(torch_dtype(dtype)))
+
+
+def _random_inputs(model: nn.Module, examples: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Return inputs for a transformers model; `examples` on the meta device are filled, None guesses their shapes."""
+    config = getattr(model, "config", None)
+    vocab_size = getattr(config and config.get_text_config(), "vocab_size", None) or 2
+    examples = next(candidate_inputs(model)) if examples is None else examples
+    return fill_inputs(examples, torch.Generator().manual_seed(0), range(vocab_size))
+
+
+def _evaluate(model: nn.Module, arguments: Mapping[str, object]) -> object:
+    training = model.training
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # some models draw even in evaluation (ViT-MAE masks patches): both draw the same
+            return model.eval()(**arguments)
+    finally:
+        model.train(training)
+
+
+def _logits(output: object) -> Tensor:
+    """Return the logits of a transformers output, or the first floating-point tensor of anything else."""
+    named = getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    for value in values if isinstance(values, tuple | list) else [values]:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise VerificationError(f"{type(output).__name__} holds no floating-point tensor to compare")

@@ -1,8 +1,7 @@
-"""What routers share: the base class of their options, and the modules that they build.
+"""What routers share: the base class of their options, and the base classes of their modules.
 
 Nothing is kept between calls, and no router waits for the device. Ties go where `torch.topk` puts them, always to k
-different experts. A NaN logit gives NaN weights: the layer names itself in the error, because looking for NaN waits
-for the device.
+different experts. A NaN logit gives NaN weights, which the layer reports.
 
 Shape suffixes, here and in the routers: T tokens, H hidden size, E experts, K choices per token.
 """
@@ -11,10 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from moeify.config import MoEConfig
@@ -24,32 +20,15 @@ from moeify.routing.record import NO_CONTEXT, Routing, RoutingContext
 
 __all__ = ["LinearRouter", "Router", "RouterModule", "StartValue", "Zeros", "drawn"]
 
-Zeros = Callable[..., Tensor]
+Zeros = Callable[..., Tensor]  # `torch.zeros` on the device and in the dtype of the layer
 
 
 @dataclass(frozen=True)
 class Router(RouterChoice):
-    """Base class of routers: the fields of a subclass are its options.
-
-    Attributes:
-        builds: Class of the router's module, a `RouterModule`.
-    """
-
-    builds: ClassVar[Callable[..., RouterModule]]
-
-    def module(
-        self,
-        hidden: int,
-        config: MoEConfig,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> RouterModule:
-        """Return the router's module with zero weights."""
-        return type(self).builds(self, hidden, config, partial(torch.zeros, device=device, dtype=dtype))
+    """Base class of routers: the fields of a subclass are its options."""
 
     def start(self, config: MoEConfig, hidden: int, path: str) -> dict[str, StartValue]:
-        """Return the values that the router's tensors start with, by name, in the order of its state dict."""
+        """Return the start value of a linear projection."""
         return {"weight": drawn("weight", config, hidden, path)}
 
 
@@ -75,7 +54,7 @@ class LinearRouter(RouterModule):
         options: The router's options.
         hidden: H.
         config: The settings.
-        zeros: `torch.zeros` on the device and in the dtype of the layer.
+        zeros: Makes the parameters.
     """
 
     def __init__(self, options: Router, hidden: int, config: MoEConfig, zeros: Zeros) -> None:

@@ -15,7 +15,7 @@ from moeify.config import MoEConfig
 from moeify.config.checks import Count, NotNegative
 from moeify.errors import ConfigError
 from moeify.routers.base import LinearRouter, Router, StartValue, Zeros
-from moeify.routing.logits import at_least_fp32, check_top_k
+from moeify.routing.logits import at_least_fp32
 from moeify.routing.record import Routing, RoutingContext
 
 
@@ -32,8 +32,7 @@ def sigmoid_grouped(
     """Choose by sigmoid scores, limited to the best groups and shifted by a bias (DeepSeek-V3, 2412.19437, eq. 12-16).
 
     The bias moves the selection only: weights are the plain scores of the chosen experts, divided by their sum + 1e-20
-    (if `renormalize`), times `scale`. DeepSeek-V3 itself: 256 experts, top 8, 4 of 8 groups, scale 2.5, and
-    `updated_bias` after each step.
+    (if `renormalize`), times `scale`. DeepSeek-V3 itself: 256 experts, top 8, 4 of 8 groups, scale 2.5.
 
     Args:
         logits_TE: (T, E), any float dtype.
@@ -85,7 +84,8 @@ def check_groups(experts: int, top_k: int, n_group: int, topk_group: int) -> Non
             f"router.n_group is {n_group} and router.topk_group {topk_group}: expected a divisor of {experts} experts, "
             "and no more groups kept than there are"
         )
-    check_top_k(top_k, topk_group * (experts // n_group))
+    if not 1 <= top_k <= topk_group * (experts // n_group):
+        raise ConfigError(f"top_k is {top_k}: more than the experts in {topk_group} groups, or less than 1")
 
 
 def updated_bias(bias_E: Tensor, counts_E: Tensor, rate: float = 1e-3) -> Tensor:
@@ -107,10 +107,10 @@ def updated_bias(bias_E: Tensor, counts_E: Tensor, rate: float = 1e-3) -> Tensor
 
 
 class SigmoidRouter(LinearRouter):
-    """Choose by sigmoid scores and a selection bias that no gradient moves.
+    """Module of `Sigmoid`.
 
-    The bias is a float32 buffer. The layer counts the choices of its training forwards, and
-    `moeify.attach_bias_update` makes an optimizer move the bias by them after each step.
+    The selection bias is a float32 buffer that no gradient moves. The layer counts the choices of its training
+    forwards, and `moeify.attach_bias_update` makes an optimizer move the bias by them after each step.
     """
 
     def __init__(self, options: Sigmoid, hidden: int, config: MoEConfig, zeros: Zeros) -> None:

@@ -1,1 +1,1 @@
-"""Which experts a token goes to, what keeps them in use, and how many tokens each takes: functions on tensors."""
+"""What routers share: their input and output, the projection, losses, capacity."""

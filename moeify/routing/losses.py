@@ -1,16 +1,14 @@
-"""Losses that keep experts in use and logits small. Pure functions; coefficients are the caller's.
+"""Losses that keep experts in use and logits small, without their coefficients.
 
 Each docstring states the value on a perfectly balanced routing (every expert gets the same share, with the same
 probabilities) and on a collapsed one (every token goes to the same k experts, which share all the probability).
 Padding is excluded by a mask, True for real tokens, and means are over real tokens; with none of them, and with no
 tokens at all, every loss is 0 with zero gradients, whatever the padded rows hold.
 
-Shape suffixes: T tokens, E experts, K experts per token, B sequences (of T/B tokens each, in a row).
+Shape suffixes: T tokens, E experts, K choices per token, B sequences (of T/B tokens each, in a row).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +20,7 @@ from moeify.errors import ConfigError
 def expert_counts(
     expert_ids_TK: Tensor, experts: int, *, mask_T: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """How many tokens chose each expert.
+    """Count how many tokens chose each expert.
 
     Args:
         expert_ids_TK: (T, K) int64; E is not counted.
@@ -48,25 +46,20 @@ def load_balancing_loss(
     sequences: int = 1,
     counts_E: Tensor | None = None,
 ) -> Tensor:
-    """E * sum_e f_e P_e: f_e the share of tokens that chose e, P_e the mean probability of e (Switch Transformer).
+    """Return E * sum_e f_e P_e: f_e the share of tokens that chose e, P_e the mean score of e (Switch Transformer).
 
-    One name, two scales. With `divide_by_top_k` f is divided by K, as in MegaBlocks, Megatron and DeepSeek: **1**
+    There are two scales. With `divide_by_top_k` f is divided by K, as in MegaBlocks, Megatron and DeepSeek: **1**
     balanced, **E/K** collapsed. Without, f sums to K, as in flaxformer and transformers' Mixtral: **K** balanced, **E**
-    collapsed. For K = 1 they agree. GShard counts first choices only: pass `expert_ids_TK[:, :1]`.
-
-    The level is over which tokens balance is asked for:
-    - micro-batch (the default): these tokens;
-    - sequence: `sequences=B`, the mean of the losses of each sequence, those without a real token left out;
-    - global batch: `counts_E`, the choices of all tokens of the step, other micro-batches and ranks included
-      (`expert_counts`). P stays local, so that averaging gradients over ranks is right.
+    collapsed. GShard counts first choices only: pass `expert_ids_TK[:, :1]`.
 
     Args:
         scores_TE: (T, E) probabilities. The gradient flows through these alone.
         expert_ids_TK: (T, K) int64; E counts as no choice.
         divide_by_top_k: The scale, as above.
         mask_T: (T,) bool, False for padding.
-        sequences: B, which divides T.
-        counts_E: (E,), used for f instead of this batch's own counts; its sum stands for K times the tokens counted.
+        sequences: B, which divides T: the mean of the losses of each sequence, without sequences of padding alone.
+        counts_E: (E,) choices of all tokens of the step, other micro-batches and ranks included (`expert_counts`), used
+            for f instead of the counts of these tokens. P stays local: averaging gradients over ranks is right then.
 
     Returns:
         () in the dtype of scores_TE.
@@ -74,14 +67,14 @@ def load_balancing_loss(
     Raises:
         ConfigError: `sequences` does not divide T.
     """
-    experts, top_k = scores_TE.shape[-1], expert_ids_TK.shape[-1]
+    top_k = expert_ids_TK.shape[-1]
     tokens_B1, mean_BE = _mean_per_sequence(scores_TE, mask_T, sequences)
     if counts_E is None:
-        counts_BE = _counts_per_sequence(expert_ids_TK, experts, mask_T, sequences)
+        counts_BE = _counts_per_sequence(expert_ids_TK, scores_TE.shape[-1], mask_T, sequences)
         share_BE = counts_BE.to(mean_BE.dtype) / (top_k * tokens_B1.clamp(min=1))
     else:
         share_BE = counts_E.to(mean_BE.dtype) / counts_E.sum().clamp(min=1)
-    loss_B = experts * (share_BE * mean_BE).sum(-1)
+    loss_B = scores_TE.shape[-1] * (share_BE * mean_BE).sum(-1)
     loss = loss_B.sum() / (tokens_B1 > 0).sum().clamp(min=1)
     return loss if divide_by_top_k else top_k * loss
 
@@ -89,10 +82,10 @@ def load_balancing_loss(
 def deepseek_sequence_loss(
     scores_TE: Tensor, top_k: int, *, mask_T: Tensor | None = None, sequences: int = 1
 ) -> Tensor:
-    """DeepSeek-V3's balance within each sequence (2412.19437, eq. 17-20): **1** balanced, **E/K** collapsed.
+    """Return DeepSeek-V3's loss within each sequence (2412.19437, eq. 17-20): **1** balanced, **E/K** collapsed.
 
-    As the paper has it, f counts the top-k of the plain scores: not the experts used, which the selection bias and the
-    group limit have moved. The paper's coefficient is 1e-4.
+    As in the paper, f counts the top-k of the plain scores, not the chosen experts, which depend on the selection bias
+    and the group limit too. The paper's coefficient is 1e-4.
 
     Args:
         scores_TE: (T, E), each token's sigmoids divided by their sum (`sigmoid_grouped` returns them so).
@@ -108,7 +101,7 @@ def deepseek_sequence_loss(
 
 
 def z_loss(logits_TE: Tensor, *, mask_T: Tensor | None = None) -> Tensor:
-    """mean_t logsumexp(logits_t)^2, which keeps logits small (ST-MoE, Zoph et al. 2022; coefficient 1e-3).
+    """Return mean_t logsumexp(logits_t)^2, which keeps logits small (ST-MoE, Zoph et al. 2022; coefficient 1e-3).
 
     All logits zero (balanced): **log(E)^2**. Collapsed with logits c for k experts, far above the rest:
     **(c + log k)^2**.
@@ -126,10 +119,10 @@ def z_loss(logits_TE: Tensor, *, mask_T: Tensor | None = None) -> Tensor:
 
 
 def importance_cv2(scores_TE: Tensor, *, mask_T: Tensor | None = None) -> Tensor:
-    """Squared coefficient of variation of each expert's summed gates (Shazeer et al. 2017, eq. 6-7; coefficient 0.1).
+    """Return the squared coefficient of variation of each expert's summed gates (Shazeer et al. 2017, eq. 6-7).
 
-    **0** balanced, **E/K - 1** collapsed. The variance is the population's (divided by E, as V-MoE and tensor2tensor
-    do; Tutel divides by E - 1).
+    **0** balanced, **E/K - 1** collapsed; the paper's coefficient is 0.1. The variance is the population's (divided by
+    E, as V-MoE and tensor2tensor do; Tutel divides by E - 1).
 
     Args:
         scores_TE: (T, E); the paper's are the gates, zero for experts not chosen (`noisy_topk` returns them so).
@@ -149,10 +142,10 @@ def load_cv2(
     *,
     mask_T: Tensor | None = None,
 ) -> Tensor:
-    """Squared coefficient of variation of a smooth estimate of each expert's load (Shazeer et al. 2017, appendix A).
+    """Return the squared coefficient of variation of each expert's load, smooth (Shazeer et al. 2017, appendix A).
 
-    The load of an expert is the sum over tokens of the probability that it would be chosen, were its own noise drawn
-    again: Phi((clean - threshold) / std), the threshold being the k-th of the *other* noisy logits. **0** balanced,
+    The load of an expert is the sum over tokens of the probability that it is chosen if its own noise is drawn again:
+    Phi((clean - threshold) / std), the threshold being the k-th of the *other* noisy logits. **0** balanced,
     **E/K - 1** collapsed by a margin of many standard deviations. Population variance. For k = E it is 0.
 
     Args:
@@ -177,55 +170,12 @@ def load_cv2(
     return _cv2(_without_padding(chance_TE, mask_T).sum(0))
 
 
-@torch.library.custom_op("moeify::attach_loss", mutates_args=())
-def _attach_loss(x: Tensor, loss: Tensor) -> Tensor:
-    return x.clone()
-
-
-@_attach_loss.register_fake
-def _(x: Tensor, loss: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _attach_loss_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-
-
-def _attach_loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    (loss,) = ctx.saved_tensors
-    return grad, torch.ones_like(loss)
-
-
-_attach_loss.register_autograd(_attach_loss_backward, setup_context=_attach_loss_setup)
-
-
-def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """x, unchanged; whoever backpropagates through it also adds the gradient of `loss`, once per backward.
-
-    So a training script that knows nothing of balancing trains balanced. If its own loss is scaled (a gradient scaler,
-    division by accumulation steps), scale this one alike: `attach_loss(x, loss * scale)`.
-
-    It is an operator, one node to torch.export and torch.compile, because an autograd.Function is inlined by
-    torch.export and the loss silently lost. The price is a copy of x: attach to something small that the output
-    depends on, such as the routing weights.
-
-    Args:
-        x: Any floating point tensor on the way to the script's loss.
-        loss: (), already multiplied by its coefficient.
-
-    Returns:
-        A copy of x.
-    """
-    attached: Tensor = _attach_loss(x, loss)
-    return attached
-
-
 def _without_padding(rows: Tensor, mask_T: Tensor | None, fill: float = 0.0) -> Tensor:
     return rows if mask_T is None else rows.masked_fill(~mask_T.unsqueeze(-1), fill)
 
 
 def _mean_per_sequence(rows: Tensor, mask_T: Tensor | None, sequences: int) -> tuple[Tensor, Tensor]:
-    """(B, 1) numbers of real tokens, and (B, D) means over them of (T, D) rows."""
+    """Return the (B, 1) numbers of real tokens, and the (B, D) means over them of (T, D) rows."""
     length = rows.shape[0] // sequences
     if rows.shape[0] % sequences:
         raise ConfigError(

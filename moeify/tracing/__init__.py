@@ -1,1 +1,1 @@
-"""A model, a configuration or a part of a model becomes an FX graph, without weights."""
+"""Turning a model, or the parts of a model, into an FX graph without weights."""

@@ -1,10 +1,10 @@
-"""Example inputs, given in a file: named tensors in safetensors, or JSON that a person writes."""
+"""Example inputs from a file: named tensors in safetensors, or JSON that a person writes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -14,11 +14,11 @@ from torch import Tensor
 from moeify.errors import ConfigError
 
 
-def read_inputs(path: Path) -> dict[str, Any]:
+def read_inputs(path: Path) -> dict[str, object]:
     """Read the arguments of a model's forward, by name.
 
-    In JSON a list is a tensor, `{"shape": [2, 8], "dtype": "int64"}` is a tensor of which only that matters (dtype is
-    float32 where it is missing), and anything else is handed over as it is:
+    In JSON a list is a tensor, `{"shape": [2, 8], "dtype": "int64"}` is a tensor without values (dtype is float32 if it
+    is missing), and anything else is passed on as it is:
 
         {"input_ids": [[1, 2, 3]], "pixel_values": {"shape": [1, 3, 224, 224]}, "use_cache": false}
 
@@ -26,10 +26,10 @@ def read_inputs(path: Path) -> dict[str, Any]:
         path: A file that ends in `.json` or `.safetensors`.
 
     Returns:
-        Tensors and plain values; tensors without values lie on the meta device.
+        Tensors and plain values; tensors without values are on the meta device.
 
     Raises:
-        ConfigError: the file cannot be read, or does not hold that.
+        ConfigError: The file cannot be read, or holds something else.
     """
     try:
         match path.suffix:
@@ -48,7 +48,7 @@ def read_inputs(path: Path) -> dict[str, Any]:
     return {name: _value(path, name, value) for name, value in data.items()}
 
 
-def _value(path: Path, name: str, value: Any) -> Any:
+def _value(path: Path, name: str, value: object) -> object:
     try:
         match value:
             case list():
@@ -57,16 +57,17 @@ def _value(path: Path, name: str, value: Any) -> Any:
                 return _shaped(shape, {str(key): each for key, each in rest.items()})
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"{path}: {name} is no tensor ({error}): write nested lists of numbers, or "
+            f"{path}: {name} is not a tensor ({error}): write nested lists of numbers, or "
             '{"shape": [2, 8], "dtype": "int64"}'
         ) from error
     return value
 
 
-def _shaped(shape: Any, rest: dict[str, Any]) -> Tensor:
+def _shaped(shape: object, rest: dict[str, object]) -> Tensor:
+    """Return a tensor without values."""
     dtype = getattr(torch, str(rest.pop("dtype", "float32")), None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError("its dtype is not one of torch's")
     if rest:
         raise ValueError(f"{', '.join(rest)} beside shape and dtype")
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(cast("list[int]", shape), dtype=dtype, device="meta")

@@ -1,32 +1,43 @@
-"""Several graphs become one: parts of a model beside each other, and blocks that torch.export set apart put back.
+"""Making one graph of several: the graphs of a model's parts, and the blocks that torch.export keeps apart.
 
-Everything keeps the name that the whole model gives to it.
+Everything keeps the name that it has in the whole model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import NamedTuple, cast
 
 from torch import fx, nn
+from torch.fx.node import Argument
 
-Part = tuple[str, fx.GraphModule]
+
+class TracedPart(NamedTuple):
+    """A graph, and the path of the module that it was traced from ("" for the whole model)."""
+
+    path: str
+    graph_module: fx.GraphModule
 
 
-def union(parts: Sequence[Part], ties: Mapping[str, str]) -> fx.GraphModule:
-    """Put graphs beside each other.
+def join_path(*names: str) -> str:
+    """Return the path of a module in a module; "" is the root."""
+    return ".".join(filter(None, names))
+
+
+def union(parts: Sequence[TracedPart], ties: Mapping[str, str]) -> fx.GraphModule:
+    """Put graphs side by side in one.
 
     Args:
-        parts: Each with the path of the module that it was traced from ("" for the whole model).
-        ties: The one name of each parameter that has several, by its other names: parts may share a parameter.
+        parts: The graphs; they may share parameters.
+        ties: For each parameter that has several names, the first of them by the others.
 
     Returns:
-        One graph whose outputs are the parts' outputs, `get_attr` targets and module stacks named from the root.
+        One graph whose outputs are those of the parts, with `get_attr` targets and module stacks named from the root.
     """
     graph = fx.Graph()
-    attributes: dict[str, Any] = {}
-    outputs: list[Any] = []
+    attributes: dict[str, object] = {}
+    outputs: list[Argument] = []
     for number, (path, part) in enumerate(parts):
         copies: dict[fx.Node, fx.Node] = {}
         for node in part.graph.nodes:
@@ -39,7 +50,7 @@ def union(parts: Sequence[Part], ties: Mapping[str, str]) -> fx.GraphModule:
             if node.op == "placeholder":
                 copy.target = f"part{number}_{node.target}"
             elif node.op in {"get_attr", "call_module"}:
-                name = _join(path, str(node.target))
+                name = join_path(path, str(node.target))
                 copy.target = ties.get(name, name)
                 attributes[copy.target] = attrgetter(str(node.target))(part)
             _name_from_the_root(copy, path)
@@ -52,16 +63,12 @@ def _name_from_the_root(node: fx.Node, path: str) -> None:
     stack = node.meta.get("nn_module_stack")
     if path and stack:
         outer = {"": ("", "")}
-        inner = {f"{path}.{key}": (_join(path, inside), kind) for key, (inside, kind) in stack.items()}
+        inner = {f"{path}.{key}": (join_path(path, inside), kind) for key, (inside, kind) in stack.items()}
         node.meta["nn_module_stack"] = outer | inner
 
 
-def _join(path: str, inside: str) -> str:
-    return ".".join(part for part in (path, inside) if part)
-
-
 def name_by_first_path(graph_module: fx.GraphModule, model: nn.Module) -> None:
-    """Let nodes of a module that a model holds under several paths all name the first, as its parameters do."""
+    """Name modules that a model holds under several paths by the first of them, as their parameters are named."""
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -80,11 +87,11 @@ def name_by_first_path(graph_module: fx.GraphModule, model: nn.Module) -> None:
 def inline_blocks(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Put the bodies of `with torch.no_grad()` and `with autocast` blocks where they are called, for analysis."""
     graph = graph_module.graph
-    if not any(_block_position(node) is not None for node in graph.nodes):
-        return graph_module  # most models: compiling a graph anew takes long
-    while calls := [node for node in graph.nodes if _block_position(node) is not None]:
+    if not any(_body_position(node) is not None for node in graph.nodes):
+        return graph_module  # most models: compiling a graph again takes long
+    while calls := [node for node in graph.nodes if _body_position(node) is not None]:
         for call in calls:
-            position = _block_position(call) or 0
+            position = _body_position(call) or 0
             body_node = call.args[position]
             assert isinstance(body_node, fx.Node)
             prefix = str(body_node.target)
@@ -93,7 +100,7 @@ def inline_blocks(graph_module: fx.GraphModule) -> fx.GraphModule:
             with graph.inserting_before(call):
                 results = _copy_body(graph, body, prefix, values)
             for user in list(call.users):
-                user.replace_all_uses_with(results[user.args[1]])
+                user.replace_all_uses_with(results[cast("int", user.args[1])])
                 graph.erase_node(user)
             graph.erase_node(call)
     graph.lint()
@@ -101,19 +108,23 @@ def inline_blocks(graph_module: fx.GraphModule) -> fx.GraphModule:
     return graph_module
 
 
-def _block_position(node: fx.Node) -> int | None:
-    """Where a call keeps the body of a block, None when it is no block."""
+def _body_position(node: fx.Node) -> int | None:
+    """Return which argument of a call is the body of a block, or None if the call is no block."""
     if node.op != "call_function":
         return None
     return {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}.get(getattr(node.target, "__name__", ""))
 
 
-def _copy_body(graph: fx.Graph, body: fx.GraphModule, prefix: str, values: dict[fx.Node, Any]) -> Any:
+def _copy_body(
+    graph: fx.Graph, body: fx.GraphModule, prefix: str, values: dict[fx.Node, Argument]
+) -> Sequence[fx.Node]:
+    """Copy the nodes of a body into a graph, and return its outputs."""
     for node in body.graph.nodes:
         if node.op == "output":
-            return fx.map_arg(node.args[0], values.__getitem__)
+            return cast("Sequence[fx.Node]", fx.map_arg(node.args[0], values.__getitem__))
         if node.op != "placeholder":
-            values[node] = graph.node_copy(node, values.__getitem__)
+            copy = graph.node_copy(node, values.__getitem__)
+            values[node] = copy
             if node.op in {"get_attr", "call_module"}:
-                values[node].target = f"{prefix}.{node.target}"
+                copy.target = f"{prefix}.{node.target}"
     return ()

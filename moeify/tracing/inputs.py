@@ -1,13 +1,13 @@
-"""Example inputs, guessed: from a transformers model's configuration, or from the first weight of a part of a model.
+"""Guesses of example inputs, from a transformers model's configuration or from the first weight of a model's part.
 
-Everything lies on the meta device: only shapes and dtypes matter. Guesses come best first; whoever traces takes the
-first that the forward accepts.
+Everything is on the meta device: only shapes and dtypes matter. The best guess comes first; the caller takes the first
+one that the forward accepts.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,29 +21,21 @@ ADVICE = "pass example_inputs (inspect and convert: --example-inputs FILE)"
 _COMPANIONS = ("input_ids", "pixel_values", "input_features", "decoder_input_ids")
 
 
-def guess_inputs(model: nn.Module) -> dict[str, Any]:
-    """Return the best guess of keyword arguments for `model.forward`.
-
-    Raises:
-        MoeifyError: the model is not from transformers, or its main input is of a kind not known here.
-    """
-    return next(candidate_inputs(model))
-
-
-def candidate_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
+def candidate_inputs(model: nn.Module) -> Iterator[dict[str, object]]:
     """Yield keyword arguments that a transformers model's forward may accept, best first.
 
     Raises:
-        MoeifyError: the model is not from transformers, or its main input is of a kind not known here.
+        MoeifyError: The model is not from transformers, or its main input is of an unknown kind.
     """
     config, name = getattr(model, "config", None), getattr(model, "main_input_name", None)
     shapes = [] if config is None or not isinstance(name, str) else list(_tensors(name, config))
     if not shapes:
+        arguments = ", ".join(inspect.signature(model.forward).parameters)
         raise MoeifyError(
-            f"the inputs of {type(model).__name__} cannot be guessed: its forward takes {_arguments(model)}; {ADVICE}"
+            f"the inputs of {type(model).__name__} cannot be guessed: its forward takes ({arguments}); {ADVICE}"
         )
     accepted = inspect.signature(model.forward).parameters
-    always: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    always: dict[str, object] = {"use_cache": False} if "use_cache" in accepted else {}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         always["decoder_input_ids"] = _token_ids()
     for tensor in shapes:
@@ -55,10 +47,10 @@ def candidate_inputs(model: nn.Module) -> Iterator[dict[str, Any]]:
                 yield {str(name): tensor, other: companion, **always}
 
 
-def part_inputs(module: nn.Module) -> Iterator[dict[str, Any]]:
+def part_inputs(module: nn.Module) -> Iterator[dict[str, object]]:
     """Yield keyword arguments that a part of a model may accept: activations as wide as its first weight reads.
 
-    Other arguments that its forward requires get None, or else the activation too.
+    The other arguments that its forward requires get None, or else the activation too.
     """
     if hasattr(module, "main_input_name") and hasattr(module, "config"):
         with suppress(MoeifyError):
@@ -77,8 +69,8 @@ def part_inputs(module: nn.Module) -> Iterator[dict[str, Any]]:
             yield dict.fromkeys(required, torch.zeros(shape, device="meta"))
 
 
-def _tensors(name: str, config: Any) -> Iterator[torch.Tensor]:
-    """Yield what an input of this name may look like."""
+def _tensors(name: str, config: object) -> Iterator[torch.Tensor]:
+    """Yield the forms that an input of this name may have."""
     match name:
         case "input_ids" | "decoder_input_ids":
             yield _token_ids()
@@ -96,13 +88,12 @@ def _tensors(name: str, config: Any) -> Iterator[torch.Tensor]:
         case "input_values":
             yield torch.zeros(BATCH, SAMPLES, device="meta")
             yield torch.zeros(BATCH, 1, SAMPLES, device="meta")
-            yield torch.zeros(
-                BATCH, _field(config, "max_length", 64), _field(config, "num_mel_bins", 128), device="meta"
-            )
+            length, bins = _field(config, "max_length", 64), _field(config, "num_mel_bins", 128)
+            yield torch.zeros(BATCH, length, bins, device="meta")
 
 
-def _field(config: Any, name: str, otherwise: Any) -> Any:
-    """Return a configuration's number, looked for in the configurations inside it too."""
+def _field(config: object, name: str, otherwise: int) -> Any:
+    """Return a number, or a list of numbers, of a configuration or of a configuration inside it."""
     for holder in (config, *vars(config).values()):
         value = getattr(holder, name, None) if hasattr(holder, "to_dict") else None
         if isinstance(value, int | list | tuple):
@@ -110,7 +101,7 @@ def _field(config: Any, name: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[-2], size[-1])
 
 
@@ -133,7 +124,3 @@ def _entry_shapes(module: nn.Module) -> Iterator[tuple[int, ...]]:
 
 def _token_ids() -> torch.Tensor:
     return torch.zeros(BATCH, TOKENS, dtype=torch.long, device="meta")
-
-
-def _arguments(model: nn.Module) -> str:
-    return "(" + ", ".join(inspect.signature(model.forward).parameters) + ")"

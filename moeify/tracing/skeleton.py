@@ -6,21 +6,23 @@ import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 import transformers
-from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.models.auto import modeling_auto
+from transformers.models.auto import modeling_auto as auto
 
 from moeify.errors import MoeifyError
 
-auto: Any = modeling_auto  # its tables are not among its declared names
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-# Where a config names no class: what its model type is trained for, the first that there is.
-_USUAL = (
+JsonObject: TypeAlias = dict[str, Any]
+
+# For a config that names no class: what its model type is trained for, in this order.
+_USUAL_CLASSES: tuple[JsonObject, ...] = (
     auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -29,29 +31,29 @@ _USUAL = (
 )
 
 
-def model_class(config: dict[str, Any]) -> Any:
+def model_class(config: JsonObject) -> type[PreTrainedModel]:
     """Return the transformers class that a `config.json` names, or the usual one for its model type.
 
     Raises:
-        MoeifyError: this transformers has no such class.
+        MoeifyError: This transformers has no such class.
     """
-    model_type = config.get("model_type")
-    named = config.get("architectures") or [names[model_type] for names in _USUAL if model_type in names][:1]
+    model_type = config.get("model_type", "")
+    named = config.get("architectures") or [names[model_type] for names in _USUAL_CLASSES if model_type in names][:1]
     for name in named:
         if hasattr(transformers, name):
-            return getattr(transformers, name)
+            return cast("type[PreTrainedModel]", getattr(transformers, name))
     what = ", ".join(named) or f"the model type {model_type!r}"
     raise MoeifyError(f"transformers {transformers.__version__} does not know {what}: a newer one may")
 
 
-def build_on_meta(config: dict[str, Any]) -> nn.Module:
+def build_on_meta(config: JsonObject) -> PreTrainedModel:
     """Build a model's structure without weights.
 
     Args:
         config: The contents of `config.json`.
 
     Raises:
-        MoeifyError: the configuration is not one that transformers can build, or its model is converted already.
+        MoeifyError: transformers cannot build the configuration, or its model is converted already.
     """
     cls = model_class(config)
     entry = config.get("quantization_config")
@@ -64,21 +66,21 @@ def build_on_meta(config: dict[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: nn.Module = cls(config_of(config))
-            return model.eval()
-    except Exception as error:  # whatever transformers stumbles over, the config is what the user can change
+            model: torch.nn.Module = cls(config_of(config))
+            return cast("PreTrainedModel", model.eval())
+    except Exception as error:  # whatever stops transformers, the config is what the user can change
         raise MoeifyError(f"{cls.__name__} cannot be built from config.json: {error}") from error
 
 
-def config_of(config: dict[str, Any]) -> Any:
+def config_of(config: JsonObject) -> PreTrainedConfig:
     """Return transformers' configuration object for the contents of a `config.json`."""
-    return model_class(config).config_class.from_dict(dict(config))
+    config_class = cast("type[PreTrainedConfig]", model_class(config).config_class)
+    return config_class.from_dict(dict(config))
 
 
-def full_config(config: dict[str, Any]) -> dict[str, Any]:
+def full_config(config: JsonObject) -> JsonObject:
     """Return a `config.json` with every default that its class fills in."""
-    data: dict[str, Any] = config_of(config).to_dict()
-    return data
+    return config_of(config).to_dict()
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,9 @@ class StoredNames:
     """How a checkpoint's tensors relate to a model's parameters and buffers.
 
     Attributes:
-        of: The model's name → the name on disk, for what the model holds as it is stored.
-        merged: Names on disk of what transformers merges or splits while it loads.
-        unused: Names on disk of what the model has no place for.
+        of: The name on disk by the model's name, for tensors that the model holds as they are stored.
+        merged: Names on disk of tensors that transformers merges or splits while it loads.
+        unused: Names on disk of tensors that the model has no place for.
     """
 
     of: dict[str, str]
@@ -96,8 +98,11 @@ class StoredNames:
     unused: tuple[str, ...]
 
 
-def stored_names(model: Any, stored: Iterable[str]) -> StoredNames:
-    """Find every tensor's place in a model. Names on disk may be older; the renaming rules are transformers' own."""
+def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
+    """Find the place of every stored tensor in a model.
+
+    Names on disk may be older than the model's; the renaming rules are transformers' own.
+    """
     places = model.state_dict(keep_vars=True)
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -118,7 +123,7 @@ def stored_names(model: Any, stored: Iterable[str]) -> StoredNames:
     return StoredNames(of, tuple(merged), tuple(unused))
 
 
-def may_be_missing(model: Any, name: str) -> bool:
-    """Whether a checkpoint is whole without this parameter, because the model makes it itself (sinusoids, say)."""
+def may_be_missing(model: PreTrainedModel, name: str) -> bool:
+    """Return whether a checkpoint is whole without this parameter, because the model makes it itself (sinusoids)."""
     patterns = (*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ()))
     return any(re.search(pattern, name) for pattern in patterns)

@@ -1,8 +1,8 @@
 """Stand-ins for modules that do not trace, so that the module around them does.
 
-What a stand-in returns is a guess: a value of the shape of the first activation that it gets, made by an operator of
-its own (`moeify::stand_in`). The passes take that operator for learnt mixing that may hold a router, so a guess can
-hide an FFN but not make one.
+A stand-in returns a guess: a value in the shape of the first activation that it gets, made by an operator of its own
+(`moeify::stand_in`). The passes treat that operator as learned mixing that may hold a router, so a guess can hide an
+FFN but cannot make one.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-# What modules return that hold an attention. Tuples first: code that wants a tensor fails on a tuple, but code that
+Result: TypeAlias = Callable[[Tensor], object]
+
+# What modules with an attention return. Tuples come first: code that wants a tensor fails on a tuple, but code that
 # wants a tuple may take a tensor apart.
-RESULTS: tuple[Callable[[Tensor], object], ...] = (
+RESULTS: tuple[Result, ...] = (
     lambda x: (x, None),
     lambda x: (x,),
     lambda x: x,
@@ -27,10 +29,10 @@ RESULTS: tuple[Callable[[Tensor], object], ...] = (
 
 
 @contextmanager
-def standing_in(modules: Iterable[nn.Module], result: Callable[[Tensor], object]) -> Iterator[None]:
-    """Let modules return `result` of a value that nothing is known of but its shape."""
+def standing_in(modules: Iterable[nn.Module], result: Result) -> Iterator[None]:
+    """Let modules return `result` of a value of which nothing is known but its shape."""
 
-    def forward(*args: Any, **kwargs: Any) -> object:
+    def forward(*args: object, **kwargs: object) -> object:
         leaves = pytree.tree_leaves((args, kwargs))
         first = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
         return result(_operator()(first))
@@ -42,8 +44,8 @@ def standing_in(modules: Iterable[nn.Module], result: Callable[[Tensor], object]
 
 
 @contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let one module run another forward; one that it holds itself, and not its class, comes back afterwards."""
+def forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    """Let a module run another forward inside the block; a forward that it holds itself is put back afterwards."""
     own = vars(module).get("forward")
     module.forward = forward
     try:

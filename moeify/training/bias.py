@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -20,26 +18,24 @@ from moeify.training.layers_of import layers_of
 def update_selection_bias(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Move every selection bias by the choices of all training forwards since the last call, on all ranks.
 
-    Call it once after each optimizer step, however many micro-batches were accumulated; all ranks must call.
+    Call it once after each optimizer step, however many micro-batches were accumulated; all ranks must call it.
 
     Args:
-        model: A converted model; without such a router nothing happens.
-        group: The data-parallel ranks; None is all of them.
+        model: A converted model; nothing happens if no router has a selection bias.
+        group: The data-parallel ranks; None for all ranks.
     """
     layers = _biased(model)
     if not layers:
         return
     device = next(model.parameters()).device
     counts = [
-        torch.zeros(layer.config.experts, dtype=torch.int64, device=device)
-        if layer.counts_E is None
-        else layer.counts_E
+        torch.zeros(layer.config.experts, dtype=torch.int64) if layer.counts_E is None else layer.counts_E
         for layer in layers
     ]
     if dist.is_initialized():
-        together = torch.cat([c.to(device) for c in counts])
+        together = torch.cat([counts_E.to(device) for counts_E in counts])
         dist.all_reduce(together, group=group)
-        counts = list(torch.split(together, [len(c) for c in counts]))
+        counts = list(torch.split(together, [len(counts_E) for counts_E in counts]))
     for layer, counts_E in zip(layers, counts, strict=True):
         layer.counts_E = None
         for router in layer.router.modules():  # PEFT may have put a wrapper around it
@@ -52,18 +48,18 @@ def attach_bias_update(model: nn.Module, optimizer: Optimizer) -> RemovableHandl
 
     Args:
         model: A converted model.
-        optimizer: The one that steps once per global batch, as it is or as accelerate wrapped it.
+        optimizer: The optimizer that steps once per global batch, also as accelerate wraps it.
 
     Returns:
         A handle whose `remove()` undoes it.
 
     Raises:
-        MoeifyError: no layer has a selection bias.
+        MoeifyError: No layer has a selection bias.
     """
     if not _biased(model):
         raise MoeifyError("no layer has a selection bias: convert with router=moeify.routers.Sigmoid(bias_rate=1e-3)")
 
-    def update(*_: Any) -> None:
+    def update(*_: object) -> None:
         update_selection_bias(model)
 
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own

@@ -1,8 +1,9 @@
-"""transformers' Trainer with MoE layers: what the routers do is logged, biases and attached losses are kept right."""
+"""MoE layers in transformers' Trainer: routing is logged, and selection biases and attached losses are kept right."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
 from transformers import TrainerCallback
 
@@ -10,13 +11,17 @@ from moeify.training.bias import update_selection_bias
 from moeify.training.losses import scale_attached_losses
 from moeify.training.stats import LayerStats, routing_stats
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer
+
 
 class RoutingCallback(TrainerCallback):
-    """Logs load, entropy, dropped tokens and losses wherever the trainer reports to, each time it logs its loss.
+    """A callback that logs load, entropy, dropped choices and losses each time the trainer logs its loss.
 
-    `trainer.add_callback(moeify.RoutingCallback(trainer))`. Works with every Trainer of transformers and TRL. It also
-    moves the selection biases after each optimizer step, and scales attached losses by the accumulation steps and the
-    gradient scaler, as the trainer scales its own loss.
+    `trainer.add_callback(moeify.RoutingCallback(trainer))`. It works with every Trainer of transformers and TRL, and
+    logs to every place that the trainer reports to. It also moves the selection biases after each optimizer step, and
+    scales attached losses by the accumulation steps and the gradient scaler, as the trainer scales its own loss.
 
     Logged, over the last forward pass and averaged over layers: `moe_load_max` and `moe_load_min`, the shares of the
     busiest and the idlest expert; `moe_entropy`, in nats; `moe_dropped`, the share of choices that were dropped;
@@ -27,23 +32,29 @@ class RoutingCallback(TrainerCallback):
         layers: Log each layer's own values too, as `moe_load_max/PATH` and so on.
     """
 
-    def __init__(self, trainer: Any, *, layers: bool = False) -> None:
+    def __init__(self, trainer: Trainer, *, layers: bool = False) -> None:
         self.trainer, self.layers = trainer, layers
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    @property
+    def _model(self) -> nn.Module:
+        return cast("nn.Module", self.trainer.model)
+
+    def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
         """Scale attached losses as the trainer scales its loss."""
         scaler = self.trainer.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
-        scale_attached_losses(kwargs["model"], scale / args.gradient_accumulation_steps)
+        scale_attached_losses(self._model, scale / self.trainer.args.gradient_accumulation_steps)
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
         """Move the selection biases."""
-        update_selection_bias(kwargs["model"])
+        update_selection_bias(self._model)
 
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log beside the training loss; what is logged here has none, so that it does not call itself."""
-        if "loss" in kwargs["logs"]:
-            self.trainer.log(summary(routing_stats(kwargs["model"]), each=self.layers))
+    def on_log(
+        self, args: object, state: object, control: object, logs: Mapping[str, float] | None = None, **kwargs: object
+    ) -> None:
+        """Log beside the training loss; what is logged here has no loss, so it does not call itself."""
+        if logs and "loss" in logs:
+            self.trainer.log(summary(routing_stats(self._model), each=self.layers))
 
 
 def summary(stats: dict[str, LayerStats], *, each: bool = False) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What is trained, how fast, and within what capacity: settings of a live model."""
+"""Settings of a live model: what is trained, with which options, and within which capacity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moeify.errors import ConfigError
 from moeify.training.layers_of import layers_of
 
-Part = Literal["experts", "routers", "moe", "dense", "non_moe"]
+ModelPart = Literal["experts", "routers", "moe", "dense", "non_moe"]
 
 
 def set_capacity(model: nn.Module, factor: float | None, *, when: Literal["eval", "train", "always"] = "eval") -> None:
@@ -18,11 +18,11 @@ def set_capacity(model: nn.Module, factor: float | None, *, when: Literal["eval"
 
     Args:
         model: A converted model.
-        factor: The factor; None for no limit (expert choice: what its settings say).
-        when: The mode that it is for.
+        factor: The factor; None for no limit (for expert choice: that of its settings).
+        when: The mode that it applies to.
 
     Raises:
-        ConfigError: the factor is not a positive finite number, or `when` is unknown.
+        ConfigError: The factor is not a positive finite number, or `when` is unknown.
     """
     if when not in {"eval", "train", "always"}:
         raise ConfigError(f"when is {when!r}: expected 'eval', 'train' or 'always'")
@@ -33,16 +33,16 @@ def set_capacity(model: nn.Module, factor: float | None, *, when: Literal["eval"
         )
 
 
-def freeze(model: nn.Module, what: Part) -> None:
+def freeze(model: nn.Module, what: ModelPart) -> None:
     """Stop training a part of a model; `model.requires_grad_(True)` trains everything again.
 
     Args:
         model: A converted model.
         what: "experts"; "routers"; "moe", both of them; "dense", everything but the experts; "non_moe", everything
-            outside the MoE layers, so that only they are trained.
+            outside the MoE layers, so that only these are trained.
 
     Raises:
-        ConfigError: there is no such part.
+        ConfigError: There is no such part.
     """
     parts = {
         "experts": ("experts",),
@@ -62,9 +62,9 @@ def freeze(model: nn.Module, what: Part) -> None:
 def param_groups(
     model: nn.Module,
     *,
-    routers: Mapping[str, Any] | None = None,
-    experts: Mapping[str, Any] | None = None,
-    rest: Mapping[str, Any] | None = None,
+    routers: Mapping[str, object] | None = None,
+    experts: Mapping[str, object] | None = None,
+    rest: Mapping[str, object] | None = None,
 ) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer, each with options of its own.
 
@@ -72,12 +72,12 @@ def param_groups(
 
     Args:
         model: A converted model.
-        routers: Options of the routers' group, such as lr and weight_decay; what is left out is the optimizer's.
+        routers: Options of the routers' group, such as lr and weight_decay; the optimizer's defaults fill the rest.
         experts: Options of the experts' group.
         rest: Options of the group of everything else.
 
     Returns:
-        Groups with a "name" each; frozen parameters are left out, and so are groups without parameters.
+        Groups, each with a "name"; frozen parameters and groups without parameters are left out.
     """
     divided = _divide(model)
     options = {"routers": routers, "experts": experts, "rest": rest}
@@ -89,7 +89,7 @@ def param_groups(
 
 
 def _divide(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Every parameter once: of the routers, of the experts, and the rest."""
+    """Return every parameter once: those of the routers, of the experts, and the rest."""
     kinds: dict[int, str] = {}
     for layer in layers_of(model).values():
         kinds |= {id(p): "routers" for p in layer.router.parameters()}

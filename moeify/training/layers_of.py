@@ -9,10 +9,10 @@ from moeify.layers import MoELayer
 
 
 def layers_of(model: nn.Module) -> dict[str, MoELayer]:
-    """Return the MoE layers inside a model, in the order of its modules; wrappers around it (PEFT, DDP) do not matter.
+    """Return the MoE layers inside a model, in the order of its modules; the model may be wrapped (PEFT, DDP).
 
     Raises:
-        MoeifyError: there is none.
+        MoeifyError: There is none.
     """
     found = {path: module for path, module in model.named_modules() if isinstance(module, MoELayer)}
     if not found:

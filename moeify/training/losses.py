@@ -12,9 +12,10 @@ from moeify.training.layers_of import layers_of
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """The losses of all layers in the last forward pass, times their coefficients, summed: add it to the script's own.
+    """Return the summed losses of all layers in the last forward pass, times their coefficients.
 
-    With `attach_losses` the gradients are added in backward already; then the sum is returned without one, for logging.
+    Add it to the loss of the script. With `attach_losses`, backward adds the gradients already; then the sum has no
+    gradient and is for logging.
 
     Args:
         model: A converted model, wrapped or not.
@@ -23,7 +24,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         () float32 on the device of the first layer; 0 when no loss is asked for.
 
     Raises:
-        MoeifyError: no layer has run yet, or the layers ran without gradients where the script needs one.
+        MoeifyError: No layer has run yet, or a layer that is trained ran without gradients.
     """
     layers = layers_of(model)
     found = [(path, layer) for path, layer in layers.items() if layer.record is not None]
@@ -37,7 +38,7 @@ def aux_loss(model: nn.Module) -> Tensor:
             continue
         if layer.config.attach_losses:
             loss = loss.detach()
-        elif _lost(layer, loss):
+        elif _gradient_is_missing(layer, loss):
             raise MoeifyError(
                 f"{path} ran without gradients, as under reentrant activation checkpointing: "
                 "pass use_reentrant=False to it, or convert with attach_losses=True"
@@ -47,10 +48,10 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 
 def scale_attached_losses(model: nn.Module, scale: float) -> None:
-    """Multiply attached losses by what the script multiplies its own loss by before backward.
+    """Multiply attached losses by the factor that the script multiplies its own loss by before backward.
 
-    That is 1 / n for n accumulated micro-batches whose mean is meant, times the scale of a gradient scaler
-    (`scaler.get_scale()`), set before the forward pass. `RoutingCallback` sees to it in transformers' Trainer.
+    That is 1 / n for the mean over n accumulated micro-batches, times the scale of a gradient scaler
+    (`scaler.get_scale()`). Set it before the forward pass. `RoutingCallback` does so in transformers' Trainer.
 
     Args:
         model: A converted model.
@@ -60,7 +61,7 @@ def scale_attached_losses(model: nn.Module, scale: float) -> None:
         layer.loss_scale = float(scale)
 
 
-def _lost(layer: MoELayer, loss: Tensor) -> bool:
-    """Whether a gradient that training needs is missing."""
+def _gradient_is_missing(layer: MoELayer, loss: Tensor) -> bool:
+    """Return whether training needs the gradient of a loss that has none."""
     trains = layer.training and any(p.requires_grad for p in layer.router.parameters())
     return trains and torch.is_grad_enabled() and not loss.requires_grad

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,11 @@ class LayerStats:
     """One layer's routing.
 
     Attributes:
-        tokens: Real tokens, padding not counted.
-        choices: Places that they chose, before capacity.
+        tokens: Tokens without padding.
+        choices: Pairs of a token and an expert that the router chose, before capacity.
         load: Each expert's share of all choices, before capacity; they sum to 1. Balanced is 1 / experts.
         entropy: Mean entropy of a token's probabilities over the experts, in nats; log(experts) is undecided.
-        dropped: Choices that exceeded an expert's capacity.
+        dropped: Choices above an expert's capacity.
         losses: The layer's losses by name, without coefficients.
     """
 
@@ -35,22 +34,23 @@ class LayerStats:
     dropped: int
     losses: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the fields as plain data."""
         return asdict(self)
 
 
 @torch.no_grad()
 def routing_stats(model: nn.Module) -> dict[str, LayerStats]:
-    """Return what each sparse layer did in the last forward pass, by the layer's path; waits for the device.
+    """Return what each MoE layer did in the last forward pass, by the layer's path; waits for the device.
 
     Raises:
-        MoeifyError: no layer has run, or a layer's logits hold a NaN; it is named.
+        MoeifyError: No layer has run, or a layer's router logits hold a NaN; the layer is named.
     """
-    ran = {path: layer for path, layer in layers_of(model).items() if layer.record is not None}
-    if not ran:
-        raise MoeifyError("no sparse layer has run yet: call the model before routing_stats")
-    return {path: _stats(path, layer, layer.record) for path, layer in ran.items() if layer.record is not None}
+    layers = layers_of(model)
+    stats = {path: _stats(path, layer, layer.record) for path, layer in layers.items() if layer.record is not None}
+    if not stats:
+        raise MoeifyError("no MoE layer has run yet: call the model before routing_stats")
+    return stats
 
 
 def _stats(path: str, layer: MoELayer, record: ForwardRecord) -> LayerStats:

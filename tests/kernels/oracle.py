@@ -1,4 +1,4 @@
-"""An independent answer to every question about experts: float64, one pair at a time, nothing shared with the library.
+"""An independent computation of experts: float64, one choice at a time, nothing shared with the library.
 
 The activations are written from their definitions.
 """
@@ -53,7 +53,7 @@ def make_inputs(
     tokens: int,
     top_k: int,
     hidden: int,
-    inner: int,
+    intermediate: int,
     experts: int,
     *,
     gated: bool,
@@ -64,7 +64,7 @@ def make_inputs(
 ) -> Inputs:
     """Random inputs of realistic size, so that a relative error means something."""
     g = torch.Generator().manual_seed(seed)
-    rows = 2 * inner if gated else inner
+    rows = 2 * intermediate if gated else intermediate
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
@@ -78,7 +78,7 @@ def make_inputs(
         "ids": ids,
         "weights": torch.rand(tokens, top_k, generator=g, dtype=torch.float64).to(dtype),
         "up": randn(experts, rows, hidden, scale=hidden**-0.5),
-        "down": randn(experts, hidden, inner, scale=inner**-0.5),
+        "down": randn(experts, hidden, intermediate, scale=intermediate**-0.5),
         "up_bias": randn(experts, rows, scale=0.3) if bias else None,
         "down_bias": randn(experts, hidden, scale=0.3) if bias else None,
     }
@@ -94,15 +94,7 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 def gradients(out: Tensor, inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
     wanted = {name: t for name, t in inputs.items() if t is not None and t.requires_grad}
-    if not out.requires_grad:  # no pair was computed
+    if not out.requires_grad:  # no choice was computed
         return {name: torch.zeros_like(t) for name, t in wanted.items()}
     grads = torch.autograd.grad(out, list(wanted.values()), grad.to(out.dtype), allow_unused=True)
     return {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(wanted.items(), grads, strict=True)}
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """max|a - b| / max|b|: the yardstick of moeify.measure."""
-    if b.numel() == 0:
-        return 0.0 if a.shape == b.shape else math.inf
-    scale = b.double().abs().max().item()
-    return (a.double() - b.double()).abs().max().item() / (scale or 1.0)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from moeify.kernels.gpu.blocksparse import sdd
 from moeify.kernels.ops import experts, grouped_linear
 from moeify.kernels.topology import block_topology
-from moeify.kernels.triton_blocksparse import sdd
 from tests.kernels import oracle
 
 WRONG: dict[str, oracle.Inputs] = {
@@ -70,9 +70,13 @@ def test_grouped_linear_arguments() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
-@pytest.mark.parametrize("offsets", [[0, 3, 2, 5], [0, 3, 4, 6], [1, 3, 4, 5], [-1, 0, 4, 5], [0, 7, 5, 5]])
-def test_offsets_that_do_not_cut_the_rows_are_refused(offsets: list[int], implementation: str) -> None:
+@pytest.mark.parametrize(
+    ("offsets", "expert"),
+    [([0, 3, 2, 5], 1), ([0, 3, 4, 6], 2), ([1, 3, 4, 5], 0), ([-1, 0, 4, 5], 0), ([0, 7, 5, 5], 0), ([0, 2, 7, 5], 1)],
+)
+def test_offsets_that_do_not_cut_the_rows_are_refused(offsets: list[int], expert: int, implementation: str) -> None:
     x, w = torch.randn(5, 6), torch.randn(3, 7, 6)
-    with pytest.raises(ValueError, match=r"^offsets of expert \d are .* within the 5 rows of x; use"):
+    found = f"offsets of expert {expert} are {offsets[expert]} and {offsets[expert + 1]}: "
+    with pytest.raises(ValueError, match=f"^{found}.* within the 5 rows of x; use"):
         grouped_linear(x, w, None, torch.tensor(offsets, dtype=torch.int32), implementation)
     assert grouped_linear(x, w, None, torch.tensor([0, 3, 3, 4], dtype=torch.int32), implementation)[4].eq(0).all()

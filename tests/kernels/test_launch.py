@@ -8,16 +8,22 @@ Nothing is launched (`no_driver`). Needs a process in which kernels are compiled
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
 
-from moeify.kernels import static_analysis, triton_blocksparse, triton_experts, triton_layout
+from moeify.kernels.gpu import blocksparse, tuned_tiles
+from moeify.kernels.gpu import experts as gpu_experts
+from moeify.kernels.gpu import layout as gpu_layout
+from moeify.kernels.gpu.blocksparse import dds, dsd, sdd
+from moeify.kernels.gpu.tiles import Tile
+from moeify.kernels.inputs import ExpertInputs, Kept
 from moeify.kernels.layout import sort_by_expert
+from moeify.kernels.tools import static_analysis
 from moeify.kernels.topology import block_topology
-from moeify.kernels.triton_blocksparse import dds, dsd, sdd
 from tests.kernels import oracle
 from tests.kernels.no_driver import no_driver
 
@@ -32,10 +38,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, A
 
 def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, int, Any]]) -> None:
     inputs = oracle.make_inputs(1024, 2, 128, 64, 4, gated=True, bias=True, dtype=torch.bfloat16)
-    tensors = list(inputs.values())
-    run_forward: Any = triton_experts.experts_forward
-    run_backward: Any = triton_experts.experts_backward
-    _, z, *_ = run_forward(*tensors, activation="silu", gated=True, keep=True)
+    arguments = ExpertInputs(*(*inputs.values(), "silu", True))
+    _, (z, _, _) = gpu_experts.experts_forward(arguments, keep=True)
     forward = [name for name, _, _ in launches]
     assert forward == [
         "count_kernel",
@@ -47,16 +51,7 @@ def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, 
         "combine_kernel",
     ]
     order, offsets = sort_by_expert(inputs["ids"], 4)  # nothing ran: the kernels' own are not numbers
-    grads = run_backward(
-        inputs["x"],
-        *tensors,
-        z_SJ=z,
-        order_S=order,
-        offsets_E1=offsets,
-        activation="silu",
-        gated=True,
-        needs=[True] * 7,
-    )
+    grads = gpu_experts.experts_backward(inputs["x"], arguments, Kept(z, order, offsets), [True] * 7)
     backward = [name for name, _, _ in launches][len(forward) :]
     assert backward.count("weights_kernel") == backward.count("bias_kernel") == 2
     assert (
@@ -74,7 +69,7 @@ def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, 
 
 
 def test_block_sparse_products_launch(launches: list[tuple[str, int, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_blocksparse, "interpreted", lambda: True)  # tensors on CPU are let through
+    monkeypatch.setattr(blocksparse, "interpreted", lambda: True)  # tensors on CPU are let through
     topology = block_topology(torch.tensor([0, 60, 100], dtype=torch.int32), 100, 64, 64)
     data = sdd(torch.zeros(100, 64), torch.zeros(64, 128), topology)
     dsd(data, torch.zeros(128, 64), topology)
@@ -85,7 +80,28 @@ def test_block_sparse_products_launch(launches: list[tuple[str, int, Any]], monk
 
 def test_no_launch_depends_on_the_routing(launches: list[tuple[str, int, Any]]) -> None:
     for ids in (torch.zeros(64, 2, dtype=torch.int64), torch.randint(0, 4, (64, 2))):
-        layout = triton_layout.routing_layout(ids, 4)
-        triton_layout.tile_map(layout.offsets_E1, 128, 64)
+        layout = gpu_layout.routing_layout(ids, 4)
+        gpu_layout.tile_map(layout.offsets_E1, 128, 64)
     half = len(launches) // 2
     assert [launch[:2] for launch in launches[:half]] == [launch[:2] for launch in launches[half:]]
+
+
+def test_a_file_of_tiles_changes_what_is_launched(
+    launches: list[tuple[str, int, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def launch_rows() -> None:
+        tuned_tiles._read.cache_clear()
+        offsets = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+        a, w = torch.zeros(20, 72, dtype=torch.bfloat16), torch.zeros(3, 128, 72, dtype=torch.bfloat16)
+        gpu_experts.launch_rows(a, w.transpose(1, 2), None, offsets)
+
+    file = tmp_path / "tiles.json"
+    file.write_text(tuned_tiles.text_of({("rows", 16, 2): Tile(16, 32, 64, 8, 2)}))
+    launch_rows()
+    monkeypatch.setenv("MOEIFY_TILES", str(file))
+    launch_rows()
+    assert [compiled.metadata.num_warps for name, _, compiled in launches if name == "rows_kernel"] == [4, 8]
+    file.write_text("{")
+    with pytest.raises(ValueError, match="is not a file of tiles"):
+        launch_rows()
+    assert len(launches) == 4, "nothing was launched with the broken file"

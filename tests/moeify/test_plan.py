@@ -13,22 +13,28 @@ from moeify.plan import Plan, Rows, Site
 names = st.text("abc.0_", min_size=1, max_size=9)
 sizes = st.integers(1, 99)
 rows = st.builds(
-    Rows, names, st.none() | names, st.integers(0, 9), st.integers(10, 99), st.integers(1, 2), st.integers(99, 200)
+    Rows,
+    parameter=names,
+    bias=st.none() | names,
+    start=st.integers(0, 9),
+    stop=st.integers(10, 99),
+    step=st.integers(1, 2),
+    out_features=st.integers(99, 200),
+    transposed=st.booleans(),
 )
 sites = st.builds(
     Site,
     path=names,
-    through=st.lists(names, max_size=2).map(tuple),
+    bypassed=st.lists(names, max_size=2).map(tuple),
     kind=st.sampled_from(["glu", "mlp"]),
     activation=st.sampled_from(["silu", "custom"]),
     hidden=sizes,
     intermediate=sizes,
     ups=st.lists(rows, min_size=1, max_size=3).map(tuple),
     down=rows,
-    transposed=st.booleans(),
     dropout=st.floats(0, 0.9),
     expert_dropout=st.floats(0, 0.9),
-    learned=st.lists(st.tuples(names, names), max_size=2).map(tuple),
+    activation_state=st.lists(st.tuples(names, names), max_size=2).map(tuple),
 )
 configs = st.builds(MoEConfig, st.integers(2, 64), st.integers(1, 2), seed=st.integers(0, 2**40))
 plans = st.builds(Plan, names, configs, st.lists(sites, max_size=3).map(tuple), st.sampled_from(["moeify", "mixtral"]))

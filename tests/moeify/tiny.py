@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
+from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint, plan_checkpoint
+from moeify.conversion.dense import DenseCheckpoint
 from moeify.plan import Plan
-from moeify.streaming.stream import Watch, convert_checkpoint, plan_checkpoint
 
 tf: Any = transformers  # its types are stricter than its configurations are meant
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 36, 57, 3, 101
@@ -109,19 +110,13 @@ def save(model: Any, folder: Path, **kwargs: Any) -> Path:
     return folder
 
 
-def silent() -> Watch:
-    """Nobody listens."""
-    return Watch(lambda _: None, lambda _: None, lambda _: None, lambda _: None)
-
-
 def convert_files(
     src: Path, dst: Path, config: MoEConfig, *, layers: str = "all", target: str = "auto", **options: Any
 ) -> Plan:
-    """Convert a checkpoint without watching and without a proof."""
-    watch = options.pop("watch", None) or silent()
+    """Convert a checkpoint without a proof."""
+    callbacks, shard_size = options.pop("callbacks", Callbacks()), options.pop("shard_size", 10**9)
     with open_source(src) as source:
-        plan = plan_checkpoint(source, config, layers, target)
-        convert_checkpoint(
-            source, dst, plan, watch=watch, check=lambda _: None, shard_size=options.pop("shard_size", 10**9), **options
-        )
+        dense = DenseCheckpoint(source)
+        plan = plan_checkpoint(dense, config, layers, target)
+        convert_checkpoint(dense, plan, Output(dst, shard_size, **options), callbacks)
     return plan

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeify.passes.find_ffn import FindFFN, Inspection
+from moeify.passes.find_ffn import Inspection, find_ffns_in
 from moeify.tracing.trace import trace
 
 HIDDEN, INNER, TOKENS = 12, 31, 6
 
 
 def find(model: nn.Module, *inputs: Tensor) -> Inspection:
-    return FindFFN()(trace(model, inputs or (torch.zeros(2, TOKENS, HIDDEN),)))
+    return find_ffns_in(trace(model, inputs or (torch.zeros(2, TOKENS, HIDDEN),)))
 
 
 class FeedForward(nn.Module):
@@ -50,8 +50,8 @@ class DiTBlock(nn.Module):
 def test_modulated_blocks_of_diffusion_transformers() -> None:
     (ffn,) = find(DiTBlock(), torch.zeros(2, TOKENS, HIDDEN), torch.zeros(2, HIDDEN)).ffns
     assert (ffn.name, ffn.kind, ffn.activation) == ("ff", "glu", "gelu")
-    assert ffn.halves is not None
-    assert ffn.halves.gate == (0, INNER, 2 * INNER, 1)
+    assert ffn.gate_up_rows is not None
+    assert ffn.gate_up_rows.gate == (0, INNER, 2 * INNER, 1)
 
 
 class SingleStream(nn.Module):

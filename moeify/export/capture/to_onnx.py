@@ -97,7 +97,7 @@ def _translations() -> dict[Callable[..., object], Callable[..., object]]:
 
     def translate_experts(
         x: object, ids: object, weights: object, up: object, down: object, up_bias: object, down_bias: object,
-        activation: str, gated: bool, recompute: bool, implementation: str,
+        activation: str, gated: bool, implementation: str,
     ) -> object:  # fmt: skip
         return experts(x, ids, weights, up, down, up_bias, down_bias, activation=activation, gated=int(gated))
 

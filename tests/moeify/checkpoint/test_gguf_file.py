@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_gguf_pytorch_utils
 
-from moeify.checkpoint import Source, open_source
+from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
+from tests.moeify.checkpoint.make_gguf import write_gpt2, write_llama
 
 Q = gguf.GGMLQuantizationType
 
@@ -74,7 +74,6 @@ def test_a_real_model_equals_what_transformers_loads(
 
 
 def test_a_real_model_has_a_config_and_side_files(source: Source, tmp_path: Path) -> None:
-    assert source.is_gguf
     assert source.model_type == "llama"
     assert source.config["architectures"] == ["LlamaForCausalLM"]
     assert (source.config["hidden_size"], source.config["intermediate_size"]) == (576, 1536)
@@ -86,65 +85,6 @@ def test_a_real_model_has_a_config_and_side_files(source: Source, tmp_path: Path
     assert tokenizer.decode(ids) == "The answer is 42."
     assert "<|im_start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
-
-
-def open_writer(path: Path, architecture: str) -> gguf.GGUFWriter:
-    """One layer, hidden 64, two heads, FFN 96."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(1)
-    writer.add_context_length(32)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(2)
-    return writer
-
-
-def close_writer(writer: gguf.GGUFWriter, shapes: dict[str, tuple[int, ...]], types: dict[str, Q]) -> None:
-    """Random weights, stored as `types` says by the name without layer and suffix, else as F32."""
-    rng = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        kind = types.get(name.split(".")[-2], Q.F32)
-        values = rng.standard_normal(shape, dtype=np.float32)
-        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def write_llama(path: Path, types: dict[str, Q], *, architecture: str = "llama", vocabulary: int = 11) -> Path:
-    """One key-value head, so that queries and keys are permuted differently."""
-    writer = open_writer(path, architecture)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(vocabulary)
-    shapes: dict[str, tuple[int, ...]] = {"token_embd": (11, 64), "output": (11, 64), "output_norm": (64,)}
-    layer = {"attn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
-    layer |= {"ffn_norm": (64,), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
-    shapes |= {f"blk.0.{name}": shape for name, shape in layer.items()}
-    close_writer(writer, {f"{name}.weight": shape for name, shape in shapes.items()}, types)
-    return path
-
-
-def write_gpt2(path: Path) -> Path:
-    """Transposed projections with biases, and an output matrix of its own.
-
-    transformers takes every GPT-2 to have 1024 positions, whatever the metadata says.
-    """
-    writer = open_writer(path, "gpt2")
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_vocab_size(11)
-    writer.add_token_list([f"t{i}" for i in range(11)])
-    rows = {"attn_norm": 64, "attn_qkv": 192, "attn_output": 64, "ffn_norm": 64, "ffn_up": 256, "ffn_down": 64}
-    columns = {"attn_qkv": 64, "attn_output": 64, "ffn_up": 64, "ffn_down": 256}
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (11, 64), "position_embd.weight": (1024, 64)}
-    shapes |= {"output_norm.weight": (64,), "output_norm.bias": (64,), "output.weight": (11, 64)}
-    for name, height in rows.items():
-        shapes[f"blk.0.{name}.weight"] = (height, columns[name]) if name in columns else (height,)
-        shapes[f"blk.0.{name}.bias"] = (height,)
-    close_writer(writer, shapes, {"ffn_up": Q.Q8_0, "ffn_down": Q.Q8_0})
-    return path
 
 
 def test_every_storage_type_equals_what_transformers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +101,25 @@ def test_transposed_weights_equal_what_transformers_loads(tmp_path: Path, monkey
     with open_source(file) as source:
         assert source.tensors["transformer.h.0.mlp.c_fc.weight"].shape == (64, 256)
         assert_same_model(source, from_transformers(file, monkeypatch))
+
+
+def test_the_file_is_mapped_while_it_is_open_and_no_longer(tmp_path: Path) -> None:
+    file, maps = write_llama(tmp_path / "tiny.gguf", {}), Path("/proc/self/maps")
+    with open_source(file) as source:
+        assert str(file) in maps.read_text()
+    assert str(file) not in maps.read_text()
+    assert source.model_type == "llama"
+
+
+def test_a_tokenizer_and_its_chat_template_are_written_beside_the_model(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with open_source(write_llama(tmp_path / "tiny.gguf", {}, chats=True)) as source:
+        source.write_side_files(tmp_path / "out")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("ab?")["input_ids"] == tokenizer.convert_tokens_to_ids(["ab", "?"])
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith(
+        "<|im_start|>Hi"
+    )
 
 
 def refusal(file: Path) -> str:
@@ -184,13 +143,13 @@ def test_an_unsupported_architecture_is_named(tmp_path: Path) -> None:
     assert "the GGUF architecture 'rwkv6' is not supported" in refusal(file)
 
 
-def test_an_unsupported_quantisation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_quantization_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_llama(tmp_path / "tiny.gguf", {"ffn_up": Q.Q8_0})
     monkeypatch.delitem(gguf.quants._type_traits, Q.Q8_0)
-    assert "the GGUF quantisation Q8_0 of blk.0.ffn_up.weight is unknown here" in refusal(file)
+    assert "the GGUF quantization Q8_0 of blk.0.ffn_up.weight is not known to the gguf package" in refusal(file)
 
 
 def test_a_tensor_that_does_not_fit_the_config(tmp_path: Path) -> None:
-    file = write_llama(tmp_path / "tiny.gguf", {}, vocabulary=12)
+    file = write_llama(tmp_path / "tiny.gguf", {}, vocab_size=12)
     with open_source(file) as source, pytest.raises(CheckpointError, match=r"has shape \[11, 64\], the model expects"):
         source.read("model.embed_tokens.weight")

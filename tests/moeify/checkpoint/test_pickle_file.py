@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeify.checkpoint import open_source
+from moeify.checkpoint.source import open_source
 from moeify.errors import CheckpointError
 
 
@@ -69,6 +69,15 @@ def test_what_is_not_a_state_dict(tmp_path: Path, content: Any) -> None:
     write(tmp_path, content)
     with pytest.raises(CheckpointError, match="not a"):
         open_source(tmp_path, allow_pickle=True)
+
+
+def test_the_file_is_mapped_while_it_is_open_and_no_longer(tmp_path: Path) -> None:
+    write(tmp_path, {"t": torch.ones(2)})
+    file, maps = str(tmp_path / "pytorch_model.bin"), Path("/proc/self/maps")
+    with open_source(tmp_path, allow_pickle=True) as source:
+        assert file in maps.read_text()
+    assert file not in maps.read_text()
+    assert source.tensors["t"].shape == (2,)
 
 
 def test_a_truncated_pickle(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from moeify.checkpoint import staged
+from moeify.checkpoint.staging import staged
 from moeify.errors import CheckpointError
 
 
@@ -147,6 +147,36 @@ def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(tmp_path: 
     model_folder(tmp_path / ".out.moeify-old")
     with pytest.raises(CheckpointError, match="exists"), staged(tmp_path / "out", overwrite=False, resume=False):
         pass
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "old"
+
+
+def test_what_a_kill_after_both_renames_left_is_no_obstacle(tmp_path: Path) -> None:
+    model_folder(tmp_path / "out")
+    model_folder(tmp_path / ".out.moeify-old", "older")
+    with staged(tmp_path / "out", overwrite=True, resume=False) as folder:
+        (folder / "new").write_text("new")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["new"]
+
+
+def test_an_overwrite_whose_second_rename_fails_keeps_the_old_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_folder(tmp_path / "out")
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.name.endswith(".moeify-partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with (
+        pytest.raises(CheckpointError, match="cannot be written: Input/output error"),
+        staged(tmp_path / "out", overwrite=True, resume=False) as folder,
+    ):
+        (folder / "new").write_text("new")
+    assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "model.safetensors").read_text() == "old"
 
 

@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moeify.checkpoint import OutTensor, Part, Source, open_source, staged, write_checkpoint
+from moeify.checkpoint.shards import OutTensor, SourceRows
+from moeify.checkpoint.source import Source, open_source
+from moeify.checkpoint.staging import staged
+from moeify.checkpoint.writer import write_checkpoint
 from moeify.errors import CheckpointError
 
 E, INNER, HIDDEN = 3, 5, 7
@@ -42,12 +45,12 @@ def upcycled(source: Source) -> list[OutTensor]:
     return [
         OutTensor.copy(info["ids"]),
         OutTensor.copy(info["embed"], "renamed"),
-        OutTensor("gate_up", dtype, (E, 2 * INNER, HIDDEN), (Part("gate"), Part("up")) * E),
-        *(OutTensor(f"experts.{e}.down", dtype, (HIDDEN, INNER), (Part("down"),)) for e in range(E)),
-        OutTensor("rows", dtype, (3, HIDDEN), (Part("embed", (4, 6)), Part("embed", (0, 1)))),
+        OutTensor("gate_up", dtype, (E, 2 * INNER, HIDDEN), (SourceRows("gate"), SourceRows("up")) * E),
+        *(OutTensor(f"experts.{e}.down", dtype, (HIDDEN, INNER), (SourceRows("down"),)) for e in range(E)),
+        OutTensor("rows", dtype, (3, HIDDEN), (SourceRows("embed", (4, 6)), SourceRows("embed", (0, 1)))),
         OutTensor("router", "F32", (E, HIDDEN), (lambda: torch.linspace(-1, 1, E * HIDDEN).reshape(E, HIDDEN),)),
         OutTensor("turned", dtype, (E, HIDDEN, INNER), (lambda: source.read("gate").T,) * E),
-        OutTensor("mixed", dtype, (2 * INNER, HIDDEN), (Part("gate"), lambda: source.read("up") * 2)),
+        OutTensor("mixed", dtype, (2 * INNER, HIDDEN), (SourceRows("gate"), lambda: source.read("up") * 2)),
         OutTensor("scalar", "F64", (), (lambda: torch.tensor(0.5, dtype=torch.float64),)),
         OutTensor("empty", "F16", (0, 4), (lambda: torch.empty(0, 4, dtype=torch.float16),)),
     ]
@@ -121,7 +124,7 @@ def test_any_rows_of_any_tensors(rows: list[tuple[str, int, int]], shard_size: i
         source = write_source(Path(folder) / "src")
         pieces = [(name, min(a, b), max(a, b)) for name, a, b in rows]
         height = sum(stop - start for _, start, stop in pieces)
-        parts = tuple(Part(name, (start, stop)) for name, start, stop in pieces)
+        parts = tuple(SourceRows(name, (start, stop)) for name, start, stop in pieces)
         write(source, Path(folder) / "out", [OutTensor("t", "BF16", (height, HIDDEN), parts)], shard_size=shard_size)
         wanted = [source.read(name)[start:stop] for name, start, stop in pieces]
         loaded = load_all(Path(folder) / "out")["t"]
@@ -161,20 +164,30 @@ def test_resumed_output_is_the_same_bytes(tmp_path: Path, share: float) -> None:
     assert share < 0.5 or kept
 
 
-@pytest.mark.parametrize("change", ["plan", "key", "source"])
-def test_resume_of_another_plan_starts_afresh(tmp_path: Path, change: str) -> None:
+def seeded(source: Source, seed: int, start: int) -> list[OutTensor]:
+    """In the first files: a computed tensor that depends on a seed, and rows of the source."""
+    return [
+        OutTensor("drawn", "F32", (75,), (lambda: torch.full((75,), float(seed)),)),
+        OutTensor("cut", source.tensors["embed"].dtype, (2, HIDDEN), (SourceRows("embed", (start, start + 2)),)),
+        *upcycled(source),
+    ]
+
+
+@pytest.mark.parametrize("change", ["order", "key", "rows", "source"])
+def test_resume_of_another_plan_starts_anew(tmp_path: Path, change: str) -> None:
     source = write_source(tmp_path / "src")
     with pytest.raises(Killed):
-        write(source, tmp_path / "out", on_bytes=kill_after(1500))
-    stale = list((tmp_path / "out").glob("*.safetensors"))
-    assert stale
-    key = "seed 1" if change == "key" else ""
+        write(source, tmp_path / "out", seeded(source, 0, 4), plan_key="seed 0", on_bytes=kill_after(1500))
+    stale = contents(tmp_path / "out")
     if change == "source":
         source = write_source(tmp_path / "src", torch.float16)
-    tensors = upcycled(source)[:: -1 if change == "plan" else 1]
-    write(source, tmp_path / "out", tensors, resume=True, plan_key=key)
-    write(source, tmp_path / "fresh", tensors, plan_key=key)
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    seed, start = int(change == "key"), 5 if change == "rows" else 4
+    tensors = seeded(source, seed, start)[:: -1 if change == "order" else 1]
+    write(source, tmp_path / "out", tensors, resume=True, plan_key=f"seed {seed}")
+    write(source, tmp_path / "fresh", tensors, plan_key=f"seed {seed}")
+    fresh = contents(tmp_path / "fresh")
+    assert any(data != fresh[name] for name, data in stale.items() if name.endswith(".safetensors"))
+    assert contents(tmp_path / "out") == fresh
 
 
 @pytest.mark.parametrize("pickled", [False, True])
@@ -188,10 +201,10 @@ def test_nonfinite_tensors_are_named_once_before_they_are_written(tmp_path: Path
     else:
         save_file(tensors, folder / "model.safetensors")
     plan = [
-        OutTensor("one", "F32", (2,), (Part("good"),)),
-        OutTensor("two", "F32", (4,), (Part("bad"),) * 2),
+        OutTensor("one", "F32", (2,), (SourceRows("good"),)),
+        OutTensor("two", "F32", (4,), (SourceRows("bad"),) * 2),
         OutTensor("three", "F16", (1,), (lambda: torch.tensor([1e9]).half(),)),
-        OutTensor("four", "F32", (1,), (Part("bad", (0, 1)),)),
+        OutTensor("four", "F32", (1,), (SourceRows("bad", (0, 1)),)),
     ]
     source = open_source(folder, allow_pickle=True)
     named: list[str] = []
@@ -245,9 +258,9 @@ def test_the_record_of_an_interrupted_run_is_not_published(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (OutTensor("t", "F32", (5, 7), (Part("gate"),)), "t is F32, but its part gate is BF16"),
-        (OutTensor("t", "BF16", (5, 8), (Part("gate"),)), "t needs 80 bytes, its parts have 70"),
-        (OutTensor("t", "BF16", (1, 7), (Part("gate", (5, 6)),)), "has no rows 5 to 6"),
+        (OutTensor("t", "F32", (5, 7), (SourceRows("gate"),)), "t is F32, but its part gate is BF16"),
+        (OutTensor("t", "BF16", (5, 8), (SourceRows("gate"),)), "t needs 80 bytes, its parts have 70"),
+        (OutTensor("t", "BF16", (1, 7), (SourceRows("gate", (5, 6)),)), "has no rows 5 to 6"),
         (OutTensor("t", "F32", (3,), (lambda: torch.ones(2),)), "t needs 12 bytes, its parts have 8"),
         (OutTensor("t", "F32", (2,), (lambda: torch.ones(2).double(),)), "is torch.float64"),
     ],
@@ -273,4 +286,4 @@ def test_a_repeated_piece_is_computed_once(tmp_path: Path) -> None:
 def test_a_part_that_the_source_lacks(tmp_path: Path) -> None:
     source = write_source(tmp_path / "src")
     with pytest.raises(CheckpointError, match="has no tensor missing among its 5"):
-        write(source, tmp_path / "out", [OutTensor("t", "BF16", (1,), (Part("missing"),))])
+        write(source, tmp_path / "out", [OutTensor("t", "BF16", (1,), (SourceRows("missing"),))])

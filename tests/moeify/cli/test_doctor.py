@@ -11,8 +11,9 @@ import torch
 from click.testing import CliRunner
 
 from moeify.cli import main
-from moeify.kernels import selfcheck, tuned_tiles, tuning
-from moeify.kernels.tiles import Tile
+from moeify.kernels.gpu import tuned_tiles
+from moeify.kernels.gpu.tiles import Tile
+from moeify.kernels.tools import selfcheck, tuning
 
 
 def test_a_healthy_machine_passes() -> None:
@@ -26,7 +27,7 @@ def test_a_healthy_machine_passes() -> None:
 
 
 def test_a_kernel_that_is_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_wrong(device: torch.device, dtype: torch.dtype) -> Iterator[selfcheck.Check]:
+    def one_wrong(device: torch.device, dtype: torch.dtype, difference: Any) -> Iterator[selfcheck.Check]:
         yield selfcheck.Check("experts: output", 0.5 if dtype == torch.float32 else 0.0)
 
     monkeypatch.setattr(selfcheck, "self_check", one_wrong)
@@ -36,7 +37,7 @@ def test_a_kernel_that_is_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_check_that_cannot_run_is_a_failure_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(device: torch.device, dtype: torch.dtype) -> Iterator[selfcheck.Check]:
+    def broken(device: torch.device, dtype: torch.dtype, difference: Any) -> Iterator[selfcheck.Check]:
         raise RuntimeError("no kernel image\nand more")
 
     monkeypatch.setattr(selfcheck, "self_check", broken)
@@ -54,7 +55,7 @@ def test_tuning_needs_a_gpu(tmp_path: Path) -> None:
 
 def _pretend_to_have_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(selfcheck, "self_check", lambda device, dtype: [selfcheck.Check("experts", 0.0)])
+    monkeypatch.setattr(selfcheck, "self_check", lambda device, dtype, difference: [selfcheck.Check("experts", 0.0)])
     monkeypatch.setattr("moeify.cli.doctor._about", lambda device: {"gpu": "none"})
     monkeypatch.setattr(tuned_tiles, "architecture", lambda: "sm_90")
 

@@ -7,7 +7,6 @@ import pytest
 from click.testing import CliRunner
 
 from moeify.cli import main
-from moeify.cli.display import quantity
 from tests.moeify import tiny
 
 
@@ -31,14 +30,6 @@ def test_people_get_tables(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(src)])
     assert "3 dense FFNs" in result.stdout and "gelu" in result.stdout
     assert "cls.predictions.decoder" in result.stdout and "head" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("number", "unit", "text"),
-    [(0, "", "0"), (999, "B", "999 B"), (134_515_008, "", "134.5M"), (692e9, "", "692.0B"), (2.77e9, "B", "2.8 GB")],
-)
-def test_quantities_are_short(number: float, unit: str, text: str) -> None:
-    assert quantity(number, unit) == text
 
 
 def test_example_inputs_are_taken_in_the_place_of_guesses(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import transformers
 
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
+from moeify.conversion.checkpoint import output_config, plan_checkpoint
+from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import ConfigError, MoeifyError, RefusedError
 from moeify.families.table import FAMILIES, choose_target
 from moeify.plan import Plan
-from moeify.streaming.stream import output_config, plan_checkpoint
-from moeify.tracing.skeleton import build_on_meta, full_config, model_class
+from moeify.tracing.skeleton import build_on_meta, model_class
 from tests.moeify import tiny
 
 CONFIG = MoEConfig(experts=3, top_k=2)
@@ -24,8 +25,8 @@ def plan_for(name: str, tmp_path: Path, layers: str = "all", **changes: Any) -> 
     """A plan, and the dense config with its defaults, some of them changed."""
     src = tiny.save(tiny.build(name), tmp_path / "src")
     with open_source(src) as source:
-        plan = plan_checkpoint(source, CONFIG, layers)
-        return plan, {**full_config(source.config), **changes}
+        dense = DenseCheckpoint(source)
+        return plan_checkpoint(dense, CONFIG, layers), {**dense.config, **changes}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_mixtral_cannot_keep_layers_dense_or_leave_weights_unnormalised(tmp_path
         choose_target(plan, dense, "mixtral")
     whole, dense = plan_for("llama", tmp_path / "again")
     loose = replace(whole, config=MoEConfig(3, 2, renormalize=False))
-    with pytest.raises(RefusedError, match="renormalises"):
+    with pytest.raises(RefusedError, match="renormalizes"):
         choose_target(loose, dense, "mixtral")
 
 
@@ -88,7 +89,8 @@ def test_an_unknown_family_is_wrong_usage(tmp_path: Path) -> None:
 def test_native_configs_say_what_older_engines_read(tmp_path: Path) -> None:
     src = tiny.save(tiny.build("qwen3"), tmp_path / "src")
     with open_source(src) as source:
-        config = output_config(source, plan_checkpoint(source, CONFIG), "BF16")
+        dense = DenseCheckpoint(source)
+        config = output_config(dense, plan_checkpoint(dense, CONFIG), "BF16")
     assert config["num_experts"] == config["num_local_experts"] == 3
     assert config["norm_topk_prob"] is True and config["num_experts_per_tok"] == 2
     assert config["moe_intermediate_size"] == tiny.INTERMEDIATE
@@ -108,7 +110,8 @@ def test_rotary_scaling_of_llama_3_reaches_mixtral(tmp_path: Path) -> None:
     )
     src = tiny.save(transformers.LlamaForCausalLM(config), tmp_path / "src")
     with open_source(src) as source:
-        native = output_config(source, plan_checkpoint(source, CONFIG), "F32")
+        dense = DenseCheckpoint(source)
+        native = output_config(dense, plan_checkpoint(dense, CONFIG), "F32")
     assert native["rope_parameters"] == scaling and native["rope_theta"] == 5e5
     assert native["rope_scaling"] == {key: value for key, value in scaling.items() if key != "rope_theta"}
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from moeify.hub.stock_experts import through_moeify
-from moeify.measure import TOLERANCE
+from moeify.hub.stock_experts import stock_experts, through_moeify
+from moeify.kernels import ops
+from moeify.measure import TOLERANCE, relative_difference
 
 tf: Any = transformers
 _SIZES = {"vocab_size": 101, "hidden_size": 36, "intermediate_size": 57, "num_hidden_layers": 1,
@@ -35,8 +36,64 @@ def test_a_stock_moe_gives_what_it_gave(name: str) -> None:
         with through_moeify(model):
             assert model.config._experts_implementation == "moeify"
             result = model(ids).logits
-    assert float((result - expected).abs().max() / expected.abs().max()) <= TOLERANCE["float32"]
+    assert relative_difference(result, expected) <= TOLERANCE["float32"]
     assert model.config._experts_implementation == "eager"
+
+
+def test_a_transformers_without_norms_after_the_experts() -> None:
+    model: Any = MODELS["mixtral"]().eval()
+    experts = model.model.layers[0].mlp.experts
+    x, ids, weights = torch.randn(4, 36), torch.randint(0, 5, (4, 2)), torch.rand(4, 2)
+    with torch.no_grad():
+        expected = stock_experts(experts, x, ids, weights)
+        del experts.has_post_expert_norm
+        assert torch.equal(stock_experts(experts, x, ids, weights), expected)
+
+
+@use_experts_implementation(has_post_expert_norm=True)
+class Normed(nn.Module):
+    """Experts as transformers wants them, with a norm after each."""
+
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 10, 6))
+        self.down_proj = nn.Parameter(torch.randn(3, 6, 5))
+        self.post_expert_norm = nn.RMSNorm(6)
+        self.act_fn = nn.SiLU()
+
+
+@torch.no_grad()
+def test_a_norm_after_each_expert_comes_before_the_weights() -> None:
+    torch.manual_seed(0)
+    experts: Any = Normed(None)
+    x = torch.randn(4, 6)
+    ids, weights = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]]), torch.rand(4, 2)
+    expected = torch.zeros(4, 6)
+    for token in range(4):
+        for expert, weight in zip(ids[token].tolist(), weights[token], strict=True):
+            gate, up = (experts.gate_up_proj[expert] @ x[token]).chunk(2)
+            y = experts.down_proj[expert] @ (nn.functional.silu(gate) * up)
+            expected[token] += weight * experts.post_expert_norm(y)
+    assert relative_difference(stock_experts(experts, x, ids, weights), expected) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize(("act", "name"), [(nn.SiLU(), "silu"), (nn.GELU(), "gelu"), (nn.CELU(), None)])
+def test_activations_that_the_kernels_know_are_computed_by_one_operator(
+    act: nn.Module, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = MODELS["mixtral"]().eval()
+    experts = model.model.layers[0].mlp.experts
+    experts.act_fn = act
+    fused: list[str] = []
+
+    def spy(*args: Any, activation: str, **kwargs: Any) -> torch.Tensor:
+        fused.append(activation)
+        return experts_operator(*args, activation=activation, **kwargs)
+
+    experts_operator = ops.experts
+    monkeypatch.setattr(ops, "experts", spy)
+    stock_experts(experts, torch.randn(4, 36), torch.randint(0, 5, (4, 2)), torch.rand(4, 2))
+    assert fused == ([] if name is None else [name])
 
 
 def test_a_model_that_is_not_from_transformers_stays_as_it_is() -> None:

@@ -67,6 +67,28 @@ def test_hash_routing_in_a_model_follows_the_token_ids_with_a_cache_too() -> Non
     assert router.table.bincount(minlength=5).tolist() == [21, 20, 20, 20, 20]
 
 
+def test_the_last_columns_of_the_mask_are_those_of_the_tokens_after_a_cache() -> None:
+    inputs = ModelInputs()
+    inputs.token_ids, inputs.mask = IDS[:2, :1], torch.tensor([[0, 0, 1], [1, 1, 1]])  # left padding
+    mask, _ = inputs.tokens(torch.zeros(2, 1, 8))
+    assert mask is not None and mask.tolist() == [True, True]
+
+
+def test_a_router_that_reads_the_mask_decodes_left_padding_with_a_cache_as_without() -> None:
+    config = MoEConfig.expert_choice(5, 2, capacity_factor=2.5)  # every expert takes every real token
+    model, layers = converted("llama", config)
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :3] = 0
+    prompt = {"input_ids": IDS[:2, :6], "attention_mask": mask, "max_new_tokens": 3, "do_sample": False}
+    cached, whole = (
+        model.generate(**prompt, use_cache=use_cache, return_dict_in_generate=True, output_logits=True).logits
+        for use_cache in (True, False)
+    )
+    for with_cache, without in zip(cached, whole, strict=True):
+        torch.testing.assert_close(with_cache, without)
+    assert all(layer.record is not None and layer.record.mask_T is not None for layer in layers)
+
+
 def test_a_tower_of_another_length_is_told_nothing_and_an_export_leaves_nothing() -> None:
     batch = ModelInputs(("input_ids",))
     batch(nn.Identity(), (IDS,), {"attention_mask": MASK})

@@ -7,40 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
 from moeify.kernels import reference
 from moeify.measure import TOLERANCE
 from moeify.routers.sigmoid import updated_bias
-from moeify.routing.balance import weighted_sum
 from tests.moeify.layers import make
-
-SPARSE = [name for name in make.CONFIGS if name != "soft"]
-LEARNED = [name for name in SPARSE if name != "hash"]
-
-
-def call(layer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    make.tell(layer, mask=mask, token_ids=torch.arange(x[..., 0].numel()).view(x.shape[:-1]) % make.VOCABULARY)
-    torch.manual_seed(3)
-    out: Tensor = layer(x)
-    return out
-
-
-def gradients(layer: Any, out: Tensor) -> dict[str, Tensor]:
-    layer.zero_grad()
-    loss = weighted_sum(layer.losses(), layer.config)
-    total = out.square().sum()
-    torch.autograd.backward(total if loss is None or layer.config.attach_losses else total + loss)
-    return {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
-
-
-def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], msg=name)
+from tests.moeify.layers.make import LEARNED, SPARSE, assert_same, call, gradients
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -112,9 +86,15 @@ def test_capacity_differs_between_training_and_evaluation_and_drops_are_counted(
     assert layer.record.dropped is None
 
 
+def test_a_router_that_keeps_to_the_capacity_is_not_limited_again() -> None:
+    layer = make.layer(make.CONFIGS["expert_choice"])
+    call(layer, make.inputs(3, 7))
+    assert layer.record.dropped is None
+
+
 def test_a_dropped_token_contributes_zero() -> None:
     layer = make.layer(MoEConfig(5, 1, renormalize=False, capacity_factor=0.1))
-    out = call(layer, make.inputs(1, 21))  # 1 place in each expert
+    out = call(layer, make.inputs(1, 21))  # each expert takes 1 choice
     first_of_expert = {int(e): t for t, e in reversed(list(enumerate(layer.record.routing.expert_ids_TK[:, 0])))}
     kept = torch.zeros(21, dtype=torch.bool)
     kept[list(first_of_expert.values())] = True
@@ -122,7 +102,7 @@ def test_a_dropped_token_contributes_zero() -> None:
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_padding_changes_no_loss_takes_no_place_and_may_hold_anything(name: str) -> None:
+def test_padding_changes_no_loss_takes_no_capacity_and_may_hold_anything(name: str) -> None:
     layer = make.layer(replace(make.CONFIGS[name], z_loss=0.1, jitter=0.0)).eval()
     x = make.inputs(2, 9)
     mask = torch.ones(2, 9, dtype=torch.int64)
@@ -159,7 +139,7 @@ def test_attached_losses_give_the_gradients_of_losses_that_are_added() -> None:
 
 
 @pytest.mark.parametrize("level", ["batch", "sequence"])
-def test_levels_of_balance(level: str) -> None:
+def test_levels_of_balance(level: Any) -> None:
     layer = make.layer(MoEConfig(5, 2, balance_level=level, divide_loss_by_top_k=True))
     call(layer, make.inputs(3, 7))
     routing = layer.record.routing
@@ -177,56 +157,6 @@ def test_noise_adds_the_load_loss() -> None:
     noisy = layer.losses()["balance"]
     layer.record.routing = replace(layer.record.routing, noise_std_TE=None)
     assert noisy > layer.losses()["balance"] > 0
-
-
-@pytest.mark.parametrize("name", LEARNED)
-def test_activation_checkpointing_changes_nothing_and_counts_once(name: str) -> None:
-    layer = make.layer(make.CONFIGS[name])
-    x = make.inputs(3, 7).requires_grad_()
-    expected = gradients(layer, call(layer, x))
-    counts = layer.counts_E
-    layer.counts_E = None
-    make.tell(layer)
-    torch.manual_seed(3)
-    out = checkpoint(layer, x, use_reentrant=False)
-    record = layer.record
-    assert_same(gradients(layer, out), expected)
-    assert layer.record is record
-    if counts is not None:
-        assert layer.counts_E.equal(counts)
-
-
-def test_attached_losses_under_reentrant_checkpointing() -> None:
-    layer = make.layer(MoEConfig(5, 2, aux_loss=0.3, attach_losses=True))
-    x = make.inputs(3, 7).requires_grad_()
-    expected = gradients(layer, call(layer, x))
-    assert_same(gradients(layer, checkpoint(layer, x, use_reentrant=True)), expected)
-
-
-@pytest.mark.parametrize("name", ["softmax", "switch", "deepseek_v3", "st_moe"])
-def test_compiled_as_one_graph_it_trains_the_same(name: str) -> None:
-    layer = make.layer(make.CONFIGS[name])
-    x = make.inputs(3, 7)
-    expected, record = gradients(layer, call(layer, x)), layer.record
-    make.tell(layer)
-    torch.manual_seed(3)
-    compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    out = compiled(x)
-    assert layer.record is not record
-    assert layer.record.routing.expert_ids_TK.equal(record.routing.expert_ids_TK)
-    assert_same(gradients(layer, out), expected)
-
-
-@pytest.mark.parametrize("name", LEARNED)
-@pytest.mark.parametrize("training", [True, False])
-def test_export_stores_nothing_on_the_layer(name: str, training: bool) -> None:
-    layer = make.layer(replace(make.CONFIGS[name], attach_losses=True)).train(training)
-    shapes = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2)}
-    program = torch.export.export(layer, (make.inputs(3, 7),), dynamic_shapes=(shapes,), strict=False)
-    assert layer.record is None
-    if not training:
-        x = make.inputs(4, 5)
-        torch.testing.assert_close(program.module()(x), layer(x))
 
 
 def test_the_selection_bias_is_counted_moved_and_kept_in_float32() -> None:
@@ -280,6 +210,23 @@ def test_expert_dropout_is_for_training_only() -> None:
     evaluated = call(layer, x)
     layer.experts.dropout = 0.5
     torch.testing.assert_close(call(layer, x), evaluated)
+
+
+def test_repr_says_what_is_set() -> None:
+    config = MoEConfig(5, 2, aux_loss=0.25, z_loss=0.5, capacity_factor=1.5, eval_capacity_factor=2.0)
+    layer = make.layer(config)
+    assert layer.extra_repr() == "capacity_factor=1.5, eval_capacity_factor=2.0"
+    layer.set_capacity(train=None, evaluation=None)
+    assert layer.extra_repr() == ""
+    layer = make.layer(replace(config, attach_losses=True))
+    layer.dropout = 0.125
+    layer.set_capacity(train=0.75, evaluation=None)
+    assert layer.extra_repr() == "dropout=0.125, aux_loss=0.25, z_loss=0.5, capacity_factor=0.75"
+
+
+def test_no_device_but_the_cpu_is_waited_for() -> None:
+    layer = make.layer(MoEConfig(5, 2, capacity_factor=1.0, z_loss=0.1, shared_experts=0)).to("meta")
+    assert layer(make.inputs(2, 3).to("meta")).shape == (2, 3, make.HIDDEN)  # reading a meta tensor raises
 
 
 def test_the_state_dict_holds_what_the_router_needs() -> None:

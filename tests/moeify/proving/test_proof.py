@@ -1,16 +1,106 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import transformers
+from torch import nn
 
+import moeify
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
-from moeify.hub.loading import Slice, load_slice
+from moeify.conversion.dense import DenseCheckpoint
+from moeify.errors import VerificationError
+from moeify.hub.loading import FirstLayers, load_first_layers
 from moeify.proving import proof
+from moeify.proving.proof import verify
 from tests.moeify import tiny
 
 CONFIG = MoEConfig(experts=3, top_k=2)
+
+
+class Constant(nn.Module):
+    """Answers with what it holds."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self) -> torch.Tensor:
+        return self.value
+
+
+def test_the_figures_are_those_of_the_definition() -> None:
+    before = torch.tensor([[1.0, -4.0, 2.0], [0.0, 3.0, 1.0]])
+    after = before + torch.tensor([[0.0, 0.0, 0.5], [0.0, -2.5, 0.0]])
+    report = moeify.verify(Constant(before), Constant(after), {})
+    assert (report.max_abs_diff, report.max_abs_logit, report.relative) == (2.5, 4.0, 0.625)
+    assert report.top1_agreement == 0.5
+    assert not report.passed and report.tolerance == 1e-5
+
+
+@pytest.mark.parametrize(("off", "passed"), [(0.9e-5, True), (1.1e-5, False)])
+def test_the_tolerance_is_a_limit(off: float, passed: bool) -> None:
+    before = torch.tensor([[1.0, 0.5]])
+    report = moeify.verify(Constant(before), Constant(before - torch.tensor([[0.0, off]])), {})
+    assert report.passed is passed
+
+
+def test_a_method_that_promises_nothing_is_measured_and_passes() -> None:
+    before = torch.ones(2, 3)
+    report = moeify.verify(Constant(before), Constant(2 * before), {}, exact=False)
+    assert report.passed and report.tolerance is None and report.relative == 1
+
+
+def test_nan_never_passes() -> None:
+    nan = torch.full((1, 2), torch.nan)
+    assert not moeify.verify(Constant(torch.ones(1, 2)), Constant(nan), {}).passed
+    assert not moeify.verify(Constant(nan), Constant(nan), {}, exact=False).passed
+
+
+def test_other_shapes_are_an_error() -> None:
+    with pytest.raises(VerificationError, match=r"\(1, 2\), the MoE \(1, 3\)"):
+        moeify.verify(Constant(torch.ones(1, 2)), Constant(torch.ones(1, 3)), {})
+
+
+def test_models_keep_their_mode_and_get_random_inputs() -> None:
+    dense, moe = tiny.build("vit").train(), tiny.build("vit").train()
+    report = moeify.verify(dense, moe)
+    assert report.relative == 0 and report.max_abs_logit > 0
+    assert dense.training and moe.training
+
+
+def test_a_model_without_floating_point_output_cannot_be_compared() -> None:
+    silent: Any = Constant(torch.ones(1, 2, dtype=torch.long))
+    with pytest.raises(VerificationError, match="no floating-point"):
+        moeify.verify(silent, silent, {})
+
+
+class Drawing(nn.Module):
+    """Answers with random numbers, as ViT-MAE does."""
+
+    def forward(self) -> torch.Tensor:
+        return torch.randn(2, 3)
+
+
+def test_models_that_draw_numbers_draw_the_same_and_leave_the_state_alone() -> None:
+    state = torch.get_rng_state()
+    assert moeify.verify(Drawing(), Drawing(), {}).relative == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def layers_loaded(monkeypatch: pytest.MonkeyPatch) -> list[FirstLayers | None]:
+    """What the proof loads, the dense model first."""
+    kept: list[FirstLayers | None] = []
+
+    def spy(source: Any, layers: FirstLayers | None, **kwargs: Any) -> nn.Module:
+        kept.append(layers)
+        return load_first_layers(source, layers, **kwargs)
+
+    monkeypatch.setattr(proof, "load_first_layers", spy)
+    return kept
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "bert"])
@@ -19,29 +109,19 @@ def test_a_slice_holds_the_first_layers_and_what_is_around_them(
 ) -> None:
     src = tiny.save(tiny.build(name), tmp_path / "src")
     plan = tiny.convert_files(src, tmp_path / "moe", CONFIG)
-    kept: list[Slice | None] = []
-
-    def spy(source: object, cut: Slice | None, **kwargs: object) -> object:
-        kept.append(cut)
-        return load_slice(source, cut, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(proof, "load_slice", spy)
+    kept = layers_loaded(monkeypatch)
     with open_source(src) as source:
-        assert proof.verify_slice(source, tmp_path / "moe", plan).passed
-    assert [cut.layers for cut in kept if cut] == [2, 2]
+        assert proof.verify_slice(DenseCheckpoint(source), tmp_path / "moe", plan).passed
+    assert [layers.count for layers in kept if layers] == [2, 2]
 
 
-def test_a_model_of_two_stacks_is_compared_whole(tmp_path: Path) -> None:
+def test_a_model_of_two_stacks_is_compared_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = tiny.save(tiny.build("t5"), tmp_path / "src")
     plan = tiny.convert_files(src, tmp_path / "moe", CONFIG)
+    kept = layers_loaded(monkeypatch)
     with open_source(src) as source:
-        assert proof._slice(source, plan) is None
-
-
-def test_other_numbered_lists_are_not_cut() -> None:
-    cut = Slice("encoder.layers.", 2)
-    assert cut.keeps("encoder.layers.1.mlp.weight") and not cut.keeps("encoder.layers.2.mlp.weight")
-    assert cut.keeps("features.conv_layers.6.weight") and cut.keeps("encoder.norm.weight")
+        assert proof.verify_slice(DenseCheckpoint(source), tmp_path / "moe", plan).passed
+    assert kept == [None, None]
 
 
 def test_a_difference_in_a_late_layer_is_seen_by_the_whole_proof(tmp_path: Path) -> None:
@@ -52,3 +132,40 @@ def test_a_difference_in_a_late_layer_is_seen_by_the_whole_proof(tmp_path: Path)
     model.get_parameter("model.layers.2.mlp.down_proj.weight").data.mul_(1.01)
     other = tiny.save(model, tmp_path / "other")
     assert not proof.verify_checkpoints(other, tmp_path / "moe").passed
+
+
+def test_the_rounding_that_was_asked_for_is_not_held_against_the_conversion(tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    plan = tiny.convert_files(src, tmp_path / "moe", CONFIG, dtype="BF16")
+    assert proof.verify_checkpoints(src, tmp_path / "moe").passed
+    with open_source(src) as source:
+        assert proof.verify_slice(DenseCheckpoint(source), tmp_path / "moe", plan, cast_to="BF16").passed
+        assert not proof.verify_slice(DenseCheckpoint(source), tmp_path / "moe", plan).passed
+
+
+def test_a_method_without_a_promise_is_known_from_the_record_beside_the_model(tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    tiny.convert_files(src, tmp_path / "moe", MoEConfig(3, 2, method="noise"))
+    assert proof.verify_checkpoints(src, tmp_path / "moe").tolerance is None
+    (tmp_path / "moe" / "moeify.json").unlink()
+    assert not proof.verify_checkpoints(src, tmp_path / "moe").passed
+
+
+def test_a_text_goes_through_the_tokenizer_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    plain = Tokenizer(models.WordLevel({f"w{number}": number for number in range(tiny.VOCABULARY)}, unk_token="w0"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    tf: Any = transformers
+    tf.PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(src)
+    tiny.convert_files(src, tmp_path / "moe", CONFIG)
+    given: list[torch.Tensor] = []
+
+    def spy(dense: Any, moe: Any, inputs: Any, **kwargs: Any) -> proof.VerifyReport:
+        given.append(inputs["input_ids"])
+        return verify(dense, moe, inputs, **kwargs)
+
+    monkeypatch.setattr(proof, "verify", spy)
+    assert proof.verify_checkpoints(src, tmp_path / "moe", text="w5 w9 " * 300).passed
+    assert given[0].shape == (1, 512) and given[0][0, :4].tolist() == [5, 9, 5, 9]

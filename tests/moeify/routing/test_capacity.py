@@ -1,4 +1,4 @@
-"""Capacity against decimal arithmetic, and who gives way against a queue served one place at a time."""
+"""Capacity against decimal arithmetic, and which choices are dropped against a queue served one choice at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from moeify.config.settings import DropOrder
 from moeify.errors import ConfigError
-from moeify.routing.capacity import DropOrder, drop_overflow, expert_capacity
-from moeify.routing.routers import gshard, softmax_topk
+from moeify.routers.gshard import gshard
+from moeify.routers.softmax import softmax_topk
+from moeify.routing.capacity import drop_overflow, expert_capacity
 
 ORDERS = get_args(DropOrder)
 
@@ -26,7 +28,7 @@ def routed(tokens: int, experts: int, top_k: int, seed: int = 0) -> tuple[Tensor
 
 
 def serve(ids: list[list[int]], queue: list[tuple[int, int]], experts: int, capacity: int) -> list[list[int]]:
-    """Places (t, k) come one by one, and the expert takes them until it is full."""
+    """Choices (t, k) come one by one, and the expert takes them until it is full."""
     load, result = [0] * experts, [[experts] * len(row) for row in ids]
     for t, k in queue:
         expert = ids[t][k]
@@ -36,7 +38,7 @@ def serve(ids: list[list[int]], queue: list[tuple[int, int]], experts: int, capa
     return result
 
 
-def places(tokens: int, top_k: int) -> list[tuple[int, int]]:
+def choices(tokens: int, top_k: int) -> list[tuple[int, int]]:
     return [(t, k) for k in range(top_k) for t in range(tokens)]
 
 
@@ -69,13 +71,13 @@ def test_impossible_factors_are_refused(factor: float) -> None:
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "capacity"), [(37, 5, 2, 9), (37, 5, 2, 1), (37, 5, 5, 20), (3, 8, 1, 0)]
 )
-def test_who_gives_way(order: DropOrder, tokens: int, experts: int, top_k: int, capacity: int) -> None:
+def test_which_choices_are_dropped(order: DropOrder, tokens: int, experts: int, top_k: int, capacity: int) -> None:
     ids, scores = routed(tokens, experts, top_k)
-    queue = places(tokens, top_k)
+    queue = choices(tokens, top_k)
     if order == "probability":
-        queue.sort(key=lambda place: -float(scores[place[0], int(ids[place])]))
+        queue.sort(key=lambda choice: -float(scores[choice[0], int(ids[choice])]))
     if order == "batch_prioritized":
-        queue.sort(key=lambda place: (place[1], -float(scores[place[0]].max())))
+        queue.sort(key=lambda choice: (choice[1], -float(scores[choice[0]].max())))
     new_ids, dropped = drop_overflow(ids, scores, capacity, order=order)
     assert new_ids.tolist() == serve(ids.tolist(), queue, experts, capacity)
     assert int(dropped) == int((new_ids == experts).sum())
@@ -99,20 +101,23 @@ def test_random_order_is_fair_and_reproducible() -> None:
     ids, scores = torch.zeros(10, 1, dtype=torch.int64), torch.full((10, 2), 0.5)
     kept = torch.zeros(10)
     for seed in range(1000):
-        new_ids, dropped = drop_overflow(ids, scores, 3, order="random", generator=torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed)
+        new_ids, dropped = drop_overflow(ids, scores, 3, order="random")
         assert int(dropped) == 7
         kept += new_ids[:, 0] == 0
     assert (kept - 300).abs().max() < 75  # five standard deviations
-    again, _ = drop_overflow(ids, scores, 3, order="random", generator=torch.Generator().manual_seed(999))
+    torch.manual_seed(999)
+    again, _ = drop_overflow(ids, scores, 3, order="random")
     assert torch.equal(again, new_ids)
 
 
 @settings(deadline=None, max_examples=80)
 @given(st.sampled_from(ORDERS), st.integers(0, 40), st.integers(2, 9), st.integers(0, 12), st.integers(0, 99))
 def test_full_experts_are_exactly_full(order: DropOrder, tokens: int, experts: int, capacity: int, seed: int) -> None:
-    # GShard has places that are nobody's before any capacity is applied.
+    # GShard drops choices before any capacity is applied.
     logits = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
-    routing = gshard(logits, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    routing = gshard(logits)
     ids = routing.expert_ids_TK
     new_ids, dropped = drop_overflow(ids, routing.scores_TE, capacity, order=order)
     wanted, served = (torch.bincount(i.flatten(), minlength=experts + 1)[:experts] for i in (ids, new_ids))

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from moeify.errors import ConfigError
 from moeify.measure import TOLERANCE
+from moeify.routers.noisy_topk import noisy_topk
+from moeify.routers.sigmoid import sigmoid_grouped
+from moeify.routers.softmax import softmax_topk
 from moeify.routing.losses import (
     deepseek_sequence_loss,
     expert_counts,
@@ -23,7 +26,6 @@ from moeify.routing.losses import (
     load_cv2,
     z_loss,
 )
-from moeify.routing.routers import noisy_topk, sigmoid_grouped, softmax_topk
 from tests.moeify.routing import draw
 
 randn = partial(draw.randn, dtype=torch.float64)
@@ -43,10 +45,10 @@ UNIFORM = torch.full((24, 8), 1 / 8)
 COLLAPSED = torch.zeros(24, 8).index_fill(1, torch.tensor([2, 5]), 0.5)
 
 
-@pytest.mark.parametrize(("normalize_topk", "balanced", "collapsed"), [(True, 1.0, 4.0), (False, 2.0, 8.0)])
-def test_load_balancing_values(normalize_topk: bool, balanced: float, collapsed: float) -> None:
-    close(load_balancing_loss(UNIFORM, BALANCED_IDS, normalize_topk=normalize_topk), balanced, "float32")
-    close(load_balancing_loss(COLLAPSED, COLLAPSED_IDS, normalize_topk=normalize_topk), collapsed, "float32")
+@pytest.mark.parametrize(("divide_by_top_k", "balanced", "collapsed"), [(True, 1.0, 4.0), (False, 2.0, 8.0)])
+def test_load_balancing_values(divide_by_top_k: bool, balanced: float, collapsed: float) -> None:
+    close(load_balancing_loss(UNIFORM, BALANCED_IDS, divide_by_top_k=divide_by_top_k), balanced, "float32")
+    close(load_balancing_loss(COLLAPSED, COLLAPSED_IDS, divide_by_top_k=divide_by_top_k), collapsed, "float32")
     for sequences in (1, 3):
         close(deepseek_sequence_loss(COLLAPSED, 2, sequences=sequences), 4.0, "float32")
 
@@ -90,13 +92,15 @@ def switch_loss(scores: Tensor, ids: Tensor) -> float:
 def test_load_balancing_loop() -> None:
     routing = softmax_topk(randn(37, 5), 2)
     expected = switch_loss(routing.scores_TE, routing.expert_ids_TK)
-    close(load_balancing_loss(routing.scores_TE, routing.expert_ids_TK, normalize_topk=False), expected)
-    close(load_balancing_loss(routing.scores_TE, routing.expert_ids_TK, normalize_topk=True), expected / 2)
+    close(load_balancing_loss(routing.scores_TE, routing.expert_ids_TK, divide_by_top_k=False), expected)
+    close(load_balancing_loss(routing.scores_TE, routing.expert_ids_TK, divide_by_top_k=True), expected / 2)
     # GShard: first choices.
     first = routing.expert_ids_TK[:, :1]
-    close(load_balancing_loss(routing.scores_TE, first, normalize_topk=True), switch_loss(routing.scores_TE, first))
+    close(load_balancing_loss(routing.scores_TE, first, divide_by_top_k=True), switch_loss(routing.scores_TE, first))
     dropped = first.masked_fill(torch.arange(37).unsqueeze(-1) % 3 == 0, 5)
-    close(load_balancing_loss(routing.scores_TE, dropped, normalize_topk=True), switch_loss(routing.scores_TE, dropped))
+    close(
+        load_balancing_loss(routing.scores_TE, dropped, divide_by_top_k=True), switch_loss(routing.scores_TE, dropped)
+    )
 
 
 def test_sequence_level_is_the_mean_over_sequences() -> None:
@@ -104,9 +108,9 @@ def test_sequence_level_is_the_mean_over_sequences() -> None:
     mask[7:11] = mask[22:] = False  # the first sequence is partly padding, the last entirely
     scores, ids = routing.scores_TE, routing.expert_ids_TK
     expected = (switch_loss(scores[:7], ids[:7]) + switch_loss(scores[11:22], ids[11:22])) / 2
-    close(load_balancing_loss(scores, ids, normalize_topk=False, mask_T=mask, sequences=3), expected)
+    close(load_balancing_loss(scores, ids, divide_by_top_k=False, mask_T=mask, sequences=3), expected)
     with pytest.raises(ConfigError, match="33 tokens are not 2 sequences"):
-        load_balancing_loss(scores, ids, normalize_topk=False, sequences=2)
+        load_balancing_loss(scores, ids, divide_by_top_k=False, sequences=2)
 
 
 def test_global_level_averages_to_the_loss_of_the_whole_batch() -> None:
@@ -117,13 +121,13 @@ def test_global_level_averages_to_the_loss_of_the_whole_batch() -> None:
     assert torch.equal(counts, torch.bincount(whole.expert_ids_TK.flatten(), minlength=5))
     for normalize in (True, False):
         losses = [
-            load_balancing_loss(part.scores_TE, part.expert_ids_TK, normalize_topk=normalize, counts_E=counts)
+            load_balancing_loss(part.scores_TE, part.expert_ids_TK, divide_by_top_k=normalize, counts_E=counts)
             for part in micro_batches
         ]
-        expected = load_balancing_loss(whole.scores_TE, whole.expert_ids_TK, normalize_topk=normalize)
+        expected = load_balancing_loss(whole.scores_TE, whole.expert_ids_TK, divide_by_top_k=normalize)
         close(torch.stack(losses).mean(), expected)
         local = load_balancing_loss(
-            micro_batches[0].scores_TE, micro_batches[0].expert_ids_TK, normalize_topk=normalize
+            micro_batches[0].scores_TE, micro_batches[0].expert_ids_TK, divide_by_top_k=normalize
         )
         assert abs(float(losses[0] - local)) > 1e-3
 
@@ -160,7 +164,8 @@ def test_importance_loop() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_load_loop(top_k: int) -> None:
-    routing = noisy_topk(randn(37, 5), randn(37, 5, seed=1), top_k, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(2)
+    routing = noisy_topk(randn(37, 5), randn(37, 5, seed=1), top_k)
     assert routing.clean_logits_TE is not None and routing.noise_std_TE is not None
     load = [0.0] * 5
     for t in range(37):
@@ -183,10 +188,14 @@ def noisy_load(logits: Tensor, mask: Tensor | None, top_k: int = 2) -> Tensor:
 
 LOSSES: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "load balancing": lambda logits, mask: load_balancing_loss(
-        logits.softmax(-1), logits.detach().topk(2).indices, normalize_topk=True, mask_T=mask
+        logits.softmax(-1), logits.detach().topk(2).indices, divide_by_top_k=True, mask_T=mask
     ),
     "load balancing, global": lambda logits, mask: load_balancing_loss(
-        logits.softmax(-1), logits.detach().topk(2).indices, normalize_topk=False, mask_T=mask, counts_E=torch.arange(5)
+        logits.softmax(-1),
+        logits.detach().topk(2).indices,
+        divide_by_top_k=False,
+        mask_T=mask,
+        counts_E=torch.arange(5),
     ),
     "deepseek": lambda logits, mask: deepseek_sequence_loss(logits.softmax(-1), 2, mask_T=mask),
     "z": lambda logits, mask: z_loss(logits, mask_T=mask),
@@ -215,7 +224,7 @@ def test_padded_rows_get_no_gradient_whatever_they_hold() -> None:
     leaves = [logits.requires_grad_(), noisy.requires_grad_(), std.requires_grad_()]
     ids = torch.zeros(12, 2, dtype=torch.int64)
     loss = (
-        load_balancing_loss(logits, ids, normalize_topk=True, mask_T=mask)
+        load_balancing_loss(logits, ids, divide_by_top_k=True, mask_T=mask)
         + deepseek_sequence_loss(logits, 2, mask_T=mask, sequences=2)
         + z_loss(logits, mask_T=mask)
         + importance_cv2(logits, mask_T=mask)

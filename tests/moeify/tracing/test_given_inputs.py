@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def written(folder: Path, text: str) -> Path:
 def test_json_holds_values_shapes_and_settings(tmp_path: Path) -> None:
     text = """{"input_ids": [[1, 2, 3]], "mask": [[true, false]], "scale": [0.5], "use_cache": false, "mode": null,
                "pixel_values": {"shape": [1, 3, 4, 4]}, "positions": {"shape": [2, 0], "dtype": "int64"}}"""
-    given = read_inputs(written(tmp_path, text))
+    given: dict[str, Any] = read_inputs(written(tmp_path, text))
     assert torch.equal(given["input_ids"], torch.tensor([[1, 2, 3]]))
     assert given["mask"].dtype is torch.bool and given["scale"].dtype is torch.float32
     assert given["use_cache"] is False and given["mode"] is None
@@ -29,7 +30,8 @@ def test_json_holds_values_shapes_and_settings(tmp_path: Path) -> None:
 
 def test_safetensors_hold_tensors(tmp_path: Path) -> None:
     save_file({"input_ids": torch.arange(6).view(2, 3)}, tmp_path / "inputs.safetensors")
-    assert torch.equal(read_inputs(tmp_path / "inputs.safetensors")["input_ids"], torch.arange(6).view(2, 3))
+    given: dict[str, Any] = read_inputs(tmp_path / "inputs.safetensors")
+    assert torch.equal(given["input_ids"], torch.arange(6).view(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -38,10 +40,10 @@ def test_safetensors_hold_tensors(tmp_path: Path) -> None:
         ("[1, 2]", "expected the arguments of forward by name"),
         ("{}", "expected the arguments of forward by name"),
         ("{", "is not a json file"),
-        ('{"x": [[1], [2, 3]]}', "x is no tensor"),
-        ('{"x": ["one"]}', "x is no tensor"),
+        ('{"x": [[1], [2, 3]]}', "x is not a tensor"),
+        ('{"x": ["one"]}', "x is not a tensor"),
         ('{"x": {"shape": [2], "dtype": "load"}}', "dtype is not one of torch's"),
-        ('{"x": {"shape": [-2]}}', "x is no tensor"),
+        ('{"x": {"shape": [-2]}}', "x is not a tensor"),
         ('{"x": {"shape": [2], "device": "cuda"}}', "device beside shape and dtype"),
     ],
 )

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as tf
 from torch import nn
 
 from moeify.errors import MoeifyError
-from moeify.tracing.inputs import candidate_inputs, guess_inputs, part_inputs
+from moeify.tracing.inputs import candidate_inputs, part_inputs
 from tests.moeify import tiny
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_the_first_guess_is_accepted(name: str) -> None:
     model = tiny.build(name)
-    given = guess_inputs(model)
+    given = next(candidate_inputs(model))
     tensors = {key: value for key, value in given.items() if isinstance(value, torch.Tensor)}
     assert all(value.is_meta for value in tensors.values())
     model(**{**given, **{key: torch.zeros_like(value, device="cpu") for key, value in tensors.items()}})
@@ -22,7 +24,7 @@ def test_the_first_guess_is_accepted(name: str) -> None:
 def test_models_with_two_inputs_get_both_in_the_end() -> None:
     tower = {"hidden_size": 12, "intermediate_size": 29, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = tf.CLIPConfig(text_config=tower, vision_config={**tower, "image_size": 16, "patch_size": 8})
-    guesses = list(candidate_inputs(tf.CLIPModel(config)))
+    guesses: list[dict[str, Any]] = list(candidate_inputs(tf.CLIPModel(config)))
     assert "pixel_values" not in guesses[0]
     assert any(set(guess) >= {"input_ids", "pixel_values"} for guess in guesses)
     assert guesses[1]["pixel_values"].shape[-2:] == (16, 16)
@@ -30,12 +32,13 @@ def test_models_with_two_inputs_get_both_in_the_end() -> None:
 
 def test_models_from_elsewhere_are_refused_with_their_arguments() -> None:
     with pytest.raises(MoeifyError, match=r"its forward takes \(input\); pass example_inputs"):
-        guess_inputs(nn.Linear(3, 3))
+        next(candidate_inputs(nn.Linear(3, 3)))
 
 
 def test_parts_get_activations_as_wide_as_their_first_weight() -> None:
-    shapes = [next(iter(guess.values())).shape[-1] for guess in part_inputs(nn.Sequential(nn.LayerNorm(7)))]
-    assert set(shapes) == {7}
+    guesses: list[dict[str, Any]] = list(part_inputs(nn.Sequential(nn.LayerNorm(7))))
+    assert {guess["input"].shape[-1] for guess in guesses} == {7}
     (image,) = part_inputs(nn.Sequential(nn.Conv2d(5, 8, 1), nn.ReLU()))
+    assert isinstance(image["input"], torch.Tensor)
     assert image["input"].shape[:2] == (2, 5)
     assert list(part_inputs(nn.Identity())) == []

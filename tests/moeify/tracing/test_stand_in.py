@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moeify.passes.find_ffn import FindFFN
+from moeify.passes.find_ffn import find_ffns_in
 from moeify.tracing.trace import UNTRACED, trace
 
 HIDDEN, INNER = 10, 23
@@ -58,14 +58,14 @@ class Head(Layer):
 @pytest.mark.parametrize("tuples", [True, False])
 def test_an_ffn_beside_an_attention_that_does_not_trace_is_found(tuples: bool) -> None:
     gm = trace(nn.ModuleDict({"only": Layer(tuples)}))
-    (ffn,) = FindFFN()(gm).ffns
+    (ffn,) = find_ffns_in(gm).ffns
     assert (ffn.name, ffn.down.weight) == ("only", "only.fc2.weight")
     assert {"only", "only.attention"} <= set(gm.meta[UNTRACED])
 
 
 @pytest.mark.parametrize("layer", [Gate, Head])
 def test_a_guess_makes_no_ffn(layer: type[Layer]) -> None:
-    found = FindFFN()(trace(nn.ModuleDict({"only": layer()})))
+    found = find_ffns_in(trace(nn.ModuleDict({"only": layer()})))
     assert found.ffns == ()
     assert "only.fc2" in {refusal.name for refusal in found.refused}
 

@@ -6,7 +6,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from moeify.errors import MoeifyError
-from moeify.passes.find_ffn import FindFFN
+from moeify.passes.find_ffn import find_ffns_in
 from moeify.tracing.trace import UNTRACED, meta_twin, trace
 
 HIDDEN, INNER = 10, 23
@@ -59,7 +59,7 @@ class TwoTowers(nn.Module):
 
 
 def names(graph_module: torch.fx.GraphModule) -> list[str]:
-    return [ffn.name for ffn in FindFFN()(graph_module).ffns]
+    return [ffn.name for ffn in find_ffns_in(graph_module).ffns]
 
 
 def test_the_model_is_neither_run_nor_changed() -> None:
@@ -113,7 +113,10 @@ def test_what_does_not_trace_whole_is_traced_by_its_parts() -> None:
     gm = trace(model)
     assert names(gm) == ["layers.0.mlp", "layers.1.mlp"]
     assert set(gm.meta[UNTRACED]) == {"", "layers.0"}
-    assert [ffn.down.weight for ffn in FindFFN()(gm).ffns] == ["layers.0.mlp.down.weight", "layers.1.mlp.down.weight"]
+    assert [ffn.down.weight for ffn in find_ffns_in(gm).ffns] == [
+        "layers.0.mlp.down.weight",
+        "layers.1.mlp.down.weight",
+    ]
 
 
 def test_towers_that_the_inputs_do_not_reach_are_traced_too() -> None:
@@ -186,13 +189,13 @@ class Layer(nn.Module):
 
 def test_experts_are_no_parts_of_a_model_whose_router_does_not_trace() -> None:
     graph_module = trace(nn.Sequential(Layer(), Layer()), torch.zeros(5, HIDDEN))
-    assert [ffn.name for ffn in FindFFN()(graph_module).ffns] == ["0.dense", "1.dense"]
+    assert [ffn.name for ffn in find_ffns_in(graph_module).ffns] == ["0.dense", "1.dense"]
     assert "experts of an MoE" in graph_module.meta[UNTRACED]["0.mixture.experts"]
 
 
 def test_both_towers_of_a_vision_language_model() -> None:
     text = {"hidden_size": 12, "intermediate_size": 29, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = tf.CLIPConfig(text_config=text, vision_config={**text, "image_size": 16, "patch_size": 8})
-    found = FindFFN()(trace(tf.CLIPModel(config))).ffns
+    found = find_ffns_in(trace(tf.CLIPModel(config))).ffns
     assert len(found) == 4
     assert {ffn.activation for ffn in found} == {"quick_gelu"}

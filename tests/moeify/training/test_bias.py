@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import moeify
 from moeify.config import MoEConfig
@@ -62,6 +63,29 @@ def test_a_model_without_such_a_router_is_told() -> None:
     with pytest.raises(MoeifyError, match=r"moeify\.routers\.Sigmoid"):
         moeify.attach_bias_update(model, torch.optim.SGD(model.parameters(), lr=0.1))
     moeify.update_selection_bias(model)
+
+
+def test_counts_of_all_ranks_are_added_before_the_bias_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.ModuleList(
+        make.layer(MoEConfig(e, 2, router=moeify.routers.Sigmoid(bias_rate=0.5))) for e in (3, 4)
+    )
+    first, second = (layer.get_buffer("router.selection_bias") for layer in model)
+    model[0].counts_E = torch.tensor([5, 3, 0])  # the second layer has not run on this rank
+    others = torch.tensor([0, 3, 9, 1, 0, 3, 0])
+    asked: list[object] = []
+
+    def all_reduce(counts: torch.Tensor, group: object) -> None:
+        asked.append(group)
+        counts += others
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    group: Any = object()
+    moeify.update_selection_bias(model, group)
+    assert asked == [group]
+    assert first.equal(updated_bias(torch.zeros(3), torch.tensor([5, 6, 9]), 0.5))
+    assert second.equal(updated_bias(torch.zeros(4), torch.tensor([1, 0, 3, 0]), 0.5))
+    assert first.any() and second.any() and model[0].counts_E is None
 
 
 def test_data_parallel_ranks_count_what_all_of_them_chose(tmp_path: Path) -> None:

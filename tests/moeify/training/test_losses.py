@@ -118,7 +118,8 @@ def test_a_compiled_model_trains_the_same() -> None:
 
 def test_no_loss_no_layer_no_forward() -> None:
     assert moeify.aux_loss(model_with(MoEConfig(5, 2, aux_loss=0.0))) == 0
-    with pytest.raises(MoeifyError, match="no MoE layer has run yet"):
-        moeify.aux_loss(model_with(CONFIG))
+    for config in (CONFIG, MoEConfig(5, 2, aux_loss=0.0, z_loss=0.1), MoEConfig(5, 2, aux_loss=0.1)):
+        with pytest.raises(MoeifyError, match="no MoE layer has run yet"):
+            moeify.aux_loss(model_with(config))
     with pytest.raises(MoeifyError, match="Linear has no MoE layer"):
         moeify.aux_loss(nn.Linear(2, 2))

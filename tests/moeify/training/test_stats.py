@@ -58,5 +58,5 @@ def test_a_router_that_knows_nothing_has_the_entropy_of_all_experts() -> None:
 
 
 def test_without_a_forward_pass_there_is_nothing_to_tell() -> None:
-    with pytest.raises(MoeifyError, match="no sparse layer has run"):
+    with pytest.raises(MoeifyError, match="no MoE layer has run"):
         moeify.routing_stats(make.layer(MoEConfig(5, 2)))

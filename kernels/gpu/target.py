@@ -1,0 +1,41 @@
+"""The hardware that the kernels run on, and its limits."""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from moeify.kernels.gpu.math import swizzle
+
+# Bytes that one block can use. NVIDIA: CUDA C++ programming guide, "Technical specifications per compute capability".
+SHARED_MEMORY = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+    "gfx950": 163840,
+}
+
+
+def interpreted() -> bool:
+    """Whether this process runs kernels in Triton's interpreter, on CPU: TRITON_INTERPRET=1 when it started."""
+    return not isinstance(swizzle, triton.JITFunction)
+
+
+def architecture() -> str:
+    """Return what the kernels will run on: "sm_90", "gfx942", or "interpreter"."""
+    if interpreted():
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """Return how products are computed: "tf32" where torch is told so and the hardware has it, else "ieee"."""
+    wanted = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if wanted and not architecture().startswith("gfx") else "ieee"  # few AMD GPUs have it

@@ -1,0 +1,129 @@
+"""The table of tiles: one for each kernel, architecture and height of a tile of rows.
+
+Each tile spills no registers, fits shared memory and leaves room for a CTA; the static report checks it
+(`docs/kernels.md`). Among such tiles the order of preference is: tensor-core instructions of full width, then CTAs per
+SM, then stages. Nothing was timed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from functools import cache
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The shape of a tile (rows m, columns n, summed k) and how the compiler schedules it."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+
+
+Table = dict[str, dict[int, Tile]]  # by kernel, then by height; "weights" has one height, as it has no rows to fit
+
+
+def _tiles(*rows: str) -> dict[int, Tile]:
+    """Read tiles written as rows x columns x summed, warps, stages."""
+    found = (Tile(*(int(number) for number in row.replace("x", " ").split())) for row in rows)
+    return {tile.m: tile for tile in found}
+
+
+_AMPERE: Table = {
+    "up": _tiles("16x64x64 4 4", "32x64x64 4 4", "64x64x64 4 3", "128x64x64 8 3"),
+    "rows": _tiles("16x64x128 4 3", "32x128x64 4 3", "64x128x64 4 3", "128x128x64 8 3"),
+    "down_backward": _tiles("16x64x64 4 4", "32x64x64 4 4", "64x64x64 4 3", "128x64x64 8 3"),
+    "weights": _tiles("128x128x32 8 5"),
+}
+_SMALL_SHARED: Table = {  # 99 KB a block: sm_86, sm_89, sm_120
+    "up": _tiles("16x64x64 4 4", "32x64x64 4 3", "64x64x64 4 2", "128x64x32 8 3"),
+    "rows": _tiles("16x64x128 4 3", "32x128x64 4 3", "64x128x32 4 3", "128x128x32 8 3"),
+    "down_backward": _tiles("16x64x64 4 4", "32x64x64 4 3", "64x64x64 4 2", "128x64x32 8 3"),
+    "weights": _tiles("128x128x32 8 4"),
+}
+_HOPPER: Table = {
+    "up": _tiles("16x64x64 4 4", "32x64x64 4 4", "64x64x64 4 3", "128x128x64 8 3"),
+    "rows": _tiles("16x64x128 4 3", "32x128x64 4 3", "64x128x64 4 4", "128x128x64 8 4"),
+    "down_backward": _tiles("16x64x64 4 4", "32x64x64 4 4", "64x64x64 4 3", "128x64x64 8 3"),
+    "weights": _tiles("128x128x64 8 3"),
+}
+_CDNA3: Table = {  # 64 KB of LDS; the compiler pipelines loads through registers
+    **dict.fromkeys(
+        ("up", "rows", "down_backward"), _tiles("16x64x64 4 2", "32x64x64 4 2", "64x64x64 4 2", "128x64x32 8 2")
+    ),
+    "weights": _tiles("128x64x32 8 2"),
+}
+TILES: dict[str, Table] = {
+    "sm_80": _AMPERE,
+    "sm_86": _SMALL_SHARED,
+    "sm_89": _SMALL_SHARED,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "sm_120": _SMALL_SHARED,
+    "gfx942": _CDNA3,
+}
+HEIGHTS = (16, 32, 64, 128)  # of a tile of rows
+UNKNOWN = _SMALL_SHARED  # for an architecture that the table does not have: these fit everywhere
+
+
+def row_tile(choices: int, experts: int) -> int:
+    """Return the height of a tile of rows, by how many rows an expert has on average.
+
+    The last tile of an expert is on average half empty, so tall tiles are for experts that fill several of them; 16 and
+    32 are for decoding, where reading the weights takes the time.
+    """
+    share = choices // experts
+    return 16 if share <= 16 else 32 if share <= 32 else 64 if share < 512 else 128
+
+
+def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int) -> Tile:
+    """Return the tile of `kernel` for tiles of `m` rows, no wider than the matrix and no deeper than its type allows.
+
+    The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the width of the kernels
+    that hold a gate beside the rest, for registers, of which products without tensor cores need more. The others' tiles
+    of 32 rows spill unless they are shallower still.
+    """
+    tile = _table(architecture)[kernel][m]
+    if itemsize > 2:
+        if kernel in {"up", "down_backward"}:
+            tile = replace(tile, n=tile.n // 2, k=tile.k // 2)
+        else:
+            tile = replace(tile, k=tile.k // (4 if m == 32 else 2))
+    return fit(tile, n, k)
+
+
+def fit(tile: Tile, n: int, k: int) -> Tile:
+    """Return the tile no wider than a matrix of `n` columns and no deeper than `k` summed elements."""
+    return replace(tile, n=min(tile.n, _power_of_two(n)), k=min(tile.k, _power_of_two(k)))
+
+
+def least_shared(kernel: str, tile: Tile, itemsize: int) -> int:
+    """Return a lower bound of the bytes of shared memory that `kernel` needs, whatever the compiler does.
+
+    The compiler keeps at least one buffer less than there are stages; in "weights", where the rows to load are
+    themselves loaded by index, half as many.
+    """
+    columns = 2 * tile.n if kernel == "up" else tile.n
+    buffers = (tile.stages - 1) // 2 if kernel == "weights" else tile.stages - 1
+    return (tile.m + columns) * tile.k * itemsize * max(buffers, 1)
+
+
+def block_tile(block: int, columns: int, itemsize: int) -> Tile:
+    """Return the tile of a block-sparse product whose result has blocks of `block` rows: the same everywhere."""
+    return Tile(block, columns, min(block, 32 if itemsize <= 2 else 16), 8 if columns > 64 else 4, 3)
+
+
+@cache
+def _table(architecture: str) -> Table:
+    """Return the tiles of an architecture; cached, so that a process warns once of an unknown one."""
+    if architecture not in TILES and architecture != "interpreter":
+        warnings.warn(f"no tiles were chosen for {architecture}: using small ones that fit everywhere", stacklevel=3)
+    return TILES.get(architecture, UNKNOWN)
+
+
+def _power_of_two(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())

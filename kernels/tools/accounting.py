@@ -1,0 +1,112 @@
+"""How many products the forward pass issues and how many bytes it moves: exact counts, for a given routing.
+
+Three arrangements of the same work are compared: tiles of rows without padding (ours), every expert's rows padded to a
+multiple of 128 (MegaBlocks, arXiv:2211.15841), and a fixed capacity (GShard, arXiv:2006.16668). Elements have two
+bytes. Activations count once for each kernel that reads or writes them, weights once for each expert that has rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moeify.kernels.gpu.tiles import row_tile
+
+ELEMENT = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one arrangement.
+
+    Attributes:
+        flops: Multiplications and additions issued, padding included.
+        bytes: Moved to and from memory.
+        dropped: Choices that are not computed.
+    """
+
+    flops: int
+    bytes: int
+    dropped: int
+
+
+def useful_flops(counts: Sequence[int], hidden: int, intermediate: int) -> int:
+    """Return the multiplications and additions that a gated FFN needs for these rows per expert."""
+    return _flops(sum(counts), hidden, intermediate)
+
+
+def tiled(counts: Sequence[int], tokens: int, hidden: int, intermediate: int, block_m: int) -> Cost:
+    """Return our cost: the gather is part of the up projection, and the activation too; only last tiles are ragged."""
+    choices, rows = sum(counts), sum(_round_up(n, block_m) for n in counts)
+    up = choices * hidden + choices * 3 * intermediate  # read x; write z and a
+    down = choices * intermediate + choices * hidden  # read a; write y
+    combine = choices * hidden + tokens * hidden
+    moved = up + down + combine + _weights(counts, hidden, intermediate)
+    return Cost(_flops(rows, hidden, intermediate), ELEMENT * moved, 0)
+
+
+def padded(counts: Sequence[int], tokens: int, hidden: int, intermediate: int, block: int = 128) -> Cost:
+    """Return the cost of MegaBlocks: copy and pad, sdd, activation, dsd, copy back, sum."""
+    choices, rows = sum(counts), sum(_round_up(n, block) for n in counts)
+    gather = choices * hidden + rows * hidden
+    up = rows * hidden + rows * 2 * intermediate
+    activate = rows * 3 * intermediate
+    down = rows * intermediate + rows * hidden
+    scatter = 2 * choices * hidden + choices * hidden + tokens * hidden
+    moved = gather + up + activate + down + scatter + _weights(counts, hidden, intermediate)
+    return Cost(_flops(rows, hidden, intermediate), ELEMENT * moved, 0)
+
+
+def capacity(counts: Sequence[int], tokens: int, hidden: int, intermediate: int, factor: float = 1.25) -> Cost:
+    """Return the cost of a fixed capacity: every expert computes the same number of rows, and the rest is dropped."""
+    slots = int(-(-sum(counts) * factor // len(counts)))
+    rows, kept = slots * len(counts), sum(min(n, slots) for n in counts)
+    moved = (2 * kept + 3 * rows + tokens) * hidden + 6 * rows * intermediate
+    moved += _weights([1] * len(counts), hidden, intermediate)
+    return Cost(_flops(rows, hidden, intermediate), ELEMENT * moved, sum(counts) - kept)
+
+
+def _flops(rows: int, hidden: int, intermediate: int) -> int:
+    return 2 * rows * hidden * 3 * intermediate
+
+
+def _weights(counts: Sequence[int], hidden: int, intermediate: int) -> int:
+    return 3 * hidden * intermediate * sum(n > 0 for n in counts)
+
+
+def _round_up(n: int, block: int) -> int:
+    return -(-n // block) * block
+
+
+def report(hidden: int, intermediate: int) -> list[str]:
+    """Return a Markdown table of the three arrangements for several routings."""
+    text = [
+        f"### Padding (H={hidden}, I={intermediate}, forward, bf16; each number over that of the line's best possible)",
+        "",
+    ]
+    text += ["| experts, top-k, tokens | routing | tiles: products | bytes | 128-padding: products | bytes | "
+             "capacity 1.25: products | bytes | dropped |", "|---" * 9 + "|"]  # fmt: skip
+    for experts, top_k, tokens in ((128, 8, 64), (128, 8, 4096), (128, 8, 32768), (8, 2, 4096)):
+        for name, counts in _routings(experts, tokens * top_k).items():
+            block = row_tile(tokens * top_k, experts)
+            ours = tiled(counts, tokens, hidden, intermediate, block)
+            others = tuple(cost(counts, tokens, hidden, intermediate) for cost in (padded, capacity))
+            least = tiled(counts, tokens, hidden, intermediate, 1)
+            ratios = [f"{c.flops / least.flops:.2f} | {c.bytes / least.bytes:.2f}" for c in (ours, *others)]
+            dropped = f"{others[1].dropped / sum(counts):.0%}"
+            text.append(" | ".join((f"| {experts}, {top_k}, {tokens}", name, *ratios, dropped)) + " |")
+    return [*text, ""]
+
+
+def _routings(experts: int, choices: int) -> dict[str, list[int]]:
+    """Return rows per expert: even; each choice at random; and by Zipf's law."""
+    g = torch.Generator().manual_seed(0)
+    zipf = 1 / torch.arange(1, experts + 1, dtype=torch.float64)
+    samples = {
+        "uniform": torch.randint(0, experts, (choices,), generator=g),
+        "Zipf": torch.multinomial(zipf, choices, replacement=True, generator=g),
+    }
+    even = [choices // experts + (e < choices % experts) for e in range(experts)]
+    return {"even": even} | {n: torch.bincount(ids, minlength=experts).tolist() for n, ids in samples.items()}

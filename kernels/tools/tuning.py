@@ -1,0 +1,136 @@
+"""Time a few tiles for each kernel on this machine's GPU: the table's tile and its neighbors, less those that spill.
+
+Shape legend as in `moeify.kernels.gpu.experts`.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from moeify.kernels.gpu import experts, tiles, tuned_tiles
+from moeify.kernels.gpu.target import architecture
+from moeify.kernels.gpu.tiles import Tile
+from moeify.kernels.inputs import ExpertInputs, Kept
+from moeify.kernels.layout import sort_by_expert
+from moeify.kernels.tools.cases import tile_faults
+
+Launch = Callable[[], object]
+SHARES = (16, 32, 256, 2048)  # rows of an expert, one for each height of a tile of rows: decoding to training
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The experts to tune for: by default Qwen3-30B-A3B's, which other kernels publish."""
+
+    hidden: int = 2048
+    intermediate: int = 768
+    experts: int = 128
+    top_k: int = 8
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The fastest tile of one kernel, and the milliseconds of all that were timed, the table's own first."""
+
+    kernel: str
+    itemsize: int
+    tile: Tile
+    times: dict[Tile, float]
+
+
+def milliseconds(launch: Launch) -> float:
+    """Return the median time of a launch on the device."""
+    return float(triton.testing.do_bench(launch, warmup=10, rep=50, return_mode="median"))
+
+
+def tune(
+    shape: Shape,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    shares: tuple[int, ...] = SHARES,
+    timer: Callable[[Launch], float] = milliseconds,
+) -> Iterator[Timed]:
+    """Time the candidates of every kernel, for types of two and four bytes and each height of a tile of rows.
+
+    Args:
+        shape: Of the experts.
+        device: A GPU with memory for a training step of the largest share: 10 GB in fp32 at the default shape.
+        dtypes: One for each size of an element.
+        shares: Rows per expert.
+        timer: Returns the milliseconds of a launch.
+
+    Yields:
+        The fastest tile of each kernel, size of an element and height. Where every tile is refused nothing is yielded,
+        and the table's tile stays in use.
+    """
+    for dtype in dtypes:
+        for share in shares:
+            m = tiles.row_tile(share * shape.experts, shape.experts)
+            for kernel, launch in launches(shape, share, dtype, device).items():
+                if kernel not in tuned_tiles.KERNELS or (kernel == "weights" and m != 128):
+                    continue  # another use of a kernel; and tiles of "weights" do not follow the share
+                times = {tile: _time(tile, launch, timer) for tile in _survivors(kernel, m, dtype.itemsize)}
+                if times:
+                    yield Timed(kernel, dtype.itemsize, min(times, key=times.__getitem__), times)
+
+
+def _survivors(kernel: str, m: int, itemsize: int) -> list[Tile]:
+    """Return those of the table's tile and its neighbors that neither spill nor fail to fit."""
+    base = tiles.choose(kernel, architecture(), m, 1 << 20, 1 << 20, itemsize)
+    near = [
+        base,
+        replace(base, n=base.n * 2),
+        replace(base, n=base.n // 2),
+        replace(base, k=base.k // 2, stages=base.stages + 1),
+        replace(base, warps=12 - base.warps),  # 4 and 8
+        replace(base, stages=base.stages + 1),
+    ]
+    sane = (t for t in near if 16 <= t.n <= 128 and t.k >= 16)
+    return [tile for tile in sane if not tile_faults(kernel, architecture(), tile, itemsize)]
+
+
+def _time(tile: Tile, launch: Launch, timer: Callable[[Launch], float]) -> float:
+    with tuned_tiles.on_trial(tile):
+        return timer(launch)
+
+
+def launches(shape: Shape, share: int, dtype: torch.dtype, device: torch.device) -> dict[str, Launch]:
+    """Return one launch of each kernel as a training step makes it, and other uses, with tokens spread at random.
+
+    Args:
+        shape: Of the experts.
+        share: Rows per expert.
+        dtype: Of everything but the routing.
+        device: A GPU, or the meta device to compile and not launch.
+    """
+    tokens = max(1, share * shape.experts // shape.top_k)
+    choices = tokens * shape.top_k
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+
+    def new(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device, dtype=dtype)
+
+    ids_TK = new(tokens, shape.experts).topk(shape.top_k).indices
+    x_TH, weights_TK = new(tokens, shape.hidden), new(tokens, shape.top_k)
+    up_EJH = new(shape.experts, 2 * shape.intermediate, shape.hidden)
+    down_EHI = new(shape.experts, shape.hidden, shape.intermediate)
+    inputs = ExpertInputs(x_TH, ids_TK, weights_TK, up_EJH, down_EHI, None, None, "silu", True)
+    kept = Kept(new(choices, 2 * shape.intermediate), *sort_by_expert(ids_TK, shape.experts))
+    a_SI, routing = new(choices, shape.intermediate), kept[1:]
+    return {
+        "up": lambda: experts.launch_up(inputs, *routing, keep=True),
+        "up, inference": lambda: experts.launch_up(inputs, *routing, keep=False),
+        "rows": lambda: experts.launch_rows(a_SI, down_EHI.transpose(1, 2), None, kept.offsets_E1),
+        "rows, gradient of x": lambda: experts.launch_rows(kept.z_SJ, up_EJH, None, kept.offsets_E1),
+        "down_backward": lambda: experts.launch_down_backward(x_TH, inputs, kept),
+        "weights": lambda: experts.launch_weights(kept.z_SJ, x_TH, *routing, shape.top_k, gather="right"),
+        "weights, down": lambda: experts.launch_weights(x_TH, a_SI, *routing, shape.top_k, gather="left"),
+    }

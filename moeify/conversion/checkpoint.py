@@ -1,0 +1,173 @@
+"""The applier for checkpoints: a dense checkpoint in, an MoE checkpoint out, in the memory of a few tensors.
+
+The model is traced without weights, so the plan costs nothing that grows with the weights; then every output tensor is
+described as a sequence of byte ranges of the source (or, where bytes will not do, as a small computation), and the
+checkpoint writer copies them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeify.checkpoint.safetensors_file import encode_header
+from moeify.checkpoint.shards import OutTensor, plan_shards
+from moeify.checkpoint.staging import staged
+from moeify.checkpoint.tensor_info import torch_dtype
+from moeify.checkpoint.writer import write_checkpoint
+from moeify.config import MoEConfig
+from moeify.conversion.dense import DenseCheckpoint
+from moeify.conversion.output_tensors import output_tensors
+from moeify.conversion.refusals import check_convertible
+from moeify.conversion.rehearsal import rehearse
+from moeify.errors import ConfigError
+from moeify.families.native import native_config
+from moeify.families.table import FAMILIES, MOEIFY, choose_target
+from moeify.plan import Plan
+from moeify.planning.make_plan import make_plan, plan_sites
+
+PLAN_FILE = "moeify.json"
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written, and where.
+
+    Attributes:
+        folder: The output folder; it appears whole or not at all.
+        shard_size: Bytes per file.
+        dtype: safetensors name of the dtype to store floating-point tensors in; None keeps the source's.
+        overwrite: Replace `folder` if it is a model folder.
+        resume: Go on where an interrupted run stopped.
+    """
+
+    folder: Path
+    shard_size: int
+    dtype: str | None = None
+    overwrite: bool = False
+    resume: bool = False
+
+
+def _ignore(_: object) -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What is called while a checkpoint is written.
+
+    Attributes:
+        total: Bytes that will be written; called once, first.
+        written: Bytes written since the last call.
+        nonfinite: Name of a source tensor that holds NaN or Inf; may raise to stop.
+        unused: Name of a source tensor that the model has no place for, which is left out.
+        check: The finished folder, before it takes its name; what this returns is kept in `moeify.json`, what it
+            raises stops the conversion and leaves nothing.
+    """
+
+    total: Callable[[int], None] = _ignore
+    written: Callable[[int], None] = _ignore
+    nonfinite: Callable[[str], None] = _ignore
+    unused: Callable[[str], None] = _ignore
+    check: Callable[[Path], object] = _ignore
+
+
+def plan_checkpoint(dense: DenseCheckpoint, config: MoEConfig, layers: str = "all", target: str = "auto") -> Plan:
+    """Plan the conversion of a checkpoint; no weight is read.
+
+    Args:
+        dense: The dense checkpoint.
+        config: The settings.
+        layers: Which FFNs (see `moeify.planning.selection`).
+        target: "auto", "moeify" or a native family.
+
+    Raises:
+        MoeifyError: nothing to convert, the target would not be exact, or the converted model would not run.
+    """
+    check_convertible(dense.model)
+    plan = make_plan(dense.model, dense.graph_module, dense.inspection, config, layers)
+    return _with_checked_target(dense, plan, target)
+
+
+def check_plan(dense: DenseCheckpoint, plan: Plan) -> None:
+    """Hold a plan that was saved to the checkpoint that it is to be used on.
+
+    Raises:
+        ConfigError: it was made for another model.
+        MoeifyError: the target would not be exact, or the converted model would not run.
+    """
+    if plan.model_type != dense.source.model_type:
+        raise ConfigError(f"the plan is for {plan.model_type}, the checkpoint is {dense.source.model_type}")
+    if not plan.sites:
+        raise ConfigError("the plan converts nothing: make it again with --dry-run --json")
+    check_convertible(dense.model)
+    wanted = {site.down.parameter for site in plan.sites}
+    ffns = [ffn for ffn in dense.inspection.ffns if ffn.down.weight in wanted]
+    known = {site.path: site for site in plan_sites(dense.model, dense.graph_module, ffns, plan.config)}
+    for site in plan.sites:
+        if known.get(site.path) != site:
+            what = "has another FFN there" if site.path in known else "has no FFN there"
+            raise ConfigError(f"the plan converts {site.path}, and this model {what}: make a plan for this checkpoint")
+    _with_checked_target(dense, plan, plan.target)
+
+
+def _with_checked_target(dense: DenseCheckpoint, plan: Plan, target: str) -> Plan:
+    """Return the plan for a format in which the converted model is exact and runs."""
+    plan = plan.with_target(choose_target(plan, dense.config, target))
+    if plan.target == MOEIFY:  # a native target is a model that transformers knows
+        rehearse(dense, plan)
+    return plan
+
+
+def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callbacks: Callbacks = Callbacks()) -> None:
+    """Write the converted checkpoint.
+
+    Args:
+        dense: The dense checkpoint.
+        plan: What `plan_checkpoint` returned, or a saved plan that `check_plan` accepted.
+        output: What is written, and where.
+        callbacks: What is called meanwhile.
+
+    Raises:
+        CheckpointError: the source lacks a tensor, or the output cannot be written.
+    """
+    source, dtype = dense.source, output.dtype
+    tensors = list(output_tensors(dense, plan, dtype, callbacks.unused))
+    total = sum(_file_bytes(shard.tensors) for shard in plan_shards(tensors, output.shard_size))
+    callbacks.total(total)
+    options = {"overwrite": output.overwrite, "resume": output.resume}
+    with staged(output.folder, source=source.path, nbytes=total, **options) as folder:
+        write_checkpoint(
+            source,
+            tensors,
+            folder,
+            shard_size=output.shard_size,
+            resume=output.resume,
+            on_bytes=callbacks.written,
+            on_nonfinite=callbacks.nonfinite,
+            plan_key=plan.to_json() + str(dtype),
+        )
+        source.write_side_files(folder)
+        _write_json(folder / "config.json", output_config(dense, plan, dtype))
+        proof = callbacks.check(folder)
+        _write_json(folder / PLAN_FILE, {**plan.to_dict(), "cast_to": dtype, "verification": proof})
+
+
+def output_config(dense: DenseCheckpoint, plan: Plan, dtype: str | None) -> dict[str, Any]:
+    """Return the `config.json` of the output; without a dtype, with that of the first converted weight."""
+    first = dense.names.of[plan.sites[0].down.parameter]
+    torch_name = str(torch_dtype(dtype or dense.source.tensors[first].dtype)).removeprefix("torch.")
+    if plan.target != MOEIFY:
+        return native_config(FAMILIES[plan.target], plan, dense.config, torch_name)
+    return {**dense.source.config, "dtype": torch_name, **plan.config_entries}
+
+
+def _file_bytes(tensors: Sequence[OutTensor]) -> int:
+    return len(encode_header(tensor.info for tensor in tensors)) + sum(tensor.nbytes for tensor in tensors)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")

@@ -1,0 +1,78 @@
+"""The applier for modules: MoE layers take the places of the dense FFNs of a live model."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from torch import nn
+from torch.optim import Optimizer
+
+from moeify.config import MoEConfig
+from moeify.conversion.dense import Dense
+from moeify.conversion.layout import fill_layer, layer_tensors
+from moeify.conversion.optimizer import DenseState
+from moeify.conversion.refusals import check_convertible, check_replaceable
+from moeify.conversion.rehearsal import rehearse
+from moeify.conversion.restructure import restructure
+from moeify.plan import Plan
+from moeify.planning.make_plan import make_plan
+from moeify.tracing.trace import Inputs
+
+
+def convert(
+    model: nn.Module,
+    config: MoEConfig,
+    layers: str = "all",
+    *,
+    example_inputs: Inputs | None = None,
+    optimizer: Optimizer | None = None,
+) -> nn.Module:
+    """Replace the dense FFNs of a model by mixtures of experts, in place.
+
+    All checks come before the first change: when this raises, the model is as it was.
+
+    Args:
+        model: Any module; its FFNs are found by dataflow, not by name.
+        config: Experts, top_k and the rest.
+        layers: Which FFNs: "all", "every:2", "last:8", "0,3-7", or a regular expression on their paths.
+        example_inputs: Inputs that the forward accepts; None guesses them for a transformers model.
+        optimizer: An optimizer of this model: its state follows the weights into the experts, and its groups then hold
+            the new parameters instead of the old.
+
+    Returns:
+        The same model. `repr` shows the new layers.
+
+    Raises:
+        RefusedError: no FFN was found, or one cannot be replaced without changing something else, or the optimizer's
+            state cannot follow.
+        MoeifyError: the model cannot be traced.
+        ConfigError: the selection matches nothing.
+    """
+    check_convertible(model)
+    dense = Dense(model, example_inputs)
+    plan = make_plan(model, dense.graph_module, dense.inspection, config, layers)
+    check_replaceable(model, plan)
+    state = None if optimizer is None else DenseState(optimizer, model, plan)
+    rehearse(dense, plan)
+    _replace(model, dense, plan)
+    if state is not None:
+        state.move_to(model)
+    remember_plan(model, plan)
+    return model
+
+
+def _replace(model: nn.Module, dense: Dense, plan: Plan) -> None:
+    """Put the layers in place and fill them; dense weights are let go as soon as their experts have them."""
+    weights = {name: attrgetter(name)(model) for site in plan.sites for name in site.reads}
+    restructure(model, plan, dense.regions)
+    for site in plan.sites:
+        fill_layer(model.get_submodule(site.path), layer_tensors(site, plan.config), weights.__getitem__)
+        for name in site.parameters:
+            del weights[name]
+
+
+def remember_plan(model: nn.Module, plan: Plan) -> None:
+    """Write a plan into a transformers model's config, so that `save_pretrained` makes a moeify checkpoint."""
+    if hasattr(getattr(model, "config", None), "to_json_string"):
+        for name, value in plan.config_entries.items():
+            setattr(model.config, name, value)

@@ -1,0 +1,142 @@
+"""The tensors of an output checkpoint, each described as byte ranges of the source or as a small computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from moeify.checkpoint.shards import Compute, OutTensor, SourceRows
+from moeify.checkpoint.source import Source
+from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
+from moeify.conversion.dense import DenseCheckpoint
+from moeify.conversion.layout import Block, CopiedTensor, LayerTensor, StartTensor
+from moeify.conversion.stored_layout import stored_tensors
+from moeify.errors import CheckpointError
+from moeify.plan import Plan, Site
+from moeify.tracing.skeleton import may_be_missing
+
+if TYPE_CHECKING:
+    import torch
+
+Piece: TypeAlias = "SourceRows | Compute"
+
+
+def output_tensors(
+    dense: DenseCheckpoint, plan: Plan, dtype: str | None, unused: Callable[[str], None]
+) -> Iterator[OutTensor]:
+    """Describe every tensor of the output, in the order of the source.
+
+    Args:
+        dense: The dense checkpoint.
+        plan: What is converted.
+        dtype: safetensors name of the dtype for floating-point tensors; None keeps the source's.
+        unused: Called with the name of each tensor that the model has no place for.
+
+    Raises:
+        CheckpointError: the source lacks a tensor that the model needs.
+    """
+    names = dense.names
+    for stored in names.unused:
+        unused(stored)
+    _check_complete(dense, plan)
+    outputs = _Outputs(dense.source, names.of, dtype)
+    site_of = {name: site for site in plan.sites for name in site.reads}
+    replaced = tuple(f"{path}." for site in plan.sites for path in (site.path, *site.bypassed))
+    done: set[str] = set()
+    for name in names.of:
+        site = site_of.get(name)
+        if site is None and not name.startswith(replaced):  # other values in a replaced module are left out
+            yield outputs.copied(names.of[name], name)
+        elif site is not None and site.path not in done:
+            done.add(site.path)
+            yield from (outputs.of(tensor, site) for tensor in stored_tensors(plan, site))
+    for stored in names.merged:
+        yield outputs.copied(stored, stored)  # transformers will do with it what it did before
+
+
+def _check_complete(dense: DenseCheckpoint, plan: Plan) -> None:
+    model, names = dense.model, dense.names
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    converted = {parameter for site in plan.sites for parameter in site.parameters}
+    for tied in aliases.values():
+        present = any(name in names.of or may_be_missing(model, name) for name in tied)
+        if present or (names.merged and not converted.intersection(tied)):
+            continue  # what transformers merges while loading is checked when the result is loaded
+        if names.merged:
+            raise CheckpointError(f"{tied[0]} is stored in another form than the model holds it in: convert in place")
+        raise CheckpointError(f"the checkpoint lacks the tensor {tied[0]}: it is not a whole {type(model).__name__}")
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Describes output tensors.
+
+    Attributes:
+        source: The dense checkpoint.
+        on_disk: The names on disk, by the model's names.
+        dtype: safetensors name of the dtype for floating-point tensors; None keeps the source's.
+        pieces: What each block is written from: equal experts share it, so that it is computed once.
+    """
+
+    source: Source
+    on_disk: dict[str, str]
+    dtype: str | None
+    pieces: dict[Block, Piece] = field(default_factory=dict)
+
+    def copied(self, stored: str, name: str) -> OutTensor:
+        """Describe a tensor that stays what it is, under the model's name for it."""
+        info = self.source.tensors[stored]
+        target = self.stored_dtype(info)
+        if target == info.dtype:
+            return OutTensor.copy(info, name)
+        return OutTensor(name, target, info.shape, (lambda: self.source.read(stored).to(torch_dtype(target)),))
+
+    def stored_dtype(self, info: TensorInfo) -> str:
+        """Return the dtype in which a tensor is written: only floating-point ones are cast."""
+        return self.dtype if self.dtype and torch_dtype(info.dtype).is_floating_point else info.dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a dense tensor by the model's name for it, in the dtype to be written."""
+        info = self.source.tensors[self.on_disk[name]]
+        return self.source.read(info.name).to(torch_dtype(self.stored_dtype(info)))
+
+    def of(self, tensor: LayerTensor, site: Site) -> OutTensor:
+        """Describe a tensor of a new layer.
+
+        Raises:
+            CheckpointError: the checkpoint does not hold a buffer that the activation reads.
+        """
+        if isinstance(tensor, CopiedTensor):
+            if tensor.source not in self.on_disk:
+                raise CheckpointError(
+                    f"the activation of {site.path} reads {tensor.source}, which the checkpoint does not hold: load "
+                    "the model, convert it in place and save it"
+                )
+            return self.copied(self.on_disk[tensor.source], tensor.name)
+        like = (*tensor.sources, site.down.parameter)[0]
+        dtype = self.stored_dtype(self.source.tensors[self.on_disk[like]])
+        if isinstance(tensor, StartTensor):
+            start, own = tensor.start, tensor.start.dtype or dtype
+            return OutTensor(tensor.name, own, start.shape, (lambda: start.build().to(torch_dtype(own)),))
+        return OutTensor(tensor.name, dtype, tensor.shape, tuple(self.piece(block, dtype) for block in tensor.blocks))
+
+    def piece(self, block: Block, dtype: str) -> Piece:
+        """Return the source's own bytes where a block is nothing else, or the computation of its values."""
+        if block not in self.pieces:
+            verbatim = self.verbatim(block, dtype)
+            self.pieces[block] = verbatim or (lambda: block.value(self.read).to(torch_dtype(dtype)))
+        return self.pieces[block]
+
+    def verbatim(self, block: Block, dtype: str) -> SourceRows | None:
+        """Return the rows of the source tensor that hold a block's bytes one after the other."""
+        if block.source is None:
+            return None
+        info, rows = self.source.tensors[self.on_disk[block.source]], block.rows
+        all_columns = block.columns is None or (not rows.transposed and block.columns == (0, info.shape[1]))
+        unchanged = block.change is None and block.scale == 1
+        if not (all_columns and unchanged and rows.step == 1 and info.dtype == dtype):
+            return None
+        return SourceRows(info.name, None if rows.count == rows.out_features else (rows.start, rows.stop))

@@ -1,0 +1,144 @@
+"""From what the passes found to a plan: place every FFN, choose layers, name the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import fx, nn
+
+from moeify.config import MoEConfig
+from moeify.errors import RefusedError
+from moeify.kernels.activations import ACTIVATIONS as KERNELS_KNOW
+from moeify.passes.ffn import FFN, Inspection
+from moeify.passes.matching.activation import CUSTOM
+from moeify.passes.matching.projection import Projection
+from moeify.passes.matching.region import region_parameters, short_names
+from moeify.plan import Plan, Rows, Site
+from moeify.planning.placement import Placement, Placer
+from moeify.planning.selection import is_pattern, select_layers
+
+
+def make_plan(
+    model: nn.Module,
+    graph_module: fx.GraphModule,
+    inspection: Inspection,
+    config: MoEConfig,
+    layers: str = "all",
+    *,
+    in_place: bool = True,
+) -> Plan:
+    """Plan the conversion of the selected FFNs.
+
+    Args:
+        model: The model that was traced.
+        graph_module: Its graph.
+        inspection: What was found in the graph.
+        config: The settings.
+        layers: A selection (see `moeify.planning.selection`).
+        in_place: For the module tree; False for a graph, where every FFN can be replaced.
+
+    Raises:
+        RefusedError: no FFN was found, or one of the selected cannot be replaced in place.
+        ConfigError: the selection matches nothing.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+    if not inspection.ffns:
+        raise RefusedError(_nothing_found(model_type, inspection))
+    chosen = select_ffns(layers, inspection.ffns)
+    return Plan(model_type, config, plan_sites(model, graph_module, chosen, config, in_place=in_place))
+
+
+def plan_sites(
+    model: nn.Module, graph_module: fx.GraphModule, ffns: Iterable[FFN], config: MoEConfig, *, in_place: bool = True
+) -> tuple[Site, ...]:
+    """Give each of some FFNs its place, and name its weights.
+
+    Args:
+        model: The model that was traced.
+        graph_module: Its graph.
+        ffns: FFNs of that graph.
+        config: The settings.
+        in_place: For the module tree; False for a graph.
+
+    Raises:
+        RefusedError: an FFN cannot be replaced in place, or cannot be cut as the settings ask for.
+    """
+    ffns = list(ffns)
+    _refuse_buffers(model, ffns)
+    placer = Placer(graph_module)
+    place = placer.place if in_place else placer.place_in_graph
+    sites = tuple(_site(ffn, place(ffn)) for ffn in ffns)
+    if config.granularity > 1:
+        for site in sites:
+            _check_shards(site, config.granularity)
+    return sites
+
+
+def _check_shards(site: Site, granularity: int) -> None:
+    """Refuse an FFN that does not fall into shards whose outputs add up to its own."""
+    if site.activation == CUSTOM:
+        raise RefusedError(f"{site.path}: its activation has no name, so it cannot be cut: use granularity 1")
+    if site.intermediate % granularity:
+        raise RefusedError(
+            f"{site.path}: its intermediate size {site.intermediate} does not divide into {granularity} shards"
+        )
+
+
+def select_ffns(spec: str, ffns: Sequence[FFN]) -> list[FFN]:
+    """Return the FFNs that a selection names; shared experts of an MoE only where a regular expression names them.
+
+    Raises:
+        RefusedError: all there is are shared experts.
+        ConfigError: the selection is malformed or matches nothing.
+    """
+    dense = [ffn for ffn in ffns if not ffn.shared_expert]
+    if spec == "all" and not dense:
+        raise RefusedError(
+            f"the only dense FFNs are {len(ffns)} shared experts of an MoE ({ffns[0].name}, ...): "
+            "name them by a regular expression to convert them"
+        )
+    offered = ffns if is_pattern(spec) else dense
+    return [offered[i] for i in select_layers(spec, [ffn.name for ffn in offered])]
+
+
+def _nothing_found(model_type: str, inspection: Inspection) -> str:
+    reasons: dict[str, list[str]] = {}
+    for refusal in inspection.refused:
+        reasons.setdefault(refusal.reason, []).append(refusal.name)
+    looked = "; ".join(f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {reason}"
+                       for reason, names in reasons.items())  # fmt: skip
+    return f"no dense FFN was found in {model_type}: " + (looked or "it projects no activation by a parameter")
+
+
+def _refuse_buffers(model: nn.Module, ffns: Iterable[FFN]) -> None:
+    """Refuse weights that are not trained: buffers, as quantized layers have them."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for ffn in ffns:
+        for name in ffn.projected:
+            if name not in parameters:
+                raise RefusedError(f"{name} is a buffer, not a parameter (quantized?): convert the model before that")
+
+
+def _site(ffn: FFN, place: Placement) -> Site:
+    activation = ffn.activation if ffn.activation in KERNELS_KNOW else CUSTOM
+    state = short_names(region_parameters(ffn.region)) if activation == CUSTOM else {}
+    whole = tuple((i, 0, up.out_features, 1) for i, up in enumerate(ffn.ups))
+    named = None if activation == CUSTOM else ffn.gate_up_rows
+    parts = whole if named is None else named.parts
+    return Site(
+        path=place.path,
+        bypassed=place.bypassed,
+        kind=ffn.kind,
+        activation=activation,
+        hidden=ffn.hidden,
+        intermediate=ffn.intermediate,
+        ups=tuple(_rows(ffn.ups[i], start, stop, step) for i, start, stop, step in parts),
+        down=_rows(ffn.down, 0, ffn.down.out_features, 1),
+        dropout=place.dropout,
+        expert_dropout=place.expert_dropout,
+        activation_state=tuple(state.items()),
+    )
+
+
+def _rows(of: Projection, start: int, stop: int, step: int) -> Rows:
+    return Rows(of.weight, of.bias, start, stop, step, of.out_features, of.transposed)

@@ -1,0 +1,1 @@
+"""What FindFFN knows: operators, projections, activations, residual streams, and why a match stops."""

@@ -1,0 +1,166 @@
+"""Whether the result of a projection joins the residual stream that the FFN read, and how.
+
+The stream is followed through everything that does not mix features by learned weights: norms, modulation, scalings,
+moves of positions. So the residual connection is also seen where a gate, a norm, hyper-connections, a window partition
+or a depthwise convolution stand between.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
+from enum import Enum
+
+from torch import fx
+
+from moeify.passes.matching import dataflow as flow
+from moeify.passes.matching.operators import TRANSPARENT, Trait, has, op_name
+from moeify.passes.matching.projection import Projection
+
+_NEAR, _FAR = 96, 600  # nodes that a search may visit; blocks have tens
+_PASSES_ON = TRANSPARENT | Trait.MOVE | Trait.NORM | Trait.FORWARD
+# What was not traced may hold a router: where it chooses positions or gives weights, it counts as one.
+_MAY_ROUTE = Trait.ROUTING | Trait.UNKNOWN
+
+
+class End(Enum):
+    """Where the result of a projection goes."""
+
+    JOINS = "it is added to the stream that it was made from"
+    BOUNDARY = "it leaves the traced part unchanged: whoever called this part may add it"
+    ROUTED = "a router chooses the positions that it is computed for"
+    ELSEWHERE = "it never meets the stream again"
+
+
+class ResidualStreams:
+    """The residual streams of one graph.
+
+    Args:
+        projections: All projections of the graph, by their nodes.
+        static: What is known of which nodes depend on the inputs.
+    """
+
+    def __init__(self, projections: Mapping[fx.Node, Projection], static: dict[fx.Node, bool]) -> None:
+        self.projections, self.static = projections, static
+        self.products = frozenset(p.product for p in projections.values())
+        self._behind: dict[fx.Node, tuple[fx.Node, ...]] = {}
+
+    def end_of(self, result: fx.Node, source: fx.Node) -> tuple[End, bool]:
+        """Return where `result` goes, which was computed from `source`.
+
+        Returns:
+            Where it ends, and whether routed experts are added to it on the way (it is a shared expert).
+        """
+        if self.is_picked_by_router(source):
+            return End.ROUTED, False
+        return _Search(self, frozenset(self.behind(source)), result).run()
+
+    def behind(self, source: fx.Node) -> tuple[fx.Node, ...]:
+        """Return `source` and what it was made from without learned mixing, nearest first."""
+        if source not in self._behind:
+            found: dict[fx.Node, None] = {}
+            pending = deque([source])
+            while pending and len(found) < _NEAR:
+                node = pending.popleft()
+                if node in found or flow.is_static(node, self.static):
+                    continue
+                found[node] = None
+                if node not in self.projections and not has(node, Trait.MIX):
+                    pending.extend(node.all_input_nodes)
+            self._behind[source] = tuple(found)
+        return self._behind[source]
+
+    def is_picked_by_router(self, source: fx.Node) -> bool:
+        """Whether `source` holds the positions that a router picked from the stream."""
+        for node in self.behind(source):
+            if has(node, Trait.SUM):
+                return False  # before it lies the stream, which other MoE layers may have written
+            if has(node, Trait.PICK) and follows_choice(node.all_input_nodes[1:], (), _MAY_ROUTE):
+                return True
+        return False
+
+    def is_only_projected(self, total: fx.Node) -> bool:
+        """Whether only projections read a sum: queries and keys with a position encoding, no residual stream."""
+        readers = flow.data_users(total)
+        return has(total, Trait.SUM) and len(readers) > 1 and self.products.issuperset(readers)
+
+
+def follows_choice(nodes: Iterable[fx.Node], stream: Collection[fx.Node], signs: Trait = Trait.ROUTING) -> bool:
+    """Whether an operator with the traits `signs`, a choice of experts, lies between the stream and one of `nodes`."""
+    seen: set[fx.Node] = set()
+    pending = deque(nodes)
+    while pending and len(seen) < _FAR:
+        node = pending.popleft()
+        if node in seen or node in stream:
+            continue
+        seen.add(node)
+        if has(node, signs):
+            return True
+        pending.extend(node.all_input_nodes)
+    return False
+
+
+class _Search:
+    """Follows one result forward, nearest users first, until it is clear where it ends.
+
+    `stream` is what the FFN read, with everything behind it.
+    """
+
+    def __init__(self, streams: ResidualStreams, stream: frozenset[fx.Node], result: fx.Node) -> None:
+        self.streams, self.stream = streams, stream
+        self.seen: dict[fx.Node, None] = {result: None}
+        self.pending = deque([result])
+        self.encodings: set[fx.Node] = set()  # of what was seen: results multiplied by values for each position
+        self.beside_experts = self.leaves = False
+
+    def run(self) -> tuple[End, bool]:
+        """Return where the result ends, and whether routed experts are added to it."""
+        while self.pending and len(self.seen) < _NEAR:
+            node = self.pending.popleft()
+            for user in flow.data_users(node):
+                if end := self.step(node, user):
+                    return end, self.beside_experts
+        handed_in = all(node.op == "placeholder" or flow.is_position_wise(node) for node in self.stream)
+        return (End.BOUNDARY if self.leaves and handed_in else End.ELSEWHERE), self.beside_experts
+
+    def step(self, node: fx.Node, user: fx.Node) -> End | None:
+        """Look at one user of a node that holds the result; return where the result ends as soon as it is known."""
+        others = [n for n in user.all_input_nodes if n not in self.seen and not flow.is_static(n, self.streams.static)]
+        if self.is_weighed_by_router(user, others):
+            return End.ROUTED
+        if node in self.encodings and self.streams.is_only_projected(user):
+            return None
+        if has(user, Trait.SUM):
+            self.beside_experts = self.beside_experts or follows_choice(others, self.stream)
+            if any(self.is_stream(n) for n in others):
+                return End.JOINS
+        self.leaves = self.leaves or user.op == "output"
+        if user not in self.seen and self.passes_on(user, others):
+            if node in self.encodings or _scales_positions(user, self.seen):
+                self.encodings.add(user)
+            self.seen[user] = None
+            self.pending.append(user)
+        return None
+
+    def is_weighed_by_router(self, user: fx.Node, others: Iterable[fx.Node]) -> bool:
+        """Whether a user applies a router's weights or choice to the result.
+
+        (What was seen counts as the stream: a norm's factor is made from the result, which may hold routed experts.)
+        """
+        return has(user, Trait.WEIGH) and follows_choice(others, self.stream | self.seen.keys(), _MAY_ROUTE)
+
+    def is_stream(self, summand: fx.Node) -> bool:
+        """Whether a summand is the stream, or was made from it without learned mixing."""
+        return any(node in self.stream for node in self.streams.behind(summand))
+
+    def passes_on(self, user: fx.Node, others: Iterable[fx.Node]) -> bool:
+        """Whether `user` passes the result on, and does not use it up (a gate on the stream itself, an attention)."""
+        if user in self.streams.projections or not has(user, _PASSES_ON):
+            return False
+        return op_name(user) != "mul" or not any(flow.same_activation(n) in self.stream for n in others)
+
+
+def _scales_positions(node: fx.Node, seen: Collection[fx.Node]) -> bool:
+    """Whether a node multiplies by values that differ by position and feature, as position encodings do."""
+    factors = (flow.shape(n) for n in node.all_input_nodes if n not in seen)
+    return op_name(node) == "mul" and any(dims[-1:] > (1,) and max(dims[-2:-1], default=1) > 1 for dims in factors)

@@ -1,0 +1,87 @@
+"""Every example runs to its end: the training programs for a few steps (`--quick`), which writes no file."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from moeify.cli import main
+from tests.moeify import tiny
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TRAINING = sorted(path.parent.name for path in EXAMPLES.glob("*/run.py"))
+NOT_RUN = {
+    "onnx/cuda_graph.py": "needs a GPU and onnxruntime-gpu",
+    "small_lm.py": "no program: what the training examples share",
+}
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    importlib.import_module(f"examples.{name}").main()
+
+
+def files() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in EXAMPLES.rglob("*") if path.suffix in {".md", ".png"}}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_training_example_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files()
+    run(f"{name}.run", monkeypatch, "--quick")
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    written = (EXAMPLES / name / "README.md").read_text().splitlines()
+    assert table[0] in written, "the table in the README has other columns than the program's"
+    assert len(table) == 2 + rows_of_one_seed(written)
+    assert not re.search(r"\bnan\b|\binf\b", "\n".join(table))
+    assert files() == before
+
+
+def rows_of_one_seed(lines: list[str]) -> int:
+    start, end = lines.index("<!-- seed 0 -->"), lines.index("<!-- end of seed 0 -->")
+    return sum(line.startswith("|") for line in lines[start:end]) - 2
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small MoE in ONNX, with a tokenizer of one word for each id."""
+    folder = tmp_path_factory.mktemp("exported")
+    tiny.save(tiny.build("llama"), folder / "dense")
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny.VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder / "dense")
+    out = folder / "moe.onnx"
+    command = ["export", folder / "dense", out, "--preset", "mixtral", "--experts", 3, "--layers", "0"]
+    done = CliRunner().invoke(main, [str(argument) for argument in command])
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def test_an_exported_model_generates_without_moeify(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("onnx.generate", monkeypatch, str(exported), "w5 w17 w3")
+    shown = capsys.readouterr()
+    assert re.fullmatch(r"(w\d+){1,64}", shown.out)
+    assert "CPUExecutionProvider" in shown.err
+
+
+def test_every_program_is_run_or_its_reason_is_given() -> None:
+    programs = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py")}
+    assert programs == {f"{name}/run.py" for name in TRAINING} | {"onnx/generate.py"} | set(NOT_RUN)
+
+
+def test_the_overview_names_every_example() -> None:
+    named = set(re.findall(r"^\| \[(\w+)\]", (EXAMPLES / "README.md").read_text(), flags=re.MULTILINE))
+    assert named == {path.name for path in EXAMPLES.iterdir() if path.is_dir() and not path.name.startswith("__")}

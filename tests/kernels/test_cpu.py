@@ -1,0 +1,65 @@
+"""What is particular to the CPU path: chunks of slices, and gradients of which most experts have none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moeify.kernels import cpu
+from moeify.kernels.ops import experts, grouped_linear
+from moeify.measure import TOLERANCE, relative_difference
+from tests.kernels import oracle
+
+
+@pytest.mark.parametrize("fresh", [0, 1 << 40])
+@pytest.mark.parametrize("unused", [[], [slice(0, 1), slice(2, 3)], [slice(0, 3)]])
+def test_unused_ranges_are_zero_and_the_rest_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, fresh: int, unused: list[slice]
+) -> None:
+    monkeypatch.setattr(cpu, "FRESH_PAGES", fresh)
+    out = cpu._room((3, 5), torch.float32, torch.device("cpu"), unused)
+    assert out.shape == (3, 5) and out.is_contiguous()
+    assert all((out[rows] == 0).all() for rows in unused)
+    out.fill_(1)
+    assert out.sum() == 15
+
+
+def test_fresh_pages_live_as_long_as_the_tensor() -> None:
+    size = cpu.FRESH_PAGES + 1
+    out = cpu._room((size,), torch.uint8, torch.device("cpu"), [slice(0, size)])
+    view = out[-10:]
+    del out
+    assert view.tolist() == [0] * 10
+
+
+def test_no_rows() -> None:
+    assert cpu._room((0, 4), torch.float32, torch.device("cpu"), [slice(0, 0)]).shape == (0, 4)
+
+
+@pytest.mark.parametrize("fresh", [0, 1 << 40])
+@pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
+def test_results_do_not_depend_on_chunks_and_pages(monkeypatch: pytest.MonkeyPatch, fresh: int, chunk: int) -> None:
+    monkeypatch.setattr(cpu, "FRESH_PAGES", fresh)
+    monkeypatch.setattr(cpu, "CHUNK_ROWS", chunk)
+    ids = torch.tensor([[1, 9], [1, -1], [8, 1], [20, 1], [9, 9]])  # 4 of 12 experts have rows
+    inputs = oracle.make_inputs(5, 2, 6, 7, 12, gated=True, bias=True, ids=ids)
+    ours, exact = oracle.cast(inputs, torch.float64), oracle.cast(inputs, torch.float64)
+    out, expected = experts(*ours.values(), activation="silu", gated=True), oracle.experts(exact, "silu", True)
+    assert relative_difference(out, expected) <= TOLERANCE["float64"]
+    grad = torch.ones_like(expected)
+    got, want = oracle.gradients(out, ours, grad), oracle.gradients(expected, exact, grad)
+    for name in want:
+        assert relative_difference(got[name], want[name]) <= TOLERANCE["float64"], name
+
+
+def test_more_choices_than_are_sorted_as_a_list() -> None:
+    inputs = oracle.make_inputs(cpu.FEW_CHOICES, 3, 6, 7, 5, gated=True, bias=True)
+    few = {n: t[:4] if n in {"x", "ids", "weights"} else t for n, t in inputs.items()}
+    many_out = experts(*inputs.values(), activation="gelu", gated=True)
+    assert relative_difference(many_out[:4], experts(*few.values(), activation="gelu", gated=True)) <= 1e-12
+
+
+def test_rows_past_the_last_offset_are_zero() -> None:
+    offsets = torch.tensor([0, 1, 1], dtype=torch.int32)
+    y = grouped_linear(torch.randn(5, 4), torch.randn(2, 3, 4), None, offsets)
+    assert y[0].abs().sum() > 0 and (y[1:] == 0).all()

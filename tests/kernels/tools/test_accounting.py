@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import torch
+
+from moeify.kernels.layout import tile_map
+from moeify.kernels.tools.accounting import capacity, padded, tiled, useful_flops
+
+
+def test_issued_products_are_those_of_the_tiles() -> None:
+    counts, hidden, intermediate, block = [5, 0, 130, 16], 32, 24, 16
+    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    tiles = int((tile_map(offsets, sum(counts), block).expert_L >= 0).sum())
+    assert tiled(counts, 80, hidden, intermediate, block).flops == tiles * block * 2 * (
+        hidden * 2 * intermediate + intermediate * hidden
+    )
+    assert useful_flops(counts, hidden, intermediate) == sum(counts) * 2 * 3 * hidden * intermediate
+
+
+def test_padding_to_128_issues_more_and_moves_more() -> None:
+    counts = [5, 0, 130, 16]
+    ours, theirs = tiled(counts, 80, 32, 24, 16), padded(counts, 80, 32, 24)
+    assert theirs.flops == (128 + 0 + 256 + 128) * 2 * 3 * 32 * 24
+    assert ours.flops < theirs.flops and ours.bytes < theirs.bytes
+    assert padded([128, 256], 192, 32, 24).flops == useful_flops([128, 256], 32, 24)
+
+
+def test_capacity_drops_what_does_not_fit() -> None:
+    cost = capacity([90, 10, 0, 0], 50, 32, 24)
+    assert cost.dropped == 90 - 32 and cost.flops == 4 * 32 * 2 * 3 * 32 * 24
+    assert capacity([25, 25, 25, 25], 50, 32, 24).dropped == 0

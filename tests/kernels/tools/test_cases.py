@@ -1,0 +1,42 @@
+"""The claims of docs/kernels.md that a reader would check first; the report itself checks every tile."""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import triton
+
+from moeify.kernels.gpu.tiles import Tile, choose, least_shared
+from moeify.kernels.tools.cases import CASES, DENSE_MARGIN, Entry, dense_kernel, faults, measure, slow_loops
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs kernels that are compiled")
+UP = next(case for case in CASES if case.name == "up")
+DENSE = next(case for case in CASES if case.kernel is dense_kernel)
+TILE = Tile(64, 64, 64, 4, 3)
+# Registers of Liger's fused up projection with this tile and Triton 3.9, and the tensor-core instruction to be found.
+LIGER = {"sm_80": (190, "HMMA"), "sm_90": (128, "HGMMA"), "sm_100": (110, "UTCHMMA")}
+
+
+@pytest.mark.parametrize("architecture", LIGER)
+def test_up_projection_beside_a_plain_product_and_ligers_kernel(architecture: str) -> None:
+    assert choose("up", architecture, 64, 2048, 2048, 2) == TILE
+    up, dense = (Entry(case, "bf16", TILE, measure(case, TILE, architecture)) for case in (UP, DENSE))
+    registers, instruction = LIGER[architecture]
+    assert up.found.registers <= registers and instruction in up.found.tensor_ops
+    assert 0 < up.found.loop_ratio <= DENSE_MARGIN * dense.found.loop_ratio
+    assert faults(up) == [] and slow_loops([up, dense]) == []
+    assert least_shared("up", TILE, 2) <= up.found.shared
+    slow = replace(up, found=replace(up.found, loop_ratio=1.2 * dense.found.loop_ratio, spill=8, fits=False, ctas=0))
+    assert len(slow_loops([slow, dense])) == 1 and len(faults(slow)) == 3
+
+
+@pytest.mark.parametrize(("kind", "cores"), [("fp32", False), ("tf32", True)])
+def test_four_byte_tiles(kind: str, cores: bool) -> None:
+    down = next(case for case in CASES if case.name == "d input")
+    tile = choose("rows", "sm_90", 32, 2048, 2048, 4)
+    entry = Entry(down, kind, tile, measure(down, tile, "sm_90", kind))
+    assert faults(entry) == [] and bool(entry.found.tensor_ops) == cores
+    assert least_shared("rows", tile, 4) <= entry.found.shared

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moeify.checkpoint.folder import PICKLE, SAFETENSORS, check_index, find_shards, load_config, note_file, side_files
+from moeify.errors import CheckpointError
+
+
+def write_index(folder: Path, weight_map: Any, weights: str = SAFETENSORS) -> Path:
+    """An index, and two shards that nobody reads here."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("one", "two"):
+        (folder / name).write_text(name)
+    (folder / f"{weights}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("weights", [SAFETENSORS, PICKLE])
+def test_shards_hold_what_the_index_says(tmp_path: Path, weights: str) -> None:
+    folder = write_index(tmp_path, {"a": "one", "b": "two", "c": "one"}, weights)
+    assert find_shards(folder, weights) == {folder / "one": {"a", "c"}, folder / "two": {"b"}}
+    assert find_shards(folder, PICKLE if weights == SAFETENSORS else SAFETENSORS) is None
+
+
+def test_the_whole_file_wins_over_the_index(tmp_path: Path) -> None:
+    folder = write_index(tmp_path, {"a": "one"})
+    (folder / SAFETENSORS).write_text("whole")
+    assert find_shards(folder, SAFETENSORS) == {folder / SAFETENSORS: set()}
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "three"}, "names the shard three, which does not exist"),
+        ({"a": "../m/one"}, "leads outside the folder"),
+        ({"a": "/etc/passwd"}, "leads outside the folder"),
+        ({"a": "link"}, "leads outside the folder"),
+        (["a"], "has no weight_map"),
+        ({"a": 1}, "has no weight_map"),
+    ],
+)
+def test_an_index_that_is_not_followed(tmp_path: Path, weight_map: Any, message: str) -> None:
+    folder = write_index(tmp_path / "m", weight_map)
+    (tmp_path / "outside").write_text("secret")
+    (folder / "link").symlink_to(tmp_path / "outside")
+    with pytest.raises(CheckpointError, match=message):
+        find_shards(folder, SAFETENSORS)
+
+
+def test_the_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    snapshot = write_index(tmp_path / "models--o--n" / "snapshots" / "rev", {"a": "one"})
+    blobs = tmp_path / "models--o--n" / "blobs"
+    blobs.mkdir()
+    for path in list(snapshot.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("..", "..", "blobs", path.name))
+    assert find_shards(snapshot, SAFETENSORS) == {snapshot / "one": {"a"}}
+
+
+@pytest.mark.parametrize(
+    ("file_of", "message"),
+    [
+        ({"a": "one"}, "two holds b, but it does not"),
+        ({"a": "two", "b": "one"}, "one holds a, but it does not"),
+        ({"a": "one", "b": "two", "extra": "two"}, None),
+    ],
+)
+def test_every_tensor_is_where_the_index_says(tmp_path: Path, file_of: dict[str, str], message: str | None) -> None:
+    shards = {tmp_path / "one": {"a"}, tmp_path / "two": {"b"}}
+    found = {name: tmp_path / file for name, file in file_of.items()}
+    if message is None:
+        check_index(shards, found)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        check_index(shards, found)
+
+
+def test_a_tensor_in_two_files() -> None:
+    file_of: dict[str, Path] = {}
+    for _ in range(2):
+        note_file(file_of, "a", Path("m/one"))
+    with pytest.raises(CheckpointError, match="a is in both one and two"):
+        note_file(file_of, "a", Path("m/two"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "has weights but no config.json"),
+        ("{", "config.json is not valid JSON"),
+        ("[]", "holds a JSON list, expected an object"),
+        ("{}", "names no model_type"),
+        ('{"model_type": "llama", "auto_map": {}}', "--trust-remote-code"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', r"quantized \(scheme: gptq\)"),
+        ('{"model_type": "llama", "quantization_config": {"bits": 4}}', r"quantized \(scheme: unnamed\)"),
+    ],
+)
+def test_a_config_that_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_config(tmp_path, trust_remote_code=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", [{"auto_map": {}}, {"quantization_config": {"quant_method": "moeify"}}])
+def test_a_config_that_is_accepted(tmp_path: Path, field: dict[str, Any]) -> None:
+    config = {"model_type": "llama", **field}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_config(tmp_path, trust_remote_code="auto_map" in field) == config
+
+
+def test_side_files_are_those_that_belong_to_a_model(tmp_path: Path) -> None:
+    taken = ["LICENSE", "chat_template.jinja", "generation_config.json", "merges.txt", "preprocessor_config.json"]
+    taken += ["special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+    left = [".hidden", "README.md", "modeling_x.py", "tokenizer_x.py", "optimizer.pt", "trainer_state.json"]
+    left += ["tokenizer.index.json", "config.json", "model.safetensors"]
+    for name in (*taken, *left):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "tokenizer").mkdir()
+    assert [path.name for path in side_files(tmp_path)] == sorted(taken)

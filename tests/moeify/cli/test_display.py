@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from moeify.cli import display
+from moeify.cli.display import cost_table, inspection_table, plan_table, quantity, ranges, refusals_table
+from moeify.config import MoEConfig
+from moeify.conversion.cost import Cost
+from moeify.conversion.dense import Dense, find_ffns
+from moeify.passes.ffn import Inspection, Refusal
+from moeify.planning.make_plan import make_plan
+from tests.moeify import tiny
+
+
+def rows(table: Table) -> list[list[str]]:
+    return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("number", "unit", "text"),
+    [(0, "", "0"), (999, "B", "999 B"), (134_515_008, "", "134.5M"), (692e9, "", "692.0B"), (2.77e9, "B", "2.8 GB")],
+)
+def test_quantities_are_short(number: float, unit: str, text: str) -> None:
+    assert quantity(number, unit) == text
+
+
+def test_names_become_a_range() -> None:
+    assert ranges(["a"]) == "a"
+    assert ranges(["a", "b", "c"]) == "a … c"
+
+
+def test_equal_ffns_are_one_row() -> None:
+    found = rows(inspection_table(find_ffns(tiny.build("t5_gated"))))
+    assert [row[0] for row in found] == ["3"]
+    assert found[0][2:] == ["glu", "gelu_tanh", str(tiny.HIDDEN), str(tiny.INTERMEDIATE)]
+    assert " … " in found[0][1]
+
+
+def test_refusals_with_one_reason_are_one_row() -> None:
+    refused = (
+        Refusal("a", "too narrow", "mm", ""),
+        Refusal("b", "no residual", "add", ""),
+        Refusal("c", "too narrow", "mm_1", ""),
+    )
+    table = refusals_table(Inspection(ffns=(), refused=refused))
+    assert rows(table) == [["2", "a … c", "too narrow", "mm … mm_1"], ["1", "b", "no residual", "add"]]
+
+
+def test_costs_stand_side_by_side() -> None:
+    costs: Any = (("dense", Cost(1200, 1200, 4800, 2400)), ("MoE", Cost(5000, 1500, 20000, 3000)))
+    assert rows(cost_table(costs)) == [
+        ["dense", "1.2k", "1.2k", "4.8 kB", "2.4k"],
+        ["MoE", "5.0k", "1.5k", "20.0 kB", "3.0k"],
+    ]
+
+
+def test_a_plan_shows_its_sites() -> None:
+    model = tiny.build("llama")
+    dense = Dense(model)
+    plan = make_plan(model, dense.graph_module, dense.inspection, MoEConfig(4, 2), "last:1")
+    assert rows(plan_table(plan)) == [["model.layers.2.mlp", "4, top-2", "glu", "silu", "36", "57"]]
+
+
+def test_results_and_progress_go_to_different_places(capsys: pytest.CaptureFixture[str]) -> None:
+    consoles: tuple[Console, Console] = (display.stdout(), display.stderr())
+    for console, text in zip(consoles, ("result", "progress"), strict=True):
+        console.print(text)
+    assert capsys.readouterr() == ("result\n", "progress\n")

@@ -1,0 +1,126 @@
+"""A conversion learns each thing of a dense model once, whatever it does with the model."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import moeify
+from moeify.checkpoint.source import open_source
+from moeify.cli import main
+from moeify.config import MoEConfig
+from moeify.conversion.dense import Dense, DenseCheckpoint
+from moeify.errors import MoeifyError
+from moeify.passes.find_ffn import find_ffns_in
+from moeify.tracing.skeleton import build_on_meta, full_config, model_class, stored_names
+from moeify.tracing.trace import trace
+from tests.moeify import tiny
+
+COUNTED = (build_on_meta, stored_names, trace, find_ffns_in, model_class)
+SETTINGS = ("--experts", "3", "--top-k", "2")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each of the slow functions is called, by whatever name a module knows it."""
+    counts: Counter[str] = Counter()
+
+    def counted(function: Any) -> Any:
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            counts[function.__name__] += 1
+            return function(*args, **kwargs)
+
+        return spy
+
+    for name in ("conversion.checkpoint", "conversion.cost", "conversion.summary", "proving.proof"):
+        import_module(f"moeify.{name}")  # all modules that could call them
+
+    for function in COUNTED:
+        spy = counted(function)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("moeify") and getattr(module, function.__name__, None) is function:
+                monkeypatch.setattr(module, function.__name__, spy)
+    return counts
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+ONCE = {"build_on_meta": 1, "trace": 1, "find_ffns_in": 1}
+
+
+@pytest.mark.parametrize("target", ["mixtral", "moeify"])
+def test_a_proven_conversion_learns_everything_once(target: str, calls: Counter[str], tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    run("convert", src, tmp_path / "moe", *SETTINGS, "--to", target)
+    assert calls.pop("model_class") <= 6  # twice for the skeleton, and twice for each model that the proof loads
+    assert calls == {**ONCE, "stored_names": 1}
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_a_dry_run_learns_everything_once(form: tuple[str, ...], calls: Counter[str], tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    run("convert", src, *SETTINGS, "--dry-run", *form)
+    assert calls.pop("model_class") <= 2
+    assert calls == ONCE
+
+
+def test_a_saved_plan_is_compared_without_planning_again(calls: Counter[str], tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    (tmp_path / "plan.json").write_text(run("convert", src, *SETTINGS, "--dry-run", "--json"))
+    calls.clear()
+    run("convert", src, tmp_path / "moe", "--plan", tmp_path / "plan.json", "--no-verify")
+    assert calls.pop("model_class") <= 2
+    assert calls == {**ONCE, "stored_names": 1}
+
+
+def test_inspect_learns_everything_once(calls: Counter[str], tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("bert"), tmp_path / "src")
+    run("inspect", src)
+    assert calls.pop("model_class") <= 2
+    assert calls == ONCE
+
+
+def test_a_live_conversion_traces_and_searches_once(calls: Counter[str]) -> None:
+    moeify.convert(tiny.build("llama"), MoEConfig(3, 2))
+    assert calls == {"trace": 1, "find_ffns_in": 1}
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_the_full_config_is_that_of_the_class(name: str, tmp_path: Path) -> None:
+    with open_source(tiny.save(tiny.build(name), tmp_path)) as source:
+        assert DenseCheckpoint(source).config == full_config(source.config)
+
+
+def test_what_is_learned_of_a_checkpoint(tmp_path: Path) -> None:
+    with open_source(tiny.save(tiny.build("phi3"), tmp_path)) as source:
+        dense = DenseCheckpoint(source)
+        assert all(parameter.is_meta for parameter in dense.model.parameters())
+        assert dense.names.of["model.embed_tokens.weight"] == "model.embed_tokens.weight"
+        assert dense.nbytes == sum(4 * parameter.numel() for parameter in dense.model.parameters())
+        assert [ffn.name for ffn in dense.inspection.ffns] == [f"model.layers.{i}.mlp" for i in range(tiny.LAYERS)]
+        assert dense.regions.keys() == {ffn.projected for ffn in dense.inspection.ffns}
+        assert dense.untraced == {}
+
+
+def test_nothing_is_learned_before_it_is_asked_for() -> None:
+    dense = Dense(torch.nn.Linear(3, 3), {"nonsense": torch.zeros(1)})
+    with pytest.raises(MoeifyError):
+        _ = dense.graph_module
+
+
+def test_ffns_are_found_in_a_model_that_stays_as_it_is() -> None:
+    model = tiny.build("gpt2")
+    before = repr(model)
+    found = moeify.find_ffns(model)
+    assert len(found.ffns) == tiny.LAYERS and repr(model) == before

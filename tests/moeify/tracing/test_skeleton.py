@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import transformers as tf
+
+from moeify.errors import MoeifyError
+from moeify.tracing.skeleton import build_on_meta, full_config, may_be_missing, model_class, stored_names
+
+SIZES = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
+LLAMA = {"model_type": "llama", **SIZES}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+            "LlamaForSequenceClassification",
+        ),
+        ({"model_type": "llama"}, "LlamaForCausalLM"),
+        ({"model_type": "bert"}, "BertForMaskedLM"),
+        ({"model_type": "t5"}, "T5ForConditionalGeneration"),
+        ({"model_type": "vit"}, "ViTForImageClassification"),
+        ({"model_type": "clip_text_model", "architectures": []}, "CLIPTextModel"),
+    ],
+)
+def test_the_class_is_the_one_that_is_named_or_the_usual_one(config: dict[str, Any], expected: str) -> None:
+    assert model_class(config).__name__ == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "nope"}, "does not know the model type 'nope'"),
+        ({**LLAMA, "architectures": ["NoSuchModel"]}, "does not know NoSuchModel"),
+        ({**LLAMA, "hidden_size": "x"}, "LlamaForCausalLM cannot be built from config.json: .*hidden_size"),
+        (
+            {**LLAMA, "quantization_config": {"plan": {"sites": [1, 2], "config": {"experts": 8, "top_k": 2}}}},
+            "is converted already: 2 of its FFNs are 8 experts, top-2",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(MoeifyError, match=message):
+        build_on_meta(config)
+
+
+def test_a_skeleton_has_no_values_and_is_in_evaluation_mode() -> None:
+    model = build_on_meta(LLAMA)
+    assert all(parameter.is_meta for parameter in model.parameters()) and not model.training
+    assert model.get_parameter("model.layers.0.mlp.up_proj.weight").shape == (20, 12)
+
+
+def test_a_full_config_has_the_defaults_of_its_class() -> None:
+    full = full_config(LLAMA)
+    assert full["hidden_act"] == "silu" and full["vocab_size"] == 11
+
+
+def test_names_on_disk_may_be_older_than_those_of_the_model() -> None:
+    names = stored_names(build_on_meta({"model_type": "bert", **SIZES}), ["bert.embeddings.LayerNorm.gamma", "stray"])
+    assert names.of == {"bert.embeddings.LayerNorm.weight": "bert.embeddings.LayerNorm.gamma"}
+    assert (names.merged, names.unused) == ((), ("stray",))
+
+
+def test_tensors_that_transformers_merges_are_told_apart() -> None:
+    model = build_on_meta({"model_type": "mixtral", **SIZES, "num_key_value_heads": 1, "num_local_experts": 2})
+    prefix = "model.layers.0.block_sparse_moe"
+    names = stored_names(model, [f"{prefix}.experts.0.w1.weight", f"{prefix}.gate.weight", "lm_head.weight"])
+    assert names.merged == (f"{prefix}.experts.0.w1.weight",)
+    assert names.of == {"model.layers.0.mlp.gate.weight": f"{prefix}.gate.weight", "lm_head.weight": "lm_head.weight"}
+
+
+def test_what_a_model_makes_itself_may_be_missing() -> None:
+    config = tf.PegasusConfig(d_model=12, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                              decoder_attention_heads=2, vocab_size=11).to_dict()  # fmt: skip
+    model = build_on_meta({**config, "architectures": ["PegasusForConditionalGeneration"]})
+    assert may_be_missing(model, "final_logits_bias")
+    assert not may_be_missing(model, "model.encoder.layers.0.fc1.weight")

@@ -1,0 +1,58 @@
+"""Every module of the library has a test file of its name in the mirrored place, or a line that says what tests it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ("moeify", "passes", "kernels")
+
+# A module without a test file of its name, and the test file that covers it. `make mutants` reads this table too.
+COVERED_BY = {
+    "moeify/__init__.py": "tests/test_packaging.py",
+    "moeify/cli/__init__.py": "tests/moeify/cli/test_convert.py",
+    "moeify/cli/options.py": "tests/moeify/cli/test_convert.py",
+    "moeify/cli/run.py": "tests/moeify/cli/test_export.py",
+    "moeify/errors.py": "tests/moeify/cli/test_convert.py",
+    "moeify/methods/__init__.py": "tests/moeify/config/test_choice.py",
+    "moeify/routers/__init__.py": "tests/moeify/config/test_choice.py",
+}
+
+
+def mirrored(path: str) -> str:
+    """Where the test of a module belongs: tests/passes/test_lower.py for passes/lower.py."""
+    module = PurePosixPath(path)
+    return (PurePosixPath("tests") / module.parent / f"test_{module.name}").as_posix()
+
+
+def defines_something(path: Path) -> bool:
+    """Whether there is a function, a class or a table to test: `__init__` files may hold imports only."""
+    kinds = (ast.Import, ast.ImportFrom, ast.Expr)
+    left = [node for node in ast.parse(path.read_text()).body if not isinstance(node, kinds)]
+    return any(not (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__") for node in left)
+
+
+def modules() -> list[str]:
+    """The modules of the library, by path; moeify/passes and moeify/kernels are links, and are not followed."""
+    found = [path for folder in LIBRARY for path in (ROOT / folder).rglob("*.py") if defines_something(path)]
+    real = [path for path in found if not any(parent.is_symlink() for parent in path.parents)]
+    return sorted(path.relative_to(ROOT).as_posix() for path in real)
+
+
+def test_every_module_has_a_test_of_its_name_or_a_line_in_the_table() -> None:
+    bare = [path for path in modules() if path not in COVERED_BY and not (ROOT / mirrored(path)).exists()]
+    lines = "\n".join(f"{path}: {mirrored(path)}" for path in bare)
+    assert not bare, f"{len(bare)} modules have no test file; write it, or say in COVERED_BY what covers them:\n{lines}"
+
+
+def test_the_table_is_short_and_true() -> None:
+    known = set(modules())
+    assert [path for path in COVERED_BY if path not in known] == [], "these modules are gone"
+    assert [path for path in COVERED_BY if (ROOT / mirrored(path)).exists()] == [], "these have a test of their name"
+    assert [test for test in COVERED_BY.values() if not (ROOT / test).exists()] == [], "these tests do not exist"
+
+
+def test_the_place_of_a_test_mirrors_the_place_of_its_module() -> None:
+    assert mirrored("passes/matching/operators.py") == "tests/passes/matching/test_operators.py"
+    assert mirrored("moeify/plan.py") == "tests/moeify/test_plan.py"
