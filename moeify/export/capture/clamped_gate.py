@@ -74,7 +74,7 @@ def offer_export_experts() -> None:
 def clamped_gate(module: nn.Module) -> ClampedGate | None:
     """Measure the gate of an experts module of transformers; None if it is the plain one or has another formula."""
     apply = getattr(type(module), "_apply_gate", moe._default_apply_gate)
-    if apply is moe._default_apply_gate or not module.has_gate or module.has_post_expert_norm:
+    if apply is moe._default_apply_gate or not module.has_gate or getattr(module, "has_post_expert_norm", False):
         return None
     alternating = not module.is_concatenated
 

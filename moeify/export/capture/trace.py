@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from moeify.errors import RefusedError
 from moeify.export.capture.clamped_gate import NAME, offer_export_experts
-from moeify.export.capture.compat import HALF, as_exported, unsqueeze_real_parts
+from moeify.export.capture.compat import HALF, ExactNumbers, broadcast_padding, unsqueeze_real_parts
 from moeify.export.capture.interface import FlatModel, Interface, choose_interface
 from moeify.hub.stock_experts import through_moeify
 from moeify.tracing.exporting import quiet_where_undecided
@@ -83,7 +83,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, object] | None) -> Ca
     """
     interface = choose_interface(model, example_inputs)
     offer_export_experts()
-    with undisturbed(), as_exported(), through_moeify(model, NAME):
+    with undisturbed(), broadcast_padding(), through_moeify(model, NAME):
         program = _trace(FlatModel(model, interface), interface)
     unsqueeze_real_parts(program.graph_module)
     return Capture(model, interface, program)
@@ -92,7 +92,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, object] | None) -> Ca
 def _trace(module: FlatModel, interface: Interface) -> ExportedProgram:
     shapes = tuple(dict.fromkeys(axes, Dim.DYNAMIC) for axes in interface.axes.values())
     try:
-        with quiet_where_undecided(module):
+        with quiet_where_undecided(module), ExactNumbers():
             return torch.export.export(module, tuple(interface.inputs.values()), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         reason = _fixed_size(error, interface) or f"{cause_of(error)}{_place(error)}"
@@ -136,9 +136,10 @@ def _place(error: BaseException) -> str:
     """Where the model's own code stood, if it did: what torch raises of itself may have been caught there by torch."""
     library = str(Path(torch.__file__).parent)
     for cause in _chain(error):
-        frames = [f for f in traceback.extract_tb(cause.__traceback__) if not f.filename.startswith(library)]
-        if frames:
-            return f" (in {frames[-1].name}, {frames[-1].filename}:{frames[-1].lineno})"
+        frames = traceback.extract_tb(cause.__traceback__)
+        own = [f for f in frames if not f.filename.startswith(library) and f.name != "__torch_function__"]
+        if own:
+            return f" (in {own[-1].name}, {own[-1].filename}:{own[-1].lineno})"
     return ""
 
 

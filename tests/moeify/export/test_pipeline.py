@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import moeify
 from moeify.errors import RefusedError, VerificationError
 from moeify.export.capture import trace
+from moeify.export.capture.interface import FlatModel, Interface
 from moeify.export.lower import functions
 from moeify.measure import TOLERANCE
 from moeify.runtime.session import open_session
@@ -206,7 +207,12 @@ def test_half_precision_is_traced_once_and_leaves_the_model_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced, right = [], trace._trace
-    monkeypatch.setattr(trace, "_trace", lambda *arguments: traced.append(1) or right(*arguments))
+
+    def counted(module: FlatModel, interface: Interface) -> torch.export.ExportedProgram:
+        traced.append(module)
+        return right(module, interface)
+
+    monkeypatch.setattr(trace, "_trace", counted)
     inputs = {"x": torch.randn(4, 3, 7).bfloat16()}
     model = Net(nn.functional.silu).bfloat16().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

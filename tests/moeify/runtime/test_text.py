@@ -1,89 +1,126 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
-from onnx import TensorProto, helper
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 
+import moeify
 from moeify.errors import MoeifyError
-from moeify.runtime.text import END_IDS, NEEDS, Speed, TextModel
+from moeify.export.lower.standard import lower_standard
+from moeify.runtime import session
+from moeify.runtime.text import Speed, TextModel
+from tests.moeify import tiny
+from tests.moeify.export.lower.layer_graph import Layer
 
-VOCABULARY = 7
+PROMPT = [5, 17, 3, 99, 41]
 
 
-def counter(path: Path, *, metadata: dict[str, str] | None = None, states: bool = True) -> Path:
-    """A "language model" whose next token is the number of tokens that it has seen, modulo its vocabulary.
+@pytest.fixture(scope="module")
+def moe() -> nn.Module:
+    """A converted Llama whose experts and routers differ."""
+    model = moeify.convert(tiny.build("llama"), moeify.MoEConfig(4, 2))
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name or ".router." in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
 
-    It learns that number from its keys alone, so a state that is lost or kept twice shows.
-    """
-    table = np.eye(VOCABULARY, dtype=np.float32)
-    nodes = [
-        helper.make_node("Unsqueeze", ["input_ids", "axes"], ["ids"]),
-        helper.make_node("Cast", ["ids"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("Concat", ["past_key_values.0.key", "floats"], ["present.0.key"], axis=2),
-        helper.make_node("Shape", ["present.0.key"], ["length"], start=2, end=3),
-        helper.make_node("Mod", ["length", "size"], ["next"]),
-        helper.make_node("Gather", ["table", "next"], ["row"]),
-        helper.make_node("Unsqueeze", ["row", "first"], ["logits"]),
-    ]
-    constants = {"axes": np.array([1, 3]), "size": np.array([VOCABULARY]), "table": table, "first": np.array([0])}
-    inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, "new"])]
-    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 1, VOCABULARY])]
-    if states:
-        inputs.append(helper.make_tensor_value_info("past_key_values.0.key", TensorProto.FLOAT, [1, 1, "past", 1]))
-        outputs.append(helper.make_tensor_value_info("present.0.key", TensorProto.FLOAT, [1, 1, "all", 1]))
-    else:
-        nodes[2] = helper.make_node("Identity", ["floats"], ["present.0.key"])
-    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
-    graph = helper.make_graph(nodes, "counter", inputs, outputs, initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    helper.set_model_props(model, metadata or {})
-    onnx.save(model, path)
+
+@pytest.fixture(scope="module")
+def path(moe: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny.VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    path = tmp_path_factory.mktemp("decoder") / "model.onnx"
+    moeify.export_onnx(moe, path, metadata={"tokenizer": tokenizer.to_str()})
     return path
 
 
-def generated(path: Path, prompt: Sequence[int], limit: int) -> list[int]:
-    return list(TextModel(path, provider="cpu", threads=1).tokens(prompt, limit))
+def generated(moe: nn.Module, count: int) -> list[int]:
+    untyped: Any = moe
+    ids = untyped.generate(
+        torch.tensor([PROMPT]), attention_mask=torch.ones(1, 5, dtype=torch.long), max_new_tokens=count,
+        do_sample=False, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    tokens: list[int] = ids[0, 5:].tolist()
+    return tokens
 
 
-def test_each_token_sees_all_that_came_before_it(tmp_path: Path) -> None:
-    path = counter(tmp_path / "m.onnx")
-    assert generated(path, [5, 5, 5], 6) == [3, 4, 5, 6, 0, 1]
-    assert generated(path, [1], 3) == [1, 2, 3]
-
-
-def test_an_end_token_ends_the_text(tmp_path: Path) -> None:
-    path = counter(tmp_path / "m.onnx", metadata={END_IDS: "5 6"})
-    assert generated(path, [0, 0], 9) == [2, 3, 4]
-
-
-def test_speed_counts_the_prompt_and_what_came_after_the_first_token(tmp_path: Path) -> None:
-    model: Any = TextModel(counter(tmp_path / "m.onnx"), provider="cpu")
-    assert len(list(model.tokens([1, 2, 3, 4], 5))) == 5
-    assert (model.speed.prompt_tokens, model.speed.new_tokens) == (4, 4)
+def test_it_generates_what_the_model_generates(moe: nn.Module, path: Path) -> None:
+    model = TextModel(path, provider="cpu", threads=1)
+    assert list(model.tokens(PROMPT, 12)) == generated(moe, 12)
+    assert (model.speed.prompt_tokens, model.speed.new_tokens) == (5, 11)
     assert model.speed.prompt_seconds > 0 and model.speed.new_seconds > 0
 
 
-def test_speed_is_tokens_over_seconds() -> None:
-    assert Speed(8, 2.0, 30, 10.0).summary() == "prompt 4.0 tokens/s (8), generation 3.0 tokens/s (30)"
+def test_an_end_token_ends_it(moe: nn.Module, path: Path) -> None:
+    expected = generated(moe, 12)
+    model = TextModel(path, provider="cpu", threads=1)
+    model.end_ids = {expected[3]}
+    assert list(model.tokens(PROMPT, 12)) == expected[: expected.index(expected[3])]
 
 
-def test_a_model_without_keys_and_values_is_refused_with_what_it_takes(tmp_path: Path) -> None:
-    path = counter(tmp_path / "m.onnx", states=False)
-    with pytest.raises(MoeifyError, match=r"no causal language model with keys and values: it takes input_ids"):
+def test_words_come_as_they_are_complete(path: Path) -> None:
+    """The first two tokens are halves of one character."""
+    model = TextModel(path, provider="cpu", threads=1)
+
+    class Halves:
+        def encode(self, prompt: str) -> Any:
+            return Tokenizer.from_str(model.metadata["moeify.tokenizer"]).encode(prompt)
+
+        def decode(self, ids: list[int]) -> str:
+            return ["\ufffd", "é", "é!", "é!?"][len(ids) - 1]
+
+    halves: Any = Halves()
+    model.tokenizer = lambda: halves  # type: ignore[method-assign]
+    assert list(model.text("w5 w17", 4)) == ["é", "!", "?"]
+
+
+def test_the_file_carries_its_tokenizer(path: Path, tmp_path: Path) -> None:
+    model = TextModel(path, provider="cpu", threads=1)
+    assert model.tokenizer().encode("w5 w17").ids == [5, 17]
+    proto = onnx.load(path)
+    kept = [entry for entry in proto.metadata_props if entry.key != "moeify.tokenizer"]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    onnx.save(proto, tmp_path / "bare.onnx")
+    with pytest.raises(MoeifyError, match="the file carries no tokenizer: export it with `moeify export`"):
+        TextModel(tmp_path / "bare.onnx").tokenizer()
+
+
+def test_a_runtime_older_than_the_file_needs_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "runtime_version", lambda: "1.22.0")
+    with pytest.raises(MoeifyError, match=r"onnxruntime 1\.22\.0 is too old: 1\.23 or newer"):
         TextModel(path)
 
 
-def test_a_file_that_needs_a_newer_runtime_says_so(tmp_path: Path) -> None:
-    path = counter(tmp_path / "m.onnx", metadata={NEEDS: "99.0"})
-    with pytest.raises(MoeifyError, match=r"too old: 99\.0 or newer is needed"):
-        TextModel(path)
+def test_a_file_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
+    model = Layer().graph()
+    lower_standard(model)
+    ir.save(model, tmp_path / "layer.onnx")
+    with pytest.raises(MoeifyError, match="is no causal language model with keys and values: it takes x, expert_ids"):
+        TextModel(tmp_path / "layer.onnx")
 
 
-def test_a_file_without_a_tokenizer_says_how_to_get_one(tmp_path: Path) -> None:
-    with pytest.raises(MoeifyError, match="carries no tokenizer: export it with `moeify export`"):
-        TextModel(counter(tmp_path / "m.onnx")).tokenizer()
+def test_speed_is_one_line() -> None:
+    assert Speed(8, 2.0, 30, 3.0).summary() == "prompt 4.0 tokens/s (8), generation 10.0 tokens/s (30)"
+
+
+def test_running_a_file_loads_neither_torch_nor_the_exporter(path: Path) -> None:
+    code = f"""
+import sys
+from click.testing import CliRunner
+from moeify.cli import main
+result = CliRunner().invoke(main, ["run", {str(path)!r}, "--prompt", "w5 w17", "--max-new-tokens", "3"])
+assert result.exit_code == 0, result.output
+print(len(result.stdout.split()), sorted({{"torch", "transformers", "onnx", "onnxscript"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "3 []\n"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 import moeify
-from moeify.export.capture.compat import as_exported, traceable
+from moeify.export.capture.compat import broadcast_padding, traceable
 
 tf: Any = transformers
 
@@ -83,13 +83,21 @@ def test_a_number_of_half_precision_is_not_rounded_in_the_proof(tmp_path: Path) 
     assert number == torch.tensor(7**0.5).half().numpy()
 
 
+def test_a_size_of_the_graph_may_become_a_tensor(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / torch.tensor([x.shape[0]])
+
+    assert moeify.export_onnx(Counting(), tmp_path / "net.onnx", example_inputs={"x": torch.randn(4, 7)}).passed
+
+
 def test_a_padding_mask_that_is_broadcast_is_the_same_mask() -> None:
     padding = torch.tensor([[True, True, False], [False, True, True]])
     index = [torch.arange(size).reshape(shape) for size, shape in
              ((2, (2, 1, 1, 1)), (1, (1, 1, 1, 1)), (2, (1, 1, 2, 1)), (3, (1, 1, 1, 3)))]  # fmt: skip
     indexed = masking_utils.padding_mask_function(padding)(*index)
     before = masking_utils.padding_mask_function
-    with as_exported():
+    with broadcast_padding():
         broadcast = masking_utils.padding_mask_function(padding)(*index)
         part = masking_utils.padding_mask_function(padding)(*index[:3], index[3][..., :2])
     assert torch.equal(broadcast.expand_as(indexed), indexed)

@@ -18,7 +18,7 @@ class Layer(nn.Module):
         super().__init__()
         self.up, self.down = nn.Parameter(torch.randn(3, 5, 7)), nn.Parameter(torch.randn(3, 7, 5))
         self.bias = nn.Parameter(torch.randn(3, 7))
-        self.register_buffer("offsets", torch.tensor([0, 1, 2, 4], dtype=torch.int32))
+        self.offsets = nn.Buffer(torch.tensor([0, 1, 2, 4], dtype=torch.int32))
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         weights = torch.ones_like(ids, dtype=torch.float32)
@@ -44,7 +44,8 @@ def test_experts_are_opaque_nodes_with_their_inputs_in_place_and_named_weights()
 def test_an_operator_that_onnx_lacks_is_refused() -> None:
     class Inverse(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.linalg.eigvalsh(x)
+            values: Tensor = torch.linalg.eigvalsh(x)
+            return values
 
     with pytest.raises(RefusedError, match=r"^the model has an operator that ONNX cannot express: .*eigh"):
         to_onnx(capture(Inverse(), {"x": torch.randn(2, 3, 3)}))

@@ -85,6 +85,6 @@ def test_in_float32_a_trace_holds_no_half_precision_and_its_own_weights() -> Non
     values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
     assert {value.dtype for value in values} <= {ir.DataType.FLOAT, ir.DataType.INT64, None}
     weight = graph.initializers["linear.weight"].const_value
-    assert weight is not None and weight.raw.data_ptr() == twin.linear.weight.data_ptr()  # type: ignore[attr-defined]
+    assert weight is not None and weight.raw.data_ptr() == twin.linear.weight.data_ptr()
     half = to_onnx(captured).graph  # the trace itself is as it was
     assert half.inputs[0].dtype == half.outputs[0].dtype == ir.DataType.FLOAT16

@@ -93,3 +93,16 @@ def test_what_gives_up_exactness_is_set_when_asked_for() -> None:
     assert "accuracy_level" not in node.attributes
     set_attributes(model, operator)
     assert node.attributes["accuracy_level"].as_int() == 4
+
+
+@pytest.mark.parametrize("operator", [Operator(), Operator(8)])
+def test_two_layers_may_share_their_weights(operator: Operator) -> None:
+    """As those of ALBERT do."""
+    layer = Layer()
+    model = graph_of(layer, layer)
+    first, second = model.graph
+    for number in (3, 4):
+        second.replace_input_with(number, first.inputs[number])
+    lower_contrib(model, operator)
+    names = [node.inputs[2].name for node in model.graph if node.op_type == operator.name and node.inputs[2]]
+    assert len(names) == 2 and len(set(names)) == 1
