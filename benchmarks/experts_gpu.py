@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.gpu_candidates import CANDIDATES, Candidate, Inputs, refusal
 from moeify.kernels.tools.selfcheck import self_check
-from moeify.measure import TOLERANCE
+from moeify.measure import TOLERANCE, relative_difference
 
 # Tokens, hidden, inner, experts, top-k.
 SHAPES = {
@@ -44,7 +44,7 @@ def check(device: torch.device) -> list[dict[str, Any]]:
     results = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        for found in self_check(device, dtype):
+        for found in self_check(device, dtype, relative_difference):
             passed = found.difference <= TOLERANCE[name]
             results.append({"check": found.name, "dtype": name, "difference": found.difference, "passed": passed})
             if not passed:

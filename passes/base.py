@@ -90,7 +90,7 @@ class Rewrite(Pass):
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Return a GraphModule with a graph of its own that shares parameters and layers, in the same modes.
 
-    Attributes that no node reads are left out. Findings of analyses come along, and refer to the new nodes.
+    Attributes that no node names are left out. Findings of analyses come along, and refer to the new nodes.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

@@ -1,4 +1,4 @@
-"""Find the dense FFN blocks of a traced model by dataflow, and say of everything that looks like one why it is not.
+"""Find the dense FFNs of a traced model by dataflow, and say why what looks like one is none.
 
 An FFN, to us: one or more projections that read the same activation, a position-wise computation with a nonlinearity,
 one projection down to the hidden size that it came from, and a result that joins the residual stream.

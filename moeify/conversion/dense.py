@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
+from transformers import PreTrainedModel
 
 from moeify.checkpoint.source import Source
 from moeify.passes.ffn import Inspection
@@ -64,6 +65,7 @@ class DenseCheckpoint(Dense):
         MoeifyError: transformers cannot build the model of this `config.json`.
     """
 
+    model: PreTrainedModel
     example_inputs: Mapping[str, Any] | None
 
     def __init__(self, source: Source, example_inputs: Mapping[str, Any] | None = None) -> None:
@@ -73,8 +75,7 @@ class DenseCheckpoint(Dense):
     @cached_property
     def config(self) -> dict[str, Any]:
         """`config.json` with every default that its class fills in."""
-        model: Any = self.model
-        return dict(model.config.to_dict())
+        return dict(self.model.config.to_dict())
 
     @cached_property
     def names(self) -> StoredNames:

@@ -116,7 +116,8 @@ class _Outputs:
                     "the model, convert it in place and save it"
                 )
             return self.copied(self.on_disk[tensor.source], tensor.name)
-        dtype = self.stored_dtype(self.source.tensors[self.on_disk[site.down.parameter]])
+        like = (*tensor.sources, site.down.parameter)[0]
+        dtype = self.stored_dtype(self.source.tensors[self.on_disk[like]])
         if isinstance(tensor, StartTensor):
             start, own = tensor.start, tensor.start.dtype or dtype
             return OutTensor(tensor.name, own, start.shape, (lambda: start.build().to(torch_dtype(own)),))

@@ -222,6 +222,9 @@ def why_not(family: Family, plan: Plan, config: Config) -> str | None:
     for condition in conditions:
         if not condition.holds(config):
             return condition.otherwise
+    unnamed = next((site.path for site in plan.sites if not site.gated), None)
+    if unnamed:
+        return f"its activation at {unnamed} has no name here, so it is not known which projection is the gate"
     dense = config["num_hidden_layers"] - len(plan.sites)
     if dense and not family.any_layer:
         return f"{dense} of its layers stay dense, and every layer of {family.model_type} is an MoE"

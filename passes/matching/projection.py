@@ -110,17 +110,19 @@ def _einsum(node: fx.Node, given: Mapping[str, object]) -> Projection | None:
     equation, operands = str(given["equation"]).replace(" ", ""), given["tensors"]
     inputs, _, result = equation.partition("->")
     letters = inputs.split(",")
-    if not isinstance(operands, list | tuple) or len(operands) != 2 or len(letters) != 2 or not result:
+    if (
+        not isinstance(operands, list | tuple)
+        or len(operands) != 2
+        or len(letters) != 2
+        or not letters[0]
+        or not result
+    ):
         return None
-    (x, w), (source, weight) = letters, operands
-    if len(w) != 2 or not x or result[:-1] != x[:-1]:
+    positions, contracted, kept = letters[0][:-1], letters[0][-1], result[-1]
+    others_stay = result[:-1] == positions and contracted not in positions and kept not in letters[0]
+    if not others_stay or letters[1] not in {contracted + kept, kept + contracted}:
         return None
-    match (w[0], w[1]):
-        case (contracted, kept) if contracted == x[-1] and kept == result[-1] and kept not in x:
-            return _product(node, source, weight, None, stored_out_in=False)
-        case (kept, contracted) if contracted == x[-1] and kept == result[-1] and kept not in x:
-            return _product(node, source, weight, None, stored_out_in=True)
-    return None
+    return _product(node, operands[0], operands[1], None, stored_out_in=letters[1] == kept + contracted)
 
 
 def _with_added_bias(projection: Projection) -> Projection:

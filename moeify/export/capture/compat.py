@@ -6,12 +6,13 @@ Shape legend: T tokens, E experts, H hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
 from moeify.hub.stock_experts import stock_experts
@@ -23,12 +24,30 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def broadcast_padding() -> Iterator[None]:
-    """Let transformers broadcast a padding mask inside the block: CUDA graphs cannot replay a gather by index."""
-    indexed = masking_utils.padding_mask_function
+def as_exported() -> Iterator[None]:
+    """Let models write two things otherwise inside the block.
 
+    transformers broadcasts a padding mask, where it would gather it by index: CUDA graphs cannot replay that. And
+    `torch.tensor(number, dtype=half)` is the number in float32, then a cast, so that the graph holds the number itself
+    and a float32 version of the graph is not rounded.
+    """
+    with _replaced(masking_utils, "padding_mask_function", _broadcast), _replaced(torch, "tensor", _exact):
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, change: Callable[[Callable[..., Any]], object]) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, change(original))
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _broadcast(indexed: Callable[[Tensor], MaskFunction]) -> Callable[[Tensor], MaskFunction]:
     def padding_mask_function(padding_mask: Tensor) -> MaskFunction:
-        by_index: MaskFunction = indexed(padding_mask)
+        by_index = indexed(padding_mask)
 
         def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             whole = batch.dim() == 4 and padding_mask.shape[-1] == key.shape[-1]
@@ -36,29 +55,16 @@ def broadcast_padding() -> Iterator[None]:
 
         return mask
 
-    masking_utils.padding_mask_function = padding_mask_function
-    try:
-        yield
-    finally:
-        masking_utils.padding_mask_function = indexed
+    return padding_mask_function
 
 
-class ExactNumbers(TorchFunctionMode):
-    """Inside the block `torch.tensor(number, dtype=half)` is the number in float32, then a cast.
+def _exact(rounded: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def tensor(data: object, *, dtype: torch.dtype | None = None, **options: object) -> Tensor:
+        if isinstance(data, float) and dtype in HALF:
+            return rounded(data, dtype=torch.float32, **options).to(dtype)
+        return rounded(data, dtype=dtype, **options)
 
-    So the graph holds the number itself, and a float32 version of the graph is not rounded.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:  # fmt: skip
-        kwargs = dict(kwargs or {})
-        dtype = kwargs.get("dtype")
-        if func is torch.tensor and isinstance(dtype, torch.dtype) and dtype in HALF and isinstance(args[0], float):
-            exact = torch.tensor(args[0], dtype=torch.float32)
-            return exact.to(dtype)
-        return func(*args, **kwargs)
+    return tensor
 
 
 def unsqueeze_real_parts(graph_module: fx.GraphModule) -> None:

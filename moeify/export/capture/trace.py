@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from moeify.errors import RefusedError
 from moeify.export.capture.clamped_gate import NAME, offer_export_experts
-from moeify.export.capture.compat import HALF, ExactNumbers, broadcast_padding, unsqueeze_real_parts
+from moeify.export.capture.compat import HALF, as_exported, unsqueeze_real_parts
 from moeify.export.capture.interface import FlatModel, Interface, choose_interface
 from moeify.hub.stock_experts import through_moeify
 from moeify.tracing.exporting import quiet_where_undecided
@@ -60,12 +60,13 @@ class Capture:
             if isinstance(module, fx.GraphModule):
                 _to_float32(module.graph)
         weights = {f"{PREFIX}{name}": tensor for name, tensor in twin.state_dict(keep_vars=True).items()}
-        program = self.program._update(
-            graph_module,
-            self.program.graph_signature,
-            state_dict={name: weights[name] for name in self.program.state_dict},
-            constants=pytree.tree_map(_float32, self.program.constants),
-        )
+        with undisturbed():
+            program = self.program._update(
+                graph_module,
+                self.program.graph_signature,
+                state_dict={name: weights[name] for name in self.program.state_dict},
+                constants=pytree.tree_map(_float32, self.program.constants),
+            )
         return Capture(twin, self.interface.in_float32(), program)
 
 
@@ -82,7 +83,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, object] | None) -> Ca
     """
     interface = choose_interface(model, example_inputs)
     offer_export_experts()
-    with undisturbed(), broadcast_padding(), through_moeify(model, NAME):
+    with undisturbed(), as_exported(), through_moeify(model, NAME):
         program = _trace(FlatModel(model, interface), interface)
     unsqueeze_real_parts(program.graph_module)
     return Capture(model, interface, program)
@@ -91,7 +92,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, object] | None) -> Ca
 def _trace(module: FlatModel, interface: Interface) -> ExportedProgram:
     shapes = tuple(dict.fromkeys(axes, Dim.DYNAMIC) for axes in interface.axes.values())
     try:
-        with quiet_where_undecided(module), ExactNumbers():
+        with quiet_where_undecided(module):
             return torch.export.export(module, tuple(interface.inputs.values()), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         reason = _fixed_size(error, interface) or f"{cause_of(error)}{_place(error)}"

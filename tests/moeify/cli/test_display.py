@@ -9,10 +9,10 @@ from rich.table import Table
 from moeify.cli import display
 from moeify.cli.display import cost_table, inspection_table, plan_table, quantity, ranges, refusals_table
 from moeify.config import MoEConfig
+from moeify.conversion.cost import Cost
+from moeify.conversion.dense import Dense, find_ffns
 from moeify.passes.ffn import Inspection, Refusal
-from moeify.planning.cost import Cost
-from moeify.planning.make import find_ffns, make_plan, survey
-from moeify.tracing.trace import trace
+from moeify.planning.make_plan import make_plan
 from tests.moeify import tiny
 
 
@@ -60,7 +60,8 @@ def test_costs_stand_side_by_side() -> None:
 
 def test_a_plan_shows_its_sites() -> None:
     model = tiny.build("llama")
-    plan = make_plan(model, survey(trace(model)), MoEConfig(4, 2), "last:1")
+    dense = Dense(model)
+    plan = make_plan(model, dense.graph_module, dense.inspection, MoEConfig(4, 2), "last:1")
     assert rows(plan_table(plan)) == [["model.layers.2.mlp", "4, top-2", "glu", "silu", "36", "57"]]
 
 

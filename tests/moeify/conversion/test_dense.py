@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return spy
 
-    import moeify.conversion.checkpoint
-    import moeify.conversion.cost
-    import moeify.conversion.summary
-    import moeify.proving.proof  # noqa: F401 (all modules that could call them are loaded)
+    for name in ("conversion.checkpoint", "conversion.cost", "conversion.summary", "proving.proof"):
+        import_module(f"moeify.{name}")  # all modules that could call them
 
     for function in COUNTED:
         spy = counted(function)

@@ -240,3 +240,23 @@ class Frozen(nn.Module):
 def test_weights_in_buffers_are_refused() -> None:
     with pytest.raises(RefusedError, match="w1 is a buffer, not a parameter"):
         convert_graph(torch.export.export(Frozen(), (torch.randn(2, 5, 10),)), CONFIG)
+
+
+class Layers(nn.Module):
+    """Two FFNs in a list: whoever calls this part adds their residual connections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(10, 23), nn.GELU(), nn.Linear(23, 10)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.layers)
+
+
+def test_residual_connections_outside_the_graph() -> None:
+    model, x = Layers().eval(), torch.randn(2, 5, 10)
+    graph = convert_graph(torch.export.export(model, (x,)), CONFIG)
+    assert [name for name, module in graph.named_modules() if isinstance(module, SparseMoE)] == ["layers.0", "layers.1"]
+    results = graph(x)
+    moeify.convert(model, CONFIG, example_inputs=x)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, model(x), strict=True))

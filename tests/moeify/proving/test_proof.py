@@ -139,8 +139,8 @@ def test_the_rounding_that_was_asked_for_is_not_held_against_the_conversion(tmp_
     plan = tiny.convert_files(src, tmp_path / "moe", CONFIG, dtype="BF16")
     assert proof.verify_checkpoints(src, tmp_path / "moe").passed
     with open_source(src) as source:
-        assert proof.verify_slice(source, tmp_path / "moe", plan, cast_to="BF16").passed
-        assert not proof.verify_slice(source, tmp_path / "moe", plan).passed
+        assert proof.verify_slice(DenseCheckpoint(source), tmp_path / "moe", plan, cast_to="BF16").passed
+        assert not proof.verify_slice(DenseCheckpoint(source), tmp_path / "moe", plan).passed
 
 
 def test_a_method_without_a_promise_is_known_from_the_record_beside_the_model(tmp_path: Path) -> None:

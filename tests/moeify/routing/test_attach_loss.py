@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moeify.measure import TOLERANCE
 from moeify.routers.softmax import softmax_topk
 from moeify.routing.attach_loss import attach_loss
 from moeify.routing.losses import z_loss
-from moeify.measure import TOLERANCE
 from tests.moeify.routing import draw
 
 randn = partial(draw.randn, dtype=torch.float64)

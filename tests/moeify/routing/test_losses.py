@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeify.errors import ConfigError
+from moeify.measure import TOLERANCE
 from moeify.routers.noisy_topk import noisy_topk
 from moeify.routers.sigmoid import sigmoid_grouped
 from moeify.routers.softmax import softmax_topk
@@ -25,7 +26,6 @@ from moeify.routing.losses import (
     load_cv2,
     z_loss,
 )
-from moeify.measure import TOLERANCE
 from tests.moeify.routing import draw
 
 randn = partial(draw.randn, dtype=torch.float64)

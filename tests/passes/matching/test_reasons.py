@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moeify.passes.find_ffn import Inspection, find_ffns_in
+from moeify.tracing.stand_in import standing_in
 from moeify.tracing.trace import trace
 
 HIDDEN, INNER, TOKENS = 10, 23, 5
@@ -68,6 +70,42 @@ REGIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
 }
 
 
+class Layers(Block):
+    """Such a block, with layers that the region may call."""
+
+    def __init__(self, inside: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__(lambda z, x: z)
+        self.inside, self.norm, self.table = inside, nn.BatchNorm1d(INNER), nn.Embedding(7, INNER)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(self.inside(self, self.up(x)))
+        return out
+
+
+LAYERS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "a batch norm": (
+        lambda m, z: m.norm(z.flatten(0, 1)).relu().view_as(z),
+        "`batch_norm` normalizes over positions in training",
+    ),
+    "a table": (
+        lambda m, z: z.relu() * m.table(z.argmax(-1)),
+        "it reads rows of a table, `embedding`, not only projections",
+    ),
+    "a part of several": (lambda m, z: z.relu() * z.max(1, keepdim=True)[0], "it is computed from `max_1`, which"),
+}
+
+
+@pytest.mark.parametrize(("region", "reason"), LAYERS.values(), ids=LAYERS)
+def test_what_layers_stand_between_the_projections(region: Callable[[Any, Tensor], Tensor], reason: str) -> None:
+    assert reasons(Layers(region))["down"].startswith(reason)
+
+
+def test_what_could_not_be_traced() -> None:
+    model = Layers(lambda m, z: m.table(z))
+    with standing_in([model.table], lambda x: x):
+        assert reasons(model)["down"] == "it is computed from a module that could not be traced"
+
+
 @pytest.mark.parametrize(("region", "reason"), REGIONS.values(), ids=REGIONS)
 def test_what_stands_between_the_projections(region: Callable[[Tensor, Tensor], Tensor], reason: str) -> None:
     assert reasons(Block(region))["down"] == reason
@@ -109,3 +147,16 @@ def test_another_width_before_a_product_of_activations_is_an_attention() -> None
     assert (
         reasons(Scores())["wide"] == "it projects to 14 features, not back to the hidden size 10: part of an attention"
     )
+
+
+def test_another_size_in_the_middle_of_a_model_is_no_ffn() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.wide, self.last = nn.Linear(HIDDEN, 6), nn.Linear(6, 14), nn.Linear(14, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.wide(self.narrow(x).tanh()).tanh())
+            return out
+
+    assert reasons(Joined())["wide"] == "it projects to 14 features, not back to the hidden size 10: no FFN"

@@ -100,7 +100,3 @@ def session_of(proto: Any) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def relative(result: Tensor, expected: Tensor) -> float:
-    return float((result.double() - expected).abs().max() / expected.abs().max())

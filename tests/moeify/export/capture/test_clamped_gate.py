@@ -11,8 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import moeify
-from moeify.export.clamped_gate import ClampedGate, clamped_gate
-from moeify.export.report import Quantization, Target
+from moeify.export.capture.clamped_gate import ClampedGate, clamped_gate
 
 tf: Any = transformers
 
@@ -61,15 +60,15 @@ def test_it_is_what_it_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "quantize", "operator"),
+    ("target", "quantize", "dtype", "operator"),
     [
-        ("portable", None, "moeify::SparseMoE"),
-        ("cuda", None, "com.microsoft::MoE"),
-        ("cpu", "int4", "com.microsoft::QMoE"),
+        ("portable", None, torch.float32, "moeify::SparseMoE"),
+        ("cuda", None, torch.float16, "com.microsoft::MoE"),
+        ("cpu", "int4", torch.float32, "com.microsoft::QMoE"),
     ],
 )
 def test_gpt_oss_has_one_operator_a_layer(
-    tmp_path: Path, target: Target, quantize: Quantization | None, operator: str
+    tmp_path: Path, target: str, quantize: str | None, dtype: torch.dtype, operator: str
 ) -> None:
     """Its weights are stored transposed, its gate and up rows alternate, and all four have biases."""
     config = tf.GptOssConfig(
@@ -79,7 +78,7 @@ def test_gpt_oss_has_one_operator_a_layer(
     model = tf.GptOssForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, std=2.0 if "experts" in name else 0.1)  # far enough to be clamped
-    report = moeify.export_onnx(model, tmp_path / "oss.onnx", target, quantize)
+    report = moeify.export_onnx(model.to(dtype), tmp_path / "oss.onnx", target, quantize)
     assert report.passed and report.operators[operator] == 1
     proto = onnx.load(tmp_path / "oss.onnx")
     onnx.checker.check_model(proto, full_check=True)
