@@ -28,7 +28,7 @@ Outputs = list[Tensor]
 
 
 def check_paths(small: Small) -> dict[str, Any]:
-    """Return what came of each way: a relative difference, or a reason."""
+    """Return the result of each way: a relative difference, or a reason."""
     folder = Path(tempfile.mkdtemp(prefix="exactness"))
     try:
         paths = _Paths(small, folder)
@@ -36,45 +36,45 @@ def check_paths(small: Small) -> dict[str, Any]:
                 "streamed": paths.streamed, "graph": paths.graph}  # fmt: skip
         for name, way in ways.items():
             paths.attempt(name, way)
-        return paths.said
+        return paths.results
     finally:
         shutil.rmtree(folder)
 
 
 @dataclass
 class _Paths:
-    """One model and what was found out about it.
+    """One model and its results so far.
 
     Attributes:
         small: The dense model.
         folder: For checkpoints.
-        said: The results.
+        results: By name.
         converted: The model that was converted in place; None when it was refused.
     """
 
     small: Small
     folder: Path
-    said: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
     converted: Any = None
 
     def __post_init__(self) -> None:
         self.expected = run(self.small.model, self.small.inputs)
         repeated = difference(run(self.small.model, self.small.inputs), self.expected)
         if repeated:
-            self.said["dense, repeated"] = repeated
+            self.results["dense, repeated"] = repeated
         if not all(bool(torch.isfinite(t).any()) for t in self.expected if t.is_floating_point()):
-            self.said["dense"] = "has an output without a finite value"
+            self.results["dense"] = "has an output without a finite value"
 
     def attempt(self, name: str, way: Callable[[], Any]) -> None:
-        """Keep what a way returns; a refusal is a result, anything else that is raised a defect."""
+        """Keep what a way returns: a refusal is a result, any other error is a defect."""
         try:
-            said = way()
+            result = way()
         except MoeifyError as error:
-            said = f"refused: {' '.join(str(error).split())}"[:400]
+            result = f"refused: {' '.join(str(error).split())}"[:400]
         except Exception as error:
-            said = f"ERROR {type(error).__name__}: {' '.join(str(error).split())}"[:400]
-        if said is not None:
-            self.said[name] = said
+            result = f"ERROR {type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        if result is not None:
+            self.results[name] = result
 
     def in_place(self) -> Any:
         """Convert a copy; when that is refused it must be as it was."""
@@ -86,17 +86,17 @@ class _Paths:
         except MoeifyError:
             same = repr(model) == before and same_tensors(model.state_dict(), state) is None
             if not same or model.config.to_dict() != config:
-                self.said["refused and changed"] = True
+                self.results["refused and changed"] = True
             raise
         self.converted = model
         layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseMoE)}
-        self.said["ffns"] = len(layers)
+        self.results["ffns"] = len(layers)
         result = difference(run(model, self.small.inputs), self.expected)
         if result > TOLERANCE["float32"]:
-            self.said["in place, float64"] = self.in_float64()
+            self.results["in place, float64"] = self.in_float64()
         idle = [name for name, layer in layers.items() if layer.record is None]
         if idle:
-            self.said["not reached"] = f"{len(idle)}, {idle[0]}"
+            self.results["not reached"] = f"{len(idle)}, {idle[0]}"
             result = max(result, self.directly(idle))
         return result
 
@@ -122,7 +122,7 @@ class _Paths:
                 for inner in chain:
                     y = self.small.model.get_submodule(inner)(y)
             except Exception as error:
-                self.said["not compared"] = f"{path}: {type(error).__name__}"
+                self.results["not compared"] = f"{path}: {type(error).__name__}"
                 continue
             worst = max(worst, difference([self.converted.get_submodule(path)(x)], [y]))
         return worst
@@ -147,7 +147,7 @@ class _Paths:
         """Load with transformers' AutoModel, which drops a head and may add a pooler."""
         import transformers
 
-        if self.converted is None or not isinstance(self.said.get("stored"), float):
+        if self.converted is None or not isinstance(self.results.get("stored"), float):
             return None
         moeify.register()
         base = getattr(self.converted, self.converted.base_model_prefix, self.converted)
@@ -172,7 +172,7 @@ class _Paths:
             ]
         own = difference(run(again, self.small.inputs), self.expected)
         if own > 1e-6:
-            self.said["dense, saved and loaded"] = own
+            self.results["dense, saved and loaded"] = own
         del again
         unused: list[str] = []
         with open_source(dense) as source:
@@ -180,7 +180,7 @@ class _Paths:
             plan = plan_checkpoint(opened, CONFIG, target="moeify")
             convert_checkpoint(opened, plan, Output(moe, shard_size=10**10), Callbacks(unused=unused.append))
         if unused:
-            self.said["unused"] = f"{len(unused)}, {unused[0]}"
+            self.results["unused"] = f"{len(unused)}, {unused[0]}"
         return self.loaded(moe)
 
     def graph(self) -> Any:
@@ -192,9 +192,9 @@ class _Paths:
         except Exception as error:
             return f"torch.export: {type(error).__name__}: {' '.join(str(error).split())}"[:160]
         if same > 1e-6:
-            self.said["exported"] = same
+            self.results["exported"] = same
         converted = moeify.convert_graph(program, CONFIG)
-        self.said["graph ffns"] = sum(isinstance(m, SparseMoE) for m in converted.modules())
+        self.results["graph ffns"] = sum(isinstance(m, SparseMoE) for m in converted.modules())
         return difference(run(converted, inputs), self.expected)
 
 

@@ -1,4 +1,4 @@
-"""FFNs counted by the names and shapes of parameters: what docs/architectures.md compares the matcher with.
+"""FFNs counted by the names and shapes of parameters: the matcher is compared with them.
 
 Nothing here knows of graphs, and nothing of moeify is imported: the two counts can only agree by being right.
 """
@@ -9,9 +9,9 @@ import re
 
 from torch import nn
 
-Sizes = dict[str, tuple[int, int]]  # name of the weight that leads back -> (hidden, intermediate)
+Sizes = dict[str, tuple[int, int]]  # the weight of the down projection -> (hidden size, intermediate size)
 
-# How FFNs are named, one convention a row: the projection back, then those that may lead to it.
+# How FFNs are named: the down projection, then the up projections that may come before it.
 NAMES: dict[str, tuple[str, ...]] = {
     "down_proj": ("up_proj", "gate_up_proj"), "fc2": ("fc1",), "fc_2": ("fc_1",), "wo": ("wi", "wi_0"), "w2": ("w1",),
     "c_proj": ("c_fc",), "lin2": ("lin1",), "linear2": ("linear1",), "linear_2": ("linear_1",), "fc_out": ("fc_in",),
@@ -48,8 +48,8 @@ def by_name(model: nn.Module, also: list[str], without: list[str]) -> Sizes:
 
 
 def _sizes(down: tuple[int, ...], up: tuple[int, ...], stored_in_out: bool) -> tuple[int, int] | None:
-    """Return (hidden, intermediate) if a pair of weights leads from a width and back to it."""
-    if len(down) < 2 or len(up) < 2 or set(down[2:]) | set(up[2:]) > {1}:
+    """Return (hidden, intermediate) if the up projection reads what the down projection writes."""
+    if len(down) < 2 or len(up) < 2 or {*down[2:], *up[2:]} - {1}:
         return None
-    (hidden, inner), (rows, width) = (s[1::-1] if stored_in_out else s[:2] for s in (down, up))
-    return (hidden, inner) if width == hidden and rows in {inner, 2 * inner} else None
+    (hidden, intermediate), (rows, columns) = (s[1::-1] if stored_in_out else s[:2] for s in (down, up))
+    return (hidden, intermediate) if columns == hidden and rows in {intermediate, 2 * intermediate} else None

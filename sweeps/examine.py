@@ -22,7 +22,7 @@ from sweeps.models import build, looked_up, model_types
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one model type."""
+    """The result for one model type."""
 
     model_type: str
     task: str
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def right(self) -> bool:
-        """Whether exactly the expected FFNs were found, with the right widths."""
+        """Whether exactly the expected FFNs were found, with the right sizes."""
         return not self.problem and self.found == self.expected
 
 
