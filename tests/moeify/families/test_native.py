@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ CONFIG = MoEConfig(experts=6, top_k=2, granularity=1)
 def config_for(target: str, name: str, **changes: Any) -> dict[str, Any]:
     model: Any = tiny.build(name)
     dense = Dense(model)
-    plan = make_plan(model, dense.graph_module, dense.inspection, CONFIG).with_target(target)
+    plan = replace(make_plan(model, dense.graph_module, dense.inspection, CONFIG), target=target)
     return native_config(FAMILIES[target], plan, {**model.config.to_dict(), **changes}, "bfloat16")
 
 
