@@ -13,7 +13,6 @@ COVERED_BY = {
     "moeify/__init__.py": "tests/test_packaging.py",
     "moeify/cli/__init__.py": "tests/moeify/cli/test_convert.py",
     "moeify/cli/options.py": "tests/moeify/cli/test_convert.py",
-    "moeify/cli/run.py": "tests/moeify/cli/test_export.py",
     "moeify/errors.py": "tests/moeify/cli/test_convert.py",
     "moeify/export/capture/__init__.py": "tests/moeify/export/capture/test_to_onnx.py",
     "moeify/export/lower/__init__.py": "tests/moeify/export/lower/test_lower.py",
