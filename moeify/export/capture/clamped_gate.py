@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.integrations import moe
 
-from moeify.export.capture import DOMAIN, EXPERTS
+from moeify.export.capture.interface import DOMAIN, EXPERTS
 from moeify.hub.stock_experts import stacked_weights, stock_experts
 from moeify.measure import probe, same_values
 

@@ -13,8 +13,7 @@ from onnxscript import onnx_opset, optimizer, rewriter, values
 from onnxscript.rewriter.rules import common as rules
 
 from moeify.errors import RefusedError
-from moeify.export.capture import DOMAIN, EXPERTS, GROUPED_LINEAR, OPSET
-from moeify.export.capture.interface import Interface
+from moeify.export.capture.interface import DOMAIN, EXPERTS, GROUPED_LINEAR, OPSET, Interface
 from moeify.export.capture.trace import PREFIX, Capture, cause_of, undisturbed
 from moeify.kernels import operators  # noqa: F401 (defines torch.ops.moeify)
 
@@ -39,7 +38,7 @@ def to_onnx(captured: Capture) -> ir.Model:
     """Translate a trace.
 
     Returns:
-        A model whose experts are opaque nodes (see `moeify.export.capture`); weights are not copied.
+        A model whose experts are opaque nodes (see `moeify.export.capture.interface`); weights are not copied.
 
     Raises:
         RefusedError: ONNX cannot express an operator.

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.errors import RefusedError
-from moeify.export.capture import EXPERTS, GROUPED_LINEAR
+from moeify.export.capture.interface import EXPERTS, GROUPED_LINEAR
 from moeify.export.capture.to_onnx import to_onnx
 from moeify.export.capture.trace import capture
 from moeify.kernels import ops

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from moeify.errors import RefusedError
-from moeify.export.lower import lower
+from moeify.export.lower.layers import lower
 from moeify.export.targets import MANY_EXPERTS, TARGETS
 from moeify.measure import TOLERANCE, relative_difference
 from tests.moeify.export.lower.layer_graph import Layer, routing, run
