@@ -1,6 +1,6 @@
 """Ways to compute the experts of a layer on a GPU: ours, torch's, and other projects', each in the calls it documents.
 
-Shape legend: T tokens, K choices per token, E experts, H hidden, I intermediate.
+Shape legend: T tokens, K choices per token, E experts, H hidden size, I intermediate size.
 """
 
 # mypy: disable-error-code="import-not-found, import-untyped"
@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.gpu.run import first_line
 from moeify.kernels import reference
 from moeify.kernels.layout import routing_layout
 from moeify.kernels.ops import combine, dispatch, experts
-from moeify.measure import TOLERANCE
+from moeify.measure import relative_difference, tolerance_of
 
 Weights = tuple[Tensor, ...]
 CHECKED = 512  # tokens: the reference takes experts one by one
@@ -41,26 +44,28 @@ class Candidate:
     """One way to compute SwiGLU experts.
 
     Attributes:
-        run: from x, ids, weights and the experts' own weights as `store` left them to (T, H).
-        store: from up and down to the layout in which the project keeps them, which is not timed.
+        run: From x, ids, weights and the experts' own weights as `store` left them to (T, H).
+        store: From up and down to the layout in which the project keeps them, which is not timed.
+        module: What must be installed, "" for nothing.
     """
 
     run: Callable[..., Any]
     store: Callable[[Tensor, Tensor], Weights] = lambda up, down: (up, down)
+    module: str = ""
 
 
 def refusal(candidate: Candidate, inputs: Inputs) -> str | None:
-    """Why `candidate` is not to be timed, or None if output and gradients of x and weights are the reference's."""
+    """Return why a candidate is not to be timed; None if its output and its gradients of x and weights are right."""
     few = Inputs(inputs.x[:CHECKED], inputs.ids[:CHECKED], inputs.weights[:CHECKED], inputs.up, inputs.down)
     wide = Inputs(few.x.float(), few.ids, few.weights.float(), few.up.float(), few.down.float())
     try:
         want = _results(_reference, wide, (wide.up, wide.down))
         got = _results(candidate.run, few, candidate.store(few.up, few.down))
     except Exception as error:  # another project's, of any kind
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    limit = TOLERANCE[str(inputs.x.dtype).removeprefix("torch.")]
+        return f"{type(error).__name__}: {first_line(error)}"
+    limit = tolerance_of(inputs.x.dtype)
     for name, a, b in zip(("output", "gradient of x", "gradient of weights"), got, want, strict=True):
-        difference = ((a.float() - b).abs().max() / b.abs().max()).item()
+        difference = relative_difference(a, b)
         if not difference <= limit:
             return f"wrong {name}: off by {difference:.1e}, tolerance {limit:.0e}"
     return None
@@ -85,8 +90,8 @@ def _grouped_mm(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tenso
     """Gather, torch's grouped product, activation, grouped product, sum."""
     layout = routing_layout(ids, up.shape[0])
     ends = layout.offsets_E1[1:]
-    gate, inner = F.grouped_mm(dispatch(x, layout), up.mT, offs=ends).chunk(2, -1)
-    return combine(F.grouped_mm(F.silu(gate) * inner, down.mT, offs=ends), weights, layout)
+    gate, linear = F.grouped_mm(dispatch(x, layout), up.mT, offs=ends).chunk(2, -1)
+    return combine(F.grouped_mm(F.silu(gate) * linear, down.mT, offs=ends), weights, layout)
 
 
 def _loop(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -94,8 +99,8 @@ def _loop(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> 
     layout = routing_layout(ids, up.shape[0])
     rows, parts = dispatch(x, layout), []
     for e, (start, end) in enumerate(pairwise(layout.offsets_E1.tolist())):
-        gate, inner = (rows[start:end] @ up[e].t()).chunk(2, -1)
-        parts.append((F.silu(gate) * inner) @ down[e].t())
+        gate, linear = (rows[start:end] @ up[e].t()).chunk(2, -1)
+        parts.append((F.silu(gate) * linear) @ down[e].t())
     return combine(torch.cat(parts), weights, layout)
 
 
@@ -113,16 +118,16 @@ def _megablocks(x: Tensor, ids: Tensor, weights: Tensor, gate: Tensor, up: Tenso
 
 
 def _split(up: Tensor, down: Tensor) -> Weights:
-    gate, inner = up.chunk(2, 1)
-    return gate.contiguous(), inner.contiguous(), down.transpose(1, 2).contiguous()
+    gate, linear = up.chunk(2, 1)
+    return gate.contiguous(), linear.contiguous(), down.transpose(1, 2).contiguous()
 
 
 def _scattermoe(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Any:
     from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
 
     routing = flatten_sort_count(ids, num_experts=up.shape[0])
-    gate, inner = parallel_linear(x, up.mT, ids.shape[1], *routing, grouped_out=True).chunk(2, -1)
-    return parallel_linear(F.silu(gate) * inner, down.mT, 1, *routing, gates=weights, grouped_in=True)
+    gate, linear = parallel_linear(x, up.mT, ids.shape[1], *routing, grouped_out=True).chunk(2, -1)
+    return parallel_linear(F.silu(gate) * linear, down.mT, 1, *routing, gates=weights, grouped_in=True)
 
 
 def _liger(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Any:
@@ -149,12 +154,36 @@ def _interleaved(up: Tensor, down: Tensor) -> Weights:
     return torch.stack(up.chunk(2, 1), 2).flatten(1, 2), down
 
 
+def _transformers(x: Tensor, ids: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Any:
+    """The experts of transformers' own models, with its grouped product."""
+    module = _mixtral_experts(*down.shape)
+    return torch.func.functional_call(module, {"gate_up_proj": up, "down_proj": down}, (x, ids, weights))
+
+
+@cache
+def _mixtral_experts(count: int, hidden: int, intermediate: int) -> nn.Module:
+    """Return Mixtral's experts without weights."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config: Any = MixtralConfig(hidden_size=hidden, intermediate_size=intermediate, num_local_experts=count)
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        return MixtralExperts(config)
+
+
 CANDIDATES = {
     "moeify": Candidate(_moeify),
     "grouped_mm": Candidate(_grouped_mm),
     "loop": Candidate(_loop),
-    "MegaBlocks": Candidate(_megablocks, _split),
-    "ScatterMoE": Candidate(_scattermoe),
-    "Liger": Candidate(_liger),
-    "SonicMoE": Candidate(_sonicmoe, _interleaved),
+    "transformers": Candidate(_transformers),
+    "MegaBlocks": Candidate(_megablocks, _split, "megablocks"),
+    "ScatterMoE": Candidate(_scattermoe, module="scattermoe"),
+    "Liger": Candidate(_liger, module="liger_kernel"),
+    "SonicMoE": Candidate(_sonicmoe, _interleaved, "sonicmoe"),
 }
+
+
+def installed() -> dict[str, Candidate]:
+    """Return the candidates that this machine can import."""
+    return {name: one for name, one in CANDIDATES.items() if not one.module or find_spec(one.module)}
