@@ -14,8 +14,6 @@ COVERED_BY = {
     "moeify/cli/__init__.py": "tests/moeify/cli/test_convert.py",
     "moeify/cli/options.py": "tests/moeify/cli/test_convert.py",
     "moeify/errors.py": "tests/moeify/cli/test_convert.py",
-    "moeify/export/capture/__init__.py": "tests/moeify/export/capture/test_to_onnx.py",
-    "moeify/export/lower/__init__.py": "tests/moeify/export/lower/test_lower.py",
     "moeify/methods/__init__.py": "tests/moeify/config/test_choice.py",
     "moeify/routers/__init__.py": "tests/moeify/config/test_choice.py",
 }

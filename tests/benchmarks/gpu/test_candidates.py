@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from benchmarks.gpu_candidates import CANDIDATES, Inputs, refusal
-else:  # `pytest` does not put the root of the repository on the path
-    FILE = Path(__file__).parents[2] / "benchmarks/gpu_candidates.py"
-    spec = importlib.util.spec_from_file_location("gpu_candidates", FILE)
-    sys.modules["gpu_candidates"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["gpu_candidates"])
-    from gpu_candidates import CANDIDATES, Inputs, refusal
+from benchmarks.gpu.candidates import CANDIDATES, Inputs, refusal
 
 
 @pytest.fixture
