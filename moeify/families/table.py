@@ -239,5 +239,6 @@ def why_not(family: Family, plan: Plan, config: Config) -> str | None:
     for field in _UNSAID:
         value = getattr(plan.config, field)
         if value != getattr(_DEFAULTS, field):
-            return f"{family.model_type} has no place for {field} = {value!r}; moeify format holds it"
+            said = getattr(value, "name", value)  # a router's word, and not all of its options
+            return f"{family.model_type} has no place for {field} = {said!r}; moeify format holds it"
     return None

@@ -36,7 +36,7 @@ def build_layer(site: Site, config: MoEConfig, region: nn.Module | None, like: T
         like: A dense weight.
     """
     experts = _stack(site, config, config.experts, region, like)
-    own = copy.deepcopy(region)  # tied parameters would not survive saving and loading
+    own = copy.deepcopy(region) if config.shared_experts else None  # ties would not survive saving and loading
     shared = _stack(site, config, config.shared_experts, own, like) if config.shared_experts else None
     router = config.router.module(site.hidden, config, device=like.device, dtype=like.dtype)
     layer = SoftMoE if config.router.mixes_tokens else SparseMoE
