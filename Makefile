@@ -23,7 +23,7 @@ test: check ## check, then every test
 	@echo '==> tests'
 	$(PYTEST)
 	@echo '==> tests of the GPU kernels, in the Triton interpreter'
-	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/gpu
 
 check: $(READY) ## style and types: ruff and mypy
 	@echo '==> style and types'
@@ -39,7 +39,7 @@ fix: $(READY) ## format, and mend what ruff can mend
 coverage: $(READY) ## run every test and print which lines and branches of the library none of them runs
 	$(BIN)/coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest $(PROCESSES) --quiet
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/coverage run -m pytest $(PROCESSES) --quiet tests/kernels/triton
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/coverage run -m pytest $(PROCESSES) --quiet tests/kernels/gpu
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -48,7 +48,7 @@ mutants: $(READY) ## change the library in MUTANTS places, one at a time, and se
 	$(BIN)/python -m sweeps.mutants $(MUTANTS)
 
 # What takes hours is run by hand: the exactness of every model type.
-PAGES := sweeps.readme_tree
+PAGES := sweeps.readme_tree sweeps.architectures
 docs: $(READY) ## let the programs in sweeps/ write their pages again (half an hour)
 	@for program in $(PAGES); do echo "==> $$program"; $(BIN)/python -m $$program || exit 1; done
 

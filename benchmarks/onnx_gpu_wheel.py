@@ -24,7 +24,6 @@ import torch
 import transformers
 
 import moeify
-from moeify.export.report import Quantization, Target
 
 VERSION = "1.31.1"
 NAMES = {1: "f", 10: "NS_9MLFloat16E", 16: "NS_8BFloat16E"}
@@ -38,7 +37,7 @@ ALIASES = {
     "Shape": None,
     "Constant": None,
 }
-EXPORTS: tuple[tuple[Target, Quantization | None, str], ...] = (
+EXPORTS: tuple[tuple[str, str | None, str], ...] = (
     ("cpu", None, "float32"), ("cpu", "int8", "float32"), ("cpu", "int4", "float32"), ("portable", None, "float32"),
     ("cuda", None, "float32"), ("cuda", None, "float16"), ("cuda", None, "bfloat16"),
     ("cuda", "int8", "float16"), ("cuda", "int4", "float16"), ("cuda", "int4", "bfloat16"),

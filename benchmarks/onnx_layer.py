@@ -25,10 +25,11 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from moeify.export.capture import interface
-from moeify.export.graph import to_onnx
-from moeify.export.lower_contrib import Contrib, interleaved, lower_contrib, round_activations
-from moeify.export.lower_standard import lower_standard
+from moeify.export.capture.to_onnx import to_onnx
+from moeify.export.capture.trace import capture
+from moeify.export.lower.contrib import interleaved, lower_contrib, set_attributes
+from moeify.export.lower.standard import lower_standard
+from moeify.export.targets import TARGETS, Operator
 from moeify.kernels import ops
 
 HIDDEN, INNER, TOP_K = 576, 1536, 2
@@ -122,24 +123,25 @@ def forms(experts: int, inner: int) -> dict[str, ir.Model]:
     layer = Layer(experts, inner)
     example = {"x": torch.randn(5, HIDDEN)}
 
-    def lowered(how: Contrib | None) -> ir.Model:
-        model = to_onnx(interface(layer, example))
-        if how is None:
+    def lowered(operator: Operator | None) -> ir.Model:
+        model = to_onnx(capture(layer, example))
+        if operator is None:
             lower_standard(model)
         else:
-            lower_contrib(model, how)
-        if how is not None and how.bits == 4:
-            round_activations(model)
+            lower_contrib(model, operator)
+            set_attributes(model, operator)
         return model
+
+    quantized = TARGETS["cpu"].forms
 
     return {
         "moeify::SparseMoE": lowered(None),
         BASE: by_hand(layer),
-        "com.microsoft::MoE": lowered(Contrib()),
-        "QMoE int8": lowered(Contrib(8)),
-        "QMoE int4": lowered(Contrib(4, 32)),
+        "com.microsoft::MoE": lowered(Operator()),
+        "QMoE int8": lowered(quantized["int8"].operator),
+        "QMoE int4": lowered(quantized["int4"].operator),
         APART: apart(layer),
-        DENSE: to_onnx(interface(Dense(inner), example)),
+        DENSE: to_onnx(capture(Dense(inner), example)),
     }
 
 

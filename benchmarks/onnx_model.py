@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeify.export.generation import TextModel, open_session
 from moeify.hub.loading import load
+from moeify.runtime.session import open_session
+from moeify.runtime.text import TextModel
 
 PROMPT, NEW, ROUNDS, TURNS = 128, 24, 3, 4
 Timing = tuple[float, float]

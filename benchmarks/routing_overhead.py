@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from torch import nn

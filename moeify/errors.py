@@ -24,3 +24,8 @@ class RefusedError(MoeifyError):
 
 class VerificationError(MoeifyError):
     """A converted model that differs from the dense one by more than the tolerance."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's message, for a message of one line."""
+    return str(error).strip().split("\n")[0]

@@ -131,7 +131,25 @@ class Plan:
         Args:
             rename: Takes a module's or parameter's name; returns its name, or None if it is not there.
         """
-        sites = (_renamed(site, rename) for site in self.sites if rename(site.path) is not None)
+
+        def name(old: str) -> str:
+            return rename(old) or old
+
+        def rows(of: Rows) -> Rows:
+            return replace(of, parameter=name(of.parameter), bias=of.bias and name(of.bias))
+
+        sites = [
+            replace(
+                site,
+                path=name(site.path),
+                bypassed=tuple(map(name, site.bypassed)),
+                ups=tuple(map(rows, site.ups)),
+                down=rows(site.down),
+                activation_state=tuple((name(dense), own) for dense, own in site.activation_state),
+            )
+            for site in self.sites
+            if rename(site.path) is not None
+        ]
         return replace(self, sites=tuple(sites))
 
     @property
@@ -143,10 +161,6 @@ class Plan:
         """
         entry = {"quant_method": "moeify", "plan": self.to_dict()}
         return {"quantization_config": entry, "experts_implementation": "moeify"}
-
-    def with_target(self, target: str) -> Plan:
-        """Return the same plan for another checkpoint format."""
-        return replace(self, target=target)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `Plan.from_dict` is the inverse."""
@@ -197,20 +211,3 @@ def _site(data: Mapping[str, Any]) -> Site:
     state = tuple((dense, own) for dense, own in data["activation_state"])
     down, bypassed = Rows(**data["down"]), tuple(data["bypassed"])
     return Site(**{**data, "ups": ups, "down": down, "bypassed": bypassed, "activation_state": state})
-
-
-def _renamed(site: Site, rename: Callable[[str], str | None]) -> Site:
-    def name(old: str) -> str:
-        return rename(old) or old
-
-    def rows(of: Rows) -> Rows:
-        return replace(of, parameter=name(of.parameter), bias=of.bias and name(of.bias))
-
-    return replace(
-        site,
-        path=name(site.path),
-        bypassed=tuple(name(path) for path in site.bypassed),
-        ups=tuple(rows(up) for up in site.ups),
-        down=rows(site.down),
-        activation_state=tuple((name(dense), own) for dense, own in site.activation_state),
-    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES, WIDTH = 28, 118  # columns of the names, and of a row
+SHORTEST = 15  # columns of a text that says something
 BLOCK = re.compile(r"(?<=^## The tree\n\n```\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 
 # The folders of the library, with every module.
@@ -33,22 +34,22 @@ PROGRAMS = ("sweeps",)  # of BESIDE: their files are listed, too
 
 
 def summary(path: Path) -> str:
-    """Return the first sentence of a module's docstring, or as much of it as fits: up to a colon or a semicolon.
+    """Return the first sentence of a module's docstring, or as much as fits: up to a colon, a parenthesis or a comma.
 
     Raises:
         ValueError: No part of it fits, or there is no docstring.
     """
     text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].split())
     sentence = re.split(r"(?<! al)(?<! vs)\.(?:\s|$)", text)[0]
-    room = WIDTH - NAMES
-    ends = [len(sentence), *(match.start() for match in re.finditer(r"[:;](?=\s)", sentence))]
-    fitting = [end for end in ends if 0 < end <= room]
-    if not fitting:
-        raise ValueError(
-            f"{path.relative_to(ROOT)}: the first sentence of its docstring needs {len(sentence)} columns, expected 1 to "
-            f"{room}: shorten it, or put a colon where it may end"
-        )
-    return sentence[: max(fitting)]
+    for end in (r"$", r"[:;](?=\s)", r" \(", r",(?=\s)"):
+        parts = [sentence[: match.start()] for match in re.finditer(end, sentence) if match.start() <= WIDTH - NAMES]
+        fitting = [part for part in parts if len(part) >= SHORTEST and part.count("(") == part.count(")")]
+        if fitting:
+            return fitting[-1]
+    raise ValueError(
+        f"{path.relative_to(ROOT)}: its docstring's first sentence needs {len(sentence)} columns, expected "
+        f"{SHORTEST} to {WIDTH - NAMES}: shorten it, or put a comma or colon where it may end"
+    )
 
 
 def rows(folder: Path, indent: int) -> list[str]:

@@ -15,6 +15,7 @@ PROGRAMS = ("tests", "examples", "benchmarks", "sweeps")
 FILE_LINES = 300  # a file has fewer
 KERNEL_FILE_LINES = 400  # a file of kernels/ has fewer: one Triton kernel is one function
 FUNCTION_LINES = 40  # a function has at most as many, from `def` to its last line
+KERNEL_FUNCTION_LINES = 50  # one of kernels/: an operator documents ten arguments
 ANY_PER_1000_LINES = 10  # in the whole library
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -35,13 +36,14 @@ def functions(tree: ast.Module) -> Iterator[Function]:
 
 def too_long(path: str, source: str) -> list[str]:
     """What is too long in one file, a line each."""
-    limit = KERNEL_FILE_LINES if path.startswith("kernels/") else FILE_LINES
+    of_kernels = path.startswith("kernels/")
+    limit, most = (KERNEL_FILE_LINES, KERNEL_FUNCTION_LINES) if of_kernels else (FILE_LINES, FUNCTION_LINES)
     count = len(source.splitlines())
     found = [f"{path}: {count} lines, expected fewer than {limit}"] if count >= limit else []
     for node in functions(ast.parse(source)):
         lines = (node.end_lineno or node.lineno) - node.lineno + 1
-        if lines > FUNCTION_LINES:
-            found.append(f"{path}:{node.lineno} {node.name}: {lines} lines, expected at most {FUNCTION_LINES}")
+        if lines > most:
+            found.append(f"{path}:{node.lineno} {node.name}: {lines} lines, expected at most {most}")
     return found
 
 
@@ -97,7 +99,12 @@ def test_the_length_of_a_file_is_held_to_its_limit(path: str, lines: int, right:
     ],
 )
 def test_the_length_of_a_function_is_held_to_its_limit(head: str, lines: int, right: bool) -> None:
-    assert (too_long("kernels/x.py", head + "\n" + "    x = 1\n" * (lines - 1)) == []) is right
+    assert (too_long("passes/x.py", head + "\n" + "    x = 1\n" * (lines - 1)) == []) is right
+
+
+def test_a_function_of_kernels_may_document_more() -> None:
+    assert too_long("kernels/x.py", "def f():\n" + "    x = 1\n" * 49) == []
+    assert too_long("kernels/x.py", "def f():\n" + "    x = 1\n" * 50) != []
 
 
 def test_uses_of_any_are_counted_and_its_import_is_not() -> None:

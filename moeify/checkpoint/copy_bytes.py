@@ -10,7 +10,7 @@ from io import FileIO
 from moeify.checkpoint.safetensors_file import read_exactly
 from moeify.checkpoint.tensor_info import Span
 
-_STEP = 16 << 20  # bytes between two reports of progress, and the size of the buffer where the kernel cannot copy
+STEP = 16 << 20  # bytes between two reports of progress, and the size of the buffer where the kernel cannot copy
 _NOT_POSSIBLE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
@@ -23,7 +23,7 @@ def copy_span(span: Span, file: FileIO, on_bytes: Callable[[int], None]) -> None
     """
     with span.path.open("rb", buffering=0) as source:
         done = _copy_in_kernel(source, span, file, on_bytes) if hasattr(os, "copy_file_range") else 0
-        buffer = memoryview(bytearray(min(_STEP, span.nbytes - done)))
+        buffer = memoryview(bytearray(min(STEP, span.nbytes - done)))
         while done < span.nbytes:
             chunk = buffer[: span.nbytes - done]
             read_exactly(source.fileno(), span.offset + done, chunk, span.path)
@@ -36,7 +36,7 @@ def _copy_in_kernel(source: FileIO, span: Span, file: FileIO, on_bytes: Callable
     """Return how many bytes the kernel copied: fewer than all where the file systems or the file do not allow it."""
     done = 0
     while done < span.nbytes:
-        count = min(_STEP, span.nbytes - done)
+        count = min(STEP, span.nbytes - done)
         try:
             copied = os.copy_file_range(source.fileno(), file.fileno(), count, offset_src=span.offset + done)
         except OSError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from moeify.checkpoint.folder import JsonObject
 from moeify.checkpoint.tensor_info import TensorInfo
-from moeify.errors import CheckpointError
+from moeify.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -86,17 +86,13 @@ class GgufFile:
         try:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except (ValueError, KeyError, OSError, NotImplementedError) as error:
-            raise CheckpointError(f"{file}: its tokenizer cannot be rebuilt ({_first_line(error)})") from error
+            raise CheckpointError(f"{file}: its tokenizer cannot be rebuilt ({first_line(error)})") from error
         tokenizer.save_pretrained(dst)
         GenerationConfig.from_model_config(self._hf_config).save_pretrained(dst)
 
     def close(self) -> None:
         """Release the mapped file."""
         self._stored.clear()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _open(file: Path) -> GGUFReader:
@@ -131,7 +127,7 @@ def _read_config(file: Path, architecture: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, KeyError, OSError) as error:
-        raise _unsupported(file, architecture, f" ({_first_line(error)})") from error
+        raise _unsupported(file, architecture, f" ({first_line(error)})") from error
     vars(config).pop("_model_name_or_path", None)  # the place of the file is not part of the model
     return config
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from moeify.checkpoint.folder import note_file
 from moeify.checkpoint.tensor_info import TensorInfo, dtype_name
-from moeify.errors import CheckpointError
+from moeify.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def _load(file: Path) -> dict[str, object]:
         except RuntimeError:  # files from before torch 1.6 are not zip archives and cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(f"{file} cannot be read as plain tensors ({reason}): use safetensors") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{file} holds a {type(state).__name__}, not a state dict: use safetensors")

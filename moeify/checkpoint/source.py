@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from moeify.checkpoint.folder import (
     CONFIG,
@@ -27,29 +27,12 @@ from moeify.checkpoint.gguf_file import GgufFile
 from moeify.checkpoint.pickle_file import PickleFiles
 from moeify.checkpoint.safetensors_file import SafetensorsFiles
 from moeify.checkpoint.tensor_info import Span, TensorInfo
-from moeify.errors import CheckpointError
+from moeify.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
-class TensorStore(Protocol):
-    """What each storage format offers to `Source`."""
-
-    files: tuple[Path, ...]
-    header_bytes: bytes
-    tensors: dict[str, TensorInfo]
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return one tensor, in memory of its own."""
-
-    def span(self, name: str) -> Span | None:
-        """Return where the tensor's values lie as they are on disk, or None if they do not."""
-
-    def close(self) -> None:
-        """Release the files."""
 
 
 class Source:
@@ -61,7 +44,7 @@ class Source:
         tensors: Every tensor by its name, in the order of the files and of the data in them.
     """
 
-    def __init__(self, path: Path, config: JsonObject, stored: TensorStore) -> None:
+    def __init__(self, path: Path, config: JsonObject, stored: SafetensorsFiles | PickleFiles | GgufFile) -> None:
         self.path = path
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(stored.tensors)
@@ -192,5 +175,5 @@ def _download(src: str | Path, allow_pickle: bool) -> Path:
     try:
         return Path(snapshot_download(src, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(f"{src} is not a folder here and cannot be downloaded from the hub: {reason}") from error

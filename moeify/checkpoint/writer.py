@@ -10,7 +10,6 @@ import json
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from io import FileIO
-from math import prod
 from pathlib import Path
 
 from moeify.checkpoint.copy_bytes import copy_span, write_all
@@ -19,7 +18,7 @@ from moeify.checkpoint.nonfinite import holds_nonfinite, tensor_holds_nonfinite
 from moeify.checkpoint.safetensors_file import encode_header, tensor_bytes
 from moeify.checkpoint.shards import Compute, OutTensor, Shard, SourceRows, plan_shards
 from moeify.checkpoint.source import Source
-from moeify.checkpoint.tensor_info import ITEMSIZE, Span, dtype_name
+from moeify.checkpoint.tensor_info import Span, TensorInfo, dtype_name
 
 RESUME_RECORD = ".moeify-resume"
 _KEPT_PARTS = 4  # gate, up and down of one FFN, and one more
@@ -73,7 +72,7 @@ def _check_parts(source: Source, tensor: OutTensor) -> None:
         info = source.info(part.source_name)
         if info.dtype != tensor.dtype:
             raise ValueError(f"{tensor.name} is {tensor.dtype}, but its part {info.name} is {info.dtype}")
-        size += prod(_shape_of_rows(info.shape, part)) * ITEMSIZE[info.dtype]
+        size += _bytes_of_rows(info, part)[1]
     _check_size(tensor, size)
 
 
@@ -82,13 +81,15 @@ def _check_size(tensor: OutTensor, size: int) -> None:
         raise ValueError(f"{tensor.name} needs {tensor.nbytes} bytes, its parts have {size}")
 
 
-def _shape_of_rows(shape: tuple[int, ...], part: SourceRows) -> tuple[int, ...]:
+def _bytes_of_rows(info: TensorInfo, part: SourceRows) -> tuple[int, int]:
+    """Return where the rows begin among the bytes of their tensor, and how many bytes they have."""
     if part.rows is None:
-        return shape
+        return 0, info.nbytes
     start, stop = part.rows
-    if not shape or not 0 <= start <= stop <= shape[0]:
-        raise ValueError(f"{part.source_name} of shape {list(shape)} has no rows {start} to {stop}")
-    return (stop - start, *shape[1:])
+    if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+        raise ValueError(f"{info.name} of shape {list(info.shape)} has no rows {start} to {stop}")
+    row = info.nbytes // max(info.shape[0], 1)
+    return start * row, (stop - start) * row
 
 
 def _plan_fingerprint(source: Source, shards: Iterable[Shard], plan_key: str) -> str:
@@ -122,7 +123,7 @@ def _write_index(folder: Path, shards: Sequence[Shard]) -> None:
 
 
 class _ShardWriter:
-    """Writes shards: spans are copied, other parts are computed and kept while they are needed again."""
+    """A writer of shards: spans are copied, other parts are computed and kept while they are needed again."""
 
     def __init__(
         self,
@@ -180,11 +181,10 @@ class _ShardWriter:
         if not isinstance(part, SourceRows):
             return None
         whole = self._source.span(part.source_name)
-        if whole is None or part.rows is None:
-            return whole
-        start, stop = part.rows
-        row = whole.nbytes // self._source.tensors[part.source_name].shape[0]
-        return Span(whole.path, whole.offset + start * row, (stop - start) * row)
+        if whole is None:
+            return None
+        begin, nbytes = _bytes_of_rows(self._source.tensors[part.source_name], part)
+        return Span(whole.path, whole.offset + begin, nbytes)
 
     def _bytes(self, tensor: OutTensor, part: SourceRows | Compute) -> memoryview:
         if part in self._kept:

@@ -43,13 +43,13 @@ def inspect(
     if as_json:
         click.echo(json.dumps(seen.to_dict(), indent=2))
         return
-    console = display.stdout()
-    console.print(f"{src}: {seen.model_type}, {len(seen.inspection.ffns)} dense FFNs")
-    if seen.inspection.ffns:
-        console.print(display.inspection_table(seen.inspection))
-    if seen.inspection.refused:
+    console, found = display.stdout(), seen.checkpoint.inspection
+    console.print(f"{src}: {seen.checkpoint.source.model_type}, {len(found.ffns)} dense FFNs")
+    if found.ffns:
+        console.print(display.inspection_table(found))
+    if found.refused:
         console.print()
-        console.print(display.refusals_table(seen.inspection))
+        console.print(display.refusals_table(found))
     if seen.moe is not None:
         console.print()
         console.print(display.cost_table((("dense", seen.dense), (f"{experts} experts, top-{top_k}", seen.moe))))

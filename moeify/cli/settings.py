@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
+from moeify.config import MoEConfig
 from moeify.config.choice import words
 from moeify.config.presets import PRESETS
 from moeify.errors import ConfigError
-
-if TYPE_CHECKING:
-    from moeify.config import MoEConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,11 +24,11 @@ def config_options(command: F) -> F:
         (
             click.option("--experts", type=int, help="Experts in each converted layer."),
             click.option("--top-k", type=int, help="Experts that each token visits."),
-            click.option("--method", help=f"How experts are made: {_METHODS}.  [default: copy]"),
+            click.option("--method", help=f"How experts are made: {_METHODS}.  [default: {MoEConfig.method}]"),
             click.option("--granularity", type=int, help="Cut each FFN into this many experts.  [default: 1]"),
             click.option("--shared-experts", type=int, help="Experts that every token visits besides.  [default: 0]"),
             click.option("--preset", type=click.Choice(PRESETS), help="Start from the settings of a paper."),
-            click.option("--router", help=f"What chooses experts: {_ROUTERS}.  [default: softmax]"),
+            click.option("--router", help=f"What chooses experts: {_ROUTERS}.  [default: {MoEConfig.router}]"),
             click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE",
                          help="Any other field of MoEConfig, or an option of the router or the method, such as "
                               "z_loss=1e-3, router.bias_rate=1e-3, method.share=0.3; may be repeated."),
@@ -48,8 +46,6 @@ def config_from(options: dict[str, Any]) -> MoEConfig:
         ConfigError: A value is wrong, or there is no such field.
         UsageError: A preset was not given, and the numbers of experts neither.
     """
-    from moeify.config import MoEConfig
-
     apart = {"preset", "settings"}
     typed = {name: value for name, value in options.items() if name not in apart and value is not None}
     for text in options["settings"]:
@@ -62,8 +58,6 @@ def config_from(options: dict[str, Any]) -> MoEConfig:
 
 def _add_setting(typed: dict[str, Any], text: str) -> None:
     """Add FIELD=VALUE, or router.OPTION=VALUE, which go into a mapping beside the router's name."""
-    from moeify.config import MoEConfig
-
     name, _, value = text.partition("=")
     field, dot, option = name.partition(".")
     known = MoEConfig.__dataclass_fields__

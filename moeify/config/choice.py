@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 from moeify.config.checks import check_fields, field_types
 from moeify.errors import ConfigError
 
-_SHARED = {"base", "parts"}  # files that hold what the others share
+_SHARED = {"base"}  # files that hold what the others share
 
 
 @dataclass(frozen=True)

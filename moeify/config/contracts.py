@@ -33,9 +33,10 @@ class StartValue:
 
 @dataclass(frozen=True)
 class RouterChoice(Choice):
-    """What the library asks of a router; `moeify.routers.base.Router` is the base class of all routers.
+    """All that the library asks of a router; `moeify.routers.base.Router` is the base class to use.
 
     Attributes:
+        sums_to_one: The weights of a token sum to 1 in evaluation, if the settings ask for it with `renormalize`.
         joint: In evaluation, what the router does with a token depends on the other tokens of the forward pass.
         needs_token_ids: It reads the ids of the tokens in the vocabulary.
         keeps_capacity: It keeps to the capacity itself: the layer drops no choices.
@@ -45,6 +46,7 @@ class RouterChoice(Choice):
     """
 
     kind = "router"
+    sums_to_one: ClassVar[bool] = True
     joint: ClassVar[bool] = False
     needs_token_ids: ClassVar[bool] = False
     keeps_capacity: ClassVar[bool] = False
@@ -62,7 +64,7 @@ class RouterChoice(Choice):
 
     def exact(self, config: MoEConfig) -> bool:
         """Return whether equal experts compute together what one of them computes, in evaluation."""
-        return config.renormalize and config.eval_capacity_factor is None
+        return self.sums_to_one and config.renormalize and config.eval_capacity_factor is None
 
     def module(
         self,
@@ -87,7 +89,7 @@ class RouterChoice(Choice):
 
 @dataclass(frozen=True)
 class MethodChoice(Choice):
-    """What the library asks of a method; `moeify.methods.base.Method` is the base class of all methods.
+    """All that the library asks of a method; `moeify.methods.base.Method` is the base class to use.
 
     Attributes:
         exact: Experts are unchanged parts of the dense FFN.

@@ -29,18 +29,14 @@ class MoEConfig(Presets):
     Attributes:
         experts: Experts in each converted layer.
         top_k: Experts that each token visits; with expert choice, the mean number.
-        method: How experts are made from the FFN: an object of `moeify.methods`, or its word. "copy": each is a copy
-            (sparse upcycling, Komatsuzaki et al. 2022). "noise": a copy with noise on a share of its weights. "drop": a
-            copy with a share of its neurons drawn anew (Drop-Upcycling, Nakamura et al. 2025). Only "copy" is exact.
+        method: How experts are made from the FFN: an object of `moeify.methods`, or its word, the name of its file.
+            Only copies are exact.
         granularity: Each expert is one of this many shards of the FFN, and tokens choose whole groups of them, so
             `experts` and `top_k` count shards: 8 experts of which 2 are chosen are 32 and 8 with granularity 4.
         shared_experts: Experts, of the same size as the routed ones, that every token visits besides its top_k.
-        router: What chooses the experts: an object of `moeify.routers`, or its word. "softmax": the k most probable
-            (Mixtral; Switch with top_k 1). "gshard": the second of two at random, in training. "noisy_topk": learned
-            noise, in training (Shazeer). "sigmoid": DeepSeek-V3's. "expert_choice": experts choose tokens. "sinkhorn":
-            a balanced plan chooses, in training (S-BASE). "hash": by token id. "soft": slots that mix tokens (Soft
-            MoE). Expert choice, sinkhorn and soft look at later tokens: they are for encoders and vision models.
-        renormalize: The weights of the chosen experts sum to 1; with "copy" this makes the conversion exact.
+        router: What chooses the experts: an object of `moeify.routers`, or its word, the name of its file. Routers that
+            look at later tokens say so there: they are for encoders and vision models.
+        renormalize: The weights of the chosen experts sum to 1; with copies this makes the conversion exact.
         aux_loss: Coefficient of the balancing loss of each layer; 0 for none. Layers are summed.
         balance: What the balancing loss is. "topk": E * sum f P over all choices. "first_choice": the same over first
             choices (Switch, GShard). "deepseek": DeepSeek-V3's sequence loss. "cv2": squared variation of importance,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,7 @@ class Output:
     resume: bool = False
 
 
-def _ignore(_: object) -> None:
-    """Do nothing."""
+def _ignore(_: object) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def check_plan(dense: DenseCheckpoint, plan: Plan) -> None:
 
 def _with_checked_target(dense: DenseCheckpoint, plan: Plan, target: str) -> Plan:
     """Return the plan for a format in which the converted model is exact and runs."""
-    plan = plan.with_target(choose_target(plan, dense.config, target))
+    plan = replace(plan, target=choose_target(plan, dense.config, target))
     if plan.target == MOEIFY:  # a native target is a model that transformers knows
         rehearse(dense, plan)
     return plan
@@ -158,8 +157,7 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
 
 def output_config(dense: DenseCheckpoint, plan: Plan, dtype: str | None) -> dict[str, Any]:
     """Return the `config.json` of the output; without a dtype, with that of the first converted weight."""
-    first = dense.names.of[plan.sites[0].down.parameter]
-    torch_name = str(torch_dtype(dtype or dense.source.tensors[first].dtype)).removeprefix("torch.")
+    torch_name = str(torch_dtype(dtype or dense.info(plan.sites[0].down.parameter).dtype)).removeprefix("torch.")
     if plan.target != MOEIFY:
         return native_config(FAMILIES[plan.target], plan, dense.config, torch_name)
     return {**dense.source.config, "dtype": torch_name, **plan.config_entries}

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from fractions import Fraction
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from moeify.checkpoint.tensor_info import ITEMSIZE
 from moeify.conversion.dense import DenseCheckpoint
-from moeify.conversion.layout import CopiedTensor, LayerTensor, StackedTensor, StartTensor
+from moeify.conversion.layout import stored_tensors
 from moeify.conversion.restructure import read
-from moeify.conversion.stored_layout import stored_tensors
 from moeify.passes.matching.projection import as_projection
 from moeify.plan import Plan
-
-Numbers: TypeAlias = tuple[Fraction, Fraction, Fraction, Fraction]  # changes of the numbers of a `Cost`
 
 
 class Cost(NamedTuple):
@@ -48,41 +45,44 @@ def dense_cost(dense: DenseCheckpoint) -> Cost:
 
 def moe_cost(dense: DenseCheckpoint, plan: Plan) -> Cost:
     """Count the converted checkpoint; no weight is read."""
-    before = dense_cost(dense)
-    itemsize = Fraction(before.bytes, max(before.parameters, 1))
-    numbers: Iterable[Fraction | int] = before
+    before, changes = dense_cost(dense), list(_changes(dense, plan))
+    parameters = sum(change.size for change in changes)
+    nbytes = Fraction(before.bytes, max(before.parameters, 1)) * parameters + sum(change.nbytes for change in changes)
+    return Cost(
+        before.parameters + parameters,
+        before.active + int(sum(change.size * change.met for change in changes)),
+        before.bytes + int(nbytes),
+        before.flops + 2 * int(sum(change.size * change.met for change in changes if change.is_matrix)),
+    )
+
+
+class _Change(NamedTuple):
+    """A tensor more or less: parameters, the share of them that one token meets, or the bytes of a buffer."""
+
+    size: int = 0
+    met: Fraction = Fraction(1)
+    is_matrix: bool = False
+    nbytes: int = 0
+
+
+def _changes(dense: DenseCheckpoint, plan: Plan) -> Iterator[_Change]:
+    met = Fraction(plan.config.top_k, plan.config.experts)
     for site in plan.sites:
-        old = [_of_dense(read(dense.model, name), itemsize) for name in site.reads]
-        new = [_of_new(tensor, dense.model, plan, itemsize) for tensor in stored_tensors(plan, site)]
-        added, removed = ([sum(column) for column in zip(*changes, strict=True)] for changes in (new, old))
-        numbers = [n + plus - minus for n, plus, minus in zip(numbers, added, removed, strict=True)]
-    return Cost(*map(int, numbers))
+        yield from (_of_dense(read(dense.model, name), -1) for name in site.reads)
+        for tensor in stored_tensors(plan, site):
+            size, start = prod(tensor.shape), tensor.start
+            if tensor.copied is not None:
+                yield _of_dense(read(dense.model, tensor.copied), 1)
+            elif start is not None and start.dtype is not None:  # a parameter has the dtype of the dense weights
+                yield _Change(nbytes=size * ITEMSIZE[start.dtype])
+            elif start is not None:
+                yield _Change(size, is_matrix=len(start.shape) == 2)
+            else:
+                is_matrix = tensor.blocks[0].columns is not None
+                yield _Change(size, met if tensor.routed else Fraction(1), is_matrix)
 
 
-def _of_new(tensor: LayerTensor, model: nn.Module, plan: Plan, itemsize: Fraction) -> Numbers:
-    """Return what a tensor of a new layer adds to each number of `Cost`."""
-    match tensor:
-        case CopiedTensor(source=source):
-            return _of_dense(read(model, source), itemsize)
-        case StackedTensor(shape=shape, routed=routed):
-            met = Fraction(plan.config.top_k, plan.config.experts) if routed else Fraction(1)
-            return _of_parameter(prod(shape), itemsize, met, is_matrix=tensor.blocks[0].columns is not None)
-        case StartTensor(start=start):
-            size = prod(start.shape)
-            if start.dtype is None:  # a parameter, in the dtype of the dense weights
-                return _of_parameter(size, itemsize, Fraction(1), is_matrix=len(start.shape) == 2)
-            return _of_buffer(size * ITEMSIZE[start.dtype])
-
-
-def _of_dense(tensor: Tensor, itemsize: Fraction) -> Numbers:
+def _of_dense(tensor: Tensor, sign: int) -> _Change:
     if isinstance(tensor, nn.Parameter):
-        return _of_parameter(tensor.numel(), itemsize, Fraction(1), is_matrix=tensor.dim() > 1)
-    return _of_buffer(tensor.numel() * tensor.element_size())
-
-
-def _of_parameter(size: int, itemsize: Fraction, met: Fraction, *, is_matrix: bool) -> Numbers:
-    return (Fraction(size), size * met, size * itemsize, 2 * size * met * is_matrix)
-
-
-def _of_buffer(nbytes: int) -> Numbers:
-    return (Fraction(0), Fraction(0), Fraction(nbytes), Fraction(0))
+        return _Change(sign * tensor.numel(), is_matrix=tensor.dim() > 1)
+    return _Change(nbytes=sign * tensor.numel() * tensor.element_size())

@@ -10,10 +10,11 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 
 from moeify.checkpoint.source import Source
+from moeify.checkpoint.tensor_info import TensorInfo
 from moeify.passes.ffn import Inspection
 from moeify.passes.find_ffn import find_ffns_in
 from moeify.tracing.skeleton import StoredNames, build_on_meta, stored_names
-from moeify.tracing.trace import UNTRACED, Inputs, trace
+from moeify.tracing.trace import Inputs, trace
 
 
 class Dense:
@@ -41,12 +42,6 @@ class Dense:
     def inspection(self) -> Inspection:
         """The FFNs, and what looks like one and is not."""
         return find_ffns_in(self.graph_module)
-
-    @property
-    def untraced(self) -> Mapping[str, str]:
-        """Why a module could not be traced, by its path."""
-        reasons: Mapping[str, str] = self.graph_module.meta[UNTRACED]
-        return reasons
 
     @property
     def regions(self) -> Mapping[tuple[str, ...], fx.GraphModule]:
@@ -82,6 +77,10 @@ class DenseCheckpoint(Dense):
         """How the tensors on disk relate to the model's parameters and buffers."""
         return stored_names(self.model, self.source.tensors)
 
+    def info(self, name: str) -> TensorInfo:
+        """Return what is stored of a tensor, by the model's name for it."""
+        return self.source.tensors[self.names.of[name]]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the checkpoint's tensors."""
@@ -89,11 +88,7 @@ class DenseCheckpoint(Dense):
 
 
 def find_ffns(model: nn.Module, example_inputs: Inputs | None = None) -> Inspection:
-    """Find the dense FFNs of a model, and say of everything that looks like one why it is not.
-
-    Args:
-        model: Any module; it is neither run nor changed.
-        example_inputs: Inputs that the forward accepts; None guesses them for a transformers model.
+    """Find the dense FFNs of a model, and say of everything that looks like one why it is not (see `Dense`).
 
     Raises:
         MoeifyError: the model cannot be traced.

@@ -19,13 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, TypeAlias
+from itertools import groupby, product
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from moeify.config import MoEConfig
-from moeify.plan import Rows, Site
+from moeify.families.table import FAMILIES, MOEIFY, ExpertWeight, layer_number
+from moeify.plan import Plan, Rows, Site
 from moeify.routers.base import StartValue
 
 Read: TypeAlias = Callable[[str], Tensor]  # returns a dense parameter or buffer by its name, as the model stores it
@@ -47,7 +49,7 @@ class Block:
     rows: Rows
     columns: tuple[int, int] | None
     scale: float = 1.0
-    change: Change | None = None
+    change: Callable[[Tensor], Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,161 +69,124 @@ class Block:
         return value if self.scale == 1 else value * self.scale
 
 
-@dataclass(frozen=True)
-class Change:
-    """What the method of a conversion does to one weight of one expert.
-
-    Attributes:
-        config: The settings.
-        expert: The expert's name in the model; its random numbers depend on this and the seed.
-        weight: Name of the weight in the expert.
-        axis: The axis of the weight that runs over the intermediate size.
-    """
-
-    config: MoEConfig
-    expert: str
-    weight: str
-    axis: int
-
-    def __call__(self, value: Tensor) -> Tensor:
-        """Return the changed weight."""
-        return self.config.method.changed(value, self.axis, self.config.seed, self.expert, self.weight)
+Expert: TypeAlias = dict[str, tuple[Block, ...]]  # the blocks of one expert, by the names of the stacked tensors
 
 
 @dataclass(frozen=True)
-class StackedTensor:
-    """Weights or biases of experts: blocks of the dense FFN, laid one after the other along the output rows.
+class LayerTensor:
+    """One tensor of a new layer: blocks of the dense FFN, or a start value, or a dense tensor as it is.
 
     Attributes:
-        name: Name in the state dict of the layer.
-        shape: (experts, …), or without the first dimension for a single expert.
-        blocks: The blocks of the first expert, then of the second, and so on.
-        routed: Each token meets only some of these experts.
+        name: Name in the state dict of the layer, or on disk.
+        shape: Its shape; () for one that is copied.
+        blocks: Parts of the dense FFN, expert after expert, laid one after the other along the output rows.
+        routed: Each token meets only top_k of the experts that the blocks belong to.
+        start: How a tensor is computed that the dense model lacks.
+        copied: Name of the dense parameter or buffer that it equals, which a custom activation reads.
     """
 
     name: str
     shape: tuple[int, ...]
-    blocks: tuple[Block, ...]
-    routed: bool
+    blocks: tuple[Block, ...] = ()
+    routed: bool = False
+    start: StartValue | None = None
+    copied: str | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of the dense parameters that it replaces."""
-        return tuple(dict.fromkeys(block.source for block in self.blocks if block.source))
+        return (self.copied,) if self.copied else tuple(dict.fromkeys(b.source for b in self.blocks if b.source))
 
-    def unchanged(self) -> StackedTensor:
+    def unchanged(self) -> LayerTensor:
         """Return the description of the plain dense values: cut, and neither changed nor scaled."""
         return replace(self, blocks=tuple(replace(block, scale=1.0, change=None) for block in self.blocks))
 
     def fill(self, tensor: Tensor, read: Read) -> None:
         """Write the values into a tensor of this shape."""
-        parts = torch.split(tensor.view(-1, *self.blocks[0].shape[1:]), [block.shape[0] for block in self.blocks])
-        for part, block in zip(parts, self.blocks, strict=True):
-            part.copy_(block.value(read))
-
-
-@dataclass(frozen=True)
-class StartTensor:
-    """A tensor of a router, or one that a native format adds: computed from the seed and its name.
-
-    Attributes:
-        name: Name in the state dict of the layer.
-        start: Shape, dtype and values.
-        sources: No dense parameters.
-    """
-
-    name: str
-    start: StartValue
-    sources: ClassVar[tuple[str, ...]] = ()
-
-    def fill(self, tensor: Tensor, read: Read) -> None:
-        """Write the values into a tensor of this shape."""
-        tensor.copy_(self.start.build())
-
-
-@dataclass(frozen=True)
-class CopiedTensor:
-    """A parameter or buffer that a custom activation reads; all experts of a stack share it.
-
-    Attributes:
-        name: Name in the state dict of the layer.
-        source: Name in the dense model.
-    """
-
-    name: str
-    source: str
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The name in the dense model."""
-        return (self.source,)
-
-    def fill(self, tensor: Tensor, read: Read) -> None:
-        """Write the values into a tensor of this shape."""
-        tensor.copy_(read(self.source))
-
-
-LayerTensor: TypeAlias = StackedTensor | StartTensor | CopiedTensor
+        if self.start is not None:
+            tensor.copy_(self.start.build())
+        elif self.copied is not None:
+            tensor.copy_(read(self.copied))
+        else:
+            parts = torch.split(tensor.view(-1, *self.blocks[0].shape[1:]), [block.shape[0] for block in self.blocks])
+            for part, block in zip(parts, self.blocks, strict=True):
+                part.copy_(block.value(read))
 
 
 def layer_tensors(site: Site, config: MoEConfig) -> Iterator[LayerTensor]:
     """Describe the tensors of the layer at a site, by their names in its state dict."""
     for name, start in config.router.start(config, site.hidden, site.path).items():
-        yield StartTensor(f"router.{name}", start)
-    routed = routed_experts(site, config)
-    yield from (stacked(f"experts.{name}", [expert[name] for expert in routed], routed=True) for name in routed[0])
-    shared = [_expert(site, config, f"shared_expert.{n}", n, routed=False) for n in range(config.shared_experts)]
-    for name in shared[0] if shared else ():
-        yield stacked(f"shared_expert.{name}", [expert[name] for expert in shared], routed=False)
-    for stack in ("experts", *(["shared_expert"] if shared else [])):
-        yield from (CopiedTensor(f"{stack}.region.{own}", dense) for dense, own in site.activation_state)
+        yield LayerTensor(f"router.{name}", start.shape, start=start)
+    stacks = {"experts": config.experts, **({"shared_expert": config.shared_experts} if config.shared_experts else {})}
+    for stack, count in stacks.items():
+        experts = [_expert(site, config, stack, number) for number in range(count)]
+        for name in experts[0]:
+            yield _stacked(f"{stack}.{name}", [expert[name] for expert in experts], routed=stack == "experts")
+    for stack in stacks:
+        for dense, own in site.activation_state:
+            yield LayerTensor(f"{stack}.region.{own}", (), copied=dense)
 
 
-def routed_experts(site: Site, config: MoEConfig) -> list[dict[str, tuple[Block, ...]]]:
-    """Return the blocks of each routed expert, by the names of the stacked tensors."""
-    return [_expert(site, config, f"experts.{n}", n, routed=True) for n in range(config.experts)]
+def stored_tensors(plan: Plan, site: Site) -> Iterator[LayerTensor]:
+    """Describe the tensors that a checkpoint of the plan's target holds for a site, in order, by names on disk."""
+    if plan.target != MOEIFY:
+        return _native_tensors(plan, site)
+    return (replace(tensor, name=f"{site.path}.{tensor.name}") for tensor in layer_tensors(site, plan.config))
 
 
-def stacked(name: str, experts: list[tuple[Block, ...]], *, routed: bool) -> StackedTensor:
-    """Describe the stack of one tensor of several experts."""
+def _native_tensors(plan: Plan, site: Site) -> Iterator[LayerTensor]:
+    config, held = plan.config, FAMILIES[plan.target].tensors
+    experts = [_expert(site, config, "experts", number) for number in range(config.experts)]
+    for apart, keys in groupby(held, key=lambda key: "{expert}" in key):
+        for number, key in product(range(config.experts) if apart else [None], list(keys)):
+            name, weight = key.format(layer=layer_number(site), expert=number), held[key]
+            if not isinstance(weight, ExpertWeight):
+                start = weight(name, site, config)
+                yield LayerTensor(name, start.shape, start=start)
+                continue
+            blocks = [expert[weight.stack][weight.blocks] for expert in experts]
+            if number is None:
+                yield _stacked(name, blocks, routed=True)
+            else:
+                one = _stacked(name, [blocks[number]], routed=True)
+                yield replace(one, shape=one.shape[1:])
+
+
+def _stacked(name: str, experts: list[tuple[Block, ...]], *, routed: bool) -> LayerTensor:
     rows = sum(block.shape[0] for block in experts[0])
     shape = (len(experts), rows, *experts[0][0].shape[1:])
-    return StackedTensor(name, shape, tuple(block for blocks in experts for block in blocks), routed)
+    return LayerTensor(name, shape, tuple(block for blocks in experts for block in blocks), routed)
 
 
-def _expert(site: Site, config: MoEConfig, name: str, number: int, *, routed: bool) -> dict[str, tuple[Block, ...]]:
-    """Return the blocks of one expert; shared experts are unchanged whatever the method."""
-    shards, width = config.granularity, site.intermediate // config.granularity
+def _expert(site: Site, config: MoEConfig, stack: str, number: int) -> Expert:
+    """Return what one expert holds; shared experts are unchanged whatever the method."""
+    shards, width, routed = config.granularity, site.intermediate // config.granularity, stack == "experts"
     shard = number % shards
     holders = len(range(shard, config.shared_experts, shards))  # shared experts that hold the same shard
-    scale = (shards if routed else 1) / (1 + holders)
-    ups = [rows.shard(shard, shards) for rows in site.ups]
-    change = partial(Change, config, f"{site.path}.{name}") if routed and not config.method.exact else lambda *_: None
+    seed, name = config.seed, f"{site.path}.{stack}.{number}"
 
-    def up(number: int, rows: Rows) -> Block:
-        return Block(rows.parameter, rows, (0, site.hidden), change=change(f"up{number}", 0))
+    def change(which: str, axis: int) -> Callable[[Tensor], Tensor] | None:
+        changed = partial(config.method.changed, axis=axis, seed=seed, expert=name, which=which)
+        return changed if routed and not config.method.exact else None
 
-    down, columns = site.down, (shard * width, (shard + 1) * width)
-    blocks = {
-        site.up_name: tuple(up(number, rows) for number, rows in enumerate(ups)),
+    ups, down = [rows.shard(shard, shards) for rows in site.ups], site.down
+    columns, scale = (shard * width, (shard + 1) * width), (shards if routed else 1) / (1 + holders)
+    found = {
+        site.up_name: tuple(
+            Block(rows.parameter, rows, (0, site.hidden), 1.0, change(f"up{i}", 0)) for i, rows in enumerate(ups)
+        ),
         "down_proj": (Block(down.parameter, down, columns, scale, change("down", 1)),),
     }
     if site.up_bias:
-        blocks[f"{site.up_name}_bias"] = tuple(Block(rows.bias, rows, None) for rows in ups)
+        found[f"{site.up_name}_bias"] = tuple(Block(rows.bias, rows, None) for rows in ups)
     if down.bias:
-        blocks["down_proj_bias"] = (Block(down.bias, down, None, 1 / (1 + config.shared_experts)),)
-    return blocks
+        found["down_proj_bias"] = (Block(down.bias, down, None, 1 / (1 + config.shared_experts)),)
+    return found
 
 
 @torch.no_grad()
 def fill_layer(layer: nn.Module, tensors: Iterable[LayerTensor], read: Read) -> None:
-    """Give a layer the values that it starts with.
-
-    Args:
-        layer: A layer with zero weights.
-        tensors: What `layer_tensors` says of it.
-        read: Returns a dense parameter or buffer by its name.
-    """
+    """Give a layer of zeros the values that `layer_tensors` describes; `read` returns the dense ones."""
     held = dict([*layer.named_parameters(), *layer.named_buffers()])
     for tensor in tensors:
         tensor.fill(held[tensor.name], read)

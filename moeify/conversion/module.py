@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from moeify.config import MoEConfig
@@ -54,17 +54,17 @@ def convert(
     check_replaceable(model, plan)
     state = None if optimizer is None else DenseState(optimizer, model, plan)
     rehearse(dense, plan)
-    weights = {name: attrgetter(name)(model) for site in plan.sites for name in site.reads}
-    restructure(model, plan, dense.regions)
-    _fill(model, plan, weights)
+    _replace(model, dense, plan)
     if state is not None:
         state.move_to(model)
     remember_plan(model, plan)
     return model
 
 
-def _fill(model: nn.Module, plan: Plan, weights: dict[str, Tensor]) -> None:
-    """Write the experts' values; dense weights are let go as soon as their experts have them."""
+def _replace(model: nn.Module, dense: Dense, plan: Plan) -> None:
+    """Put the layers in place and fill them; dense weights are let go as soon as their experts have them."""
+    weights = {name: attrgetter(name)(model) for site in plan.sites for name in site.reads}
+    restructure(model, plan, dense.regions)
     for site in plan.sites:
         fill_layer(model.get_submodule(site.path), layer_tensors(site, plan.config), weights.__getitem__)
         for name in site.parameters:

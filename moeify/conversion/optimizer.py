@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moeify.conversion.layout import LayerTensor, StackedTensor, layer_tensors
+from moeify.conversion.layout import LayerTensor, layer_tensors
 from moeify.errors import RefusedError
 from moeify.plan import Plan
 
@@ -72,12 +72,11 @@ class DenseState:
     def _move(self, tensor: LayerTensor, parameter: nn.Parameter) -> None:
         """Give a new parameter the state of its dense sources; where one of several has none yet, its moments are 0."""
         states = [state for name in tensor.sources if (state := self._state(name))]
-        plain = tensor.unchanged() if isinstance(tensor, StackedTensor) else tensor
         for key, like in {key: value for state in reversed(states) for key, value in state.items()}.items():
             moved = like.clone() if isinstance(like, Tensor) else like
             if is_moment(like):
                 moved = torch.zeros_like(parameter, dtype=like.dtype, device=like.device)
-                plain.fill(moved, partial(self._moment, key))
+                tensor.unchanged().fill(moved, partial(self._moment, key))
             self.optimizer.state[parameter][key] = moved
 
     def _state(self, name: str) -> dict[str, object]:

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from moeify.checkpoint.shards import Compute, OutTensor, SourceRows
-from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
 from moeify.conversion.dense import DenseCheckpoint
-from moeify.conversion.layout import Block, CopiedTensor, LayerTensor, StartTensor
-from moeify.conversion.stored_layout import stored_tensors
+from moeify.conversion.layout import Block, LayerTensor, stored_tensors
 from moeify.errors import CheckpointError
 from moeify.plan import Plan, Site
 from moeify.tracing.skeleton import may_be_missing
@@ -40,7 +38,7 @@ def output_tensors(
     for stored in names.unused:
         unused(stored)
     _check_complete(dense, plan)
-    outputs = _Outputs(dense.source, names.of, dtype)
+    outputs = _Outputs(dense, dtype)
     site_of = {name: site for site in plan.sites for name in site.reads}
     replaced = tuple(f"{path}." for site in plan.sites for path in (site.path, *site.bypassed))
     done: set[str] = set()
@@ -72,54 +70,37 @@ def _check_complete(dense: DenseCheckpoint, plan: Plan) -> None:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Describes output tensors.
+    """Describes output tensors; equal blocks share a piece, which is computed once."""
 
-    Attributes:
-        source: The dense checkpoint.
-        on_disk: The names on disk, by the model's names.
-        dtype: safetensors name of the dtype for floating-point tensors; None keeps the source's.
-        pieces: What each block is written from: equal experts share it, so that it is computed once.
-    """
-
-    source: Source
-    on_disk: dict[str, str]
+    dense: DenseCheckpoint
     dtype: str | None
     pieces: dict[Block, Piece] = field(default_factory=dict)
 
     def copied(self, stored: str, name: str) -> OutTensor:
         """Describe a tensor that stays what it is, under the model's name for it."""
-        info = self.source.tensors[stored]
+        info = self.dense.source.tensors[stored]
         target = self.stored_dtype(info)
         if target == info.dtype:
             return OutTensor.copy(info, name)
-        return OutTensor(name, target, info.shape, (lambda: self.source.read(stored).to(torch_dtype(target)),))
-
-    def stored_dtype(self, info: TensorInfo) -> str:
-        """Return the dtype in which a tensor is written: only floating-point ones are cast."""
-        return self.dtype if self.dtype and torch_dtype(info.dtype).is_floating_point else info.dtype
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read a dense tensor by the model's name for it, in the dtype to be written."""
-        info = self.source.tensors[self.on_disk[name]]
-        return self.source.read(info.name).to(torch_dtype(self.stored_dtype(info)))
+        return OutTensor(name, target, info.shape, (lambda: self.cast(info),))
 
     def of(self, tensor: LayerTensor, site: Site) -> OutTensor:
-        """Describe a tensor of a new layer.
+        """Describe a tensor of a new layer, in the dtype of what it replaces.
 
         Raises:
             CheckpointError: the checkpoint does not hold a buffer that the activation reads.
         """
-        if isinstance(tensor, CopiedTensor):
-            if tensor.source not in self.on_disk:
+        if tensor.copied is not None:
+            if tensor.copied not in self.dense.names.of:
                 raise CheckpointError(
-                    f"the activation of {site.path} reads {tensor.source}, which the checkpoint does not hold: load "
+                    f"the activation of {site.path} reads {tensor.copied}, which the checkpoint does not hold: load "
                     "the model, convert it in place and save it"
                 )
-            return self.copied(self.on_disk[tensor.source], tensor.name)
-        dtype = self.stored_dtype(self.source.tensors[self.on_disk[site.down.parameter]])
-        if isinstance(tensor, StartTensor):
-            start, own = tensor.start, tensor.start.dtype or dtype
-            return OutTensor(tensor.name, own, start.shape, (lambda: start.build().to(torch_dtype(own)),))
+            return self.copied(self.dense.names.of[tensor.copied], tensor.name)
+        dtype = self.stored_dtype(self.dense.info((*tensor.sources, site.down.parameter)[0]))
+        if tensor.start is not None:
+            build, dtype = tensor.start.build, tensor.start.dtype or dtype
+            return OutTensor(tensor.name, dtype, tensor.shape, (lambda: build().to(torch_dtype(dtype)),))
         return OutTensor(tensor.name, dtype, tensor.shape, tuple(self.piece(block, dtype) for block in tensor.blocks))
 
     def piece(self, block: Block, dtype: str) -> Piece:
@@ -133,9 +114,21 @@ class _Outputs:
         """Return the rows of the source tensor that hold a block's bytes one after the other."""
         if block.source is None:
             return None
-        info, rows = self.source.tensors[self.on_disk[block.source]], block.rows
+        info, rows = self.dense.info(block.source), block.rows
         all_columns = block.columns is None or (not rows.transposed and block.columns == (0, info.shape[1]))
         unchanged = block.change is None and block.scale == 1
         if not (all_columns and unchanged and rows.step == 1 and info.dtype == dtype):
             return None
         return SourceRows(info.name, None if rows.count == rows.out_features else (rows.start, rows.stop))
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a dense tensor by the model's name for it, in the dtype to be written."""
+        return self.cast(self.dense.info(name))
+
+    def cast(self, info: TensorInfo) -> torch.Tensor:
+        """Read a tensor of the source in the dtype to be written."""
+        return self.dense.source.read(info.name).to(torch_dtype(self.stored_dtype(info)))
+
+    def stored_dtype(self, info: TensorInfo) -> str:
+        """Return the dtype in which a tensor is written: only floating-point ones are cast."""
+        return self.dtype if self.dtype and torch_dtype(info.dtype).is_floating_point else info.dtype

@@ -33,7 +33,7 @@ def rehearse(dense: Dense, plan: Plan) -> None:
     except MoeifyError as error:
         raise _refusal(str(error)) from error
     for path, reason in untraced.items():
-        if path not in dense.untraced:
+        if path not in dense.graph_module.meta[UNTRACED]:
             raise _refusal(reason)
 
 

@@ -15,15 +15,12 @@ from moeify.plan import Plan
 
 
 def restructure(model: nn.Module, plan: Plan, regions: Mapping[tuple[str, ...], fx.GraphModule]) -> nn.Module:
-    """Put an MoE layer with zero weights at every site of a plan.
+    """Put an MoE layer with zero weights at every site of a plan, in place, and return the model.
 
     Args:
-        model: The model that the plan was made for; changed in place.
+        model: The model that the plan was made for.
         plan: What to replace.
         regions: Captured activations by the names of the projections' parameters; needed for custom ones.
-
-    Returns:
-        The same model.
     """
     layers = {}
     for site in plan.sites:

@@ -15,8 +15,8 @@ from moeify.errors import RefusedError, VerificationError
 from moeify.export.capture.compat import traceable
 from moeify.export.capture.to_onnx import to_onnx
 from moeify.export.capture.trace import Capture, capture
-from moeify.export.lower import lower
 from moeify.export.lower.contrib import set_attributes
+from moeify.export.lower.layers import lower
 from moeify.export.lower.weights import Rounded
 from moeify.export.onnx_file import Request
 from moeify.export.prove import Difference, compare, expected_cases, rounded_weights, same_outputs

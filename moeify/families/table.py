@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
 
 from moeify.config import MoEConfig
+from moeify.config.contracts import StartValue
 from moeify.errors import ConfigError, RefusedError
 from moeify.plan import Plan, Site
+from moeify.routing.logits import router_init
 
 Config = Mapping[str, Any]
 
@@ -30,27 +33,23 @@ def _is(field: str, value: Any, why: str) -> Condition:
     return Condition(lambda config: config.get(field, value) == value, f"its config has {field} ≠ {value}: {why}")
 
 
-class Role(Enum):
-    """What a tensor of a native format holds."""
-
-    ROUTER = "the router's weight"
-    GATE = "the gate projection of an expert"
-    UP = "the up projection of an expert"
-    GATE_UP = "the gate projection of an expert, then its up projection"
-    DOWN = "the down projection of an expert"
-
-
 @dataclass(frozen=True)
-class Added:
-    """A tensor that a format insists on and that has no part in what the converted model computes.
+class ExpertWeight:
+    """A weight of an expert: some of the projections that moeify stacks in one tensor."""
 
-    Attributes:
-        shape: Its shape, from the hidden size.
-        drawn: Random values, ready to be trained; if False zeros.
-    """
+    stack: str
+    blocks: slice
 
-    shape: Callable[[int], tuple[int, int]]
-    drawn: bool = False
+
+GATE, UP, GATE_UP = (ExpertWeight("gate_up_proj", blocks) for blocks in (slice(0, 1), slice(1, 2), slice(2)))
+DOWN = ExpertWeight("down_proj", slice(1))
+# What starts a tensor that the dense model lacks, from its name on disk, its place and the settings.
+Start: TypeAlias = Callable[[str, Site, MoEConfig], StartValue]
+
+
+def router(name: str, site: Site, config: MoEConfig) -> StartValue:
+    """Start a router's weight."""
+    return config.router.start(config, site.hidden, site.path)["weight"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class Family:
         model_type: The target's type in `config.json`.
         architecture: The transformers class.
         sources: Dense model types, each with the conditions under which the conversion is exact.
-        tensors: What a layer's tensors hold, in order, by their keys on disk with `{layer}`; a key with `{expert}` is
-            there for each expert, another one of an expert's weights holds all experts, stacked.
+        tensors: What the tensors of a layer hold, in order, by their keys on disk with `{layer}`; a key with `{expert}`
+            is there for each expert, without it an expert's weight is stacked for all experts.
         fields: Config fields that the MoE adds, from the plan.
         any_layer: Layers can stay dense.
     """
@@ -70,7 +69,7 @@ class Family:
     model_type: str
     architecture: str
     sources: Mapping[str, tuple[Condition, ...]]
-    tensors: Mapping[str, Role | Added]
+    tensors: Mapping[str, ExpertWeight | Start]
     fields: Callable[[Plan, Config], dict[str, Any]]
     any_layer: bool
 
@@ -131,27 +130,34 @@ def _qwen3_moe_fields(plan: Plan, config: Config) -> dict[str, Any]:
     return {**_qwen_fields(plan, config), "num_local_experts": plan.config.experts}
 
 
-_MIXTRAL_MOE = "model.layers.{layer}.block_sparse_moe"
-_QWEN_MOE = "model.layers.{layer}.mlp"
-_QWEN_TENSORS: dict[str, Role | Added] = {
-    f"{_QWEN_MOE}.gate.weight": Role.ROUTER,
-    f"{_QWEN_MOE}.experts.{{expert}}.gate_proj.weight": Role.GATE,
-    f"{_QWEN_MOE}.experts.{{expert}}.up_proj.weight": Role.UP,
-    f"{_QWEN_MOE}.experts.{{expert}}.down_proj.weight": Role.DOWN,
-}
 _SHARED_SIZE = 128  # of the shared expert that qwen2_moe insists on; ours outputs zero, so any size is exact
+
+
+def _idle_rows(name: str, site: Site, config: MoEConfig) -> StartValue:
+    """Start a projection of the shared expert with random values, ready to be trained."""
+    shape = (_SHARED_SIZE, site.hidden)
+    return StartValue(shape, None, lambda: router_init(shape, config.seed, name))
+
+
+def _zeros(*shape: int) -> StartValue:
+    return StartValue(shape, None, lambda: torch.zeros(shape))
+
+
+def _tensors(moe: str, gate: str, up: str, down: str) -> dict[str, ExpertWeight | Start]:
+    """Return the usual form: a router, and three weights for each expert."""
+    weights = {f"{moe}.experts.{{expert}}.{key}.weight": w for key, w in ((gate, GATE), (up, UP), (down, DOWN))}
+    return {f"{moe}.gate.weight": router, **weights}
+
+
+_QWEN_MOE = "model.layers.{layer}.mlp"
+_QWEN_TENSORS = _tensors(_QWEN_MOE, "gate_proj", "up_proj", "down_proj")
 
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         model_type="mixtral",
         architecture="MixtralForCausalLM",
         sources={"llama": (_NO_ATTENTION_BIAS, _NO_MLP_BIAS), "mistral": ()},
-        tensors={
-            f"{_MIXTRAL_MOE}.gate.weight": Role.ROUTER,
-            f"{_MIXTRAL_MOE}.experts.{{expert}}.w1.weight": Role.GATE,
-            f"{_MIXTRAL_MOE}.experts.{{expert}}.w3.weight": Role.UP,
-            f"{_MIXTRAL_MOE}.experts.{{expert}}.w2.weight": Role.DOWN,
-        },
+        tensors=_tensors("model.layers.{layer}.block_sparse_moe", "w1", "w3", "w2"),
         fields=_mixtral_fields,
         any_layer=False,
     ),
@@ -165,10 +171,10 @@ FAMILIES: dict[str, Family] = {
         },
         tensors={
             **_QWEN_TENSORS,
-            f"{_QWEN_MOE}.shared_expert.gate_proj.weight": Added(lambda hidden: (_SHARED_SIZE, hidden), drawn=True),
-            f"{_QWEN_MOE}.shared_expert.up_proj.weight": Added(lambda hidden: (_SHARED_SIZE, hidden), drawn=True),
-            f"{_QWEN_MOE}.shared_expert.down_proj.weight": Added(lambda hidden: (hidden, _SHARED_SIZE)),
-            f"{_QWEN_MOE}.shared_expert_gate.weight": Added(lambda hidden: (1, hidden)),
+            f"{_QWEN_MOE}.shared_expert.gate_proj.weight": _idle_rows,
+            f"{_QWEN_MOE}.shared_expert.up_proj.weight": _idle_rows,
+            f"{_QWEN_MOE}.shared_expert.down_proj.weight": lambda _, site, config: _zeros(site.hidden, _SHARED_SIZE),
+            f"{_QWEN_MOE}.shared_expert_gate.weight": lambda _, site, config: _zeros(1, site.hidden),
         },
         fields=_qwen2_moe_fields,
         any_layer=True,
@@ -222,6 +228,9 @@ def why_not(family: Family, plan: Plan, config: Config) -> str | None:
     for condition in conditions:
         if not condition.holds(config):
             return condition.otherwise
+    unnamed = next((site.path for site in plan.sites if not site.gated), None)
+    if unnamed:
+        return f"its activation at {unnamed} has no name here, so it is not known which projection is the gate"
     dense = config["num_hidden_layers"] - len(plan.sites)
     if dense and not family.any_layer:
         return f"{dense} of its layers stay dense, and every layer of {family.model_type} is an MoE"

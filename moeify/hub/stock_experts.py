@@ -7,9 +7,9 @@ E experts, I intermediate size, J rows of the up projection (2I with a gate).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -26,44 +26,28 @@ if TYPE_CHECKING:
 NAME = "moeify"
 
 
-class StockExperts(Protocol):
-    """What transformers promises of a module that holds stacked experts (`use_experts_implementation`)."""
-
-    has_gate: bool
-    has_bias: bool
-    is_transposed: bool
-    is_concatenated: bool
-    down_proj: Tensor
-    down_proj_bias: Tensor
-    act_fn: Callable[[Tensor], Tensor]
-    post_expert_norm: Callable[[Tensor], Tensor]
-
-    def _apply_gate(self, gate_up_out: Tensor) -> Tensor: ...
-
-
-def stock_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def stock_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute what transformers' other experts functions compute, with their signature.
 
     Args:
-        self: The module that holds the stacked weights.
+        self: The module that holds the stacked weights, as `use_experts_implementation` describes it.
         hidden_states: (T, H).
         top_k_index: (T, K) int64; an id past the last expert counts nothing.
         top_k_weights: (T, K).
     """
-    stock = cast("StockExperts", self)
     up, down, up_bias, down_bias = stacked_weights(self)
-    name = _activation_name(stock)
+    name = _activation_name(self)
     if name is not None:
         return ops.experts(
             hidden_states, top_k_index, top_k_weights, up, down, up_bias, down_bias,
-            activation=name, gated=stock.has_gate,
+            activation=name, gated=self.has_gate,
         )  # fmt: skip
     layout = routing_layout(top_k_index, up.shape[0])
     z_SJ = ops.grouped_linear(ops.dispatch(hidden_states, layout), up, up_bias, layout.offsets_E1)
-    a_SI = stock._apply_gate(z_SJ) if stock.has_gate else stock.act_fn(z_SJ)
+    a_SI = self._apply_gate(z_SJ) if self.has_gate else self.act_fn(z_SJ)
     y_SH = ops.grouped_linear(a_SI, down, down_bias, layout.offsets_E1)
-    if _has_norm(stock):
-        y_SH = stock.post_expert_norm(y_SH)
+    if _has_norm(self):
+        y_SH = self.post_expert_norm(y_SH)
     return ops.combine(y_SH, top_k_weights, layout).to(hidden_states.dtype)
 
 
@@ -94,23 +78,22 @@ def through_moeify(model: nn.Module, name: str = NAME) -> Iterator[None]:
         pretrained.set_experts_implementation(before)
 
 
-def stacked_weights(module: nn.Module) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def stacked_weights(module: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the weights as the kernels take them, (E, J, H) and (E, H, I), and the biases (E, J) and (E, H)."""
-    stock = cast("StockExperts", module)
-    name = "gate_up_proj" if stock.has_gate else "up_proj"
-    up, down = getattr(stock, name), stock.down_proj
-    if stock.is_transposed:
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, name), module.down_proj
+    if module.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
-    if not stock.has_bias:
+    if not module.has_bias:
         return up, down, None, None
-    return up, down, getattr(stock, f"{name}_bias"), stock.down_proj_bias
+    return up, down, getattr(module, f"{name}_bias"), module.down_proj_bias
 
 
-def _has_norm(module: StockExperts) -> bool:
+def _has_norm(module: object) -> bool:
     return getattr(module, "has_post_expert_norm", False)  # transformers 5.17 has no such field
 
 
-def _activation_name(module: StockExperts) -> str | None:
+def _activation_name(module: Any) -> str | None:
     """Return the kernels' name for what stands between the projections, or None if they have none."""
     plain_gate = getattr(type(module), "_apply_gate", None) is moe._default_apply_gate and module.is_concatenated
     if _has_norm(module) or (module.has_gate and not plain_gate):

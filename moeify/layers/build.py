@@ -14,16 +14,9 @@ from moeify.plan import Site
 
 
 def layer_in(root: nn.Module, site: Site, config: MoEConfig, region: nn.Module | None) -> MoELayer:
-    """Make the layer of a site as the model or graph needs it that holds the dense FFN.
+    """Make the layer of a site (see `build_layer`) for the model or graph `root`, which holds its dense weights.
 
-    It lies on the device and has the dtype of the dense weights. Its experts are trained if one of those is; its router
-    is trained in any case, because nobody froze what was not there.
-
-    Args:
-        root: Holds the dense weights.
-        site: The dense FFN.
-        config: The settings.
-        region: The captured activation, with parameters of its own; None where the activation has a name.
+    Experts are trained if one of those weights is, and routers always, because nobody froze what was not there.
     """
     layer = build_layer(site, config, region, root.get_parameter(site.down.parameter))
     trained = any(root.get_parameter(name).requires_grad for name in site.parameters)
@@ -39,7 +32,7 @@ def build_layer(site: Site, config: MoEConfig, region: nn.Module | None, like: T
     Args:
         site: The dense FFN.
         config: The settings.
-        region: The captured activation; used when it has no name.
+        region: The captured activation, with parameters of its own; used when it has no name.
         like: A dense weight.
     """
     experts = _stack(site, config, config.experts, region, like)

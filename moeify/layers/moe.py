@@ -104,8 +104,7 @@ class MoELayer(nn.Module):
 
     def losses(self) -> dict[str, Tensor]:
         """Return the losses of the last forward pass, without their coefficients."""
-        record = self.record
-        return {} if record is None else self._losses(record)
+        return {} if self.record is None else self._losses(self.record)
 
     def _losses(self, record: ForwardRecord) -> dict[str, Tensor]:
         return layer_losses(record.routing, self.config, mask_T=record.mask_T, sequences=max(record.sequences, 1))

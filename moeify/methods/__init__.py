@@ -1,4 +1,4 @@
-"""Ways to make experts from a dense FFN: each file but base.py and parts.py is one.
+"""Ways to make experts from a dense FFN: each file but base.py is one.
 
 `moeify.methods.Drop(share=0.3)` goes into `MoEConfig(method=...)`; the name of the file, "drop", means the defaults.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import fx, nn
 
@@ -49,39 +49,24 @@ def make_plan(
 
 
 def plan_sites(
-    model: nn.Module, graph_module: fx.GraphModule, ffns: Iterable[FFN], config: MoEConfig, *, in_place: bool = True
+    model: nn.Module, graph_module: fx.GraphModule, ffns: Sequence[FFN], config: MoEConfig, *, in_place: bool = True
 ) -> tuple[Site, ...]:
-    """Give each of some FFNs its place, and name its weights.
-
-    Args:
-        model: The model that was traced.
-        graph_module: Its graph.
-        ffns: FFNs of that graph.
-        config: The settings.
-        in_place: For the module tree; False for a graph.
+    """Give each of these FFNs its place, and name its weights (see `make_plan`).
 
     Raises:
-        RefusedError: an FFN cannot be replaced in place, or cannot be cut as the settings ask for.
+        RefusedError: one cannot be replaced in place, or cannot be cut as the settings ask for.
     """
-    ffns = list(ffns)
-    _refuse_buffers(model, ffns)
-    placer = Placer(graph_module)
+    placer, parameters = Placer(graph_module), dict(model.named_parameters(remove_duplicate=False))
+    for name in (name for ffn in ffns for name in ffn.projected if name not in parameters):
+        raise RefusedError(f"{name} is a buffer, not a parameter (quantized?): convert the model before that")
     place = placer.place if in_place else placer.place_in_graph
     sites = tuple(_site(ffn, place(ffn)) for ffn in ffns)
-    if config.granularity > 1:
-        for site in sites:
-            _check_shards(site, config.granularity)
+    for path, activation, size in ((site.path, site.activation, site.intermediate) for site in sites):
+        if config.granularity > 1 and activation == CUSTOM:
+            raise RefusedError(f"{path}: its activation has no name, so it cannot be cut: use granularity 1")
+        if size % config.granularity:
+            raise RefusedError(f"{path}: its intermediate size {size} does not divide into {config.granularity} shards")
     return sites
-
-
-def _check_shards(site: Site, granularity: int) -> None:
-    """Refuse an FFN that does not fall into shards whose outputs add up to its own."""
-    if site.activation == CUSTOM:
-        raise RefusedError(f"{site.path}: its activation has no name, so it cannot be cut: use granularity 1")
-    if site.intermediate % granularity:
-        raise RefusedError(
-            f"{site.path}: its intermediate size {site.intermediate} does not divide into {granularity} shards"
-        )
 
 
 def select_ffns(spec: str, ffns: Sequence[FFN]) -> list[FFN]:
@@ -108,15 +93,6 @@ def _nothing_found(model_type: str, inspection: Inspection) -> str:
     looked = "; ".join(f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {reason}"
                        for reason, names in reasons.items())  # fmt: skip
     return f"no dense FFN was found in {model_type}: " + (looked or "it projects no activation by a parameter")
-
-
-def _refuse_buffers(model: nn.Module, ffns: Iterable[FFN]) -> None:
-    """Refuse weights that are not trained: buffers, as quantized layers have them."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for ffn in ffns:
-        for name in ffn.projected:
-            if name not in parameters:
-                raise RefusedError(f"{name} is a buffer, not a parameter (quantized?): convert the model before that")
 
 
 def _site(ffn: FFN, place: Placement) -> Site:

@@ -76,15 +76,14 @@ class Placer:
     def _owner(self, ffn: FFN) -> Placement | None:
         """Return the place of the FFN's own module, when nothing else happens in it."""
         inside = set(ffn.calls[0].inside)
-        entry = _transparent_inputs(ffn.ups[0].source)
-        result, dropout = _follow_dropout(ffn.down.node)
-        around = {*entry, *result}
+        result = _transparent_outputs(ffn.down.node)
+        around = {*_transparent_inputs(ffn.ups[0].source), *result}
         owned = self._work(ffn.name)
         strangers = [node for node in owned if node not in inside and node not in around]
         own_calls = len(owned) - len(strangers)
         if not ffn.name or len(strangers) != own_calls * (len(ffn.calls) - 1):
             return None
-        dropout = dropout if any(node in owned for node in result) else 0.0
+        dropout = _dropout_among(node for node in result if node in owned)  # what is outside stays
         return Placement(ffn.name, (), dropout, _dropout_among(ffn.nodes))
 
     def _splice(self, ffn: FFN) -> Placement:
@@ -140,15 +139,14 @@ def _transparent_inputs(source: fx.Node) -> list[fx.Node]:
     return nodes
 
 
-def _follow_dropout(result: fx.Node) -> tuple[list[fx.Node], float]:
-    """Return the casts, reshapes and dropout after the down projection, and the dropout's probability."""
-    nodes, probability = [], 0.0
+def _transparent_outputs(result: fx.Node) -> list[fx.Node]:
+    """Return the casts, reshapes and dropout after the down projection."""
+    nodes = []
     users = flow.data_users(result)
     while len(users) == 1 and has(users[0], TRANSPARENT):
         nodes.append(users[0])
-        probability = max(probability, _dropout_among(nodes[-1:]))
         users = flow.data_users(users[0])
-    return nodes, probability
+    return nodes
 
 
 def _dropout_among(nodes: Iterable[fx.Node]) -> float:

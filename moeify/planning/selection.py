@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from moeify.errors import ConfigError
 
+_COUNTED = re.compile(r"(every|last|first):(.+)")
 _NUMBERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
@@ -22,54 +23,35 @@ def select_layers(spec: str, paths: Sequence[str]) -> list[int]:
     Raises:
         ConfigError: the selection is malformed or matches nothing.
     """
-    count = len(paths)
-    word, _, number = spec.partition(":")
-    if is_pattern(spec):
+    numbers = range(len(paths))
+    chosen: Sequence[int] = numbers
+    if counted := _COUNTED.fullmatch(spec):
+        word, text = counted.groups()
+        if not text.isdigit() or int(text) < 1:
+            raise ConfigError(f"layers {spec!r}: expected a positive number after the colon")
+        size = int(text)
+        chosen = {"every": numbers[size - 1 :: size], "last": numbers[-size:], "first": numbers[:size]}[word]
+    elif _NUMBERS.fullmatch(spec):
+        chosen = sorted({number for part in spec.split(",") for number in _range(part, len(paths))})
+    elif spec != "all":
         try:
-            chosen = [i for i, path in enumerate(paths) if re.search(spec, path)]
+            chosen = [number for number, path in enumerate(paths) if re.search(spec, path)]
         except re.error as error:
             raise ConfigError(f"layers {spec!r} is not a selection and not a regular expression: {error}") from error
-    elif spec == "all":
-        chosen = list(range(count))
-    elif number:
-        chosen = _counted(word, _positive(spec, number), count)
-    else:
-        chosen = _listed(spec, count)
     if not chosen:
         example = f"{paths[0]} … {paths[-1]}" if paths else "none"
-        raise ConfigError(f"layers {spec!r} selects none of the {count} FFNs ({example})")
-    return chosen
+        raise ConfigError(f"layers {spec!r} selects none of the {len(paths)} FFNs ({example})")
+    return list(chosen)
 
 
 def is_pattern(spec: str) -> bool:
-    """Whether a selection is a regular expression."""
-    word, _, number = spec.partition(":")
-    counted = word in {"every", "last", "first"} and number
-    return not (spec == "all" or counted or _NUMBERS.fullmatch(spec))
+    """Return whether a selection is a regular expression."""
+    return not (spec == "all" or _COUNTED.fullmatch(spec) or _NUMBERS.fullmatch(spec))
 
 
-def _counted(word: str, number: int, count: int) -> list[int]:
-    match word:
-        case "every":
-            return list(range(number - 1, count, number))
-        case "last":
-            return list(range(max(count - number, 0), count))
-        case _:
-            return list(range(min(number, count)))
-
-
-def _positive(spec: str, number: str) -> int:
-    if not number.isdigit() or int(number) < 1:
-        raise ConfigError(f"layers {spec!r}: expected a positive number after the colon")
-    return int(number)
-
-
-def _listed(spec: str, count: int) -> list[int]:
-    chosen: set[int] = set()
-    for part in spec.split(","):
-        first, _, last = part.partition("-")
-        low, high = int(first), int(last or first)
-        if high < low or high >= count:
-            raise ConfigError(f"layers {part!r} is outside the {count} FFNs of this model (0-{count - 1})")
-        chosen.update(range(low, high + 1))
-    return sorted(chosen)
+def _range(part: str, count: int) -> range:
+    first, _, last = part.partition("-")
+    low, high = int(first), int(last or first)
+    if high < low or high >= count:
+        raise ConfigError(f"layers {part!r} is outside the {count} FFNs of this model (0-{count - 1})")
+    return range(low, high + 1)

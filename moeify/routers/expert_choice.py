@@ -46,7 +46,7 @@ def expert_choice(logits_TE: Tensor, capacity: int, *, mask_T: Tensor | None = N
 
 
 class ExpertChoiceRouter(LinearRouter):
-    """Let each expert take its most probable tokens."""
+    """Module of `ExpertChoice`."""
 
     def __init__(self, options: ExpertChoice, hidden: int, config: MoEConfig, zeros: Zeros) -> None:
         super().__init__(options, hidden, config, zeros)
@@ -64,6 +64,7 @@ class ExpertChoice(Router):
     """Each expert takes its most probable tokens."""
 
     builds = ExpertChoiceRouter
+    sums_to_one = False
     joint = True
     keeps_capacity = True
 
@@ -71,7 +72,3 @@ class ExpertChoice(Router):
         """Check that there is a capacity."""
         if config.capacity_factor is None:
             raise ConfigError("capacity_factor is None: expert choice needs one, the paper's is 1 per visited expert")
-
-    def exact(self, config: MoEConfig) -> bool:
-        """Return False: the weights of a token do not sum to 1."""
-        return False

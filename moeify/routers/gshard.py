@@ -35,7 +35,7 @@ def gshard(logits_TE: Tensor) -> Routing:
 
 
 class GshardRouter(LinearRouter):
-    """Choose two experts, the second at random in training."""
+    """Module of `Gshard`."""
 
     def route(self, x_TH: Tensor, context: RoutingContext) -> Routing:
         """Choose experts for tokens to which jitter was applied."""

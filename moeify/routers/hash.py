@@ -37,7 +37,7 @@ def hash_tokens(token_ids_T: Tensor, table_V: Tensor, experts: int) -> Routing:
 
 
 class HashRouter(RouterModule):
-    """Choose by token id, through a fixed random table."""
+    """Module of `Hash`."""
 
     def __init__(self, options: Hash, hidden: int, config: MoEConfig, zeros: Zeros) -> None:
         super().__init__(config)

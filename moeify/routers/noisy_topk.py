@@ -42,7 +42,7 @@ def noisy_topk(clean_logits_TE: Tensor, raw_noise_TE: Tensor | None, top_k: int)
 
 
 class NoisyTopkRouter(LinearRouter):
-    """Choose the k best logits after learned noise, in training."""
+    """Module of `NoisyTopk`."""
 
     def __init__(self, options: NoisyTopk, hidden: int, config: MoEConfig, zeros: Zeros) -> None:
         super().__init__(options, hidden, config, zeros)

@@ -107,10 +107,10 @@ def updated_bias(bias_E: Tensor, counts_E: Tensor, rate: float = 1e-3) -> Tensor
 
 
 class SigmoidRouter(LinearRouter):
-    """Choose by sigmoid scores and a selection bias that no gradient moves.
+    """Module of `Sigmoid`.
 
-    The bias is a float32 buffer. The layer counts the choices of its training forwards, and
-    `moeify.attach_bias_update` makes an optimizer move the bias by them after each step.
+    The selection bias is a float32 buffer that no gradient moves. The layer counts the choices of its training
+    forwards, and `moeify.attach_bias_update` makes an optimizer move the bias by them after each step.
     """
 
     def __init__(self, options: Sigmoid, hidden: int, config: MoEConfig, zeros: Zeros) -> None:

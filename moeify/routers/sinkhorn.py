@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeify.config import MoEConfig
 from moeify.routers.base import LinearRouter, Router
 from moeify.routing.logits import at_least_fp32, check_top_k
 from moeify.routing.record import Routing, RoutingContext
@@ -56,7 +55,7 @@ def sinkhorn(logits_TE: Tensor, top_k: int, *, iterations: int = 16, mask_T: Ten
 
 
 class SinkhornRouter(LinearRouter):
-    """Choose by a balanced plan in training, by the logits in evaluation."""
+    """Module of `Sinkhorn`."""
 
     def route(self, x_TH: Tensor, context: RoutingContext) -> Routing:
         """Choose experts for tokens to which jitter was applied."""
@@ -69,7 +68,4 @@ class Sinkhorn(Router):
     """Experts chosen by a balanced plan in training, by the logits in evaluation."""
 
     builds = SinkhornRouter
-
-    def exact(self, config: MoEConfig) -> bool:
-        """Return False: the weights of a token do not sum to 1."""
-        return False
+    sums_to_one = False

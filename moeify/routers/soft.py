@@ -63,7 +63,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 class SoftRouter(RouterModule):
-    """The learned slots, and the scale of their logits."""
+    """Module of `Soft`: the learned slots, and the scale of their logits."""
 
     def __init__(self, options: Soft, hidden: int, config: MoEConfig, zeros: Zeros) -> None:
         super().__init__(config)
@@ -89,14 +89,11 @@ class Soft(Router):
     """
 
     builds = SoftRouter
+    sums_to_one = False
     joint = True
     mixes_tokens = True
 
     slots: Count = 1
-
-    def exact(self, config: MoEConfig) -> bool:
-        """Return False: experts never see a token by itself."""
-        return False
 
     def start(self, config: MoEConfig, hidden: int, path: str) -> dict[str, StartValue]:
         """Return the start values of the slots and of the scale, which is 1."""

@@ -39,7 +39,7 @@ def softmax_topk(logits_TE: Tensor, top_k: int, *, renormalize: bool = True) -> 
 
 
 class SoftmaxRouter(LinearRouter):
-    """Choose the k most probable experts."""
+    """Module of `Softmax`."""
 
     def route(self, x_TH: Tensor, context: RoutingContext) -> Routing:
         """Choose experts for tokens to which jitter was applied."""

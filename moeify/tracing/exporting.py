@@ -20,7 +20,7 @@ from torch.fx.experimental import symbolic_shapes
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from moeify.errors import MoeifyError
+from moeify.errors import MoeifyError, first_line
 from moeify.tracing.graphs import inline_blocks
 from moeify.tracing.inputs import ADVICE
 from moeify.tracing.stand_in import forward_replaced
@@ -38,10 +38,9 @@ def first_that_traces(module: nn.Module, candidates: Iterable[Inputs]) -> tuple[
         try:
             return _export(module, args, kwargs), failure
         except Exception as error:
-            reason = str(error).strip().split("\n")[0]
             if number == 0:
                 failure = MoeifyError(
-                    f"torch.export cannot trace {type(module).__name__}: {type(error).__name__}: {reason}; "
+                    f"torch.export cannot trace {type(module).__name__}: {type(error).__name__}: {first_line(error)}; "
                     f"{ADVICE} that its forward accepts"
                 )
                 failure.__cause__ = error
@@ -69,7 +68,7 @@ def _silence() -> Iterator[None]:
 
 
 class _DataReads(TorchFunctionMode):
-    """Counts what a forward reads from the data of tensors, and answers each `if` on data with `answer`.
+    """A count of what a forward reads from the data of tensors; each `if` on data gets `answer`.
 
     The FFNs of a model do not depend on the way that an `if` goes. A forward that reads hundreds of numbers has got an
     activation in the place of lengths; torch.export would make a symbol of each number, for minutes, so it is stopped.

@@ -1,7 +1,7 @@
-"""A model becomes an FX graph through torch.export on the meta device: no weight is read, any size takes seconds.
+"""Tracing of a model into an FX graph, through torch.export on the meta device: no weight is read.
 
-The graph's `get_attr` nodes carry the parameters' own names, and every node carries the path of the module that issued
-it. The passes need to know nothing else about the model.
+Any size takes seconds. The graph's `get_attr` nodes carry the parameters' own names, and every node carries the path of
+the module that issued it. The passes need to know nothing else about the model.
 
 A model that torch.export cannot trace as a whole is traced in parts, so that one module that does not trace, or a tower
 that the inputs do not reach, does not lose the model.
@@ -137,13 +137,7 @@ class _Parts:
         self.trace_around_failed(module, path, before)
 
     def trace_around_failed(self, module: nn.Module, path: str, before: int) -> None:
-        """Trace a module with stand-ins for its children that do not trace.
-
-        Args:
-            module: A module that does not trace as a whole.
-            path: Its path.
-            before: How many graphs were found before those of its children.
-        """
+        """Trace a module with stand-ins for its children that do not trace; `found[before:]` are its children's."""
         children = {name: child for name, child in module.named_children() if _count_matrices(child)}
         failed = [child for name, child in children.items() if _form(child, join_path(path, name)) in self.failed_forms]
         rest = _count_matrices(module) - sum(map(_count_matrices, failed))

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class RoutingCallback(TrainerCallback):
-    """Logs load, entropy, dropped choices and losses wherever the trainer reports to, each time it logs its loss.
+    """A callback that logs load, entropy, dropped choices and losses each time the trainer logs its loss.
 
-    `trainer.add_callback(moeify.RoutingCallback(trainer))`. It works with every Trainer of transformers and TRL. It
-    also moves the selection biases after each optimizer step, and scales attached losses by the accumulation steps and
-    the gradient scaler, as the trainer scales its own loss.
+    `trainer.add_callback(moeify.RoutingCallback(trainer))`. It works with every Trainer of transformers and TRL, and
+    logs to every place that the trainer reports to. It also moves the selection biases after each optimizer step, and
+    scales attached losses by the accumulation steps and the gradient scaler, as the trainer scales its own loss.
 
     Logged, over the last forward pass and averaged over layers: `moe_load_max` and `moe_load_min`, the shares of the
     busiest and the idlest expert; `moe_entropy`, in nats; `moe_dropped`, the share of choices that were dropped;

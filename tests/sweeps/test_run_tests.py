@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import ast
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from sweeps.run_tests import Outcome, Tree
+from sweeps.run_tests import INTERPRETED, Outcome, Tree
+
+GPU_TESTS = Path(__file__).resolve().parents[1] / "kernels/gpu"
 
 FILES = {
     ".gitignore": "secret.py\n",
@@ -16,7 +19,7 @@ FILES = {
     "tests/test_broken.py": "1 / 0\n",
     "tests/test_slow.py": "import time\n\n\ndef test_slow():\n    time.sleep(30)\n",
     "tests/test_killed.py": "import os\n\n\ndef test_killed():\n    os.abort()\n",
-    "tests/kernels/gpu/test_mode.py": "import os\n\n\ndef test():\n    assert os.environ['TRITON_INTERPRET'] == '1'\n",
+    "tests/kernels/gpu/test_gemm.py": "import os\n\n\ndef test():\n    assert os.environ['TRITON_INTERPRET'] == '1'\n",
 }
 
 
@@ -29,6 +32,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     (root / "link").symlink_to("moeify")
     subprocess.run(["git", "init", "--quiet", "."], cwd=root, check=True)
     return Tree(root, tmp_path_factory.mktemp("copies") / "copy")
+
+
+def test_the_tests_for_the_interpreter_are_those_of_their_conftest() -> None:
+    numerics = (GPU_TESTS / "conftest.py").read_text().partition("NUMERICS = ")[2].partition("\n")[0]
+    interpreted = [path.name for path in GPU_TESTS.iterdir() if INTERPRETED.match(f"tests/kernels/gpu/{path.name}")]
+    assert sorted(interpreted) == ast.literal_eval(numerics)
 
 
 def test_the_copy_holds_links_and_no_ignored_file(tree: Tree) -> None:
@@ -47,7 +56,7 @@ def test_a_copy_that_would_not_be_imported_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stages", "outcome"),
     [
-        ([["tests/test_right.py"], ["tests/kernels/gpu/test_mode.py"]], Outcome("passed")),
+        ([["tests/test_right.py"], ["tests/kernels/gpu/test_gemm.py"]], Outcome("passed")),
         ([["tests/test_right.py"], ["tests/test_wrong.py"]], Outcome("failed", "tests/test_wrong.py::test_second")),
         ([["tests/test_broken.py"]], Outcome("failed", "tests/test_broken.py")),
         ([["tests/test_killed.py"]], Outcome("failed", "exit -6 in tests/test_killed.py")),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.integrations import moe
 
-from moeify.export.capture import DOMAIN, EXPERTS
+from moeify.export.capture.interface import DOMAIN, EXPERTS
 from moeify.hub.stock_experts import stacked_weights, stock_experts
 from moeify.measure import probe, same_values
 
@@ -74,7 +74,7 @@ def offer_export_experts() -> None:
 def clamped_gate(module: nn.Module) -> ClampedGate | None:
     """Measure the gate of an experts module of transformers; None if it is the plain one or has another formula."""
     apply = getattr(type(module), "_apply_gate", moe._default_apply_gate)
-    if apply is moe._default_apply_gate or not module.has_gate or module.has_post_expert_norm:
+    if apply is moe._default_apply_gate or not module.has_gate or getattr(module, "has_post_expert_norm", False):
         return None
     alternating = not module.is_concatenated
 

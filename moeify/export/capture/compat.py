@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -50,14 +51,15 @@ class ExactNumbers(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (),
-        kwargs: Mapping[str, object] | None = None,
-    ) -> object:  # fmt: skip
-        kwargs = dict(kwargs or {})
-        dtype = kwargs.get("dtype")
-        if func is torch.tensor and isinstance(dtype, torch.dtype) and dtype in HALF and isinstance(args[0], float):
-            exact = torch.tensor(args[0], dtype=torch.float32)
-            return exact.to(dtype)
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        if func is torch.tensor and isinstance(args[0], float) and kwargs.get("dtype") in HALF:
+            return func(args[0], dtype=torch.float32).to(kwargs["dtype"])
         return func(*args, **kwargs)
 
 

@@ -16,6 +16,10 @@ from transformers import DynamicCache
 from moeify.errors import MoeifyError, RefusedError
 from moeify.tracing.inputs import candidate_inputs
 
+# The opaque nodes: they keep the inputs of the torch operators, the lowering replaces them, and no file holds them.
+DOMAIN, EXPERTS, GROUPED_LINEAR = "moeify", "Experts", "GroupedLinear"
+OPSET = 20  # of the standard operators: the first with Gelu
+
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
 DECODER_SEQUENCE = "decoder_sequence"
 STATE, PRESENT = "past_key_values.", "present."  # how the names of keys and values start, as inputs and outputs

@@ -13,8 +13,7 @@ from onnxscript import onnx_opset, optimizer, rewriter, values
 from onnxscript.rewriter.rules import common as rules
 
 from moeify.errors import RefusedError
-from moeify.export.capture import DOMAIN, EXPERTS, GROUPED_LINEAR, OPSET
-from moeify.export.capture.interface import Interface
+from moeify.export.capture.interface import DOMAIN, EXPERTS, GROUPED_LINEAR, OPSET, Interface
 from moeify.export.capture.trace import PREFIX, Capture, cause_of, undisturbed
 from moeify.kernels import operators  # noqa: F401 (defines torch.ops.moeify)
 
@@ -39,7 +38,7 @@ def to_onnx(captured: Capture) -> ir.Model:
     """Translate a trace.
 
     Returns:
-        A model whose experts are opaque nodes (see `moeify.export.capture`); weights are not copied.
+        A model whose experts are opaque nodes (see `moeify.export.capture.interface`); weights are not copied.
 
     Raises:
         RefusedError: ONNX cannot express an operator.
@@ -92,8 +91,8 @@ def _name_dimensions(value: ir.Value, names: Mapping[int, str], symbols: Mapping
 
 def _translations() -> dict[Callable[..., object], Callable[..., object]]:
     """Return the table that `torch.onnx.export(custom_translation_table=…)` takes."""
-    experts = _opaque(EXPERTS, activation=OpSchema.AttrType.STRING, gated=OpSchema.AttrType.INT)
-    grouped_linear = _opaque(GROUPED_LINEAR)
+    experts = _opaque(EXPERTS, 7, activation=OpSchema.AttrType.STRING, gated=OpSchema.AttrType.INT)
+    grouped_linear = _opaque(GROUPED_LINEAR, 4)
 
     def translate_experts(
         x: object, ids: object, weights: object, up: object, down: object, up_bias: object, down_bias: object,
@@ -132,15 +131,15 @@ def _searchsorted(
     return _OP.ReduceSum(_OP.Cast(before, to=6 if out_int32 else 7), [1], keepdims=0)
 
 
-def _opaque(name: str, **attributes: OpSchema.AttrType) -> values.Op:
-    """Describe an opaque node, which takes any inputs."""
+def _opaque(name: str, inputs: int, **attributes: OpSchema.AttrType) -> values.Op:
+    """Describe an opaque node; any of its inputs may be absent."""
     kinds = [f"tensor({kind})" for kind in ("float", "float16", "bfloat16", "double", "int64", "int32")]
-    variadic = OpSchema.FormalParameterOption.Variadic
+    optional = OpSchema.FormalParameterOption.Optional
     schema = OpSchema(
         name, DOMAIN, 1,
-        inputs=[OpSchema.FormalParameter("inputs", "T", param_option=variadic, is_homogeneous=False)],
-        outputs=[OpSchema.FormalParameter("y", "T")],
-        type_constraints=[("T", kinds, "")],
+        inputs=[OpSchema.FormalParameter(f"x{i}", f"T{i}", param_option=optional) for i in range(inputs)],
+        outputs=[OpSchema.FormalParameter("y", "T0")],
+        type_constraints=[(f"T{i}", kinds, "") for i in range(inputs)],
         attributes=[OpSchema.Attribute(key, kind, required=True) for key, kind in attributes.items()],
     )  # fmt: skip
     return values.Op(values.Opset(DOMAIN, 1), name, schema)

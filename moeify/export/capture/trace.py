@@ -60,12 +60,13 @@ class Capture:
             if isinstance(module, fx.GraphModule):
                 _to_float32(module.graph)
         weights = {f"{PREFIX}{name}": tensor for name, tensor in twin.state_dict(keep_vars=True).items()}
-        program = self.program._update(
-            graph_module,
-            self.program.graph_signature,
-            state_dict={name: weights[name] for name in self.program.state_dict},
-            constants=pytree.tree_map(_float32, self.program.constants),
-        )
+        with undisturbed():
+            program = self.program._update(
+                graph_module,
+                self.program.graph_signature,
+                state_dict={name: weights[name] for name in self.program.state_dict},
+                constants=pytree.tree_map(_float32, self.program.constants),
+            )
         return Capture(twin, self.interface.in_float32(), program)
 
 
@@ -135,9 +136,10 @@ def _place(error: BaseException) -> str:
     """Where the model's own code stood, if it did: what torch raises of itself may have been caught there by torch."""
     library = str(Path(torch.__file__).parent)
     for cause in _chain(error):
-        frames = [f for f in traceback.extract_tb(cause.__traceback__) if not f.filename.startswith(library)]
-        if frames:
-            return f" (in {frames[-1].name}, {frames[-1].filename}:{frames[-1].lineno})"
+        frames = traceback.extract_tb(cause.__traceback__)
+        own = [f for f in frames if not f.filename.startswith(library) and f.name != "__torch_function__"]
+        if own:
+            return f" (in {own[-1].name}, {own[-1].filename}:{own[-1].lineno})"
     return ""
 
 

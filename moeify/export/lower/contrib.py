@@ -24,8 +24,8 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from moeify.errors import RefusedError
-from moeify.export.capture import EXPERTS
 from moeify.export.capture.clamped_gate import ClampedGate
+from moeify.export.capture.interface import EXPERTS
 from moeify.export.lower.experts import Experts, LayerKind, opaque_nodes, read_experts
 from moeify.export.lower.functions import in_range
 from moeify.export.lower.tape import Attribute, Tape

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moeify.errors import RefusedError
-from moeify.export.capture import DOMAIN, EXPERTS, GROUPED_LINEAR
 from moeify.export.capture.clamped_gate import ClampedGate
+from moeify.export.capture.interface import DOMAIN, EXPERTS, GROUPED_LINEAR
 
 _PARAMETERS = ("up", "down", "up_bias", "down_bias")
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from moeify.export.capture import DOMAIN, OPSET
 from moeify.export.capture.clamped_gate import ClampedGate
+from moeify.export.capture.interface import DOMAIN, OPSET
 from moeify.export.lower.experts import LayerKind
 from moeify.export.lower.tape import Tape
 from moeify.kernels.activations import QUICK_GELU_SCALE

@@ -14,7 +14,7 @@ from functools import partial
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from moeify.export.capture import DOMAIN, EXPERTS
+from moeify.export.capture.interface import DOMAIN, EXPERTS
 from moeify.export.lower.experts import count_of, dtype_of, opaque_nodes, read_experts
 from moeify.export.lower.functions import grouped_linear, sparse_moe
 from moeify.export.lower.weights import unstacked

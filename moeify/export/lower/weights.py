@@ -60,16 +60,15 @@ def unstacked(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
     """Return one initializer for each entry of a stacked weight's first dimension."""
     weight = stored(value)
     names = [f"{weight.name}.{number}" for number in range(weight.tensor.shape[0])]
-    if names[0] in graph.initializers:
-        return [graph.initializers[name] for name in names]
     return [add(graph, name, TorchTensor(part, name=name)) for name, part in zip(names, weight.tensor, strict=True)]
 
 
 def add(graph: ir.Graph, name: str, contents: TorchTensor | ir.LazyTensor) -> ir.Value:
-    """Add an initializer."""
-    value = ir.Value(name=name, shape=contents.shape, type=ir.TensorType(contents.dtype), const_value=contents)
-    graph.register_initializer(value)
-    return value
+    """Add an initializer, or return the one of that name: layers may share their weights."""
+    if name not in graph.initializers:
+        kind = ir.TensorType(contents.dtype)
+        graph.register_initializer(ir.Value(name=name, shape=contents.shape, type=kind, const_value=contents))
+    return graph.initializers[name]
 
 
 def add_lazy(graph: ir.Graph, name: str, compute: Callable[[], Tensor], like: Tensor) -> ir.Value:

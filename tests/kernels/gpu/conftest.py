@@ -1,6 +1,4 @@
-"""The kernels in Triton, which decides when a kernel is decorated whether it is interpreted or compiled.
-
-With TRITON_INTERPRET=1 the tests of numerics run, on CPU tensors; without it those of what is compiled and launched.
+"""Kernels in the Triton interpreter: real kernels, CPU tensors. Run with TRITON_INTERPRET=1.
 
 The interpreter stores bf16 as its bits, multiplies and adds those bits, and truncates when it casts (Triton issues
 11584, 11604, 10919). `bf16_as_on_a_gpu` makes it do what a GPU does: compute in fp32, round to nearest even.
@@ -16,13 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError("tests/kernels/gpu runs in the Triton interpreter: set TRITON_INTERPRET=1")
+
 import triton.language as tl
 from triton.runtime import interpreter
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-NUMERICS = ["test_blocksparse.py", "test_experts.py", "test_gemm.py", "test_layout.py"]
-COMPILED = ["test_launch.py", "test_tiles.py", "test_tuned_tiles.py"]
-collect_ignore = COMPILED if INTERPRETED else NUMERICS
 
 COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 
@@ -45,7 +42,7 @@ def narrow(data: Any) -> Any:
     )
 
 
-@pytest.fixture(autouse=INTERPRETED)
+@pytest.fixture(autouse=True)
 def bf16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     builder = interpreter.InterpreterBuilder
     binary, unary, dot = builder.binary_op, builder.unary_op, builder.create_dot
@@ -85,7 +82,7 @@ def bf16_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(builder, name, function)
 
 
-@pytest.fixture(autouse=INTERPRETED)
+@pytest.fixture(autouse=True)
 def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a kernel read and write inside its arguments alone: a GPU would not say that it went past their ends."""
     allowed: list[tuple[int, int]] = []

@@ -51,7 +51,7 @@ def test_appends_the_span(
     nbytes: int,
 ) -> None:
     kernel(monkeypatch)
-    monkeypatch.setattr(copy_bytes, "_STEP", 1000)
+    monkeypatch.setattr(copy_bytes, "STEP", 1000)
     (tmp_path / "src").write_bytes(DATA)
     progress: list[int] = []
     with (tmp_path / "dst").open("wb", buffering=0) as file:

@@ -110,7 +110,7 @@ def test_what_is_learned_of_a_checkpoint(tmp_path: Path) -> None:
         assert dense.nbytes == sum(4 * parameter.numel() for parameter in dense.model.parameters())
         assert [ffn.name for ffn in dense.inspection.ffns] == [f"model.layers.{i}.mlp" for i in range(tiny.LAYERS)]
         assert dense.regions.keys() == {ffn.projected for ffn in dense.inspection.ffns}
-        assert dense.untraced == {}
+        assert dense.graph_module.meta["untraced"] == {}
 
 
 def test_nothing_is_learned_before_it_is_asked_for() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import moeify
 from moeify.config import MoEConfig
-from moeify.conversion.layout import CopiedTensor, StackedTensor, StartTensor, fill_layer, layer_tensors
+from moeify.conversion.layout import fill_layer, layer_tensors
 from moeify.errors import RefusedError
 from moeify.layers.build import build_layer
 from moeify.measure import TOLERANCE
@@ -45,13 +45,7 @@ def filled(site: Site, config: MoEConfig, held: dict[str, Tensor]) -> dict[str, 
     """The values of every tensor of a layer."""
     tensors = {}
     for tensor in layer_tensors(site, config):
-        match tensor:
-            case StackedTensor():
-                shape: tuple[int, ...] = tensor.shape
-            case StartTensor():
-                shape = tensor.start.shape
-            case CopiedTensor():
-                shape = held[tensor.source].shape
+        shape = held[tensor.copied].shape if tensor.copied else tensor.shape
         tensors[tensor.name] = torch.full(shape, torch.nan, dtype=torch.float64)
         tensor.fill(tensors[tensor.name], held.__getitem__)
     return tensors
@@ -122,7 +116,6 @@ def test_unchanged_values_are_cut_and_neither_changed_nor_scaled() -> None:
     held = dense()
     tensors = {tensor.name: tensor for tensor in layer_tensors(SITE, config)}
     down = tensors["experts.down_proj"]
-    assert isinstance(down, StackedTensor)
     value = torch.empty(down.shape, dtype=torch.float64)
     down.unchanged().fill(value, held.__getitem__)
     assert all(torch.equal(value[expert], held["down"].T.chunk(3, 1)[expert % 3]) for expert in range(6))

@@ -129,3 +129,75 @@ def test_what_cannot_follow_is_refused_before_anything_changes() -> None:
     with pytest.raises(RefusedError, match="holds none of the 9 weights"):
         moeify.convert(model, CONFIG, optimizer=stranger)
     assert list(model.state_dict()) == names
+
+
+def test_moments_that_are_missing_are_zero_and_steps_are_those_of_the_other_half() -> None:
+    model = tiny.build("llama")
+    mlp: Any = model.get_submodule("model.layers.1.mlp")
+    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    gate.requires_grad_(False)
+    train(model, optimizer)
+    gate.requires_grad_(True)
+    before = copy.deepcopy(dict(optimizer.state[up]))
+    assert gate not in optimizer.state
+    moeify.convert(model, CONFIG, optimizer=optimizer)
+    experts: Any = model.get_submodule("model.layers.1.mlp.experts")
+    state = optimizer.state[experts.gate_up_proj]
+    assert state.keys() == before.keys() and state["step"] == 2
+    for key in ("exp_avg", "exp_avg_sq"):
+        zeros, moved = state[key].chunk(2, dim=1)
+        assert zeros.eq(0).all() and all(expert.equal(before[key]) for expert in moved)
+    train(model, optimizer)
+
+
+def test_weights_that_were_never_trained_start_afresh() -> None:
+    model = tiny.build("llama")
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    moeify.convert(model, CONFIG, optimizer=optimizer)
+    assert not optimizer.state
+    train(model, optimizer)
+
+
+class Scaled(nn.Module):
+    """A custom activation with a parameter and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1, 31))
+        self.shift: Tensor
+        self.register_buffer("shift", torch.linspace(0, 0.1, 31))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.scale * x + self.shift).relu().square()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(12, 31), Scaled(), nn.Linear(31, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.mlp(x)
+        return out
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_the_state_of_a_learned_activation_follows_it(shared: int) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(Block(), Block())
+    optimizer = OPTIMIZERS["AdamW"](model.parameters())
+    x = torch.randn(2, 5, 12)
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+    before = copy.deepcopy(dict(optimizer.state[model[1].mlp[1].scale]))
+    config = MoEConfig(3, 3, aux_loss=0.0, shared_experts=shared)
+    moeify.convert(model, config, example_inputs=x, optimizer=optimizer)
+    for stack in (model[1].mlp.experts, *([model[1].mlp.shared_expert] if shared else [])):
+        state = optimizer.state[stack.region.scale]
+        assert all(torch.as_tensor(state[key]).equal(torch.as_tensor(before[key])) for key in before)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    model(x).square().mean().backward()
+    optimizer.step()

@@ -1,220 +1,38 @@
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
-import transformers
-from moeify.export.generation import TextModel, open_session
-from torch import Tensor, nn
+from torch import nn
 
 import moeify
-from moeify.errors import CheckpointError, ConfigError, RefusedError, VerificationError
-from moeify.export import requirements, standard, write
-from moeify.measure import TOLERANCE
-from tests.moeify import tiny
-
-tf: Any = transformers
-
-
-@pytest.fixture(scope="module")
-def moe() -> nn.Module:
-    """A converted Llama whose experts and routers differ."""
-    model = moeify.convert(tiny.build("llama"), moeify.MoEConfig(4, 2))
-    torch.manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if ".experts." in name or ".router." in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-@pytest.fixture(scope="module")
-def exported(moe: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, moeify.OnnxReport]:
-    path = tmp_path_factory.mktemp("decoder") / "model.onnx"
-    return path, moeify.export_onnx(moe, path)
-
-
-def test_a_decoder_has_the_names_that_users_expect(exported: tuple[Path, moeify.OnnxReport]) -> None:
-    graph = onnx.load(exported[0]).graph
-    states = [f"{layer}.{part}" for layer in range(tiny.LAYERS) for part in ("key", "value")]
-    assert [value.name for value in graph.input] == [
-        "input_ids", "attention_mask", "position_ids", *(f"past_key_values.{state}" for state in states)
-    ]  # fmt: skip
-    assert [value.name for value in graph.output] == ["logits", *(f"present.{state}" for state in states)]
-    assert [d.dim_param for d in graph.input[0].type.tensor_type.shape.dim] == ["batch", "sequence"]
-
-
-def test_checker_and_shape_inference_accept_the_file(exported: tuple[Path, moeify.OnnxReport]) -> None:
-    model = onnx.load(exported[0])
-    onnx.checker.check_model(model, full_check=True)
-    onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    assert {o.domain: o.version for o in model.opset_import} == {"": 20, "moeify": 1}
-    assert [f.name for f in model.functions] == ["SparseMoE"]
-
-
-def test_the_report_says_what_was_measured(exported: tuple[Path, moeify.OnnxReport]) -> None:
-    report = exported[1]
-    assert report.passed and 0 < report.relative < report.tolerance == 1e-5
-    assert report.operators["moeify::SparseMoE"] == tiny.LAYERS
-    metadata = {entry.key: entry.value for entry in onnx.load(exported[0]).metadata_props}
-    assert metadata["moeify.target"] == "cpu" and metadata["moeify.onnxruntime"] == report.requires
-
-
-def test_it_generates_what_the_model_generates(moe: nn.Module, exported: tuple[Path, moeify.OnnxReport]) -> None:
-    prompt = [5, 17, 3, 99, 41]
-    tokens = list(TextModel(exported[0], provider="cpu", threads=1).tokens(prompt, 12))
-    untyped: Any = moe
-    generated = untyped.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, 5, dtype=torch.long), max_new_tokens=12, do_sample=False,
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    assert tokens == generated[0, 5:].tolist()
-
-
-def test_a_stock_moe_for_cuda_waits_for_nothing_that_only_the_device_knows(tmp_path: Path) -> None:
-    config = tf.MixtralConfig(
-        hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=101, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    report = moeify.export_onnx(tf.MixtralForCausalLM(config).eval(), tmp_path / "mixtral.onnx", "cuda")
-    assert report.passed and report.operators["com.microsoft::MoE"] == 1 and report.requires == "1.28"
-    assert not {"NonZero", "Split", "If", "Loop", "GatherND"} & report.operators.keys()
-
-
-def test_a_rounded_graph_is_held_to_pytorch_with_the_same_rounded_weights(tmp_path: Path) -> None:
-    config = tf.MixtralConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=101, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    model = tf.MixtralForCausalLM(config).eval()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    report = moeify.export_onnx(model, tmp_path / "mixtral.onnx", quantize="int4")
-    assert report.passed and report.relative < 1e-5 < (report.rounding or 0) < 0.5
-    (node,) = [node for node in onnx.load(tmp_path / "mixtral.onnx").graph.node if node.op_type == "QMoE"]
-    assert {a.name: a.i for a in node.attribute}["accuracy_level"] == 4
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_an_encoder_of_two_outputs(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 36, "intermediate_size": 57, "num_hidden_layers": 1, "num_attention_heads": 3}
-    model = moeify.convert(tf.BertModel(tf.BertConfig(vocab_size=101, **sizes)).eval(), moeify.MoEConfig(3, 2))
-    report = moeify.export_onnx(model, tmp_path / "bert.onnx", "portable")
-    graph = onnx.load(tmp_path / "bert.onnx").graph
-    assert [value.name for value in graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
-    assert [value.name for value in graph.output] == ["last_hidden_state", "pooler_output"]
-    shapes = [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.output]
-    assert shapes == [["batch", "sequence", 36], ["batch", 36]]
-    assert report.passed
-
-
-def test_an_encoder_decoder_takes_padding_and_targets_of_another_length(tmp_path: Path) -> None:
-    sizes = {"d_model": 36, "d_kv": 12, "d_ff": 57, "num_heads": 3, "num_layers": 1, "num_decoder_layers": 1}
-    config = tf.T5Config(vocab_size=101, feed_forward_proj="gated-gelu", decoder_start_token_id=0, **sizes)
-    model = moeify.convert(tf.T5ForConditionalGeneration(config).eval(), moeify.MoEConfig(3, 2))
-    assert moeify.export_onnx(model, tmp_path / "t5.onnx").passed
-    shapes = {
-        value.name: [d.dim_param for d in value.type.tensor_type.shape.dim]
-        for value in onnx.load(tmp_path / "t5.onnx").graph.input
-    }
-    assert shapes == {
-        "input_ids": ["batch", "sequence"], "attention_mask": ["batch", "sequence"],
-        "decoder_input_ids": ["batch", "decoder_sequence"],
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["bert", "llama"])
-@pytest.mark.parametrize("settings", [moeify.MoEConfig.switch(4), moeify.MoEConfig.expert_choice(4)])
-def test_tokens_that_compete_for_experts_do_so_in_every_shape(
-    tmp_path: Path, name: str, settings: moeify.MoEConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What overflows depends on the number of tokens, and in a decoder on how they come."""
-    monkeypatch.setitem(tiny._SIZES if name == "bert" else tiny._LLAMA, "num_hidden_layers", 1)
-    model = moeify.convert(tiny.build(name), settings)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    assert moeify.export_onnx(model, tmp_path / "model.onnx").passed
-
-
-def test_a_capacity_that_keeps_tokens_at_random_is_refused(tmp_path: Path) -> None:
-    settings = moeify.MoEConfig(4, 2, eval_capacity_factor=1.0, drop_order="random")
-    model = moeify.convert(tiny.build("llama"), settings)
-    with pytest.raises(RefusedError, match=r"^model.layers.0.mlp draws at random .*set_capacity\(model, None\)"):
-        moeify.export_onnx(model, tmp_path / "model.onnx")
-
-
-class FFN(nn.Module):
-    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.up, self.down, self.activation = nn.Linear(7, 11), nn.Linear(11, 7), activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(self.activation(self.up(x)))
-        return y
+from moeify.errors import CheckpointError, ConfigError
+from moeify.export import onnx_file
+from moeify.export.onnx_file import check_request
+from moeify.export.targets import TARGETS
+from moeify.runtime import session
 
 
 class Net(nn.Module):
-    """Not from transformers; its experts have an activation that nobody named."""
-
-    def __init__(self, activation: Callable[[Tensor], Tensor] = lambda z: torch.sin(z) * 2) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.ffn = FFN(activation)
+        self.linear = nn.Linear(7, 7)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.ffn(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
         return y
-
-
-def test_a_model_of_ones_own_with_an_activation_of_ones_own(tmp_path: Path) -> None:
-    inputs = {"x": torch.randn(4, 3, 7)}
-    model = moeify.convert(Net().eval(), moeify.MoEConfig(3, 2), example_inputs=inputs)
-    report = moeify.export_onnx(model, tmp_path / "net.onnx", example_inputs=inputs)
-    assert report.passed and report.operators["moeify::GroupedLinear"] == 2
-    with pytest.raises(RefusedError, match=r"^ffn.experts \(.*\) cannot become .*no name for"):
-        moeify.export_onnx(model, tmp_path / "cuda.onnx", "cuda", example_inputs=inputs)
-    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
-
-
-def test_a_wrong_graph_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = standard.activate
-    monkeypatch.setattr(standard, "activate", lambda body, name, x, dtype: right(body, "relu", x, dtype))
-    inputs = {"x": torch.randn(4, 3, 7)}
-    model = moeify.convert(Net(nn.functional.silu).eval(), moeify.MoEConfig(3, 2), example_inputs=inputs)
-    with pytest.raises(VerificationError, match=r"differs from PyTorch.*nothing was written"):
-        moeify.export_onnx(model, tmp_path / "net.onnx", example_inputs=inputs)
-    assert not list(tmp_path.iterdir())
-
-
-class Branching(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 1 if x.sum() > 0 else x - 1
-
-
-class Fixed(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.view(4, 21).sum(-1)
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [(Branching(), "in forward, .*test_onnx_file.py:"), (Fixed(), "it works only where the batch of x is 4")],
-)
-def test_what_cannot_be_traced_is_refused_with_the_place(tmp_path: Path, model: nn.Module, reason: str) -> None:
-    with pytest.raises(RefusedError, match=f"torch.export cannot trace {type(model).__name__}: .*{reason}"):
-        moeify.export_onnx(model, tmp_path / "net.onnx", example_inputs={"x": torch.randn(4, 3, 7)})
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"target": "tpu"}, "target is 'tpu': expected one of cpu, cuda, portable"),
-        ({"quantize": "int3"}, "quantize is 'int3'"),
-        ({"target": "portable", "quantize": "int8"}, "standard operators only"),
-        ({"target": "cuda", "quantize": "int8"}, "QMoE on CUDA computes in float16"),
+        ({"quantize": "int3"}, "quantize is 'int3': expected one of int8, int4, or None"),
+        ({"target": "portable", "quantize": "int8"}, r"portable \(standard operators only\) .* use cpu or cuda"),
+        ({"target": "cuda", "quantize": "int8"}, "QMoE on CUDA computes in float16 or bfloat16, .* dtype float16"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
@@ -223,66 +41,49 @@ def test_settings_that_do_not_go_together(tmp_path: Path, arguments: dict[str, A
 
 
 def test_half_precision_is_not_for_the_cpu(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="float16, the target cpu computes in float32"):
+    with pytest.raises(ConfigError, match="float16, the target cpu computes in float32: load it with dtype float32"):
         moeify.export_onnx(Net().half(), tmp_path / "net.onnx")
+    with pytest.raises(ConfigError, match="float64, the target cuda computes in float32, float16 or bfloat16: "):
+        moeify.export_onnx(Net().double(), tmp_path / "net.onnx", "cuda")
 
 
-def test_standard_operators_in_half_precision_are_for_any_gpu(tmp_path: Path) -> None:
-    inputs = {"x": torch.randn(4, 3, 7)}
-    model = moeify.convert(Net(nn.functional.gelu).eval(), moeify.MoEConfig(3, 2), example_inputs=inputs)
-    want = model(**inputs).detach()
-    report = moeify.export_onnx(
-        model.half(), tmp_path / "net.onnx", "portable", example_inputs={"x": inputs["x"].half()}
-    )
-    assert report.passed and report.dtype == "float16"
-    session = open_session(tmp_path / "net.onnx", provider="cpu")
-    (got,) = session.run(None, {"x": inputs["x"].half().numpy()})
-    assert got.dtype == "float16"
-    assert (torch.from_numpy(got).float() - want).abs().max() <= TOLERANCE["float16"] * want.abs().max()
+def test_one_weight_in_half_precision_makes_a_model_one(tmp_path: Path) -> None:
+    model = Net()
+    model.linear.bias = nn.Parameter(torch.zeros(7, dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match="the model is in bfloat16"):
+        moeify.export_onnx(model, tmp_path / "net.onnx")
 
 
-def test_an_existing_file_stays(tmp_path: Path) -> None:
+def test_a_request_holds_what_was_asked_for(tmp_path: Path) -> None:
+    request = check_request(tmp_path / "x.onnx", "cuda", "int4", None, overwrite=False)
+    assert (request.dtype, request.runtime) == ("float16", "1.31")
+    assert request.form is TARGETS["cuda"].forms["int4"]
+    assert check_request(tmp_path / "x.onnx", "portable", None, None, overwrite=False).dtype == "float32"
+
+
+def test_an_existing_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.onnx"
     path.write_text("mine")
     with pytest.raises(CheckpointError, match="exists"):
         moeify.export_onnx(Net(), path, example_inputs={"x": torch.randn(4, 3, 7)})
     with pytest.raises(CheckpointError, match="is a folder: name the file"):
         moeify.export_onnx(Net(), tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(CheckpointError, match="exists"):
+        moeify.export_onnx(Net(), "~/net.onnx", example_inputs={"x": torch.randn(4, 3, 7)})
     assert path.read_text() == "mine"
     moeify.export_onnx(Net(), path, example_inputs={"x": torch.randn(4, 3, 7)}, overwrite=True)
     onnx.load(path)
 
 
 def test_a_missing_package_and_an_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requirements, "runtime_version", lambda: "1.22.1")
+    monkeypatch.setattr(session, "runtime_version", lambda: "1.22.1")
     with pytest.raises(moeify.MoeifyError, match=r"onnxruntime 1\.22\.1 is too old: 1.23 or newer"):
         moeify.export_onnx(Net(), tmp_path / "net.onnx")
 
     def missing(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(requirements, "import_module", missing)
+    monkeypatch.setattr(onnx_file, "import_module", missing)
     with pytest.raises(moeify.MoeifyError, match=r"needs onnx: pip install 'moeify\[onnx\]'"):
         moeify.export_onnx(Net(), tmp_path / "net.onnx")
-
-
-def test_weights_of_a_large_model_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "_IN_ONE_FILE", 0)
-    monkeypatch.setattr(write, "_SMALLEST_OUTSIDE", 16)
-    inputs = {"x": torch.randn(4, 3, 7)}
-    moeify.export_onnx(Net(), tmp_path / "net.onnx", example_inputs=inputs)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
-    onnx.checker.check_model(str(tmp_path / "net.onnx"))
-    monkeypatch.undo()
-    moeify.export_onnx(Net(), tmp_path / "net.onnx", example_inputs=inputs, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("onnx_ir.save", full)
-    with pytest.raises(CheckpointError, match="the disk became full; free some space and run again; nothing was left"):
-        moeify.export_onnx(Net(), tmp_path / "net.onnx", example_inputs={"x": torch.randn(4, 3, 7)})
-    assert not list(tmp_path.iterdir())

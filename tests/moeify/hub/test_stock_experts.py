@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from moeify.hub.stock_experts import stock_experts, through_moeify
 from moeify.kernels import ops
@@ -40,7 +40,7 @@ def test_a_stock_moe_gives_what_it_gave(name: str) -> None:
     assert model.config._experts_implementation == "eager"
 
 
-def test_a_transformers_without_norms_after_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transformers_without_norms_after_the_experts() -> None:
     model: Any = MODELS["mixtral"]().eval()
     experts = model.model.layers[0].mlp.experts
     x, ids, weights = torch.randn(4, 36), torch.randint(0, 5, (4, 2)), torch.rand(4, 2)
@@ -50,35 +50,30 @@ def test_a_transformers_without_norms_after_the_experts(monkeypatch: pytest.Monk
         assert torch.equal(stock_experts(experts, x, ids, weights), expected)
 
 
+@use_experts_implementation(has_post_expert_norm=True)
 class Normed(nn.Module):
-    """What transformers asks of a module of experts, with a norm after each expert."""
+    """Experts as transformers wants them, with a norm after each."""
 
-    has_gate = is_concatenated = has_post_expert_norm = True
-    has_bias = is_transposed = False
-
-    def __init__(self) -> None:
+    def __init__(self, config: object) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.randn(3, 10, 6))
         self.down_proj = nn.Parameter(torch.randn(3, 6, 5))
         self.post_expert_norm = nn.RMSNorm(6)
         self.act_fn = nn.SiLU()
 
-    def _apply_gate(self, gate_up_out: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up_out.chunk(2, dim=-1)
-        gated: torch.Tensor = self.act_fn(gate) * up
-        return gated
-
 
 @torch.no_grad()
 def test_a_norm_after_each_expert_comes_before_the_weights() -> None:
     torch.manual_seed(0)
-    experts, x = Normed(), torch.randn(4, 6)
+    experts: Any = Normed(None)
+    x = torch.randn(4, 6)
     ids, weights = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]]), torch.rand(4, 2)
     expected = torch.zeros(4, 6)
     for token in range(4):
         for expert, weight in zip(ids[token].tolist(), weights[token], strict=True):
-            hidden = experts._apply_gate(experts.gate_up_proj[expert] @ x[token])
-            expected[token] += weight * experts.post_expert_norm(experts.down_proj[expert] @ hidden)
+            gate, up = (experts.gate_up_proj[expert] @ x[token]).chunk(2)
+            y = experts.down_proj[expert] @ (nn.functional.silu(gate) * up)
+            expected[token] += weight * experts.post_expert_norm(y)
     assert relative_difference(stock_experts(experts, x, ids, weights), expected) <= TOLERANCE["float32"]
 
 

@@ -11,6 +11,7 @@ from moeify import routers
 from moeify.config import MoEConfig
 from moeify.layers import Experts, SoftMoE, SparseMoE
 from moeify.layers.model_inputs import ModelInputs
+from moeify.routing.balance import weighted_sum
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 13, 17, 23
 
@@ -55,3 +56,28 @@ def tell(made: Any, *, mask: Tensor | None = None, token_ids: Tensor | None = No
     """Tell a layer what the model around it would tell it."""
     made.model_inputs = ModelInputs()
     made.model_inputs.mask, made.model_inputs.token_ids = mask, token_ids
+
+
+SPARSE = [name for name in CONFIGS if name != "soft"]
+LEARNED = [name for name in SPARSE if name != "hash"]
+
+
+def call(layer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    tell(layer, mask=mask, token_ids=torch.arange(x[..., 0].numel()).view(x.shape[:-1]) % VOCABULARY)
+    torch.manual_seed(3)
+    out: Tensor = layer(x)
+    return out
+
+
+def gradients(layer: Any, out: Tensor) -> dict[str, Tensor]:
+    layer.zero_grad()
+    loss = weighted_sum(layer.losses(), layer.config)
+    total = out.square().sum()
+    torch.autograd.backward(total if loss is None or layer.config.attach_losses else total + loss)
+    return {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], msg=name)

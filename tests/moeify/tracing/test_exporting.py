@@ -46,11 +46,16 @@ def test_the_failure_is_that_of_the_first_inputs() -> None:
     assert graph_module is None and "the inputs of Linear cannot be guessed" in str(failure)
 
 
+@pytest.mark.parametrize("collects", [True, False])
 @pytest.mark.parametrize("inputs", [X, torch.zeros(2, 4)])
-def test_settings_are_as_before(inputs: Tensor) -> None:
-    before = settings()
-    first_that_traces(LINEAR, [inputs])
-    assert settings() == before
+def test_settings_are_as_before(inputs: Tensor, collects: bool) -> None:
+    (gc.enable if collects else gc.disable)()
+    try:
+        before = settings()
+        first_that_traces(LINEAR, [inputs])
+        assert settings() == before == (True, False, collects)
+    finally:
+        gc.enable()
 
 
 def test_a_torch_without_the_setting_for_stack_traces(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,90 @@
+"""The model types that transformers registers, each built from its default configuration with two layers a stack.
+
+Where the default configuration is no valid model, docs/architectures.json holds what was looked up by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto as auto
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+LAYERS = 2
+
+TASKS: dict[str, tuple[Any, Any]] = {
+    "causal LM": (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForCausalLM),
+    "seq2seq": (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, transformers.AutoModelForSeq2SeqLM),
+    "speech": (auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, transformers.AutoModelForSpeechSeq2Seq),
+    "masked LM": (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, transformers.AutoModelForMaskedLM),
+    "base": (auto.MODEL_MAPPING_NAMES, transformers.AutoModel),
+}
+DEPTHS = re.compile(
+    r"num_hidden_layers|n_layers?|num_layers|(num_)?(encoder|decoder)_layers|num_(encoder|decoder)_(layers|blocks)"
+    r"|num_block_layers|depth|num_hidden_blocks|[lrx]_layers|.*_num_hidden_layers|resampler_depth|vision_depth"
+)
+PER_LAYER = re.compile(r"(mlp_|attn_)?layer_types|layers_block_type")
+STAGES = re.compile(r"depths|num_blocks|layers_per_stage|encoder_depths|stage_depths|blocks_per_stage")
+
+
+def model_types() -> dict[str, str]:
+    """Return every registered model type with the first task that it is registered for."""
+    return {name: task for task, (names, _) in reversed(TASKS.items()) for name in sorted(names)}
+
+
+def looked_up(model_type: str) -> dict[str, Any]:
+    """Return what docs/architectures.json says about a model type."""
+    entries: dict[str, dict[str, Any]] = json.loads((DOCS / "architectures.json").read_text())
+    return entries.get(model_type, {})
+
+
+def build(model_type: str, task: str, changes: dict[str, Any]) -> nn.Module:
+    """Build a small model on the meta device: default widths, two layers."""
+    config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
+    top = {name: _configuration(value) for name, value in changes.items() if "." not in name}
+    config = config_class(**top)
+    _cut(config, set())
+    for path, value in (changes | top).items():
+        *holders, name = path.split(".")
+        holder = config
+        for inner in holders:
+            holder = getattr(holder, inner)
+        setattr(holder, name, value)
+    names, auto_class = TASKS[task]
+    with torch.device("meta"):
+        try:
+            model: nn.Module = auto_class.from_config(config)
+        except (ValueError, AttributeError):
+            name = names[model_type]
+            model_class = getattr(transformers, name if isinstance(name, str) else name[0])
+            if not isinstance(config, model_class.config_class):  # the decoder of a model of several
+                config = model_class.config_class()
+                _cut(config, set())
+            model = model_class(config)
+    return model
+
+
+def _configuration(value: Any) -> Any:
+    """Return a configuration for a dictionary that names a model type, and anything else as it is."""
+    named = isinstance(value, dict) and "model_type" in value
+    return transformers.AutoConfig.for_model(**value) if named else value
+
+
+def _cut(config: Any, seen: set[int]) -> None:
+    """Cut every stack of a configuration and of those inside it to two layers, and every stage to one."""
+    seen.add(id(config))
+    for name, value in list(vars(config).items()):
+        if isinstance(value, transformers.PreTrainedConfig) and id(value) not in seen:
+            _cut(value, seen)
+        elif DEPTHS.fullmatch(name) and type(value) is int and value > LAYERS:
+            setattr(config, name, LAYERS)
+        elif PER_LAYER.fullmatch(name) and isinstance(value, list):
+            setattr(config, name, value[:LAYERS])
+        elif STAGES.fullmatch(name) and isinstance(value, list | tuple):
+            setattr(config, name, type(value)(1 for _ in value))

@@ -1,0 +1,107 @@
+"""The host side of the Triton kernels, run for real up to the launch.
+
+Nothing is launched (`no_driver`). Needs a process in which kernels are compiled: TRITON_INTERPRET unset.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from moeify.kernels.gpu import blocksparse, tuned_tiles
+from moeify.kernels.gpu import experts as gpu_experts
+from moeify.kernels.gpu import layout as gpu_layout
+from moeify.kernels.gpu.blocksparse import dds, dsd, sdd
+from moeify.kernels.gpu.tiles import Tile
+from moeify.kernels.inputs import ExpertInputs, Kept
+from moeify.kernels.layout import sort_by_expert
+from moeify.kernels.tools import static_analysis
+from moeify.kernels.topology import block_topology
+from tests.kernels import oracle
+from tests.kernels.no_driver import no_driver
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs kernels that are compiled")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, Any]]]:
+    with no_driver(monkeypatch) as seen:
+        yield seen
+
+
+def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, int, Any]]) -> None:
+    inputs = oracle.make_inputs(1024, 2, 128, 64, 4, gated=True, bias=True, dtype=torch.bfloat16)
+    arguments = ExpertInputs(*(*inputs.values(), "silu", True))
+    _, (z, _, _) = gpu_experts.experts_forward(arguments, keep=True)
+    forward = [name for name, _, _ in launches]
+    assert forward == [
+        "count_kernel",
+        "place_kernel",
+        "tile_map_kernel",
+        "up_kernel",
+        "tile_map_kernel",
+        "rows_kernel",
+        "combine_kernel",
+    ]
+    order, offsets = sort_by_expert(inputs["ids"], 4)  # nothing ran: the kernels' own are not numbers
+    grads = gpu_experts.experts_backward(inputs["x"], arguments, Kept(z, order, offsets), [True] * 7)
+    backward = [name for name, _, _ in launches][len(forward) :]
+    assert backward.count("weights_kernel") == backward.count("bias_kernel") == 2
+    assert (
+        backward.count("down_backward_kernel") == backward.count("rows_kernel") == backward.count("combine_kernel") == 1
+    )
+    for name, t in inputs.items():
+        index = list(inputs).index(name)
+        assert name == "ids" or grads[index].shape == t.shape
+    for name, programs, compiled in launches:
+        found = static_analysis.resources(compiled, "sm_90")
+        assert programs > 0 and found.fits and found.spill == 0, name
+        if name in {"up_kernel", "rows_kernel", "down_backward_kernel", "weights_kernel"}:
+            assert found.tensor_ops, name
+            assert "LDGSTS" in found.async_copies, name  # arguments were seen to be aligned
+
+
+def test_block_sparse_products_launch(launches: list[tuple[str, int, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocksparse, "interpreted", lambda: True)  # tensors on CPU are let through
+    topology = block_topology(torch.tensor([0, 60, 100], dtype=torch.int32), 100, 64, 64)
+    data = sdd(torch.zeros(100, 64), torch.zeros(64, 128), topology)
+    dsd(data, torch.zeros(128, 64), topology)
+    dds(torch.zeros(64, 100), data, topology)
+    names = [name for name, _, _ in launches]
+    assert names == ["sdd_kernel", "dsd_kernel", "dsd_transposed_kernel"]
+
+
+def test_no_launch_depends_on_the_routing(launches: list[tuple[str, int, Any]]) -> None:
+    for ids in (torch.zeros(64, 2, dtype=torch.int64), torch.randint(0, 4, (64, 2))):
+        layout = gpu_layout.routing_layout(ids, 4)
+        gpu_layout.tile_map(layout.offsets_E1, 128, 64)
+    half = len(launches) // 2
+    assert [launch[:2] for launch in launches[:half]] == [launch[:2] for launch in launches[half:]]
+
+
+def test_a_file_of_tiles_changes_what_is_launched(
+    launches: list[tuple[str, int, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def launch_rows() -> None:
+        tuned_tiles._read.cache_clear()
+        offsets = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
+        a, w = torch.zeros(20, 72, dtype=torch.bfloat16), torch.zeros(3, 128, 72, dtype=torch.bfloat16)
+        gpu_experts.launch_rows(a, w.transpose(1, 2), None, offsets)
+
+    file = tmp_path / "tiles.json"
+    file.write_text(tuned_tiles.text_of({("rows", 16, 2): Tile(16, 32, 64, 8, 2)}))
+    launch_rows()
+    monkeypatch.setenv("MOEIFY_TILES", str(file))
+    launch_rows()
+    assert [compiled.metadata.num_warps for name, _, compiled in launches if name == "rows_kernel"] == [4, 8]
+    file.write_text("{")
+    with pytest.raises(ValueError, match="is not a file of tiles"):
+        launch_rows()
+    assert len(launches) == 4, "nothing was launched with the broken file"

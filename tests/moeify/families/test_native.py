@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import transformers
+
+from moeify.config import MoEConfig
+from moeify.conversion.dense import Dense
+from moeify.families.native import native_config
+from moeify.families.table import FAMILIES
+from moeify.planning.make_plan import make_plan
+from tests.moeify import tiny
+
+CONFIG = MoEConfig(experts=6, top_k=2, granularity=1)
+
+
+def config_for(target: str, name: str, **changes: Any) -> dict[str, Any]:
+    model: Any = tiny.build(name)
+    dense = Dense(model)
+    plan = replace(make_plan(model, dense.graph_module, dense.inspection, CONFIG), target=target)
+    return native_config(FAMILIES[target], plan, {**model.config.to_dict(), **changes}, "bfloat16")
+
+
+@pytest.mark.parametrize(("target", "name"), [("mixtral", "mistral"), ("qwen2_moe", "qwen2"), ("qwen3_moe", "qwen3")])
+def test_transformers_reads_what_is_written(target: str, name: str) -> None:
+    data = config_for(target, name)
+    read: Any = getattr(transformers, FAMILIES[target].architecture).config_class.from_dict(data)
+    assert data["architectures"] == [FAMILIES[target].architecture] and data["model_type"] == target
+    assert (read.hidden_size, read.num_hidden_layers, read.vocab_size) == (tiny.HIDDEN, tiny.LAYERS, tiny.VOCABULARY)
+    assert read.num_experts_per_tok == 2 and data["dtype"] == data["torch_dtype"] == "bfloat16"
+
+
+def test_what_the_dense_config_says_of_itself_stays_behind() -> None:
+    data = config_for("mixtral", "llama", pretraining_tp=3, _name_or_path="dense")
+    assert {"mlp_bias", "attention_bias", "pretraining_tp", "_name_or_path"}.isdisjoint(data)
+    assert data["tie_word_embeddings"] is True
+
+
+def test_rotary_settings_are_written_for_older_engines_too() -> None:
+    plain = config_for("mixtral", "llama", rope_parameters={"rope_type": "default", "rope_theta": 5e4})
+    assert plain["rope_theta"] == 5e4 and plain["rope_scaling"] is None
+    scaled = config_for("mixtral", "llama", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
+    assert scaled["rope_theta"] == 1e4 and scaled["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
