@@ -56,7 +56,7 @@ def as_cut(node: fx.Node, axis: int) -> Cut | None:
         return None
     unit, count = whole.stride(axis), part.shape[axis]
     (start, rest), (step, uneven) = divmod(int(part.storage_offset()), unit), divmod(part.stride(axis), unit)
-    if rest or uneven or step < 1 or start + step * (count - 1) >= dims[axis]:
+    if rest or uneven or step < 1:
         return None
     return Cut(source, tuple(chain), start, min(start + step * count, dims[axis]), step)
 

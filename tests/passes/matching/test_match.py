@@ -168,6 +168,11 @@ def test_without_any_ffn_every_projection_is_listed() -> None:
     ]
 
 
+def test_a_projection_of_a_parameter_has_nothing_before_it() -> None:
+    found = find(Model(lambda m, x: m.norm(x) + F.linear(m.norm.weight[None], m.other.weight)))
+    assert [refusal.reason for refusal in found.refused] == ["nothing is projected before it"]
+
+
 def test_a_computed_weight_is_refused_and_a_constant_is_no_weight() -> None:
     def run(m: Model, x: Tensor) -> Tensor:
         turned = F.linear(x, torch.eye(HIDDEN, device=x.device))

@@ -150,3 +150,18 @@ def test_a_parameter_that_is_added_is_the_bias(function: Function, bias: str | N
     (found,) = projections_of(Product(function, 12, 7), 2, 5, 12)
     assert found.bias == bias
     assert (found.node is found.product) == (bias is None)
+
+
+def test_a_projection_that_has_a_bias_takes_no_other() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.second = nn.Linear(12, 7), nn.Parameter(torch.empty(7))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.linear(x) + self.second
+            return out
+
+    (found,) = projections_of(Twice(), 2, 5, 12)
+    assert found.bias == "linear.bias"
+    assert found.node is found.product
