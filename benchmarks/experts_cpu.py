@@ -1,7 +1,7 @@
 """Time the expert computation on one CPU thread beside everything transformers has, and beside a dense FFN.
 
-    python benchmarks/experts_cpu.py            prints the table
-    python benchmarks/experts_cpu.py --write    also writes it beside this file
+    python -m benchmarks.experts_cpu            prints the table
+    python -m benchmarks.experts_cpu --write    also writes it beside this file
 
 Every candidate computes the same thing from the same tensors. Rounds are interleaved, so that a slow moment of the
 machine hits all candidates alike; each figure is the median over rounds of the CPU time of the thread.
@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import platform
-import random
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,10 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from benchmarks.by_turns import cpu_milliseconds, medians
 from moeify.kernels.ops import experts
 
-HIDDEN, INNER, EXPERTS, TOP_K = 512, 1408, 8, 2
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 512, 1408, 8, 2
 PEERS = ("eager", "grouped_mm", "batched_mm")
 BATCHED_MM_LIMIT = 8  # it copies the weights of an expert per token: 1.5 GB at 64 tokens, fp32
 
@@ -41,13 +40,13 @@ class Layer(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         config = MixtralConfig(
-            hidden_size=HIDDEN, intermediate_size=INNER, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K
+            hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K
         )
         self.mixtral = MixtralExperts(config).to(dtype)
         for p in self.mixtral.parameters():
             nn.init.normal_(p, std=HIDDEN**-0.5)
-        self.dense_up = nn.Linear(HIDDEN, 2 * TOP_K * INNER, bias=False, dtype=dtype)
-        self.dense_down = nn.Linear(TOP_K * INNER, HIDDEN, bias=False, dtype=dtype)
+        self.dense_up = nn.Linear(HIDDEN, 2 * TOP_K * INTERMEDIATE, bias=False, dtype=dtype)
+        self.dense_down = nn.Linear(TOP_K * INTERMEDIATE, HIDDEN, bias=False, dtype=dtype)
         weights, self.ids = torch.randn(tokens, EXPERTS).softmax(-1).topk(TOP_K)
         self.weights = weights.to(dtype).requires_grad_()
 
@@ -83,16 +82,13 @@ class Layer(nn.Module):
 
 
 def timed(run: Run, x: Tensor, backward: bool, parameters: list[Tensor]) -> float:
-    """Seconds of CPU time of one pass."""
+    """Return the milliseconds of CPU time of one pass."""
     for p in parameters:
         p.grad = None
-    start = time.thread_time()
     if backward:
-        torch.autograd.backward(run(x).sum())
-    else:
-        with torch.no_grad():
-            run(x)
-    return time.thread_time() - start
+        return cpu_milliseconds(lambda: torch.autograd.backward(run(x).sum()))
+    with torch.no_grad():
+        return cpu_milliseconds(lambda: run(x))
 
 
 def measure(tokens: int, dtype: torch.dtype, backward: bool, seconds: float) -> dict[str, float]:
@@ -105,12 +101,7 @@ def measure(tokens: int, dtype: torch.dtype, backward: bool, seconds: float) -> 
     if tokens == 1 and not backward:
         candidates["matvecs"] = layer.matvecs
     parameters = [x, layer.weights, *layer.parameters()]
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline or len(samples["moeify"]) < 6:
-        for name, run in random.sample([*candidates.items()], len(candidates)):  # who goes first finds cold caches
-            samples[name].append(timed(run, x, backward, parameters) * 1e3)
-    return {name: statistics.median(times[1:]) for name, times in samples.items()}
+    return medians({n: partial(timed, run, x, backward, parameters) for n, run in candidates.items()}, 5, seconds)
 
 
 def table(seconds: float) -> str:
@@ -149,9 +140,10 @@ def main() -> None:
     if options.write:
         head = (
             "# Expert computation on one CPU thread\n\n"
-            f"Milliseconds, median. H={HIDDEN}, I={INNER}, E={EXPERTS}, k={TOP_K}, SwiGLU; torch {torch.__version__}, "
-            f"{platform.processor() or platform.machine()}.\n`dense` is an FFN of the same active FLOPs; `matvecs` is "
-            "the selected experts of one token alone.\nMade by `python benchmarks/experts_cpu.py --write`.\n\n"
+            f"Milliseconds, median. H={HIDDEN}, I={INTERMEDIATE}, E={EXPERTS}, k={TOP_K}, SwiGLU; "
+            f"torch {torch.__version__}, {platform.processor() or platform.machine()}.\n"
+            "`dense` is an FFN of the same active FLOPs; `matvecs` is the selected experts of one token alone.\n"
+            "Made by `python -m benchmarks.experts_cpu --write`.\n\n"
         )
         Path(__file__).with_suffix(".md").write_text(head + text + "\n")
 

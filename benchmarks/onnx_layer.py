@@ -1,7 +1,7 @@
 """Time one MoE layer in ONNX Runtime on one CPU thread: every form that the export writes, beside a dense FFN.
 
-    python benchmarks/onnx_layer.py            prints the table
-    python benchmarks/onnx_layer.py --write    also writes it beside this file
+    python -m benchmarks.onnx_layer            prints the table
+    python -m benchmarks.onnx_layer --write    also writes it beside this file
 
 Every form holds the router too and computes the same thing from the same weights. Rounds are interleaved, and routings
 change from round to round; each figure is the median over rounds of the CPU time of the thread, which a busy machine
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import tempfile
-import time
+from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
+from benchmarks.by_turns import cpu_milliseconds, medians
 from moeify.export.capture.to_onnx import to_onnx
 from moeify.export.capture.trace import capture
 from moeify.export.lower.contrib import interleaved, lower_contrib, set_attributes
@@ -32,7 +34,7 @@ from moeify.export.lower.standard import lower_standard
 from moeify.export.targets import TARGETS, Operator
 from moeify.kernels import ops
 
-HIDDEN, INNER, TOP_K = 576, 1536, 2
+HIDDEN, INTERMEDIATE, TOP_K = 576, 1536, 2
 EXPERTS = (8, 64)
 TOKENS = {1: 300, 32: 60, 512: 9}  # and how many rounds
 BASE = "com.microsoft::MoE, by hand"
@@ -157,16 +159,13 @@ def session(model: ir.Model, folder: Path) -> Any:
 
 
 def times(sessions: dict[str, Any], tokens: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds of CPU time for each form."""
+    """Return the median milliseconds of CPU time of each form, whose routings change from round to round."""
     inputs = [torch.randn(tokens, HIDDEN).numpy() for _ in range(8)]
-    taken: dict[str, list[float]] = {name: [] for name in sessions}
-    for number in range(-2, rounds):
-        for name, form in sessions.items():
-            start = time.thread_time()
-            form.run(None, {"x": inputs[number % 8]})
-            if number >= 0:
-                taken[name].append((time.thread_time() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in taken.items()}
+
+    def timed(form: Any, places: Iterator[int]) -> float:
+        return cpu_milliseconds(lambda: form.run(None, {"x": inputs[next(places)]}))
+
+    return medians({name: partial(timed, form, cycle(range(8))) for name, form in sessions.items()}, rounds)
 
 
 def table(experts: int, inner: int) -> str:
@@ -197,7 +196,7 @@ def main() -> None:
         [
             "# One MoE layer in ONNX Runtime",
             f"{versions}, 1 thread, float32. Median CPU time; in brackets how many times as fast as {BASE}.",
-            *(table(experts, INNER * 8 // experts) for experts in EXPERTS),
+            *(table(experts, INTERMEDIATE * 8 // experts) for experts in EXPERTS),
         ]
     )
     print(text)

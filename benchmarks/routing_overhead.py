@@ -1,20 +1,18 @@
 """What routing costs beside the experts: router, capacity, losses and bookkeeping, forward and backward, on one thread.
 
-    python benchmarks/routing_overhead.py
+    python -m benchmarks.routing_overhead
 
 CPU time, medians of alternating runs, at T=2048, H=512, I=1408, 8 experts, top-2 (the preset's own k where it has one).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
-from statistics import median
 
 import torch
 from torch import nn
 
+from benchmarks.by_turns import cpu_milliseconds, medians
 from moeify.config import MoEConfig
 from moeify.layers import Experts, SparseMoE
 
@@ -46,15 +44,11 @@ def main() -> None:
     print("| routing | layer, ms | routing alone, ms | share |\n| --- | --- | --- | --- |")
     for name, config in CONFIGS.items():
         layer = make(config)
-        bare = SparseMoE(layer.router, Nothing())
-        times: dict[str, list[float]] = {"layer": [], "routing": [], "nothing": []}
-        for _ in range(REPEATS):
-            times["layer"].append(cpu_time(partial(run, layer, x)))
-            times["routing"].append(cpu_time(partial(run, bare, x)))
-            times["nothing"].append(cpu_time(partial(run, nn.Identity(), x)))
-        whole = median(times["layer"])
-        routing = median(times["routing"]) - median(times["nothing"])
-        print(f"| {name} | {1e3 * whole:.0f} | {1e3 * routing:.1f} | {routing / whole:.1%} |", flush=True)
+        modules = {"layer": layer, "routing": SparseMoE(layer.router, Nothing()), "nothing": nn.Identity()}
+        timed = {n: partial(cpu_milliseconds, partial(run, module, x)) for n, module in modules.items()}
+        found = medians(timed, REPEATS)
+        whole, routing = found["layer"], found["routing"] - found["nothing"]
+        print(f"| {name} | {whole:.0f} | {routing:.1f} | {routing / whole:.1%} |", flush=True)
 
 
 def make(config: MoEConfig) -> SparseMoE:
@@ -71,13 +65,6 @@ def run(layer: nn.Module, x: torch.Tensor) -> None:
     """Forward, and backward from a sum."""
     x.grad = None
     torch.autograd.backward((layer(x) + 0.0).sum())
-
-
-def cpu_time(call: Callable[[], None]) -> float:
-    """Seconds of CPU that a call takes, in this process."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Check and time the kernels on this machine's GPU, in stages that write their results at once.
 
-    python -m benchmarks.gpu                     every stage, in 8 minutes at most
-    python -m benchmarks.gpu env layers tune     some of them, in this order
+    python -m benchmarks.gpu                     the kernels, in 8 minutes at most
+    python -m benchmarks.gpu onnx                exported files in onnxruntime-gpu, in 4 minutes at most
+    python -m benchmarks.gpu env layers tune     some stages, in this order
     python -m benchmarks.gpu --dry               without a GPU: small shapes on the CPU, kernels compiled and not run
 
 Results: results.jsonl (a record a line), log.txt, summary.txt; tiles.json of the stage tune, profile.txt of train, and
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,9 +23,10 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu.plan import BUDGET, STAGES, WHOLE, Stage
+from benchmarks.gpu.plan import BUDGET, GROUPS, STAGES, Stage
 
 LEAST = 12  # seconds that a stage needs to be worth its start
+LONGEST = 300  # seconds for a stage that was asked for by name
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
@@ -41,11 +44,13 @@ class Driver:
         out: The folder of the results.
         until: When everything must have ended.
         dry: Whether there is no GPU; then all stages run in this process, which has imported everything by then.
+        named: Whether the stages were asked for by name, and so may take longer.
     """
 
     out: Path
     until: float
     dry: bool
+    named: bool = False
 
     def left(self) -> float:
         """Return the seconds that are left."""
@@ -70,7 +75,7 @@ class Driver:
         if stage.tool and (self.dry or shutil.which(stage.tool[0]) is None):
             self.say(f"{stage.name} skipped: no {stage.tool[0]} here")
             return
-        seconds = min(stage.seconds, self.left())
+        seconds = min(LONGEST if self.named else stage.seconds, self.left())
         self.say(f"{stage.name}: at most {seconds:.0f} s of {self.left():.0f} s")
         if self.dry:
             self._run_here(stage, seconds)
@@ -97,17 +102,19 @@ class Driver:
         output = self.out / f"{stage.name}.txt" if stage.tool else self.log
         with output.open("ab") as stream:
             environment = {**os.environ, **dict(stage.environment)}
-            return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+            return subprocess.Popen(
+                command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
 
     def _wait(self, process: subprocess.Popen[bytes], seconds: float) -> int | str:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)  # with the processes that it started
         try:
             process.wait(5)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
         return f"its limit of {seconds:.0f} s"
 
 
@@ -115,20 +122,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages and print the summary."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; all without one")
+    known = [*GROUPS, *STAGES]
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(known)}; kernels without one")
     parser.add_argument("--dry", action="store_true", help="without a GPU")
     parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="folder of the results")
     parser.add_argument("--seconds", type=float, default=BUDGET, help="for all stages together")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.stages if name not in STAGES]
+    unknown = [name for name in options.stages if name not in known]
     if unknown:
-        parser.error(f"no stage {unknown[0]!r}: expected some of {', '.join(STAGES)}")
+        parser.error(f"no stage {unknown[0]!r}: expected some of {', '.join(known)}")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     started = time.time()
     options.out.mkdir(parents=True, exist_ok=True)
-    driver = Driver(options.out.resolve(), started + options.seconds, options.dry)
-    for name in options.stages or WHOLE:
+    stages = [name for asked in options.stages for name in GROUPS.get(asked, (asked,))]
+    driver = Driver(options.out.resolve(), started + options.seconds, options.dry, named=stages == options.stages != [])
+    for name in stages or GROUPS["kernels"]:
         driver.run(STAGES[name])
     from benchmarks.gpu.summary import summary
 

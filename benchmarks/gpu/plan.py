@@ -55,9 +55,30 @@ STAGES = {
         Stage("memcheck", 45, "stages.tools.every_height", tool=_sanitizer("memcheck"), environment=_UNCACHED),
         Stage("racecheck", 45, "stages.tools.every_height", tool=_sanitizer("racecheck"), environment=_UNCACHED),
         Stage("ncu", 60, "stages.tools.step", tool=_NCU),
+        Stage("onnx_env", 25, "onnx.environment.stage"),
+        Stage("onnx_pool", 70, "onnx.pool.stage"),
+        Stage("onnx_layers", 32, "onnx.layers.stage"),
+        Stage("onnx_decoders", 30, "onnx.decoders.stage"),
+        Stage("onnx_compile", 25, "onnx.layers.compiled"),
+        Stage("onnx_big", 20, "onnx.layers.big"),
         Stage("warm", 75, "stages.warm.layers"),
         Stage("warm_tiles", 75, "stages.warm.tiles"),
     )
 }
-WHOLE = ("env", "check", "kernels", "layers", "decode", "train", "tune", "tuned", "memcheck", "racecheck", "ncu")
-BUDGET = 470  # seconds for all of them
+GROUPS = {
+    "kernels": (
+        "env",
+        "check",
+        "kernels",
+        "layers",
+        "decode",
+        "train",
+        "tune",
+        "tuned",
+        "memcheck",
+        "racecheck",
+        "ncu",
+    ),
+    "onnx": ("onnx_env", "onnx_pool", "onnx_layers", "onnx_decoders", "onnx_compile", "onnx_big"),
+}
+BUDGET = 470  # seconds for all the stages that are asked for

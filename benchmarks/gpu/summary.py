@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.gpu.onnx import summary as onnx
 from benchmarks.gpu.run import Record, read_records
 
 SHOWN = ("versions", "packages", "nvidia-smi", "gpu", "precompiled")
@@ -17,7 +18,7 @@ def summary(out: Path) -> str:
     records = read_records(out)
     return "\n".join(
         ["=== the kernels on this machine", *about(records), *checks(records), *failures(records), *layers(records),
-         *decoding(records), *training(records), *tuning(records), *tools(out), *kernels(records)]
+         *decoding(records), *training(records), *tuning(records), *onnx.lines(records), *tools(out), *kernels(records)]
     )  # fmt: skip
 
 

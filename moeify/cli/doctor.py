@@ -79,7 +79,7 @@ def _about(device: Any) -> dict[str, str]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         about["gpu"] = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
-        about["checked"] = "the Triton kernels, on the GPU; for their speed: benchmarks/experts_gpu.py"
+        about["checked"] = "the Triton kernels, on the GPU; for their speed: python -m benchmarks.gpu"
     else:
         about["gpu"] = "none"
         about["checked"] = "the CPU path; the Triton kernels need a GPU"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.candidates import CANDIDATES, Inputs, refusal
+from benchmarks.gpu.candidates import CANDIDATES, Inputs, installed, refusal
 
 
 @pytest.fixture
@@ -154,3 +154,8 @@ def test_a_wrong_result_and_an_error_are_told(inputs: Inputs, monkeypatch: pytes
         refusal(CANDIDATES["Liger"], inputs)
         == "AttributeError: 'types.SimpleNamespace' object has no attribute 'apply'"
     )
+
+
+def test_only_what_is_installed_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu.candidates.find_spec", lambda name: name == "scattermoe" or None)
+    assert list(installed()) == ["moeify", "grouped_mm", "loop", "transformers", "ScatterMoE"]
