@@ -75,7 +75,7 @@ class Driver:
         if stage.tool and (self.dry or shutil.which(stage.tool[0]) is None):
             self.say(f"{stage.name} skipped: no {stage.tool[0]} here")
             return
-        seconds = min(LONGEST if self.named else stage.seconds, self.left())
+        seconds = min(LONGEST if self.named or self.dry else stage.seconds, self.left())
         self.say(f"{stage.name}: at most {seconds:.0f} s of {self.left():.0f} s")
         if self.dry:
             self._run_here(stage, seconds)

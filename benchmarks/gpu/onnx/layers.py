@@ -18,7 +18,7 @@ from benchmarks.gpu.run import Run
 from benchmarks.gpu.shapes import SHAPES, Shape
 from moeify.export.capture.to_onnx import to_onnx
 from moeify.export.capture.trace import capture
-from moeify.export.lower import lower
+from moeify.export.lower.layers import lower
 from moeify.export.targets import TARGETS, Form
 from moeify.kernels import ops
 
