@@ -31,11 +31,6 @@ class RoutingLayout:
     offsets_E1: Tensor
     top_k: int
 
-    @property
-    def token_S(self) -> Tensor:
-        """The token at each sorted row, int32 (S,)."""
-        return self.order_S // self.top_k
-
 
 def routing_layout(expert_ids_TK: Tensor, experts: int) -> RoutingLayout:
     """Sort choices by expert, on the device of the ids and without waiting for it.

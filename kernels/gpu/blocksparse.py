@@ -117,10 +117,10 @@ def sdd(a_SK: Tensor, b_KC: Tensor, topology: BlockTopology) -> Tensor:
     Args:
         a_SK: (S, K), float32, float16 or bfloat16, any strides.
         b_KC: (K, E*F) in a's dtype, any strides.
-        topology: where the blocks are.
+        topology: Where the blocks are.
 
     Raises:
-        ValueError: shapes that do not fit the topology, dtypes that differ or a device without Triton.
+        ValueError: Shapes do not fit the topology, dtypes differ, or the device has no Triton.
     """
     check_shape("a", a_SK, (topology.rows, None))
     check_shape("b", b_KC, (a_SK.shape[1], topology.experts * topology.columns))
@@ -138,11 +138,11 @@ def dsd(data_NBB: Tensor, dense: Tensor, topology: BlockTopology, *, transpose: 
     Args:
         data_NBB: (N, B, B) blocks, as `sdd` returns them.
         dense: (E*F, M), or (S, M) with `transpose`; in the dtype of the blocks, any strides.
-        topology: where the blocks are.
-        transpose: whether the sparse operand is transposed.
+        topology: Where the blocks are.
+        transpose: Whether the sparse operand is transposed.
 
     Raises:
-        ValueError: shapes that do not fit the topology, dtypes that differ or a device without Triton.
+        ValueError: Shapes do not fit the topology, dtypes differ, or the device has no Triton.
     """
     check_shape("data", data_NBB, (topology.blocks, topology.block, topology.block))
     check_shape("dense", dense, (topology.rows if transpose else topology.experts * topology.columns, None))
@@ -152,18 +152,9 @@ def dsd(data_NBB: Tensor, dense: Tensor, topology: BlockTopology, *, transpose: 
 
 
 def dds(dense: Tensor, data_NBB: Tensor, topology: BlockTopology, *, transpose: bool = False) -> Tensor:
-    """Return dense @ sparse, (M, E*F), or with `transpose` dense @ sparse^T, (M, S): `dsd` seen from the other side.
+    """Return dense @ sparse, (M, E*F), or with `transpose` dense @ sparse^T, (M, S), as a transposed view.
 
-    The result is a transposed view. Differentiable, any number of times.
-
-    Args:
-        dense: (M, S), or (M, E*F) with `transpose`; in the dtype of the blocks, any strides.
-        data_NBB: (N, B, B) blocks, as `sdd` returns them.
-        topology: where the blocks are.
-        transpose: whether the sparse operand is transposed.
-
-    Raises:
-        ValueError: shapes that do not fit the topology, dtypes that differ or a device without Triton.
+    It is `dsd` seen from the other side: `dense` is (M, S), or (M, E*F) with `transpose`; the rest is said there.
     """
     check_shape("dense", dense, (None, topology.experts * topology.columns if transpose else topology.rows))
     return dsd(data_NBB, dense.t(), topology, transpose=not transpose).t()

@@ -94,15 +94,9 @@ def _options(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[st
     """Return the compile-time arguments of a matrix product: tile, schedule and precision."""
     tile = tuned_tiles.pick(kernel, m, n, k, dtype.itemsize)
     return {
-        "EVEN": k % tile.k == 0,
-        "BM": tile.m,
-        "BN": tile.n,
-        "BK": tile.k,
-        "GROUP_M": tile.group_m,
-        "PRECISION": product_precision(dtype),
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+        "EVEN": k % tile.k == 0, "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP_M": tile.group_m,
+        "PRECISION": product_precision(dtype), "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
 
 
 def _unit_stride(t: Tensor) -> Tensor:

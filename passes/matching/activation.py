@@ -12,23 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from moeify.kernels.activations import ACTIVATIONS as KERNELS_KNOW
 from moeify.measure import probe, recognize
 from moeify.passes.matching.region import region_parameters
 
 Unary = Callable[[torch.Tensor], torch.Tensor]
 Rows = tuple[int, int, int, int]  # of one projection: its index among them, then start, stop and step
 
-ACTIVATIONS: dict[str, Unary] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "mish": F.mish,
-}
+# What the kernels know, and what is composed from other operators.
+ACTIVATIONS: dict[str, Unary] = {name: known.forward for name, known in KERNELS_KNOW.items()} | {"mish": F.mish}
 CUSTOM = "custom"
 
 

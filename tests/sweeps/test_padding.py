@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from moeify.kernels.layout import tile_map
-from moeify.kernels.tools.accounting import capacity, padded, tiled, useful_flops
+from sweeps import padding
+from sweeps.padding import capacity, padded, routings, tiled, useful_flops
 
 
 def test_issued_products_are_those_of_the_tiles() -> None:
@@ -28,3 +32,20 @@ def test_capacity_drops_what_does_not_fit() -> None:
     cost = capacity([90, 10, 0, 0], 50, 32, 24)
     assert cost.dropped == 90 - 32 and cost.flops == 4 * 32 * 2 * 3 * 32 * 24
     assert capacity([25, 25, 25, 25], 50, 32, 24).dropped == 0
+
+
+def test_a_routing_deals_out_every_choice() -> None:
+    for counts in routings(8, 1001).values():
+        assert len(counts) == 8 and sum(counts) == 1001
+    assert max(routings(8, 1001)["even"]) == 126
+
+
+def test_the_table_is_written_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "kernels.md"
+    page.write_text(f"before\n{padding.START}\nold\n{padding.END}\nafter\n")
+    monkeypatch.setattr(padding, "PAGE", page)
+    padding.main()
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.count("\n| ") == 1 + 3 * len(padding.SHAPES)
+    assert "| 128, 8, 32768 | even | 1.00 | 1.00 | 1.00 | 1.83 | 1.25 | 1.71 | 0% |" in text

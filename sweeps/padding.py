@@ -1,4 +1,6 @@
-"""How many products the forward pass issues and how many bytes it moves: exact counts, for a given routing.
+"""How many products and bytes padding costs the forward pass: exact counts, as a table in docs/kernels.md.
+
+    python -m sweeps.padding
 
 Three arrangements of the same work are compared: tiles of rows without padding (ours), every expert's rows padded to a
 multiple of 128 (MegaBlocks, arXiv:2211.15841), and a fixed capacity (GShard, arXiv:2006.16668). Elements have two
@@ -9,11 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from moeify.kernels.gpu.tiles import row_tile
 
+PAGE = Path(__file__).resolve().parent.parent / "docs/kernels.md"
+START, END = "<!-- padding: start -->", "<!-- padding: end -->"
+HIDDEN, INTERMEDIATE = 2048, 768  # of Qwen3-30B-A3B
+SHAPES = ((128, 8, 64), (128, 8, 4096), (128, 8, 32768), (8, 2, 4096))  # experts, top-k, tokens
 ELEMENT = 2
 
 
@@ -80,33 +87,41 @@ def _round_up(n: int, block: int) -> int:
     return -(-n // block) * block
 
 
-def report(hidden: int, intermediate: int) -> list[str]:
-    """Return a Markdown table of the three arrangements for several routings."""
-    text = [
-        f"### Padding (H={hidden}, I={intermediate}, forward, bf16; each number over that of the line's best possible)",
-        "",
-    ]
-    text += ["| experts, top-k, tokens | routing | tiles: products | bytes | 128-padding: products | bytes | "
-             "capacity 1.25: products | bytes | dropped |", "|---" * 9 + "|"]  # fmt: skip
-    for experts, top_k, tokens in ((128, 8, 64), (128, 8, 4096), (128, 8, 32768), (8, 2, 4096)):
-        for name, counts in _routings(experts, tokens * top_k).items():
+def table(hidden: int, intermediate: int) -> str:
+    """Return a Markdown table of the three arrangements, each number over that of the line's best possible."""
+    names = ("tiles", "128-padding", "capacity 1.25")
+    head = ["experts, top-k, tokens", "routing", *(cell for name in names for cell in (f"{name}: products", "bytes"))]
+    lines = ["| " + " | ".join([*head, "dropped"]) + " |", "|---" * 9 + "|"]
+    for experts, top_k, tokens in SHAPES:
+        for name, counts in routings(experts, tokens * top_k).items():
             block = row_tile(tokens * top_k, experts)
-            ours = tiled(counts, tokens, hidden, intermediate, block)
-            others = tuple(cost(counts, tokens, hidden, intermediate) for cost in (padded, capacity))
+            costs = [tiled(counts, tokens, hidden, intermediate, block)]
+            costs += [cost(counts, tokens, hidden, intermediate) for cost in (padded, capacity)]
             least = tiled(counts, tokens, hidden, intermediate, 1)
-            ratios = [f"{c.flops / least.flops:.2f} | {c.bytes / least.bytes:.2f}" for c in (ours, *others)]
-            dropped = f"{others[1].dropped / sum(counts):.0%}"
-            text.append(" | ".join((f"| {experts}, {top_k}, {tokens}", name, *ratios, dropped)) + " |")
-    return [*text, ""]
+            cells = [f"{cost.flops / least.flops:.2f} | {cost.bytes / least.bytes:.2f}" for cost in costs]
+            dropped = f"{costs[-1].dropped / sum(counts):.0%}"
+            lines.append("| " + " | ".join((f"{experts}, {top_k}, {tokens}", name, *cells, dropped)) + " |")
+    return "\n".join(lines)
 
 
-def _routings(experts: int, choices: int) -> dict[str, list[int]]:
+def routings(experts: int, choices: int) -> dict[str, list[int]]:
     """Return rows per expert: even; each choice at random; and by Zipf's law."""
-    g = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     zipf = 1 / torch.arange(1, experts + 1, dtype=torch.float64)
     samples = {
-        "uniform": torch.randint(0, experts, (choices,), generator=g),
-        "Zipf": torch.multinomial(zipf, choices, replacement=True, generator=g),
+        "uniform": torch.randint(0, experts, (choices,), generator=generator),
+        "Zipf": torch.multinomial(zipf, choices, replacement=True, generator=generator),
     }
     even = [choices // experts + (e < choices % experts) for e in range(experts)]
     return {"even": even} | {n: torch.bincount(ids, minlength=experts).tolist() for n, ids in samples.items()}
+
+
+def main() -> None:
+    """Write the table into the page."""
+    before, _, rest = PAGE.read_text().partition(START)
+    text = table(HIDDEN, INTERMEDIATE)
+    PAGE.write_text(f"{before}{START}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
