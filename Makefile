@@ -48,7 +48,7 @@ mutants: $(READY) ## change the library in MUTANTS places, one at a time, and se
 	$(BIN)/python -m sweeps.mutants $(MUTANTS)
 
 # What takes hours is run by hand: the exactness of every model type.
-PAGES := sweeps.readme_tree sweeps.architectures
+PAGES := sweeps.readme_tree sweeps.padding sweeps.architectures
 docs: $(READY) ## let the programs in sweeps/ write their pages again (half an hour)
 	@for program in $(PAGES); do echo "==> $$program"; $(BIN)/python -m $$program || exit 1; done
 

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     sys.stderr.writelines(f"{fault}\n" for fault in wrong)
     if options.check is None:
         before, _, rest = options.document.read_text().partition(START)
-        options.document.write_text(before + START + "\n\n" + "\n".join(text) + "\n" + END + rest.partition(END)[2])
+        options.document.write_text(before + START + "\n\n" + "\n".join(text) + END + rest.partition(END)[2])
     return 1 if wrong else 0
 
 
