@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from torch import fx, nn
 
@@ -98,6 +99,9 @@ def _nothing_found(model_type: str, inspection: Inspection) -> str:
 def _site(ffn: FFN, place: Placement) -> Site:
     activation = ffn.activation if ffn.activation in KERNELS_KNOW else CUSTOM
     state = short_names(region_parameters(ffn.region)) if activation == CUSTOM else {}
+    read = [str(node.target) for node in ffn.region.graph.find_nodes(op="get_attr")] if activation == CUSTOM else []
+    if any(name not in state and attrgetter(name)(ffn.region).is_meta for name in read):
+        raise RefusedError(f"{place.path}: its activation reads a tensor that no module holds: give it to a module")
     whole = tuple((i, 0, up.out_features, 1) for i, up in enumerate(ffn.ups))
     named = None if activation == CUSTOM else ffn.gate_up_rows
     parts = whole if named is None else named.parts
