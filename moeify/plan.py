@@ -176,7 +176,7 @@ class Plan:
         """Read what `to_dict` wrote.
 
         Raises:
-            ConfigError: another version, or fields that are missing or unknown.
+            ConfigError: Another version, or fields that are missing or unknown.
         """
         if data.get("moeify") != VERSION:
             raise ConfigError(f"the plan has version {data.get('moeify')!r}: this moeify reads version {VERSION}")
@@ -195,7 +195,7 @@ class Plan:
         """Read what `to_json` wrote.
 
         Raises:
-            ConfigError: not JSON, or not a plan.
+            ConfigError: Not JSON, or not a plan.
         """
         try:
             data = json.loads(text)

@@ -39,7 +39,7 @@ class Output:
     Attributes:
         folder: The output folder; it appears whole or not at all.
         shard_size: Bytes per file.
-        dtype: safetensors name of the dtype to store floating-point tensors in; None keeps the source's.
+        dtype: The safetensors name of the dtype to store floating-point tensors in; None keeps the source's.
         overwrite: Replace `folder` if it is a model folder.
         resume: Go on where an interrupted run stopped.
     """
@@ -84,7 +84,7 @@ def plan_checkpoint(dense: DenseCheckpoint, config: MoEConfig, layers: str = "al
         target: "auto", "moeify" or a native family.
 
     Raises:
-        MoeifyError: nothing to convert, the target would not be exact, or the converted model would not run.
+        MoeifyError: Nothing to convert, the target would not be exact, or the converted model would not run.
     """
     check_convertible(dense.model)
     plan = make_plan(dense.model, dense.graph_module, dense.inspection, config, layers)
@@ -95,8 +95,8 @@ def check_plan(dense: DenseCheckpoint, plan: Plan) -> None:
     """Hold a plan that was saved to the checkpoint that it is to be used on.
 
     Raises:
-        ConfigError: it was made for another model.
-        MoeifyError: the target would not be exact, or the converted model would not run.
+        ConfigError: It was made for another model.
+        MoeifyError: The target would not be exact, or the converted model would not run.
     """
     if plan.model_type != dense.source.model_type:
         raise ConfigError(f"the plan is for {plan.model_type}, the checkpoint is {dense.source.model_type}")
@@ -131,7 +131,7 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
         callbacks: What is called meanwhile.
 
     Raises:
-        CheckpointError: the source lacks a tensor, or the output cannot be written.
+        CheckpointError: The source lacks a tensor, or the output cannot be written.
     """
     source, dtype = dense.source, output.dtype
     tensors = list(output_tensors(dense, plan, dtype, callbacks.unused))

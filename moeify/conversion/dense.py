@@ -25,7 +25,7 @@ class Dense:
         example_inputs: Inputs that the forward accepts; None guesses them for a transformers model.
 
     Raises:
-        MoeifyError: the model cannot be traced; when the graph is first asked for.
+        MoeifyError: The model cannot be traced; when the graph is first asked for.
     """
 
     model: nn.Module
@@ -57,7 +57,7 @@ class DenseCheckpoint(Dense):
         example_inputs: Keyword arguments that the forward accepts; None guesses them.
 
     Raises:
-        MoeifyError: transformers cannot build the model of this `config.json`.
+        MoeifyError: Transformers cannot build the model of this `config.json`.
     """
 
     model: PreTrainedModel
@@ -91,6 +91,6 @@ def find_ffns(model: nn.Module, example_inputs: Inputs | None = None) -> Inspect
     """Find the dense FFNs of a model, and say of everything that looks like one why it is not (see `Dense`).
 
     Raises:
-        MoeifyError: the model cannot be traced.
+        MoeifyError: The model cannot be traced.
     """
     return Dense(model, example_inputs).inspection

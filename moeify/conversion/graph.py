@@ -48,9 +48,9 @@ def convert_graph(
         `eval()` reach; the rest stays in the mode that it was traced in. `Lower` writes the layers out.
 
     Raises:
-        RefusedError: no FFN was found.
-        ConfigError: the selection matches nothing.
-        MoeifyError: a graph of `symbolic_trace` came without inputs.
+        RefusedError: No FFN was found.
+        ConfigError: The selection matches nothing.
+        MoeifyError: A graph of `symbolic_trace` came without inputs.
     """
     dense = _aten(graph, example_inputs)
     found = find_ffns_in(dense)

@@ -43,10 +43,10 @@ def convert(
         The same model. `repr` shows the new layers.
 
     Raises:
-        RefusedError: no FFN was found, or one cannot be replaced without changing something else, or the optimizer's
+        RefusedError: No FFN was found, or one cannot be replaced without changing something else, or the optimizer's
             state cannot follow.
-        MoeifyError: the model cannot be traced.
-        ConfigError: the selection matches nothing.
+        MoeifyError: The model cannot be traced.
+        ConfigError: The selection matches nothing.
     """
     check_convertible(model)
     dense = Dense(model, example_inputs)

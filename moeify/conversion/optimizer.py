@@ -30,7 +30,7 @@ class DenseState:
         plan: What will be replaced.
 
     Raises:
-        RefusedError: it holds none of them, or a state that is not of its weight's shape and cannot be split with it.
+        RefusedError: It holds none of them, or a state that is not of its weight's shape and cannot be split with it.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> None:

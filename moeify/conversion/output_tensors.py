@@ -28,11 +28,11 @@ def output_tensors(
     Args:
         dense: The dense checkpoint.
         plan: What is converted.
-        dtype: safetensors name of the dtype for floating-point tensors; None keeps the source's.
+        dtype: The safetensors name of the dtype for floating-point tensors; None keeps the source's.
         unused: Called with the name of each tensor that the model has no place for.
 
     Raises:
-        CheckpointError: the source lacks a tensor that the model needs.
+        CheckpointError: The source lacks a tensor that the model needs.
     """
     names = dense.names
     for stored in names.unused:
@@ -88,7 +88,7 @@ class _Outputs:
         """Describe a tensor of a new layer, in the dtype of what it replaces.
 
         Raises:
-            CheckpointError: the checkpoint does not hold a buffer that the activation reads.
+            CheckpointError: The checkpoint does not hold a buffer that the activation reads.
         """
         if tensor.copied is not None:
             if tensor.copied not in self.dense.names.of:

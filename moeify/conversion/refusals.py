@@ -23,7 +23,7 @@ def check_convertible(model: nn.Module) -> None:
     """Refuse a model that is wrapped, converted already, quantized or offloaded; it need not be traced for that.
 
     Raises:
-        RefusedError: it is.
+        RefusedError: It is.
     """
     for path, module in model.named_modules():
         where = path or type(model).__name__
@@ -56,7 +56,7 @@ def check_replaceable(model: nn.Module, plan: Plan) -> None:
     """Refuse hooks, shared parameters, and weights that are not one plain floating-point dtype.
 
     Raises:
-        RefusedError: one of them is in the way.
+        RefusedError: One of them is in the way.
     """
     empty = all(parameter.is_meta for parameter in model.parameters())
     for site in plan.sites:

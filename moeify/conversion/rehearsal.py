@@ -19,7 +19,7 @@ def rehearse(dense: Dense, plan: Plan) -> None:
     """Convert a twin without weights and run it, or trace it where running does not reach every new layer.
 
     Raises:
-        RefusedError: the converted twin does not run where the model did.
+        RefusedError: The converted twin does not run where the model did.
     """
     twin = restructure(meta_twin(dense.model).eval(), plan, dense.regions)
     layers = [module for module in twin.modules() if isinstance(module, MoELayer)]

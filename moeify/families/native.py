@@ -44,7 +44,7 @@ def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict
 
 
 def _older_rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The rotary settings as transformers 4 and engines that follow it spell them."""
+    """Return the rotary settings as transformers 4 and engines that follow it spell them."""
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     plain = scaling.get("rope_type", "default") == "default"
     return {"rope_theta": parameters.get("rope_theta"), "rope_scaling": None if plain else scaling}

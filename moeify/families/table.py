@@ -205,8 +205,8 @@ def choose_target(plan: Plan, config: Config, wanted: str) -> str:
         wanted: "auto" (the first native family that is exact, else "moeify"), "moeify", or a family's model type.
 
     Raises:
-        ConfigError: there is no such family.
-        RefusedError: the wanted family would not be exact; the message says which condition fails.
+        ConfigError: There is no such family.
+        RefusedError: The wanted family would not be exact; the message says which condition fails.
     """
     if wanted == MOEIFY:
         return MOEIFY

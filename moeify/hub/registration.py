@@ -63,7 +63,7 @@ class MoeifyLoader(HfQuantizer):
         """Return the plan in the names of the model that is loaded, which may have a head where the saved one had none.
 
         Raises:
-            CheckpointError: the model has none of the FFNs that were converted.
+            CheckpointError: The model has none of the FFNs that were converted.
         """
         saved = Plan.from_dict(self.quantization_config.plan)
         names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}

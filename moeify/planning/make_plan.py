@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from torch import fx, nn
 
@@ -38,8 +39,8 @@ def make_plan(
         in_place: For the module tree; False for a graph, where every FFN can be replaced.
 
     Raises:
-        RefusedError: no FFN was found, or one of the selected cannot be replaced in place.
-        ConfigError: the selection matches nothing.
+        RefusedError: No FFN was found, or one of the selected cannot be replaced in place.
+        ConfigError: The selection matches nothing.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     if not inspection.ffns:
@@ -54,7 +55,7 @@ def plan_sites(
     """Give each of these FFNs its place, and name its weights (see `make_plan`).
 
     Raises:
-        RefusedError: one cannot be replaced in place, or cannot be cut as the settings ask for.
+        RefusedError: One cannot be replaced in place, or cannot be cut as the settings ask for.
     """
     placer, parameters = Placer(graph_module), dict(model.named_parameters(remove_duplicate=False))
     for name in (name for ffn in ffns for name in ffn.projected if name not in parameters):
@@ -73,8 +74,8 @@ def select_ffns(spec: str, ffns: Sequence[FFN]) -> list[FFN]:
     """Return the FFNs that a selection names; shared experts of an MoE only where a regular expression names them.
 
     Raises:
-        RefusedError: all there is are shared experts.
-        ConfigError: the selection is malformed or matches nothing.
+        RefusedError: All there is are shared experts.
+        ConfigError: The selection is malformed or matches nothing.
     """
     dense = [ffn for ffn in ffns if not ffn.shared_expert]
     if spec == "all" and not dense:
@@ -98,6 +99,9 @@ def _nothing_found(model_type: str, inspection: Inspection) -> str:
 def _site(ffn: FFN, place: Placement) -> Site:
     activation = ffn.activation if ffn.activation in KERNELS_KNOW else CUSTOM
     state = short_names(region_parameters(ffn.region)) if activation == CUSTOM else {}
+    read = [str(node.target) for node in ffn.region.graph.find_nodes(op="get_attr")] if activation == CUSTOM else []
+    if any(name not in state and attrgetter(name)(ffn.region).is_meta for name in read):
+        raise RefusedError(f"{place.path}: its activation reads a tensor that no module holds: give it to a module")
     whole = tuple((i, 0, up.out_features, 1) for i, up in enumerate(ffn.ups))
     named = None if activation == CUSTOM else ffn.gate_up_rows
     parts = whole if named is None else named.parts

@@ -56,7 +56,7 @@ class Placer:
         """Decide where an FFN is replaced.
 
         Raises:
-            RefusedError: its computation is interwoven with something else, in the module named by the message.
+            RefusedError: Its computation is interwoven with something else, in the module named by the message.
         """
         if ffn.down.axis != -1:
             raise RefusedError(f"{ffn.name}: its projections are 1x1 convolutions; convert the graph instead")
@@ -107,7 +107,7 @@ class Placer:
         bypassed = [self._leaf(ffn.ups[0].node, ffn, where)]
         for node in ffn.nodes:
             if has(node, TRANSPARENT) and flow.module_stack(node)[-1] == ffn.name:
-                continue  # dropout or a cast written in the block: nothing to neutralise in evaluation
+                continue  # dropout or a cast written in the block itself: there is no module to bypass
             path = flow.module_stack(node)[-1]
             own = [n for n in self._work(path) if n in ffn.nodes]
             if path == ffn.name or len(self._work(path)) != len(ffn.calls) * len(own):

@@ -21,7 +21,7 @@ def select_layers(spec: str, paths: Sequence[str]) -> list[int]:
         paths: Where the FFNs are, in order of execution.
 
     Raises:
-        ConfigError: the selection is malformed or matches nothing.
+        ConfigError: The selection is malformed or matches nothing.
     """
     numbers = range(len(paths))
     chosen: Sequence[int] = numbers

@@ -75,6 +75,46 @@ def with_one_memory() -> Any:
     return model
 
 
+class OneSlope(nn.Module):
+    """FFNs that are handed one learned slope, which belongs to none of them."""
+
+    def __init__(self, count: int = 2) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.linspace(0.1, 0.4, 31))
+        self.ffns = nn.ModuleList(Sloped() for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for ffn in self.ffns:
+            x = x + ffn(x, self.slope)
+        return x
+
+
+class Sloped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 31), nn.Linear(31, 12)
+
+    def forward(self, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        z = self.up(x)
+        y: torch.Tensor = self.down(torch.where(z > 0, z, slope * z))
+        return y
+
+
+class Borrowing(nn.Module):
+    """Its activation reads a parameter that is not its module's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent = nn.ParameterList([torch.linspace(0.1, 0.4, 31)])
+        self.held = [self.lent[0]]
+        self.up, self.down = nn.Linear(12, 31), nn.Linear(31, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.up(x)
+        y: torch.Tensor = self.down(torch.where(z > 0, z, self.held[0] * z))
+        return y
+
+
 def with_one_learned_activation() -> Any:
     activation = nn.PReLU()
     return nn.Sequential(Block(Mlp(activation)), Block(Mlp(activation)))
@@ -122,6 +162,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "fast path": (with_fast_path, r"^layers\.0\.linear2: its layer's fused fast path"),
     "one memory": (with_one_memory, r"^0\.mlp\.up\.weight is tied to 1\.mlp\.up\.weight"),
     "one activation": (with_one_learned_activation, r"act\.weight is tied to"),
+    "one slope": (OneSlope, r"^slope is tied to what ffns\.0 computes"),
+    "borrowed slope": (lambda: Block(Borrowing()), r"^mlp: its activation reads a tensor that no module holds"),
     "backward hook": (lambda: hooked("register_full_backward_pre_hook"), r"^1\.mlp has hooks"),
     "state dict hook": (lambda: hooked("register_state_dict_post_hook"), r"^1\.mlp has hooks"),
     "loading hook": (lambda: hooked("register_load_state_dict_pre_hook"), r"^1\.mlp has hooks"),

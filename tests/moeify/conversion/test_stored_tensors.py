@@ -13,7 +13,7 @@ from moeify.conversion.layout import layer_tensors, stored_tensors
 from moeify.families.table import FAMILIES, layer_number
 from moeify.plan import Plan, Rows, Site
 
-CONFIG = MoEConfig(experts=4, top_k=2, granularity=2)
+CONFIG = MoEConfig(experts=4, top_k=2, granularity=2, method="noise")  # no two experts are equal
 PATH = "model.layers.7.mlp"
 UPS = tuple(Rows(f"{PATH}.{name}_proj.weight", None, 0, 6, 1, 6, transposed=False) for name in ("gate", "up"))
 DOWN = Rows(f"{PATH}.down_proj.weight", None, 0, 5, 1, 5, transposed=False)
