@@ -53,7 +53,7 @@ def test_a_bias_that_was_moved_stays_float32_in_a_bfloat16_model(tmp_path: Path)
 @pytest.mark.parametrize(
     ("config", "field"),
     [
-        (CONFIGS["deepseek_v3"], "router = Sigmoid"),
+        (CONFIGS["deepseek_v3"], "router = 'sigmoid'"),
         (MoEConfig(5, 2, eval_capacity_factor=2.0), "eval_capacity_factor"),
         (MoEConfig(5, 2, z_loss=1e-3), "z_loss"),
         (MoEConfig(5, 2, shared_experts=1), "shared_experts"),
