@@ -26,7 +26,7 @@ LAYERS = (
     "methods routers",
     "checkpoint plan routing",
     "config",
-    "measure runtime",
+    "files measure pretrained runtime",
     "errors kernels seeding",
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer.split()}

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from moeify.checkpoint.folder import JsonObject
 from moeify.checkpoint.tensor_info import TensorInfo
-from moeify.errors import CheckpointError, first_line
+from moeify.errors import CheckpointError
+from moeify.pretrained import load_config, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -80,14 +81,9 @@ class GgufFile:
         Raises:
             CheckpointError: transformers cannot build the tokenizer.
         """
-        from transformers import AutoTokenizer, GenerationConfig
+        from transformers import GenerationConfig
 
-        file = self.files[0]
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        except (ValueError, KeyError, OSError, NotImplementedError) as error:
-            raise CheckpointError(f"{file}: its tokenizer cannot be rebuilt ({first_line(error)})") from error
-        tokenizer.save_pretrained(dst)
+        load_tokenizer(self.files[0]).save_pretrained(dst)
         GenerationConfig.from_model_config(self._hf_config).save_pretrained(dst)
 
     def close(self) -> None:
@@ -122,12 +118,10 @@ def _open(file: Path) -> GGUFReader:
 
 
 def _read_config(file: Path, architecture: str) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, OSError) as error:
-        raise _unsupported(file, architecture, f" ({first_line(error)})") from error
+        config = load_config(file)
+    except CheckpointError as error:
+        raise _unsupported(file, architecture, f" ({error})") from error
     vars(config).pop("_model_name_or_path", None)  # the place of the file is not part of the model
     return config
 

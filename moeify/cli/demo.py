@@ -52,13 +52,13 @@ def demo(ctx: click.Context, folder: Path) -> None:
 def _compare(source: Path, target: Path) -> None:
     """Load both models as anyone would, and measure them."""
     import torch
-    from transformers import AutoTokenizer
 
     from moeify.hub.loading import load
+    from moeify.pretrained import load_tokenizer
     from moeify.proving.perplexity import perplexity
     from moeify.proving.proof import verify
 
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = load_tokenizer(target)
     ids_L = _text_ids(tokenizer)
     dense, moe = load(source, dtype=torch.float32), load(target, dtype=torch.float32)
     _headline(3, "verify: logits of all layers, side by side")

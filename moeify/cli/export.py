@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moeify.cli.options import json_option
 from moeify.cli.settings import config_from, config_options
+from moeify.errors import CheckpointError
 from moeify.export.targets import FLOATS, TARGETS, quantizations
 
 if TYPE_CHECKING:
@@ -74,13 +75,12 @@ def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str) -> nn.Mo
 
 def _text_entries(src: Path, model: nn.Module) -> dict[str, str]:
     """What `moeify run` needs: the tokenizer, and the tokens that end a text."""
-    from transformers import AutoTokenizer
+    from moeify.pretrained import load_tokenizer
 
     try:
-        kwargs = {"gguf_file": src.name} if src.suffix == ".gguf" else {}
-        tokenizer = AutoTokenizer.from_pretrained(src.parent if kwargs else src, **kwargs)
+        tokenizer: Any = load_tokenizer(src)
         text = tokenizer.backend_tokenizer.to_str()
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (CheckpointError, AttributeError):
         return {}  # a vision model, or a tokenizer that has no file of its own
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +12,7 @@ import torch
 from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
 from moeify.hub.registration import register
+from moeify.pretrained import load_model
 from moeify.tracing.skeleton import config_of, model_class
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     path = Path(path)
     with open_source(path) as source:
         cls = model_class(source.config)
-    if path.suffix == ".gguf":
-        return _load_strictly(cls, path.parent, gguf_file=path.name, **kwargs)
     return _load_strictly(cls, path, **kwargs)
 
 
@@ -91,16 +89,16 @@ def _keep_first_layers(config: PreTrainedConfig, layers: FirstLayers) -> None:
         setattr(config, name, value)
 
 
-def _load_strictly(cls: type[PreTrainedModel], folder: Path | None, **kwargs: Any) -> PreTrainedModel:
+def _load_strictly(cls: type[PreTrainedModel], path: Path | None, **kwargs: Any) -> PreTrainedModel:
     register()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded: object = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
-    model, info = cast("tuple[torch.nn.Module, dict[str, Iterable[str]]]", loaded)
+        model, info = load_model(cls, path, **kwargs)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info.get(kind) or ())
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            where = f"{folder}: " if folder else ""
+            where = f"{path}: " if path else ""
             raise CheckpointError(f"{where}{kind.split('_')[0]} tensor {names[0]}{more} for {cls.__name__}")
-    return cast("PreTrainedModel", model.eval())
+    module: torch.nn.Module = model
+    return cast("PreTrainedModel", module.eval())

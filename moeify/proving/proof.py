@@ -25,6 +25,7 @@ from moeify.errors import VerificationError
 from moeify.hub.loading import FirstLayers, load, load_first_layers
 from moeify.measure import fill_inputs, relative_difference, tolerance_of, top1_agreement
 from moeify.plan import Plan
+from moeify.pretrained import load_tokenizer
 from moeify.tracing.inputs import candidate_inputs
 
 _CONVERTED_LAYERS = 2  # in the slice that is compared
@@ -160,9 +161,7 @@ def _stack_on_disk(dense: DenseCheckpoint, plan: Plan) -> str:
 
 
 def _tokens(folder: Path, text: str) -> dict[str, Tensor]:
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+    ids = load_tokenizer(folder)(text, return_tensors="pt")["input_ids"]
     return {"input_ids": ids[:, :_MAX_TOKENS]}
 
 

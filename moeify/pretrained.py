@@ -1,0 +1,84 @@
+"""The one door to what transformers loads from files: no code of a checkpoint runs, nothing is asked on stdin.
+
+`trust_remote_code=False` is not transformers' default: without it, transformers asks. What it raises becomes one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from moeify.errors import CheckpointError, MoeifyError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    cls: type[PreTrainedModel], path: Path | None, **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Iterable[str]]]:
+    """Load a model, and what transformers says of missing, unexpected and mismatched tensors.
+
+    Args:
+        cls: The model's class.
+        path: A folder or a GGUF file; None when `kwargs` hold the config and the tensors.
+        kwargs: For `from_pretrained`.
+
+    Raises:
+        CheckpointError: Transformers does not load it.
+    """
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the info names them
+    with _one_line(path, "the model"):
+        loaded: Any = cls.from_pretrained(**_arguments(path), **{**options, **kwargs})
+    return cast("tuple[PreTrainedModel, dict[str, Iterable[str]]]", loaded)
+
+
+def load_config(path: Path) -> PreTrainedConfig:
+    """Load the config of a folder or a GGUF file.
+
+    Raises:
+        CheckpointError: Transformers does not load it.
+    """
+    from transformers import AutoConfig
+
+    with _one_line(path, "its config"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(**_arguments(path))
+    return config
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or a GGUF file.
+
+    Raises:
+        CheckpointError: There is none, or transformers does not load it.
+    """
+    from transformers import AutoTokenizer
+
+    with _one_line(path, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(**_arguments(path))
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _arguments(path: Path | None) -> dict[str, Any]:
+    """Name the place as transformers wants it, and forbid code."""
+    place: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    if path is not None and path.suffix == ".gguf":
+        place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    return {**place, "trust_remote_code": False}
+
+
+@contextmanager
+def _one_line(path: Path | None, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises into one line: its exceptions for damaged files are of every kind."""
+    try:
+        yield
+    except MoeifyError:
+        raise
+    except Exception as error:
+        where = "transformers" if path is None else f"{path}: transformers"
+        reason = first_line(error) or type(error).__name__
+        raise CheckpointError(f"{where} does not load {what} ({reason})") from error

@@ -1,0 +1,66 @@
+"""transformers is entered through one door, and no code of a checkpoint runs behind it."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from moeify.errors import CheckpointError
+from moeify.pretrained import load_config, load_model, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+DOOR = "moeify/pretrained.py"
+
+
+def calls_of_loaders(source: str) -> Iterator[int]:
+    """The lines that let transformers load something from files."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in {"from_pretrained", "get_class_from_dynamic_module"}:
+            yield node.lineno
+
+
+def test_nothing_in_the_library_goes_round_the_door() -> None:
+    files = [path for folder in ("moeify", "passes", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    names = [path.relative_to(ROOT).as_posix() for path in files]
+    assert [name for name in names if name != DOOR and list(calls_of_loaders((ROOT / name).read_text()))] == []
+
+
+def test_a_call_that_goes_round_the_door_is_found() -> None:
+    assert list(calls_of_loaders("from transformers import AutoModel\nAutoModel.from_pretrained('x')")) == [2]
+
+
+def planted(folder: Path, model_type: str) -> Path:
+    """A folder whose config and tokenizer name code that leaves a file behind."""
+    (folder / "evil.py").write_text(f"open({str(folder / 'it_ran')!r}, 'w')\nclass Evil: ...\n")
+    entries = {name: "evil.Evil" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "auto_map": entries}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    )
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["llama", "evil"])
+@pytest.mark.parametrize("load", [load_config, load_tokenizer])
+def test_code_beside_a_checkpoint_does_not_run(
+    load: object, model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = planted(tmp_path, model_type)
+    try:
+        load(folder)  # type: ignore[operator]  # either of the two
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    assert not (folder / "it_ran").exists()
+
+
+def test_what_transformers_raises_is_one_line_with_the_place(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="transformers does not load the model") as caught:
+        load_model(LlamaForCausalLM, tmp_path)
+    assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
