@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from moeify.checkpoint.shards import OutTensor, SourceRows
 from moeify.checkpoint.source import Source, open_source
-from moeify.checkpoint.staging import staged
 from moeify.checkpoint.writer import write_checkpoint
 from moeify.errors import CheckpointError
+from moeify.files.staging import staged_folder
 
 E, INNER, HIDDEN = 3, 5, 7
 
@@ -164,6 +164,45 @@ def test_resumed_output_is_the_same_bytes(tmp_path: Path, share: float) -> None:
     assert share < 0.5 or kept
 
 
+@pytest.mark.parametrize("damage", ["header", "copied", "computed", "last byte", "shorter", "longer", "link"])
+def test_a_resumed_shard_is_trusted_by_what_it_holds(tmp_path: Path, damage: str) -> None:
+    source = write_source(tmp_path / "src")
+    write(source, tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    write(source, tmp_path / "out")
+    name = next(name for name, data in whole.items() if b"router" in data and name.endswith(".safetensors"))
+    other = next(name for name, data in whole.items() if b"renamed" in data and name.endswith(".safetensors"))
+    assert name != other
+    path = tmp_path / "out" / (other if damage == "copied" else name)
+    data, inode = bytearray(path.read_bytes()), path.stat().st_ino
+    at = {"header": 9, "copied": -40, "computed": data.find(torch.tensor(-1.0).numpy().tobytes())}.get(damage, -1)
+    data[at] ^= 1
+    if damage == "shorter":
+        del data[-1]
+    if damage == "longer":
+        data = bytearray(whole[path.name]) + b" "
+    path.write_bytes(data)
+    if damage == "link":
+        path.write_bytes(whole[path.name])
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    written: list[int] = []
+    write(source, tmp_path / "out", resume=True, on_bytes=written.append)
+    assert contents(tmp_path / "out") == whole and not path.is_symlink()
+    assert damage != "link" or (tmp_path / "elsewhere").stat().st_ino == inode
+    assert sum(written) == sum(len(data) for name, data in whole.items() if name.endswith(".safetensors"))
+
+
+def test_what_another_plan_left_is_not_published(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "src")
+    for name in (".model-00009-of-00009.safetensors.partial", "tokenizer.json", "model.safetensors.index.json"):
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("old")
+    (tmp_path / "out" / "templates").mkdir()
+    write(source, tmp_path / "out", resume=True, shard_size=10**9)
+    assert sorted(contents(tmp_path / "out")) == [".moeify-resume", "model.safetensors"]
+
+
 def seeded(source: Source, seed: int, start: int) -> list[OutTensor]:
     """In the first files: a computed tensor that depends on a seed, and rows of the source."""
     return [
@@ -212,7 +251,7 @@ def test_nonfinite_tensors_are_named_once_before_they_are_written(tmp_path: Path
     assert named == ["bad", "three"]
     resumed: list[str] = []
     write(source, tmp_path / "out", plan, on_nonfinite=resumed.append, shard_size=8, resume=True)
-    assert resumed == ["bad"]
+    assert resumed == named
 
     def refuse(name: str) -> None:
         raise CheckpointError(name)
@@ -237,7 +276,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, kernel, fill_up)
     with (
         pytest.raises(CheckpointError, match="the disk became full"),
-        staged(tmp_path / "out", overwrite=False, resume=False) as folder,
+        staged_folder(tmp_path / "out", overwrite=False, resume=False) as folder,
     ):
         write(source, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
@@ -246,9 +285,9 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_record_of_an_interrupted_run_is_not_published(tmp_path: Path) -> None:
     source = write_source(tmp_path / "src")
-    with pytest.raises(Killed), staged(tmp_path / "out", overwrite=False, resume=False) as folder:
+    with pytest.raises(Killed), staged_folder(tmp_path / "out", overwrite=False, resume=False) as folder:
         write(source, folder, on_bytes=kill_after(1500))
-    with staged(tmp_path / "out", overwrite=False, resume=True) as folder:
+    with staged_folder(tmp_path / "out", overwrite=False, resume=True) as folder:
         assert list(folder.glob("*.safetensors"))
         write(source, folder, resume=True)
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
