@@ -63,10 +63,10 @@ def recover(work: WorkFolder) -> None:
         return
     last = list(placing)[-1]
     if os.path.lexists(work.old):
-        if _inode(work.target.with_name(last)) != placing[last]:
+        if _inode(work.target.with_name(last)) == placing[last]:
+            os.rename(work.old, work.gone)
+        else:
             _undo(work, placing)
-            return
-        os.rename(work.old, work.gone)
     for tree in (work.gone, work.new):
         if os.path.lexists(tree):
             shutil.rmtree(tree)

@@ -57,7 +57,6 @@ class WorkFolder:
                 except FileNotFoundError:  # another run has just removed the folder
                     if tries == _TRIES - 1:
                         raise
-            self._check_contents()
         except BaseException:
             self.close()
             self.remove_made()
@@ -159,12 +158,15 @@ class WorkFolder:
                 self._refuse("it is a link" if stat.S_ISLNK(status.st_mode) else "it is a file")
             if status.st_uid != os.geteuid() or status.st_mode & 0o022:
                 self._refuse("another user can write to it")
+            self._check_contents()
 
     def _check_contents(self) -> None:
-        for path in sorted(self.path.iterdir()):
-            known = path in (self.new, self.old, self.gone) and path.is_dir() and not path.is_symlink()
-            if path != self.lock and not known:
-                self._refuse(f"moeify did not put {path.name} there")
+        folders = {self.new.name, self.old.name, self.gone.name}
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                known = entry.name in folders and entry.is_dir(follow_symlinks=False)
+                if entry.name != self.lock.name and not known:
+                    self._refuse(f"moeify did not put {entry.name} there")
 
     def _refuse(self, why: str) -> None:
         raise CheckpointError(

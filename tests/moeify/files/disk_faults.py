@@ -1,7 +1,7 @@
 """Disks that fail and processes that die at the n-th change of the file system, and what is left after it.
 
-The shim stands in front of the functions of `os` and of `open`, through which the library, `pathlib` and `shutil` change
-the disk. What a C or Rust library writes by itself is not seen.
+The shim stands in front of the functions of `os` and of `open`, through which the library, `pathlib` and `shutil`
+change the disk. What a C or Rust library writes by itself is not seen.
 """
 
 from __future__ import annotations
