@@ -44,8 +44,7 @@ def write_checkpoint(
         tensors: What to write, in order.
         dst_dir: An existing folder; see `staged_folder` for one that appears whole or not at all.
         shard_size: Bytes of values that a file may hold.
-        resume: Keep the files that an interrupted run of the same plan left in `dst_dir`, where they hold what this run
-            would write.
+        resume: Keep the shards of an interrupted run that hold what is to be written; remove what else is in `dst_dir`.
         on_bytes: Called with the number of bytes written since the last call.
         on_nonfinite: Called with the name of a source or computed tensor that holds NaN or Inf, once and before its
             first byte is written; it may raise to stop.

@@ -264,8 +264,9 @@ def _explain(error: OSError, target: Path, names: Sequence[str]) -> str:
         return f"the disk became full while {target} was written: free some space and run again; nothing was left"
     if not isinstance(error.filename, str | bytes | os.PathLike):
         return f"{target} cannot be written: {error.strerror} (no file named)"
-    path = Path(os.fsdecode(error.filename)).absolute()
+    name = os.fsdecode(error.filename)
+    path = Path(os.path.abspath(name))
     outputs = [WorkFolder(target).path, *map(target.with_name, names)]
     if target.parent.is_relative_to(path) or any(map(path.is_relative_to, outputs)):
-        return f"{target} cannot be written: {error.strerror} ({path})"
-    return f"{path} cannot be read: {error.strerror}"
+        return f"{target} cannot be written: {error.strerror} ({name})"
+    return f"{name} cannot be read: {error.strerror}"

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import pytest
 
 from moeify.errors import CheckpointError
-from moeify.files.staging import staged_folder
+from moeify.files.staging import check_file, check_folder, staged_folder
+from tests.moeify.files.disk_faults import tree
 
 
 def model_folder(path: Path, content: str = "old") -> Path:
@@ -177,3 +178,110 @@ def test_source_and_output_may_not_overlap(tmp_path: Path, src: str, dst: str) -
     ):
         pass
     assert names(tmp_path / "m") == ["inner"]
+
+
+@pytest.mark.parametrize("kind", ["model", "empty", "file", "notes", "link"])
+def test_what_appears_at_the_place_of_a_folder_stays(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "elsewhere").mkdir()
+    with (
+        pytest.raises(CheckpointError, match="exists: choose another"),
+        staged_folder(out, overwrite=False, resume=False) as folder,
+    ):
+        (folder / "config.json").write_text("{}")
+        if kind == "model":
+            model_folder(out)
+        elif kind == "file":
+            out.write_text("mine")
+        elif kind == "link":
+            out.symlink_to(tmp_path / "elsewhere")
+        else:
+            out.mkdir()
+            if kind == "notes":
+                (out / "notes").write_text("mine")
+        before = tree(tmp_path / "out")
+    assert tree(tmp_path / "out") == before
+    assert names(tmp_path) == ["elsewhere", "out"]
+
+
+def test_with_overwrite_only_a_model_that_appears_meanwhile_is_replaced(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "out", overwrite=True, resume=False) as folder:
+        (folder / "new").write_text("new")
+        model_folder(tmp_path / "out")
+    assert tree(tmp_path) == {"out": None, "out/new": b"new"}
+    with (
+        pytest.raises(CheckpointError, match=r"is not replaced, because it has no config\.json"),
+        staged_folder(tmp_path / "two", overwrite=True, resume=False) as folder,
+    ):
+        (folder / "new").write_text("new")
+        (tmp_path / "two").mkdir()
+        (tmp_path / "two/notes").write_text("mine")
+    assert names(tmp_path) == ["out", "two"] and names(tmp_path / "two") == ["notes"]
+
+
+def test_a_source_that_cannot_be_read_is_named_as_such(tmp_path: Path) -> None:
+    source = tmp_path / "out-source" / "tokenizer.json"
+    for path in (source, Path(os.path.relpath(source))):
+        with (
+            pytest.raises(CheckpointError, match=rf"^{path} cannot be read: Permission denied$"),
+            staged_folder(tmp_path / "out", overwrite=False, resume=False) as folder,
+        ):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    with (
+        pytest.raises(CheckpointError, match=r"out cannot be written: Permission denied \(.*/new/out/x\)$"),
+        staged_folder(tmp_path / "out", overwrite=False, resume=False) as folder,
+    ):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / "x"))
+    with (
+        pytest.raises(CheckpointError, match=r"the disk became full while .*out was written"),
+        staged_folder(tmp_path / "out", overwrite=False, resume=False),
+    ):  # shutil names the source when the disk is full
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+    assert names(tmp_path) == []
+
+
+def test_old_files_that_cannot_be_deleted_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_folder(tmp_path / "out")
+    real = os.unlink
+
+    def unlink(path: str | Path, **how: int) -> None:
+        if str(path) == "model.safetensors":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        real(path, **how)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    message = r"out was written and is whole, but .*\.out\.moeify-partial, with what it replaced, .*not permitted"
+    with (
+        pytest.raises(CheckpointError, match=message),
+        staged_folder(tmp_path / "out", overwrite=True, resume=False) as folder,
+    ):
+        (folder / "new").write_text("new")
+    assert names(tmp_path / "out") == ["new"]
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="exists"):
+        check_folder(tmp_path / "out", overwrite=False)
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "~nosuchuser/out", "loop/out", "\ud800"])
+def test_a_name_that_no_file_can_have(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="cannot be the name of an output"):
+        check_folder(name, overwrite=True)
+    with pytest.raises(CheckpointError, match="cannot be the name of an output"):
+        check_file(name, overwrite=True)
+    with pytest.raises(CheckpointError, match="choose a folder in it"):
+        check_folder("/", overwrite=True)
+
+
+def test_a_check_leaves_what_a_resume_goes_on_with_and_refuses_while_another_writes(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "out", overwrite=False, resume=False) as folder:
+        check = pytest.raises(CheckpointError, match=r"another run \(process .*\) is writing")
+        with check:
+            check_folder(tmp_path / "out", overwrite=False)
+        (folder / "file").write_text("x")
+        raise KeyboardInterrupt
+    check_folder(tmp_path / "out", overwrite=False)
+    with staged_folder(tmp_path / "out", overwrite=False, resume=True) as folder:
+        assert names(folder) == ["file"]
