@@ -15,7 +15,6 @@ from typing import Any
 
 from moeify.checkpoint.safetensors_file import encode_header
 from moeify.checkpoint.shards import OutTensor, plan_shards
-from moeify.checkpoint.staging import staged
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.checkpoint.writer import write_checkpoint
 from moeify.config import MoEConfig
@@ -26,6 +25,7 @@ from moeify.conversion.rehearsal import rehearse
 from moeify.errors import ConfigError
 from moeify.families.native import native_config
 from moeify.families.table import FAMILIES, MOEIFY, choose_target
+from moeify.files.staging import staged_folder
 from moeify.plan import Plan
 from moeify.planning.make_plan import make_plan, plan_sites
 
@@ -131,14 +131,14 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
         callbacks: What is called meanwhile.
 
     Raises:
-        CheckpointError: The source lacks a tensor, or the output cannot be written.
+        CheckpointError: The source lacks a tensor or changes meanwhile, or the output cannot be written.
     """
     source, dtype = dense.source, output.dtype
     tensors = list(output_tensors(dense, plan, dtype, callbacks.unused))
     total = sum(_file_bytes(shard.tensors) for shard in plan_shards(tensors, output.shard_size))
     callbacks.total(total)
     options = {"overwrite": output.overwrite, "resume": output.resume}
-    with staged(output.folder, source=source.path, nbytes=total, **options) as folder:
+    with staged_folder(output.folder, source=source.path, nbytes=total, **options) as folder:
         write_checkpoint(
             source,
             tensors,
@@ -153,6 +153,7 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
         _write_json(folder / "config.json", output_config(dense, plan, dtype))
         proof = callbacks.check(folder)
         _write_json(folder / PLAN_FILE, {**plan.to_dict(), "cast_to": dtype, "verification": proof})
+        source.check_unchanged()
 
 
 def output_config(dense: DenseCheckpoint, plan: Plan, dtype: str | None) -> dict[str, Any]:
