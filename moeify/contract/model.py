@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -39,10 +39,10 @@ def keep_contract(model: nn.Module, layers: Mapping[str, MoELayer]) -> None:
     RouterOutputs.watch(model)
 
 
-def prefer_ours(model: nn.Module, layers: Iterable[str]) -> None:
-    """Let our operator compute the layers at these paths, in models whose own code has no experts."""
-    for path in layers if _is_pretrained(model) else ():
-        for owner in _owners(model, path):
+def prefer_ours(model: nn.Module, plan: Plan) -> None:
+    """Let our operator compute the layers of a plan, in models whose own code has no experts."""
+    for site in plan.sites if _is_pretrained(model) else ():
+        for owner in _owners(model, site.path):
             if not type(owner)._can_set_experts_implementation():
                 owner.config._experts_implementation_internal = OURS
 

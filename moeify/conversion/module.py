@@ -66,7 +66,7 @@ def _replace(model: nn.Module, dense: Dense, plan: Plan) -> None:
     """Put the layers in place and fill them; dense weights are let go as soon as their experts have them."""
     weights = {name: attrgetter(name)(model) for site in plan.sites for name in site.reads}
     restructure(model, plan, dense.regions)
-    prefer_ours(model, [site.path for site in plan.sites])
+    prefer_ours(model, plan)
     for site in plan.sites:
         fill_layer(model.get_submodule(site.path), layer_tensors(site, plan.config), weights.__getitem__)
         for name in site.parameters:
