@@ -18,6 +18,7 @@ from moeify.checkpoint.shards import OutTensor, plan_shards
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.checkpoint.writer import write_checkpoint
 from moeify.config import MoEConfig
+from moeify.contract.model import describe
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.output_tensors import output_tensors
 from moeify.conversion.refusals import check_convertible
@@ -161,7 +162,7 @@ def output_config(dense: DenseCheckpoint, plan: Plan, dtype: str | None) -> dict
     torch_name = str(torch_dtype(dtype or dense.info(plan.sites[0].down.parameter).dtype)).removeprefix("torch.")
     if plan.target != MOEIFY:
         return native_config(FAMILIES[plan.target], plan, dense.config, torch_name)
-    return {**dense.source.config, "dtype": torch_name, **plan.config_entries}
+    return describe({**dense.source.config, "dtype": torch_name}, dense.model.config, plan)
 
 
 def _file_bytes(tensors: Sequence[OutTensor]) -> int:
