@@ -151,5 +151,4 @@ def test_an_unsupported_quantization_is_named(tmp_path: Path, monkeypatch: pytes
 
 def test_a_tensor_that_does_not_fit_the_config(tmp_path: Path) -> None:
     file = write_llama(tmp_path / "tiny.gguf", {}, vocab_size=12)
-    with open_source(file) as source, pytest.raises(CheckpointError, match=r"has shape \[11, 64\], the model expects"):
-        source.read("model.embed_tokens.weight")
+    assert "model.embed_tokens.weight has shape [11, 64], the model expects [12, 64]" in refusal(file)
