@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from moeify.errors import CheckpointError
-from moeify.files.json_text import JsonObject, read_json_object
+from moeify.files.json_text import read_json_object
 from moeify.files.limits import CONFIG_BYTES, INDEX_BYTES
 from moeify.files.reading import is_file, list_folder
 
@@ -140,7 +140,7 @@ def side_files(folder: Path) -> tuple[Path, ...]:
     )
     for path in found:
         if leads_outside(path, folder):
-            raise CheckpointError(f"{path} is a link that leads outside the folder: put a copy of the file in its place")
+            raise CheckpointError(f"{path} is a link that leads outside the folder: put a copy in its place")
         if path.name == GENERATION_CONFIG:  # from_pretrained reads it: with a damaged one no model is loaded
             read_json_object(path, CONFIG_BYTES)
     return found

@@ -136,7 +136,9 @@ def _open(file: Path) -> tuple[GGUFReader, dict[str, Place]]:
         reader.fields["general.architecture"].contents()
     except Exception as error:  # whatever the library raises, the file is what the user can change
         reason = first_line(error)
-        raise CheckpointError(f"{file} cannot be read as GGUF, or is truncated ({reason}): download it again") from error
+        raise CheckpointError(
+            f"{file} cannot be read as GGUF, or is truncated ({reason}): download it again"
+        ) from error
     return reader, places
 
 

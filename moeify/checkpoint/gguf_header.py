@@ -151,7 +151,7 @@ def _check(scan: _Scanner, block_sizes: Mapping[int, tuple[int, int]]) -> dict[s
         if place.begin < position:
             raise ValueError(f"{place.name} overlaps another tensor")
         position = place.end
-    if start + position > len(scan.data):
+    if places and start + position > len(scan.data):
         raise ValueError(f"the tensors end at byte {start + position}, the file at byte {len(scan.data)}")
     found = {place.name: place for place in places}
     if len(found) < len(places):

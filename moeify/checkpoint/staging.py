@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from pathlib import Path
 from moeify.checkpoint.folder import CONFIG
 from moeify.checkpoint.writer import RESUME_RECORD
 from moeify.errors import CheckpointError
+from moeify.files.json_text import read_json_object
+from moeify.files.limits import CONFIG_BYTES
 
 
 @contextmanager
@@ -76,10 +77,10 @@ def _why_not_replace(target: Path) -> str | None:
     if not any(target.iterdir()):
         return None
     try:
-        config = json.loads((target / CONFIG).read_bytes())
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict) or "model_type" not in config:
+        config = read_json_object(target / CONFIG, CONFIG_BYTES)
+    except CheckpointError:
+        config = {}
+    if "model_type" not in config:
         return f"it has no {CONFIG} of a model"
     folders = sorted(path.name for path in target.iterdir() if path.is_dir())
     return f"it holds the folder {folders[0]}, which is no part of a model" if folders else None

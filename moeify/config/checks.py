@@ -31,10 +31,9 @@ class Limit:
 
 
 Count = Annotated[int, Limit(lambda number: number >= 1, "a whole number of at least 1")]
-Experts = Annotated[int, Limit(lambda number: 1 <= number <= EXPERTS, f"a whole number of at least 1, at most {EXPERTS}")]
-ExpertsOrZero = Annotated[
-    int, Limit(lambda number: 0 <= number <= EXPERTS, f"a whole number of at least 0, at most {EXPERTS}")
-]
+_AT_MOST = f", at most {EXPERTS}"
+Experts = Annotated[int, Limit(lambda number: 1 <= number <= EXPERTS, f"a whole number of at least 1{_AT_MOST}")]
+ExpertsOrZero = Annotated[int, Limit(lambda number: 0 <= number <= EXPERTS, f"a whole number of at least 0{_AT_MOST}")]
 NotNegative = Annotated[float, Limit(lambda number: 0 <= number < math.inf, "a number that is not negative")]
 Positive = Annotated[float, Limit(lambda number: 0 < number < math.inf, "a positive number")]
 Share = Annotated[float, Limit(lambda number: 0 <= number <= 1, "a number from 0 to 1")]
@@ -90,7 +89,9 @@ def _rule(kind: Any) -> _Rule:
         return lambda value: isinstance(value, tuple) and all(map(fits, value)), f"a list, of each {words}"
     if origin is tuple:
         parts = [_rule(part) for part in inside]
-        return lambda value: _fits_each(value, parts), f"a list of {len(parts)}: {', '.join(words for _, words in parts)}"
+        return lambda value: _fits_each(
+            value, parts
+        ), f"a list of {len(parts)}: {', '.join(words for _, words in parts)}"
     if origin in {Union, UnionType}:
         rules = [_rule(option) for option in inside]
         return lambda value: any(fits(value) for fits, _ in rules), " or ".join(words for _, words in rules)

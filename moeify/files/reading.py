@@ -29,12 +29,12 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BufferedReader]:
     """
     with _told(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would block
+    try:
+        _check_status(path, os.fstat(descriptor), limit)
+    except CheckpointError:
+        os.close(descriptor)
+        raise
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} cannot be read: it is {_kind(status.st_mode)}, expected a regular file")
-        if limit is not None and status.st_size > limit:
-            raise CheckpointError(f"{path} cannot be read: it holds {status.st_size:,} bytes, expected at most {limit:,}")
         yield file
 
 
@@ -118,6 +118,14 @@ def _told(path: Path) -> Iterator[None]:
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a surrogate pair in the name
         reason = getattr(error, "strerror", None) or first_line(error)
         raise CheckpointError(f"{path} cannot be read: {reason}") from error
+
+
+def _check_status(path: Path, status: os.stat_result, limit: int | None) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} cannot be read: it is {_kind(status.st_mode)}, expected a regular file")
+    if limit is not None and status.st_size > limit:
+        size = f"{status.st_size:,} bytes, expected at most {limit:,}"
+        raise CheckpointError(f"{path} cannot be read: it holds {size}")
 
 
 def _has(path: Path, kind: Callable[[int], bool]) -> bool:

@@ -152,3 +152,45 @@ def test_an_unsupported_quantization_is_named(tmp_path: Path, monkeypatch: pytes
 def test_a_tensor_that_does_not_fit_the_config(tmp_path: Path) -> None:
     file = write_llama(tmp_path / "tiny.gguf", {}, vocab_size=12)
     assert "model.embed_tokens.weight has shape [11, 64], the model expects [12, 64]" in refusal(file)
+
+
+def with_extra_tensor(path: Path, name: str) -> Path:
+    """A file that holds one tensor more than the model needs."""
+    write_llama(path, {})
+    renamed = path.read_bytes().replace(b"blk.0.attn_norm.weight", name.encode().ljust(22, b"_"))
+    path.write_bytes(renamed)
+    return path
+
+
+def test_a_tensor_that_no_model_has_is_named_and_not_read(tmp_path: Path) -> None:
+    with open_source(with_extra_tensor(tmp_path / "tiny.gguf", "rope_freqs.weight")) as source:
+        assert source.unused == ("rope_freqs.weight_____",)
+        assert len(source.tensors) == 11 and "rope_freqs.weight_____" not in source.tensors
+
+
+def test_layers_beyond_those_of_the_metadata_are_not_left_out(tmp_path: Path) -> None:
+    file = with_extra_tensor(tmp_path / "tiny.gguf", "blk.1.attn_norm.weight")
+    assert "holds blk.1.attn_norm.weight, but its metadata says that there are 1 layers" in refusal(file)
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_not_touched(tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", {})
+    with open_source(file) as source:
+        file.write_bytes(b"")  # what is mapped is gone: reading it would end the process
+        with pytest.raises(CheckpointError, match="changed while it was read"):
+            source.read("model.norm.weight")
+
+
+@pytest.mark.parametrize("change", [{"num_attention_heads": 0}, {"num_hidden_layers": "x"}, {"hidden_size": -1}])
+def test_metadata_from_which_no_model_is_built(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load: Any = modeling_gguf_pytorch_utils.load_gguf_checkpoint
+
+    def changed(*args: Any, **rest: Any) -> Any:
+        found = load(*args, **rest)
+        return {**found, "config": {**found["config"], **change}}
+
+    for module in ("configuration_utils", "modeling_gguf_pytorch_utils"):
+        monkeypatch.setattr(f"transformers.{module}.load_gguf_checkpoint", changed)
+    refusal(write_llama(tmp_path / "tiny.gguf", {}))
