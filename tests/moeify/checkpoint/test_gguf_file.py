@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
-from tests.moeify.checkpoint.make_gguf import write_gpt2, write_llama
+from tests.moeify.checkpoint.make_gguf import put, write_gpt2, write_llama
 
 Q = gguf.GGMLQuantizationType
 
@@ -181,16 +181,25 @@ def test_a_file_that_is_cut_after_it_was_opened_is_not_touched(tmp_path: Path) -
             source.read("model.norm.weight")
 
 
-@pytest.mark.parametrize("change", [{"num_attention_heads": 0}, {"num_hidden_layers": "x"}, {"hidden_size": -1}])
-def test_metadata_from_which_no_model_is_built(
-    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load: Any = modeling_gguf_pytorch_utils.load_gguf_checkpoint
-
-    def changed(*args: Any, **rest: Any) -> Any:
-        found = load(*args, **rest)
-        return {**found, "config": {**found["config"], **change}}
-
-    for module in ("configuration_utils", "modeling_gguf_pytorch_utils"):
-        monkeypatch.setattr(f"transformers.{module}.load_gguf_checkpoint", changed)
-    refusal(write_llama(tmp_path / "tiny.gguf", {}))
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.head_count", 5),
+        ("llama.attention.head_count", 128),
+        ("llama.embedding_length", 0),
+        ("llama.embedding_length", 2**31),
+        ("llama.feed_forward_length", 0),
+        ("llama.context_length", 0),
+    ],
+)
+def test_metadata_that_do_not_fit_the_tensors(key: str, value: int, tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", {})
+    put(file, key.encode(), 4, "<I", value)  # the type stands between key and value
+    try:
+        with open_source(file) as source:
+            for name in source.tensors:
+                source.read(name)
+    except CheckpointError as error:
+        assert "\n" not in str(error) and str(file) in str(error)
+    else:
+        assert key == "llama.context_length"  # what the model is trained for: no tensor depends on it

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,20 +9,12 @@ import pytest
 
 from moeify.checkpoint.gguf_header import Place, check_header, check_layers
 from moeify.errors import CheckpointError
-from tests.moeify.checkpoint.make_gguf import write_gpt2, write_llama
+from tests.moeify.checkpoint.make_gguf import put, write_gpt2, write_llama
 
 SIZES = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
 Q = gguf.GGMLQuantizationType
 U32, U64 = "<I", "<Q"
 ARRAY = b"tokenizer.ggml.tokens"
-
-
-def put(file: Path, after: bytes, skip: int, layout: str, value: int) -> None:
-    """Write a number at a distance from the end of the first occurrence of some bytes."""
-    raw = bytearray(file.read_bytes())
-    start = raw.index(after) + len(after) + skip
-    struct.pack_into(layout, raw, start, value)
-    file.write_bytes(raw)
 
 
 def number(key: str, value: int, layout: str = U32) -> Callable[[Path], None]:

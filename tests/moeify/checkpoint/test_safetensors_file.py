@@ -132,7 +132,7 @@ def test_a_header_that_contradicts_itself(tmp_path: Path, header: Any, size: int
         (lambda path: put(path, b"\xef\xbb\xbf{}", b""), "BOM"),
         (lambda path: put(path, "{}".encode("utf-16"), b""), "not valid JSON"),
         (
-            lambda path: put(path, b'{"\\ud800": {"dtype":"F32","shape":[],"data_offsets":[0,4]}}', b"1234"),
+            lambda path: put(path, b'{"\\ud800": 1}', b""),
             "surrogates",
         ),
         (lambda path: put(path, b'{"a":' * 9_999, b""), "nested more than 64 deep"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from importlib import import_module
@@ -17,7 +18,7 @@ from moeify.checkpoint.source import open_source
 from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.conversion.dense import Dense, DenseCheckpoint
-from moeify.errors import MoeifyError
+from moeify.errors import CheckpointError, ConfigError, MoeifyError
 from moeify.passes.find_ffn import find_ffns_in
 from moeify.tracing.skeleton import build_on_meta, full_config, model_class, stored_names
 from moeify.tracing.trace import trace
@@ -124,3 +125,20 @@ def test_ffns_are_found_in_a_model_that_stays_as_it_is() -> None:
     before = repr(model)
     found = moeify.find_ffns(model)
     assert len(found.ffns) == tiny.LAYERS and repr(model) == before
+
+
+def test_what_cannot_be_converted_is_refused_before_it_is_traced(calls: Counter[str], tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    config = json.loads((src / "config.json").read_text())
+    for change, message in (
+        ({"intermediate_size": 2**31}, r"has shape .* expects \[2147483648"),
+        ({}, "leads outside"),
+    ):
+        (src / "config.json").write_text(json.dumps({**config, **change}))
+        with open_source(src) as source, pytest.raises(CheckpointError, match=message):
+            DenseCheckpoint(source)
+        (src / "LICENSE").symlink_to("/etc/hostname")
+    (src / "LICENSE").unlink()
+    with open_source(src) as source, pytest.raises(ConfigError, match="input_ids hold 999"):
+        DenseCheckpoint(source, {"input_ids": torch.tensor([[999]])})
+    assert "trace" not in calls
