@@ -52,9 +52,8 @@ def check_counts(path: Path, config: Mapping[str, object]) -> None:
     """
     for name, value in _fields(config):
         limit = next((limit for pattern, limit in _COUNTS if pattern.search(name)), None)
-        numbers = [value] if not isinstance(value, list) else value
-        for number in numbers if limit is not None else ():
-            if isinstance(number, int | float) and not number <= limit:
+        for number in value if isinstance(value, list) else [value]:
+            if limit is not None and isinstance(number, int | float) and not number <= limit:
                 raise CheckpointError(f"{path} has {name} = {number:.6g}, expected at most {limit}: download it again")
 
 

@@ -99,8 +99,9 @@ def _rule(kind: Any) -> _Rule:
 
 
 def _fits_each(value: object, parts: Sequence[_Rule]) -> bool:
-    same = isinstance(value, tuple) and len(value) == len(parts)
-    return same and all(fits(each) for each, (fits, _) in zip(value, parts, strict=True))
+    if not isinstance(value, tuple) or len(value) != len(parts):
+        return False
+    return all(fits(each) for each, (fits, _) in zip(value, parts, strict=True))
 
 
 def _shown(value: object) -> str:

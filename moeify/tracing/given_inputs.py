@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ def check_token_ids(model: PreTrainedModel, inputs: Mapping[str, object]) -> Non
     """
     ids = inputs.get("input_ids")
     try:
-        embedding = cast("nn.Module", model.get_input_embeddings())
+        embedding = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         return  # it looks its tokens up in another way
     if not isinstance(embedding, nn.Embedding) or not isinstance(ids, Tensor) or ids.is_meta or not ids.numel():

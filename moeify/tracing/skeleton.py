@@ -56,8 +56,9 @@ def _class_of_a_model(name: str) -> type[PreTrainedModel] | None:
         found = getattr(transformers, name, None)
     except Exception as error:  # its module does not import, mostly because a package is missing
         raise MoeifyError(f"transformers cannot import {name}: {first_line(error)}") from error
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model and found.config_class is not None else None
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.config_class is not None:
+        return cast("type[PreTrainedModel]", found)
+    return None
 
 
 def build_on_meta(config: JsonObject) -> PreTrainedModel:

@@ -40,7 +40,7 @@ class Settings:
         ("loss", [0, 5], [-1, float("nan"), float("inf")], "a number that is not negative"),
         ("name", ["x"], [1, None, ["x"]], "a text"),
         ("names", [(), ("x", "y")], [["x"], ("x", 1), "x"], "a list, of each a text"),
-        ("pair", [("x", 1)], [("x",), ("x", "y"), ("x", 1, 2), None], "2 values: a text, a whole number"),
+        ("pair", [("x", 1)], [("x",), ("x", "y"), ("x", 1, 2), None], "a list of 2: a text, a whole number"),
     ],
 )  # fmt: skip
 def test_each_kind_of_field(field: str, right: list[object], wrong: list[object], expected: str) -> None:

@@ -50,7 +50,7 @@ def test_safetensors_hold_tensors(tmp_path: Path) -> None:
         ('{"x": {"shape": [1, 300000000]}}', r"x has 3e\+08 values, expected at most 100,000,000"),
         ('{"x": {"shape": [%s1]}}' % ("1, " * 64), "its shape is not a list of at most 64 numbers"),
         ('{"x": {"shape": "2"}}', "its shape is not a list"),
-        ('{"x": {"shape": [%s]}}' % ("9" * 300), "x is not a tensor"),
+        ('{"x": {"shape": [%s]}}' % ("9" * 300), r"x has 1e\+300 values"),
         ('{"x": [%s]}' % ("9" * 300), "x is not a tensor"),
         ('{"x": [%s]}' % ("9" * 5000), "more than 300 digits"),
         ('{"x": %s' % ("[" * 9999), "nested more than 64 deep"),
