@@ -57,7 +57,7 @@ def _class_of_a_model(name: str) -> type[PreTrainedModel] | None:
     except Exception as error:  # its module does not import, mostly because a package is missing
         raise MoeifyError(f"transformers cannot import {name}: {first_line(error)}") from error
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.config_class is not None:
-        return cast("type[PreTrainedModel]", found)
+        return found
     return None
 
 

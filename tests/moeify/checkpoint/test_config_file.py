@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ def test_a_field_that_transformers_would_not_survive(tmp_path: Path, fields: dic
 
 def test_what_is_as_large_as_the_limits_is_read(tmp_path: Path) -> None:
     config = {"model_type": "llama", "num_hidden_layers": LAYERS, "n_head": HEADS, "num_labels": LABELS,
-              "num_experts": EXPERTS, "max_position_embeddings": 10**9, "num_layers": "x", "alpha": float("inf"), "layer_types": ["full"],
-              "label2id": {"heads": 10**6}, "attn_implementation": "sdpa", "pruned_heads": {}}  # fmt: skip
+              "num_experts": EXPERTS, "max_position_embeddings": 10**9, "num_layers": "x", "layer_types": ["full"],
+              "label2id": {"heads": 10**6}, "attn_implementation": "sdpa", "alpha": math.inf,
+              "pruned_heads": {}}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_config(tmp_path, trust_remote_code=False) == config
     check_counts(tmp_path, {})
