@@ -130,14 +130,13 @@ def test_ffns_are_found_in_a_model_that_stays_as_it_is() -> None:
 def test_what_cannot_be_converted_is_refused_before_it_is_traced(calls: Counter[str], tmp_path: Path) -> None:
     src = tiny.save(tiny.build("llama"), tmp_path / "src")
     config = json.loads((src / "config.json").read_text())
-    for change, message in (
-        ({"intermediate_size": 2**31}, r"has shape .* expects \[36, 2147483648"),
-        ({}, "leads outside"),
-    ):
-        (src / "config.json").write_text(json.dumps({**config, **change}))
-        with open_source(src) as source, pytest.raises(CheckpointError, match=message):
-            DenseCheckpoint(source)
-        (src / "LICENSE").symlink_to("/etc/hostname")
+    (src / "config.json").write_text(json.dumps({**config, "intermediate_size": 2**31}))
+    with open_source(src) as source, pytest.raises(CheckpointError, match=r"has shape .* expects \[36, 2147483648"):
+        DenseCheckpoint(source)
+    (src / "config.json").write_text(json.dumps(config))
+    (src / "LICENSE").symlink_to("/etc/hostname")
+    with open_source(src) as source, pytest.raises(CheckpointError, match="leads outside the folder"):
+        DenseCheckpoint(source)
     (src / "LICENSE").unlink()
     with open_source(src) as source, pytest.raises(ConfigError, match="input_ids hold 999"):
         DenseCheckpoint(source, {"input_ids": torch.tensor([[999]])})
