@@ -81,6 +81,8 @@ def test_what_is_accepted_is_what_json_accepts(text: str) -> None:
         ("[" * (JSON_DEPTH + 1) + "]" * (JSON_DEPTH + 1), "nested more than 64 deep"),
         ('{"a":' * 100_000, "nested more than 64 deep"),
         ('"]]]]"' + "[" * 100_000, "nested more than 64 deep"),
+        (r'["\"", ' + "[" * 100_000, "nested more than 64 deep"),
+        (r'["\\", ' + "[" * 100_000, "nested more than 64 deep"),
         ("1" * (JSON_DIGITS + 1), "a number of more than 300 digits"),
         ("[" + "1," * 9 + "1]", "more than 9 values"),
         ("[" + "{}," * 9 + "1]", "more than 9 values"),
