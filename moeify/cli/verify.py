@@ -10,6 +10,7 @@ import click
 
 from moeify.cli.options import json_option
 from moeify.errors import CheckpointError, VerificationError
+from moeify.files.limits import TEXT_CHARACTERS
 
 
 @click.command()
@@ -29,7 +30,7 @@ def verify(dense: Path, moe: Path, text: TextIO | None, as_json: bool) -> None:
         if not path.exists():
             raise CheckpointError(f"{path} does not exist: give two model folders (DENSE may be a GGUF file)")
     with quiet_transformers():
-        report = verify_checkpoints(dense, moe, text=None if text is None else text.read())
+        report = verify_checkpoints(dense, moe, text=None if text is None else text.read(TEXT_CHARACTERS))
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.summary())
     if not report.passed:
         raise VerificationError("the MoE differs from the dense model by more than the tolerance")
