@@ -145,7 +145,9 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from moeify.cli import display
+    from moeify.cli.quiet import quiet_transformers
     from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint
+    from moeify.hub.structure import check_output
 
     console, dtype = display.stderr(), _DTYPES.get(options.dtype or "")
     what = f"{len(plan.sites)} FFNs become {plan.config.experts} experts, top-{plan.config.top_k}"
@@ -161,6 +163,8 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
 
     def check(folder: Path) -> object:
         progress.stop()
+        with quiet_transformers():
+            check_output(folder)
         return None if options.no_verify else _prove(dense, folder, plan, dtype, console)
 
     callbacks = Callbacks(
