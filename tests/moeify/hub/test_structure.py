@@ -50,7 +50,7 @@ def transpose(name: str) -> Callable[[Tensors], None]:
 @pytest.mark.parametrize(
     ("target", "change", "words"),
     [
-        ("mixtral", transpose("model.layers.2.self_attn.k_proj.weight"), r"k_proj.weight \(\[36, 12\] instead of \[12, 36\]"),
+        ("mixtral", transpose("model.layers.2.self_attn.k_proj.weight"), r"k_proj.weight \(\[36, 12\] instead"),
         ("mixtral", transpose(f"{NATIVE}.w2.weight"), "transformers does not load the model"),
         ("mixtral", lambda t: t.pop(f"{NATIVE}.w2.weight"), r"down_proj \(\[2, 36, 57\] instead of \[3, 36"),
         ("mixtral", lambda t: t.pop("model.norm.weight"), "missing tensor model.norm.weight"),

@@ -11,7 +11,8 @@ from moeify.errors import CheckpointError
 from moeify.plan import VERSION
 from moeify.proving.record import Promise, read_promise
 
-RECORD = {"moeify": VERSION, "config": MoEConfig(3, 2).to_dict(), "cast_to": None}
+CONFIG = MoEConfig(3, 2).to_dict()
+RECORD = {"moeify": VERSION, "config": CONFIG, "cast_to": None}
 
 
 def promise(folder: Path, **changes: Any) -> Promise:
@@ -39,8 +40,8 @@ def test_a_model_of_others_is_held_to_equality(tmp_path: Path) -> None:
         ({"config": None}, "mapping"),
         ({"config": {}}, "missing"),
         ({"config": {"experts": "3", "top_k": 2}}, "experts is '3'"),
-        ({"config": {**RECORD["config"], "method": {"name": 5}}}, "method is 5"),
-        ({"config": {**RECORD["config"], "method": {"name": "copy", "x": 1}}}, "method.x"),
+        ({"config": {**CONFIG, "method": {"name": 5}}}, "method is 5"),
+        ({"config": {**CONFIG, "method": {"name": "copy", "x": 1}}}, "method.x"),
     ],
 )
 def test_a_damaged_record_is_one_line(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

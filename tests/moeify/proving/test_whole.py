@@ -142,7 +142,7 @@ def test_a_model_that_reads_a_weight_outside_of_its_layer_is_loaded_whole(
 
     def reaching(model: Any, arguments: dict[str, Any]) -> torch.Tensor:
         run_model.append(any(parameter.is_meta for parameter in model.parameters()))
-        first = model.model.layers[0].input_layernorm.weight
+        first: torch.Tensor = model.model.layers[0].input_layernorm.weight
         return run(model, arguments) + 0 * first.sum()
 
     monkeypatch.setattr(whole, "run", reaching)
