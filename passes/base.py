@@ -103,7 +103,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _holding(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """Return a GraphModule of what `graph` reads in `root`."""
+    """Return a GraphModule of what `graph` reads in `root`, in the order of `root`: optimizers count parameters."""
     made = fx.GraphModule(root, graph)
     made.meta = dict(root.meta)
     for path, module in made.named_modules():
@@ -111,6 +111,11 @@ def _holding(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
         if module is not original:
             module.training = original.training
             module._non_persistent_buffers_set = original._non_persistent_buffers_set & module._buffers.keys()
+            for kind in ("_modules", "_parameters", "_buffers"):
+                held = getattr(module, kind)
+                ordered = {name: held[name] for name in getattr(original, kind) if name in held}
+                held.clear()
+                held.update(ordered)
     return made
 
 
