@@ -59,6 +59,19 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, object], path: Pa
         convert_and_load_state_dict_in_model(model, dict(tensors), config)
 
 
+def load_generation_config(model: PreTrainedModel, path: Path) -> None:
+    """Give a model the generation config of a folder, if there is one.
+
+    Raises:
+        CheckpointError: Transformers does not load it.
+    """
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        with _one_line(path, "its generation config"):
+            model.generation_config = GenerationConfig.from_pretrained(path)
+
+
 def load_config(path: Path) -> PreTrainedConfig:
     """Load the config of a folder or a GGUF file.
 

@@ -1,6 +1,6 @@
 """An ONNX file that appears whole or not at all: written and proved in a hidden folder beside its place, then renamed.
 
-Weights above `_IN_ONE_FILE` go into `NAME.onnx.data` beside it (a protobuf is built in memory, and holds 2 GB).
+Weights above `_IN_ONE_FILE` go into `NAME.onnx.data` beside it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from moeify.errors import CheckpointError
+from moeify.export.join import join
 
-_IN_ONE_FILE = 500 * 10**6  # bytes; a protobuf is built in memory, twice over
+_IN_ONE_FILE = 500 * 10**6  # bytes; a protobuf holds 2 GB, and is built in memory by whoever reads it
 _SMALLEST_OUTSIDE = 1024  # bytes; shapes and scalars stay in the graph, where shape inference sees them
 
 
@@ -55,16 +56,17 @@ def write(model: ir.Model, path: Path) -> None:
         CheckpointError: the disk has too little space.
     """
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
+    one_file = size <= _IN_ONE_FILE
+    needed, free = size * (1 + one_file), shutil.disk_usage(path.parent).free
+    if needed > free:
         raise CheckpointError(
-            f"not enough space for {path.name}: {size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} are free"
+            f"not enough space for {path.name}: {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} are free"
         )
-    data_file(path).unlink(missing_ok=True)
-    if size <= _IN_ONE_FILE:
-        ir.save(model, path)
-    else:
-        ir.save(model, path, external_data=data_file(path).name, size_threshold_bytes=_SMALLEST_OUTSIDE)
+    data = data_file(path)
+    data.unlink(missing_ok=True)
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=_SMALLEST_OUTSIDE)
+    if one_file and data.exists():
+        join(path, data)
 
 
 def _swap_in(folder: Path, path: Path) -> None:

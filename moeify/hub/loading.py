@@ -13,7 +13,8 @@ import torch
 from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
 from moeify.hub.registration import register
-from moeify.pretrained import load_model
+from moeify.hub.stored import present
+from moeify.pretrained import load_generation_config, load_model
 from moeify.tracing.skeleton import config_of, model_class
 
 if TYPE_CHECKING:
@@ -34,6 +35,21 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     with open_source(path) as source:
         cls = model_class(source.config)
     return load_strictly(cls, path, **kwargs)
+
+
+def load_sparingly(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a checkpoint in the memory of its weights: `load` maps whole files, so what is merged is there twice.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected or of another shape.
+    """
+    with open_source(path) as source:
+        cls, config, tensors = model_class(source.config), config_of(source.config), present(source, source.tensors)
+    if not tensors:
+        return load(path, dtype=dtype)  # GGUF
+    model = load_strictly(cls, None, config=config, state_dict=tensors, dtype=dtype)
+    load_generation_config(model, path)
+    return model
 
 
 @dataclass(frozen=True)

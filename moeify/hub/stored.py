@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -46,23 +46,34 @@ class Present:
     """A tensor in a safetensors file; no byte of it is read before the loader asks."""
 
     info: TensorInfo
-    file: Path
-    opened: Callable[[Path], Any]
+    open: Callable[[], Any]
 
     def get_dtype(self) -> str:
         """Return the dtype, as a slice of safetensors does."""
         return self.info.dtype
 
     def __getitem__(self, index: object) -> torch.Tensor:
-        values: torch.Tensor = self.opened(self.file).get_slice(self.info.name)[index]
+        values: torch.Tensor = self.open().get_slice(self.info.name)[index]
         return values
 
 
 def present(source: Source, names: Iterable[str]) -> dict[str, Present]:
-    """Return some tensors of a checkpoint in safetensors files; the files are closed when these are forgotten.
+    """Return those tensors of a checkpoint that lie in safetensors files as they are: of a GGUF file, none.
 
     The safetensors library reads them and not the reader that a conversion uses: a proof must not share its mistakes.
+    It maps a file as long as one of its tensors is used, and all that was read counts as memory. So each list of
+    experts has a mapping of its own, which is gone when they are merged.
     """
-    opened = cache(lambda file: safe_open(file, framework="pt"))
+    mapped = cache(lambda file, _: safe_open(file, framework="pt"))
     spans = {name: source.span(name) for name in names}
-    return {name: Present(source.info(name), span.path, opened) for name, span in spans.items() if span is not None}
+    return {
+        name: Present(source.info(name), partial(mapped, span.path, _list_of(name)))
+        for name, span in spans.items()
+        if span is not None
+    }
+
+
+def _list_of(name: str) -> str:
+    """Return what stands before the last number: `model.layers.3.mlp.experts` for all experts of a layer."""
+    *parts, number = re.split(r"\.\d+\.", name)
+    return name[: len(name) - len(number)].rstrip(".0123456789") if parts else ""

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from moeify.checkpoint.source import open_source
 from moeify.checkpoint.tensor_info import TensorInfo
 from moeify.errors import CheckpointError
-from moeify.hub.stored import Absent, present
+from moeify.hub.stored import Absent, _list_of, present
 
 
 def test_what_is_absent_has_a_shape_and_the_dtype_that_is_asked_for() -> None:
@@ -33,3 +33,13 @@ def test_what_is_present_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
     assert all(tensors[name][...].equal(value) for name, value in values.items())
     (tmp_path / "model.safetensors").unlink()
     assert tensors["a"][1:].equal(values["a"][1:]), "the file is opened once"
+
+
+def test_each_list_of_experts_has_a_mapping_of_its_own() -> None:
+    names = [
+        "layers.3.mlp.experts.12.w1.weight",
+        "layers.3.attn.k_proj.weight",
+        "layers.4.norm.weight",
+        "lm_head.weight",
+    ]
+    assert list(map(_list_of, names)) == ["layers.3.mlp.experts", "layers", "layers", ""]
