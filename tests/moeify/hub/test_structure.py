@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from moeify.checkpoint.source import Source, open_source
+from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.errors import CheckpointError
 from moeify.hub.structure import check_output, load_structure
@@ -28,7 +30,9 @@ def output(tmp_path: Path, name: str, target: str = "auto") -> Path:
 def rewrite(folder: Path, change: Callable[[Tensors], None]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
 
 
 @pytest.mark.parametrize("target", ["auto", "moeify"])
@@ -75,3 +79,14 @@ def test_a_config_that_asks_for_code_is_not_asked_about_again(tmp_path: Path) ->
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "configuration_x.X"}}))
     check_output(folder)
+
+
+@pytest.mark.parametrize("options", [(), ("--no-verify",)])
+def test_a_conversion_whose_output_would_not_load_leaves_nothing(tmp_path: Path, options: tuple[str, ...]) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    name = "model.layers.2.self_attn.k_proj.weight"  # no part of the slice that a proof runs
+    rewrite(src, transpose(name))
+    arguments = ["convert", str(src), str(tmp_path / "moe"), "--experts", "3", "--top-k", "2", *options]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and name in result.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
