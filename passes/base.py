@@ -112,11 +112,16 @@ def _holding(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
             module.training = original.training
             module._non_persistent_buffers_set = original._non_persistent_buffers_set & module._buffers.keys()
             for kind in ("_modules", "_parameters", "_buffers"):
-                held = getattr(module, kind)
-                ordered = {name: held[name] for name in getattr(original, kind) if name in held}
-                held.clear()
-                held.update(ordered)
+                _sort(getattr(module, kind), getattr(original, kind))
     return made
+
+
+def _sort(held: dict[str, object], like: Mapping[str, object]) -> None:
+    """Put names into the order that they have in another mapping; those that are not there come last."""
+    place = {name: number for number, name in enumerate(like)}
+    ordered = sorted(held.items(), key=lambda item: place.get(item[0], len(place)))
+    held.clear()
+    held.update(ordered)
 
 
 def _about_copies(value: object, copies: Mapping[fx.Node, fx.Node]) -> object:

@@ -11,6 +11,7 @@ from typing import cast
 import click
 
 from moeify import __version__
+from moeify.cli.signals import signals_as_interrupts
 from moeify.errors import ConfigError, MoeifyError
 
 # The commands are in modules of their own, imported when they are called: `moeify --help` must not load torch.
@@ -46,7 +47,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         """Run a command; an error of moeify becomes one line on stderr."""
         try:
-            return super().invoke(ctx)
+            with signals_as_interrupts():
+                return super().invoke(ctx)
         except MoeifyError as error:
             line = " ".join(str(error).split())
             wrong_usage = isinstance(error, ConfigError)

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from moeify.hub.stock_experts import stock_experts, through_moeify
+from moeify.contract.stock_experts import stock_experts, through_moeify
 from moeify.kernels import ops
 from moeify.measure import TOLERANCE, relative_difference
 
