@@ -181,10 +181,10 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
 
 def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, dtype: str | None, console: Console) -> object:
     """Compare a slice of the layers; return what was measured, as `moeify.json` keeps it."""
-    from moeify.cli.quiet import quiet_transformers
+    from moeify.cli.quiet import without_bars
     from moeify.proving.proof import verify_slice
 
-    with quiet_transformers():
+    with without_bars():
         report = verify_slice(dense, folder, plan, cast_to=dtype)
     console.print(f"verified on a slice: {report.summary()}")
     if not report.passed:

@@ -22,14 +22,18 @@ def verify(dense: Path, moe: Path, text: TextIO | None, as_json: bool) -> None:
 
     Every tensor of both checkpoints must have its place: a missing or unexpected one is an error.
     """
-    from moeify.cli.quiet import quiet_transformers
+    from moeify.cli import display
+    from moeify.cli.quiet import without_bars
     from moeify.proving.proof import verify_checkpoints
 
     for path in (dense, moe):
         if not path.exists():
             raise CheckpointError(f"{path} does not exist: give two model folders (DENSE may be a GGUF file)")
-    with quiet_transformers():
+    with without_bars():
         report = verify_checkpoints(dense, moe, text=None if text is None else text.read())
-    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.summary())
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        display.stdout().print(report.summary())
     if not report.passed:
         raise VerificationError("the MoE differs from the dense model by more than the tolerance")
