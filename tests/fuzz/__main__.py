@@ -12,23 +12,30 @@ import argparse
 import json
 import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
+
+from moeify.cli import main
+from tests.fuzz.commands import BASE
 from tests.fuzz.groups import GROUPS
 from tests.fuzz.run import Result, run_case, table
+from tests.fuzz.sources import source
 
 RECORD = Path(__file__).resolve().parents[2] / "docs/fuzz.json"
 
 
 def prepare() -> None:
-    """Load what every child needs, once, without threads."""
+    """Do what children do once, without threads: they share what it loads."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import torch
-
     torch.set_num_threads(1)
-    from moeify.cli import convert, export, inspect, run, verify  # noqa: F401  # what they import, children share
-    from moeify.conversion.checkpoint import convert_checkpoint  # noqa: F401
-    from moeify.proving.proof import verify_checkpoints  # noqa: F401
+    with TemporaryDirectory() as folder, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        for arguments in (["convert", str(source("llama")), f"{folder}/moe", *BASE],
+                          ["verify", str(source("llama")), f"{folder}/moe"]):  # fmt: skip
+            main(arguments, standalone_mode=False)
 
 
 def write(seed: int, results: dict[str, list[Result]]) -> None:
@@ -46,12 +53,12 @@ def again(seed: int, name: str) -> int:
     group, _, number = name.rpartition(":")
     result, outcome = run_case(seed, group, int(number), check=True)
     print(f"{result.case}\n--- stdout\n{outcome.stdout}--- stderr\n{outcome.stderr}---")
-    print(f"{result.outcome}: {result.reason or 'right'}; exit code {outcome.code}, {result.seconds:.1f} s of CPU time, "
-          f"{outcome.growth / 1e6:.0f} MB, at {outcome.where or 'no place in moeify'}")  # fmt: skip
+    print(f"{result.outcome}: {result.reason or 'right'}; exit code {outcome.code}, at {outcome.where or 'no place'}, "
+          f"{result.seconds:.1f} s of CPU time, {outcome.growth / 1e6:.0f} MB")  # fmt: skip
     return int(not result.right)
 
 
-def main() -> int:
+def fuzz() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=4000, help="in all groups together")
@@ -83,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fuzz())

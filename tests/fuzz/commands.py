@@ -53,8 +53,8 @@ def odd_options(rng: Random, src: Path) -> list[str]:
     """Numbers and words that nobody means."""
     numbers = ("0", "-1", "1", "1000000000", str(10**30), "9" * 5000, "x", "", "²", "1e3", "3.5", "nan")
     words = ("", "x", "[/b]", "a\nb", "\x1b[1m", "__class__", "../x", "²")
-    layers = ("all", "every:0", "every:²", "last:99", "first:-1", "0,99", "9" * 5000, "3-1", "(", "(a+)+$", "0-99999999999",
-              "", ".*", "every:" + "9" * 5000)  # fmt: skip
+    layers = ("all", "every:0", "every:²", "last:99", "first:-1", "0,99", "9" * 5000, "3-1", "(", "(a+)+$",
+              "0-99999999999", "", ".*", "every:" + "9" * 5000)  # fmt: skip
     sizes = ("0", "1", "1B", "999999999999999999TB", "1e9", "-1GB", "nan", "9" * 400 + "TB", "9KB")
     settings = ("z_loss=nan", "z_loss=inf", "z_loss=" + "9" * 5000, "router.x=1", "router=1", "seed=-1", "seed=1e400",
                 "experts=2", "=", "a.b.c=1", "method.share=2", "capacity_factor=0", "\x1b=1", "start=none")  # fmt: skip
@@ -90,9 +90,8 @@ def odd_inputs(rng: Random, src: Path) -> list[str]:
                                {"shape": [1, 3 * 10**8], "dtype": "int64"}, {"shape": [-1]}, {"shape": "x"},
                                {"shape": [2**40, 2**40], "dtype": "int64"}, {"shape": [1, 4], "dtype": "quint8"},
                                {"shape": [1, 4], "dtype": "__name__"}, {"shape": [1, 4], "dtype": "int64"})  # fmt: skip
-    path.write_text(
-        json.dumps({rng.choice(("input_ids", "input_ids", "inputs_embeds", "x\nError: y")): rng.choice(ids)})
-    )
+    name = rng.choice(("input_ids", "input_ids", "inputs_embeds", "x\nError: y"))
+    path.write_text(json.dumps({name: rng.choice(ids)}))
     if rng.random() < 0.3:
         rng.choice((files.of_text, files.in_its_place))(rng, path)
     command = rng.choice((["inspect", src.name], ["convert", src.name, DST, *BASE]))
@@ -109,8 +108,8 @@ def odd_places(rng: Random, src: Path) -> list[str]:
     (work / "model").symlink_to(name)
     (work / "file").write_text("x")
     sources = (long, "~nosuchuser", "~nosuchuser/x", "pipe", "loop", "dangling.gguf", "folder.gguf", "model", "file",
-               "/dev/null", "/dev/zero", "/proc/self", ".", "", "a/b/c", "[/b]", "\udcff", "x" * 5000, f"{name}/config.json",
-               "/", f"{name}/../{name}")  # fmt: skip
+               "/dev/null", "/dev/zero", "/proc/self", ".", "", "a/b/c", "[/b]", "\udcff", "x" * 5000, "/",
+               f"{name}/config.json", f"{name}/../{name}")  # fmt: skip
     targets = (long, "y" * 250, "y" * 235, "~nosuchuser/x", "pipe", "loop", "file", "/dev/null", "/dev/null/x", name,
                f"{name}/moe", "model/moe", "n1/n2/n3", "x[/b]", "\udcff", "a\nb", ".", "..", "", "é 模型", "file/x",
                "/proc/x", "./dst/", "dst/../dst")  # fmt: skip

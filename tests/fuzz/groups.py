@@ -35,15 +35,27 @@ class Group:
 
 @dataclass(frozen=True)
 class Case:
-    """A damaged input in a folder of its own, and the command that meets it."""
+    """A damaged input in a folder of its own, and the command that meets it.
+
+    Attributes:
+        name: Its group and number.
+        damage: In words.
+        source: The damaged input.
+        arguments: What is typed.
+        loads_only: An export, which takes ten seconds, ends when everything is loaded.
+    """
 
     name: str
     damage: str
     source: Path
     arguments: list[str]
+    loads_only: bool
 
     def __str__(self) -> str:
         return f"{self.name}: {self.damage}; moeify {shlex.join(self.arguments)}"[:300]
+
+
+_LOADS_ONLY = 0.96  # of exports
 
 
 def _whole(rng: Random, src: Path) -> str:
@@ -98,4 +110,5 @@ def make_case(seed: int, group: str, number: int, work: Path) -> Case:
     (work / ".dst.other").mkdir()
     source = copy_of(whole, work)
     damage = rng.choice(kind.damages)(rng, source)
-    return Case(name, f"{whole}: {damage}", source, rng.choice(kind.commands)(rng, source))
+    arguments = rng.choice(kind.commands)(rng, source)
+    return Case(name, f"{whole}: {damage}", source, arguments, arguments[0] == "export" and rng.random() < _LOADS_ONLY)

@@ -60,7 +60,7 @@ def run_case(seed: int, group: str, number: int, *, check: bool | None = None) -
         work.mkdir()
         case = make_case(seed, group, number, work)
         before = state_of(Path(folder))
-        outcome = execute(case.arguments, work)
+        outcome = execute(case.arguments, work, loads_only=case.loads_only)
         found, reason = judge(outcome, before, state_of(Path(folder)), _targets(case))
         if check is None:
             check = Random(f"check {seed} {case.name}").random() < CHECKED

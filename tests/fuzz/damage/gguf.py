@@ -67,7 +67,8 @@ def u32(value: int) -> tuple[int, bytes]:
 def whole() -> Gguf:
     """A llama of one layer."""
     numbers = {"block_count": LAYERS, "context_length": 32, "embedding_length": HIDDEN, "vocab_size": WORDS,
-               "feed_forward_length": INTERMEDIATE, "attention.head_count": 2, "attention.head_count_kv": 1}  # fmt: skip
+               "feed_forward_length": INTERMEDIATE, "attention.head_count": 2,
+               "attention.head_count_kv": 1}  # fmt: skip
     metadata = {"general.architecture": (STRING, text("llama"))}
     metadata |= {f"llama.{name}": u32(value) for name, value in numbers.items()}
     metadata["llama.attention.layer_norm_rms_epsilon"] = (F32, struct.pack("<f", 1e-6))

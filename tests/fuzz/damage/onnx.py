@@ -33,9 +33,8 @@ def states(rng: Random, path: Path) -> str:
 def graph(rng: Random, path: Path) -> str:
     """Another output, input, type or operator."""
     proto: Any = decoder()
-    said = rng.choice(
-        ("no logits", "no present", "float16", "int64", "other input", "unknown operator", "outside data")
-    )
+    kinds = ("no logits", "no present", "float16", "int64", "other input", "unknown operator", "outside data")
+    said = rng.choice(kinds)
     match said:
         case "no logits":
             proto.graph.node[0].output[0] = "other"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.fuzz.damage import files, jsons
 
 Tensors = dict[str, torch.Tensor]
+Change = Callable[[Random, Tensors, str], None]
 DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64)
 
 
@@ -113,15 +114,8 @@ def _recast(rng: Random, held: Tensors, name: str) -> None:
 
 
 def _rename(rng: Random, held: Tensors, name: str) -> None:
-    odd = (
-        "x",
-        "x\nError: y",
-        "[/b]\x1b[1m",
-        "a/../b",
-        "model.layers.9999999999.mlp.up_proj.weight",
-        "y" * 5000,
-        "\u202e",
-    )
+    far = "model.layers.9999999999.mlp.up_proj.weight"
+    odd = ("x", "x\nError: y", "[/b]\x1b[1m", "a/../b", far, "y" * 5000, "\u202e")
     held[rng.choice(odd)] = held.pop(name)
 
 
@@ -133,15 +127,19 @@ def _extra(rng: Random, held: Tensors, name: str) -> None:
     held[rng.choice(("extra", "model.layers.3.mlp.up_proj.weight", "é[b]\n", "model.layers.0.x"))] = held[name].clone()
 
 
-CHANGES: tuple[tuple[str, Callable[[Random, Tensors, str], None]], ...] = (
+def _replaced(make: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda rng, held, name: held.__setitem__(name, make(held[name]).clone())
+
+
+CHANGES: tuple[tuple[str, Change], ...] = (
     ("missing", lambda rng, held, name: held.__delitem__(name)),
     ("with another beside it", _extra),
     ("renamed", _rename),
-    ("transposed", lambda rng, held, name: held.__setitem__(name, held[name].t().clone() if held[name].dim() == 2 else held[name][:, None])),
-    ("with fewer rows", lambda rng, held, name: held.__setitem__(name, held[name][:-1].clone())),
-    ("with more rows", lambda rng, held, name: held.__setitem__(name, torch.cat((held[name], held[name])))),
-    ("a scalar", lambda rng, held, name: held.__setitem__(name, held[name].flatten()[0].clone())),
-    ("without rows", lambda rng, held, name: held.__setitem__(name, held[name][:0].clone())),
+    ("transposed", _replaced(lambda tensor: tensor.t() if tensor.dim() == 2 else tensor[:, None])),
+    ("with fewer rows", _replaced(lambda tensor: tensor[:-1])),
+    ("with more rows", _replaced(lambda tensor: torch.cat((tensor, tensor)))),
+    ("a scalar", _replaced(lambda tensor: tensor.flatten()[0])),
+    ("without rows", _replaced(lambda tensor: tensor[:0])),
     ("of another dtype", _recast),
     ("with NaN or Inf", _nan),
 )  # fmt: skip
