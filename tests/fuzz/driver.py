@@ -135,9 +135,8 @@ def _run(arguments: list[str], said: Path) -> int:
 
 def _place(end: BaseException) -> str:
     """Name the line of moeify where the error behind an exit came up."""
-    error = end.__context__
-    while error is not None and error.__cause__ is not None and "moeify.errors" not in type(error).__module__:
-        error = error.__cause__
+    shown = end.__context__  # click's error, whose cause is what came up
+    error = shown and (shown.__cause__ or shown)
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
     ours = [frame for frame in frames if "/moeify/" in frame.filename and "/tests/" not in frame.filename]
     if not ours:
