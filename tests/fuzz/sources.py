@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -86,7 +88,8 @@ def _room() -> TemporaryDirectory[str]:
 def source(name: str) -> Path:
     """Return the whole input of a name."""
     path = Path(_room().name) / name
-    _MAKERS[name](path)
+    with redirect_stderr(StringIO()):  # progress bars
+        _MAKERS[name](path)
     return path
 
 

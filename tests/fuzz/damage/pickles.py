@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 from random import Random
 
@@ -46,11 +47,13 @@ def odd_state(rng: Random, src: Path) -> str:
     name = rng.choice(sorted(map(str, state)))
     whole = state[name]
     assert isinstance(whole, torch.Tensor)
+    with warnings.catch_warnings(action="ignore"):  # it is deprecated, and in files that there are
+        quantized = torch.quantize_per_tensor(whole, 0.1, 0, torch.quint8)
     odd: dict[str, object] = {
         "on the meta device": whole.to("meta"),
         "repeated to 4 TB": torch.zeros(1).expand(2**40),
         "sparse": whole.to_sparse(),
-        "quantized": torch.quantize_per_tensor(whole, 0.1, 0, torch.quint8),
+        "quantized": quantized,
         "transposed": whole.t() if whole.dim() == 2 else whole[None],
         "a number": 3,
         "a list": [whole],
