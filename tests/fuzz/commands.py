@@ -21,7 +21,7 @@ def inspect(rng: Random, src: Path) -> list[str]:
 
 def convert(rng: Random, src: Path) -> list[str]:
     """A conversion, in one of its ways."""
-    ways = ([], [], ["--no-verify"], ["--to", "moeify"], ["--resume"], ["--to", "moeify", "--no-verify"],
+    ways: tuple[list[str], ...] = ([], [], ["--no-verify"], ["--to", "moeify"], ["--resume"], ["--to", "moeify", "--no-verify"],
             ["--dry-run"], ["--dry-run", "--json"], ["--shard-size", "9KB"], ["--dtype", "bfloat16"],
             ["--strict"])  # fmt: skip
     return ["convert", src.name, DST, *BASE, *rng.choice(ways)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import resource
 import signal
@@ -93,6 +94,7 @@ def _in_child(arguments: list[str], work: Path, said: Path, loads_only: bool) ->
     """Run the command with limits, and end the process whatever happens."""
     code = 96
     try:
+        faulthandler.disable()  # pytest's would speak for a child
         for number, name in enumerate(("stdin", "stdout", "stderr")):
             os.dup2(os.open(said / name, os.O_RDWR), number)
         sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")

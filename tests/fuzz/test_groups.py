@@ -37,4 +37,4 @@ def test_every_damage_changes_something(group: str, tmp_path: Path) -> None:
             before = state_of(work)
             assert damage(Random(again), source)
             changed += state_of(work) != before
-        assert changed >= 3, damage.__name__
+        assert changed >= 2, damage.__name__

@@ -69,6 +69,12 @@ def of_text(rng: Random, path: Path) -> str:
     return f"{path.name} {name}"
 
 
+def _sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, HUGE)
+    os.utime(path, (0, 0))  # the same in every run
+
+
 def in_its_place(rng: Random, path: Path) -> str:
     """Something that is no regular file of its own, or an absurd one."""
     path.unlink(missing_ok=True)
@@ -80,7 +86,7 @@ def in_its_place(rng: Random, path: Path) -> str:
         "a link to /dev/zero": lambda: path.symlink_to("/dev/zero"),
         "a link out of the folder": lambda: path.symlink_to("/etc/passwd"),
         "a link to a secret beside": lambda: path.symlink_to(path.parent.parent / "foreign.txt"),
-        "3 GB of nothing": lambda: (path.touch(), os.truncate(path, HUGE)),
+        "3 GB of nothing": lambda: _sparse(path),
         "an empty file": path.touch,
         "no file": lambda: None,
     }
