@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moeify.plan import Plan
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Size(click.ParamType[int]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TextIO
 
@@ -27,7 +28,7 @@ def verify(dense: Path, moe: Path, text: TextIO | None, as_json: bool) -> None:
     from moeify.proving.proof import verify_checkpoints
 
     for path in (dense, moe):
-        if not path.exists():
+        if not os.path.exists(path):  # a name that is too long is no name: Path.exists would raise
             raise CheckpointError(f"{path} does not exist: give two model folders (DENSE may be a GGUF file)")
     with without_bars():
         report = verify_checkpoints(dense, moe, text=None if text is None else text.read())

@@ -22,6 +22,7 @@ from moeify.export import pipeline
 SECONDS = 10  # of CPU time
 EXPORT_SECONDS = 60  # of CPU time for a whole export: a tiny one takes ten
 IDLE_SECONDS = 10  # asleep without using the processor: it waits for something that does not come
+LOADED = "the export ends here: the model is loaded"
 GROWTH = 2**30  # bytes of memory above what the child starts with
 _ADDRESSES = 6 * 2**30  # more of address space: files are mapped
 
@@ -119,7 +120,7 @@ def _in_child(arguments: list[str], work: Path, said: Path, loads_only: bool) ->
 
 
 def _loaded(*_: object) -> None:
-    raise RefusedError("the export ends here: the model is loaded")
+    raise RefusedError(LOADED)
 
 
 def _run(arguments: list[str], said: Path) -> int:

@@ -59,3 +59,5 @@ def test_tensors_that_do_not_fit_are_errors(pair: tuple[Path, Path], change: str
 def test_a_path_that_is_not_there(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     result = verify(pair[0], tmp_path / "nothing")
     assert result.exit_code == 1 and "does not exist" in result.stderr
+    result = CliRunner().invoke(main, ["verify", str(pair[0]), "x" * 300])
+    assert result.exit_code == 1 and "does not exist" in result.stderr
