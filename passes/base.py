@@ -103,7 +103,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _holding(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """Return a GraphModule of what `graph` reads in `root`."""
+    """Return a GraphModule of what `graph` reads in `root`, in the order of `root`: optimizers count parameters."""
     made = fx.GraphModule(root, graph)
     made.meta = dict(root.meta)
     for path, module in made.named_modules():
@@ -111,7 +111,17 @@ def _holding(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
         if module is not original:
             module.training = original.training
             module._non_persistent_buffers_set = original._non_persistent_buffers_set & module._buffers.keys()
+            for kind in ("_modules", "_parameters", "_buffers"):
+                _sort(getattr(module, kind), getattr(original, kind))
     return made
+
+
+def _sort(held: dict[str, object], like: Mapping[str, object]) -> None:
+    """Put names into the order that they have in another mapping; those that are not there come last."""
+    place = {name: number for number, name in enumerate(like)}
+    ordered = sorted(held.items(), key=lambda item: place.get(item[0], len(place)))
+    held.clear()
+    held.update(ordered)
 
 
 def _about_copies(value: object, copies: Mapping[fx.Node, fx.Node]) -> object:

@@ -21,7 +21,7 @@ LAYERS = (
     "hub",
     "conversion training",
     "planning",
-    "families passes tracing",
+    "contract families passes tracing",
     "layers",
     "methods routers",
     "checkpoint plan routing",

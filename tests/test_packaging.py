@@ -133,11 +133,21 @@ def test_the_oldest_python_is_one_number() -> None:
         assert named == {oldest}, text
 
 
-def test_every_version_of_the_tools_is_pinned() -> None:
-    """What `pip install -e '.[dev]'` asks for has its line in constraints.txt."""
+@pytest.mark.parametrize("constraints", ["constraints.txt", "constraints-oldest.txt"])
+def test_every_version_of_the_tools_is_pinned(constraints: str) -> None:
+    """What `pip install -e '.[dev]'` asks for has its line in each file of constraints."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["dev"], *extras["examples"]]
     names = {re.split(r"[^\w.-]", need)[0].lower() for need in wanted}
-    pinned = re.findall(r"^([\w.-]+)[=>]=", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    pinned = re.findall(r"^([\w.-]+)[=>]=", (ROOT / constraints).read_text(), flags=re.MULTILINE)
     assert sorted(names - {name.lower() for name in pinned}) == []
+
+
+def test_the_oldest_versions_that_are_allowed_are_those_that_are_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needs = [need.partition(";")[0] for need in (*project["dependencies"], *extras["gguf"], *extras["onnx"])]
+    tested = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints-oldest.txt").read_text(), flags=re.MULTILINE))
+    allowed = dict(need.split(">=") for need in needs)
+    assert {name: tested[name][: len(oldest)] for name, oldest in allowed.items()} == allowed

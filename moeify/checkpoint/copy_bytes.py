@@ -1,4 +1,4 @@
-"""Copying bytes between files at the speed of the disk, inside the kernel where possible."""
+"""Copying bytes between files at the speed of the disk, inside the kernel where possible; and comparing them."""
 
 from __future__ import annotations
 
@@ -48,6 +48,37 @@ def _copy_in_kernel(source: FileIO, span: Span, file: FileIO, on_bytes: Callable
         on_bytes(copied)
         done += copied
     return done
+
+
+def same_span(span: Span, file: FileIO) -> bool:
+    """Return whether an open file goes on with the bytes of `span`; it is read that far.
+
+    Raises:
+        CheckpointError: The source file is shorter than the span.
+        OSError: A file cannot be read.
+    """
+    buffer = memoryview(bytearray(min(STEP, span.nbytes)))
+    with span.path.open("rb", buffering=0) as source:
+        for done in range(0, span.nbytes, STEP):
+            chunk = buffer[: span.nbytes - done]
+            read_exactly(source.fileno(), span.offset + done, chunk, span.path)
+            if not same_bytes(chunk, file):
+                return False
+    return True
+
+
+def same_bytes(raw: memoryview, file: FileIO) -> bool:
+    """Return whether an open file goes on with `raw`; it is read that far.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    for start in range(0, len(raw), STEP):
+        chunk = raw[start : start + STEP]
+        at = file.seek(len(chunk), os.SEEK_CUR) - len(chunk)
+        if os.pread(file.fileno(), len(chunk), at) != chunk.tobytes():
+            return False
+    return True
 
 
 def write_all(file: FileIO, raw: memoryview) -> None:

@@ -49,6 +49,7 @@ class Source:
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(stored.tensors)
         self._stored = stored
+        self._opened = self.fingerprint()
 
     @property
     def model_type(self) -> str:
@@ -88,13 +89,26 @@ class Source:
             shutil.copyfile(path, dst / path.name)
 
     def fingerprint(self) -> str:
-        """Return a digest that changes with the source: headers, config, and names, sizes and times of its files."""
+        """Return a digest that changes with the source: headers, config, and what the system says of its files."""
         digest = hashlib.sha256(self._stored.header_bytes)
         digest.update(json.dumps(self.config, sort_keys=True).encode())
         for file in self._stored.files:
             status = file.stat()
-            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(f"{file.name} {status.st_ino} {status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that were opened.
+
+        Raises:
+            CheckpointError: A file was written, replaced or removed since.
+        """
+        try:
+            unchanged = self.fingerprint() == self._opened
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} was removed while it was read: nothing was written") from error
+        if not unchanged:
+            raise CheckpointError(f"{self.path} changed while it was read: nothing was written; run again")
 
     def __enter__(self) -> Source:
         return self

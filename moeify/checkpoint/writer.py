@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from io import FileIO
 from pathlib import Path
 
-from moeify.checkpoint.copy_bytes import copy_span, write_all
+from moeify.checkpoint.copy_bytes import copy_span, same_bytes, same_span, write_all
 from moeify.checkpoint.folder import SAFETENSORS, index_name
 from moeify.checkpoint.nonfinite import holds_nonfinite, tensor_holds_nonfinite
 from moeify.checkpoint.safetensors_file import encode_header, tensor_bytes
 from moeify.checkpoint.shards import Compute, OutTensor, Shard, SourceRows, plan_shards
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import Span, TensorInfo, dtype_name
+from moeify.files.staging import RESUME_RECORD
 
-RESUME_RECORD = ".moeify-resume"
 _KEPT_PARTS = 4  # gate, up and down of one FFN, and one more
 
 
@@ -40,9 +42,9 @@ def write_checkpoint(
     Args:
         source: Where rows are copied from.
         tensors: What to write, in order.
-        dst_dir: An existing folder; see `staged` for one that appears whole or not at all.
+        dst_dir: An existing folder; see `staged_folder` for one that appears whole or not at all.
         shard_size: Bytes of values that a file may hold.
-        resume: Keep the whole shards that an interrupted run of the same plan left in `dst_dir`.
+        resume: Keep the shards of an interrupted run that hold what is to be written; remove what else is in `dst_dir`.
         on_bytes: Called with the number of bytes written since the last call.
         on_nonfinite: Called with the name of a source or computed tensor that holds NaN or Inf, once and before its
             first byte is written; it may raise to stop.
@@ -55,7 +57,10 @@ def write_checkpoint(
     shards = plan_shards(tensors, shard_size)
     for tensor in tensors:
         _check_parts(source, tensor)
-    _start_or_resume(dst_dir, _plan_fingerprint(source, shards, plan_key), resume=resume)
+    fingerprint = _plan_fingerprint(source, shards, plan_key)
+    if resume:
+        _keep_shards(dst_dir, fingerprint, shards)
+    (dst_dir / RESUME_RECORD).write_text(fingerprint)
     writer = _ShardWriter(source, tensors, on_bytes, on_nonfinite)
     for shard in shards:
         writer.write(shard, dst_dir)
@@ -104,14 +109,16 @@ def _describe(part: SourceRows | Compute) -> list[object]:
     return [part.source_name, part.rows] if isinstance(part, SourceRows) else ["computed"]
 
 
-def _start_or_resume(folder: Path, fingerprint: str, *, resume: bool) -> None:
-    """Keep the shards of an interrupted run if it followed the same plan, else remove them."""
+def _keep_shards(folder: Path, fingerprint: str, shards: Iterable[Shard]) -> None:
+    """Keep the shards of an interrupted run if it followed the same plan, and remove everything else."""
     record = folder / RESUME_RECORD
-    if resume and record.is_file() and record.read_text() == fingerprint:
-        return
-    for old in folder.glob("*.safetensors"):
-        old.unlink()
-    record.write_text(fingerprint)
+    same = record.is_file() and record.read_text() == fingerprint
+    kept = {shard.name for shard in shards} if same else set()
+    for old in folder.iterdir():
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        elif old.name not in kept or not old.is_file() or old.is_symlink():
+            old.unlink()
 
 
 def _write_index(folder: Path, shards: Sequence[Shard]) -> None:
@@ -140,12 +147,10 @@ class _ShardWriter:
         self._checked: set[str] = set()
 
     def write(self, shard: Shard, folder: Path) -> None:
-        """Write one shard, unless an interrupted run has written it."""
+        """Write one shard, unless an interrupted run has written it as it is to be."""
         header = encode_header(tensor.info for tensor in shard.tensors)
         path = folder / shard.name
-        if path.exists():  # a file gets this name only when it is whole
-            for part in (part for tensor in shard.tensors for part in tensor.parts):
-                self._check_finite(part)
+        if path.exists() and self._holds(path, header, shard):
             self._on_bytes(len(header) + shard.nbytes)
             return
         partial = folder / f".{shard.name}.partial"
@@ -155,6 +160,22 @@ class _ShardWriter:
             for tensor in shard.tensors:
                 self._write_tensor(tensor, file)
         partial.rename(path)
+
+    def _holds(self, path: Path, header: bytes, shard: Shard) -> bool:
+        """Compare a file with what would be written: after a power cut, or by another hand, it may hold anything."""
+        with path.open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != len(header) + shard.nbytes:
+                return False
+            return same_bytes(memoryview(header), file) and all(
+                self._same_part(tensor, part, file) for tensor in shard.tensors for part in tensor.parts
+            )
+
+    def _same_part(self, tensor: OutTensor, part: SourceRows | Compute, file: FileIO) -> bool:
+        span = self._span(part)
+        if span is None:
+            return same_bytes(self._bytes(tensor, part), file)
+        self._check_finite(part)
+        return same_span(span, file)
 
     def _write_tensor(self, tensor: OutTensor, file: FileIO) -> None:
         start = file.tell()

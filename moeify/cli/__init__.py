@@ -13,6 +13,7 @@ import click
 from moeify import __version__
 from moeify.cli.failures import one_line
 from moeify.cli.quiet import quiet
+from moeify.cli.signals import signals_as_interrupts
 
 # The commands are in modules of their own, imported when they are called: `moeify --help` must not load torch.
 COMMANDS = {
@@ -46,7 +47,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run a command; whatever it raises becomes one line on stderr."""
-        with one_line(), quiet():
+        with one_line(), quiet(), signals_as_interrupts():
             return super().invoke(ctx)
 
 

@@ -12,6 +12,7 @@ import click
 from moeify.cli.options import example_inputs_option, source_options
 from moeify.cli.settings import config_from, config_options
 from moeify.errors import CheckpointError, ConfigError, VerificationError
+from moeify.files.staging import can_resume, check_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,8 +110,8 @@ def _check_usage(dst: Path | None, options: _Options, settings: dict[str, Any]) 
     given = [name for name, value in settings.items() if value not in (None, ())]
     if options.plan_file and given:
         raise click.UsageError(f"{given[0]} goes without --plan: the plan says how to convert")
-    if dst is not None and dst.exists() and not (options.dry_run or options.overwrite):
-        raise CheckpointError(f"{dst} exists: choose another output folder, or pass --overwrite")
+    if dst is not None and not options.dry_run:
+        check_folder(dst, overwrite=options.overwrite)
 
 
 def _plan(dense: DenseCheckpoint, config: MoEConfig | None, options: _Options) -> Plan:
@@ -175,7 +176,8 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
             output = Output(dst, options.shard_size, dtype, options.overwrite, options.resume)
             convert_checkpoint(dense, plan, output, callbacks)
     except KeyboardInterrupt as stop:
-        raise CheckpointError(f"interrupted; {dst} was not made: run again with --resume to go on") from stop
+        hint = ": run again with --resume to go on" if can_resume(dst) else ""
+        raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop
     console.print(f"written to {dst}")
 
 

@@ -41,7 +41,6 @@ def demo(ctx: click.Context, folder: Path) -> None:
     ctx.invoke(inspect, src=str(source))
     _headline(2, f"moeify convert {source.name} {target} --experts 8 --top-k 2")
     started = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
     ctx.invoke(convert, src=str(source), dst=target, experts=8, top_k=2, overwrite=True)
     click.echo(f"{time.monotonic() - started:.1f} s")
     with without_bars():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 
 from moeify.cli.options import json_option
 from moeify.errors import ConfigError, MoeifyError, first_line
+from moeify.files.staging import write_whole
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "gguf", "onnx", "onnxruntime", "onnxruntime-gpu")
 
@@ -132,12 +132,7 @@ def _tune(file: Path, shape: tuple[int, int, int, int], device: Any) -> None:
             console.print(_line(found))
     except Exception as error:  # as above: out of memory, a compiler's complaint
         raise MoeifyError(f"tuning failed, {file} was not written: {_line_of(error)}") from error
-    partial = file.with_name(file.name + ".partial")
-    try:
-        partial.write_text(tuned_tiles.text_of(table))
-        os.replace(partial, file)
-    except OSError as error:
-        raise MoeifyError(f"--tune {file} cannot be written: {error.strerror}; choose another file") from error
+    write_whole(file, tuned_tiles.text_of(table).encode())
     console.print(f"{file} written: MOEIFY_TILES={file} uses it")
 
 

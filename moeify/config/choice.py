@@ -58,6 +58,7 @@ class Chosen(Generic[C]):
 
     def __set_name__(self, owner: type, field: str) -> None:
         self.field = field
+        self.kept_as = f"_{field}"  # under the field's own name, torch 2.11's compiler would ask this object again
 
     @overload
     def __get__(self, instance: None, owner: type) -> str: ...
@@ -66,9 +67,9 @@ class Chosen(Generic[C]):
     def __get__(self, instance: object | None, owner: type) -> C | str:
         if instance is None:
             return self.default  # where a dataclass looks for the default of a field
-        value = vars(instance)[self.field]
+        value = vars(instance)[self.kept_as]
         if not isinstance(value, self.contract):
-            value = vars(instance)[self.field] = self._build(dict(value))
+            value = vars(instance)[self.kept_as] = self._build(dict(value))
         return value
 
     def __set__(self, instance: object, value: C | str | Mapping[str, Any]) -> None:
@@ -77,7 +78,7 @@ class Chosen(Generic[C]):
             if value["name"] not in words(self.package):
                 expected = ", ".join(words(self.package))
                 raise ConfigError(f"{self.field} is {value['name']!r}: expected one of {expected}")
-        vars(instance)[self.field] = value
+        vars(instance)[self.kept_as] = value
 
     def _build(self, options: dict[str, Any]) -> C:
         word = options.pop("name")

@@ -41,6 +41,7 @@ class RouterChoice(Choice):
         needs_token_ids: It reads the ids of the tokens in the vocabulary.
         keeps_capacity: It keeps to the capacity itself: the layer drops no choices.
         mixes_tokens: Experts take mixtures of tokens: the layer is a `SoftMoE`.
+        has_logits: Tokens have logits for experts, which are learnt.
         kept_in_float32: Tensors of the router that stay float32 whatever the dtype of the model.
         builds: Makes the module, called with the router, the hidden size, the settings and a `torch.zeros`.
     """
@@ -51,6 +52,7 @@ class RouterChoice(Choice):
     needs_token_ids: ClassVar[bool] = False
     keeps_capacity: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = False
+    has_logits: ClassVar[bool] = True
     kept_in_float32: ClassVar[tuple[str, ...]] = ()
     builds: ClassVar[Callable[..., Any]]
 

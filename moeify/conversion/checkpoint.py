@@ -15,10 +15,10 @@ from typing import Any
 
 from moeify.checkpoint.safetensors_file import encode_header
 from moeify.checkpoint.shards import OutTensor, plan_shards
-from moeify.checkpoint.staging import staged
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.checkpoint.writer import write_checkpoint
 from moeify.config import MoEConfig
+from moeify.contract.model import describe
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.output_tensors import output_tensors
 from moeify.conversion.refusals import check_convertible
@@ -26,6 +26,7 @@ from moeify.conversion.rehearsal import rehearse
 from moeify.errors import ConfigError
 from moeify.families.native import native_config
 from moeify.families.table import FAMILIES, MOEIFY, choose_target
+from moeify.files.staging import staged_folder
 from moeify.plan import Plan
 from moeify.planning.make_plan import make_plan, plan_sites
 
@@ -131,14 +132,14 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
         callbacks: What is called meanwhile.
 
     Raises:
-        CheckpointError: The source lacks a tensor, or the output cannot be written.
+        CheckpointError: The source lacks a tensor or changes meanwhile, or the output cannot be written.
     """
     source, dtype = dense.source, output.dtype
     tensors = list(output_tensors(dense, plan, dtype, callbacks.unused))
     total = sum(_file_bytes(shard.tensors) for shard in plan_shards(tensors, output.shard_size))
     callbacks.total(total)
     options = {"overwrite": output.overwrite, "resume": output.resume}
-    with staged(output.folder, source=source.path, nbytes=total, **options) as folder:
+    with staged_folder(output.folder, source=source.path, nbytes=total, **options) as folder:
         write_checkpoint(
             source,
             tensors,
@@ -153,6 +154,7 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
         _write_json(folder / "config.json", output_config(dense, plan, dtype))
         proof = callbacks.check(folder)
         _write_json(folder / PLAN_FILE, {**plan.to_dict(), "cast_to": dtype, "verification": proof})
+        source.check_unchanged()
 
 
 def output_config(dense: DenseCheckpoint, plan: Plan, dtype: str | None) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def output_config(dense: DenseCheckpoint, plan: Plan, dtype: str | None) -> dict
     torch_name = str(torch_dtype(dtype or dense.info(plan.sites[0].down.parameter).dtype)).removeprefix("torch.")
     if plan.target != MOEIFY:
         return native_config(FAMILIES[plan.target], plan, dense.config, torch_name)
-    return {**dense.source.config, "dtype": torch_name, **plan.config_entries}
+    return describe({**dense.source.config, "dtype": torch_name}, dense.model.config, plan)
 
 
 def _file_bytes(tensors: Sequence[OutTensor]) -> int:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moeify.config import MoEConfig
+from moeify.contract.model import prefer_ours, remember
 from moeify.conversion.dense import Dense
 from moeify.conversion.layout import fill_layer, layer_tensors
 from moeify.conversion.optimizer import DenseState
@@ -65,6 +66,7 @@ def _replace(model: nn.Module, dense: Dense, plan: Plan) -> None:
     """Put the layers in place and fill them; dense weights are let go as soon as their experts have them."""
     weights = {name: attrgetter(name)(model) for site in plan.sites for name in site.reads}
     restructure(model, plan, dense.regions)
+    prefer_ours(model, plan)
     for site in plan.sites:
         fill_layer(model.get_submodule(site.path), layer_tensors(site, plan.config), weights.__getitem__)
         for name in site.parameters:
@@ -74,5 +76,4 @@ def _replace(model: nn.Module, dense: Dense, plan: Plan) -> None:
 def remember_plan(model: nn.Module, plan: Plan) -> None:
     """Write a plan into a transformers model's config, so that `save_pretrained` makes a moeify checkpoint."""
     if hasattr(getattr(model, "config", None), "to_json_string"):
-        for name, value in plan.config_entries.items():
-            setattr(model.config, name, value)
+        remember(model.config, plan)

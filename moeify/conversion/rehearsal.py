@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from moeify.contract.model import prefer_ours
 from moeify.conversion.dense import Dense
 from moeify.conversion.restructure import restructure
 from moeify.errors import MoeifyError, RefusedError
@@ -22,6 +23,7 @@ def rehearse(dense: Dense, plan: Plan) -> None:
         RefusedError: The converted twin does not run where the model did.
     """
     twin = restructure(meta_twin(dense.model).eval(), plan, dense.regions)
+    prefer_ours(twin, plan)
     layers = [module for module in twin.modules() if isinstance(module, MoELayer)]
     if not plan.config.router.needs_token_ids:
         for layer in layers:

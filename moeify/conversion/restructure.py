@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from torch import Tensor, fx, nn
 
+from moeify.contract.model import keep_contract
 from moeify.layers.build import layer_in
 from moeify.layers.model_inputs import connect
 from moeify.passes.matching.region import bind
@@ -32,6 +33,7 @@ def restructure(model: nn.Module, plan: Plan, regions: Mapping[tuple[str, ...], 
         for path in [alias for bypassed in site.bypassed for alias in _paths_to(model, bypassed)]:
             model.set_submodule(path, nn.Identity())
     connect(model, layers)
+    keep_contract(model, layers)
     return model
 
 

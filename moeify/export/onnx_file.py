@@ -8,14 +8,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeify.errors import CheckpointError, ConfigError, MoeifyError
+from moeify.errors import ConfigError, MoeifyError
 from moeify.export.report import OnnxReport
 from moeify.export.targets import TARGETS, Form, Target, quantizations
+from moeify.files.staging import check_file
 from moeify.runtime.session import check_runtime
 
 if TYPE_CHECKING:
     from torch import nn
 
+DATA_SUFFIX = ".data"  # of the file beside the graph that holds large weights
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 
 
@@ -63,12 +65,14 @@ class Request:
         target: What it is made for.
         quantize: How the experts' weights are stored, None for the model's dtype.
         dtype: What the model is in.
+        overwrite: Replace the file if it exists.
     """
 
     path: Path
     target: Target
     quantize: str | None
     dtype: str
+    overwrite: bool
 
     @property
     def form(self) -> Form:
@@ -100,7 +104,7 @@ def check_request(path: Path, target: str, quantize: str | None, dtype: str | No
         raise ConfigError(f"target is {target!r}: expected one of {', '.join(TARGETS)}")
     if quantize not in {None, *quantizations()}:
         raise ConfigError(f"quantize is {quantize!r}: expected one of {', '.join(quantizations())}, or None")
-    request = Request(path, TARGETS[target], quantize, dtype or TARGETS[target].default_dtype)
+    request = Request(path, TARGETS[target], quantize, dtype or TARGETS[target].default_dtype, overwrite)
     _check_form(request)
     for name in _PACKAGES:
         try:
@@ -108,7 +112,7 @@ def check_request(path: Path, target: str, quantize: str | None, dtype: str | No
         except ImportError as error:
             raise MoeifyError(f"ONNX export needs {name}: pip install 'moeify[onnx]'") from error
     check_runtime(request.form.runtime)
-    _check_place(path.expanduser(), overwrite=overwrite)
+    check_file(path, overwrite=overwrite, companion=DATA_SUFFIX)
     return request
 
 
@@ -134,10 +138,3 @@ def _check_form(request: Request) -> None:
 
 def _or(names: tuple[str, ...]) -> str:
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def _check_place(path: Path, *, overwrite: bool) -> None:
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder: name the file, for example {path / 'model.onnx'}")
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists: choose another name, or overwrite it (--overwrite)")

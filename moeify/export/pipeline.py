@@ -18,10 +18,11 @@ from moeify.export.capture.trace import Capture, capture
 from moeify.export.lower.contrib import set_attributes
 from moeify.export.lower.layers import lower
 from moeify.export.lower.weights import Rounded
-from moeify.export.onnx_file import Request
+from moeify.export.onnx_file import DATA_SUFFIX, Request
 from moeify.export.prove import Difference, compare, expected_cases, rounded_weights, same_outputs
 from moeify.export.report import OnnxReport
-from moeify.export.write import staged_file, write
+from moeify.export.write import write
+from moeify.files.staging import staged_file
 from moeify.layers import MoELayer
 from moeify.measure import TOLERANCE
 from moeify.runtime.session import open_session, runtime_version
@@ -46,7 +47,7 @@ def export(
     """
     training = model.training
     try:
-        with staged_file(request.path.expanduser().resolve()) as staged:
+        with staged_file(request.path, overwrite=request.overwrite, companion=DATA_SUFFIX) as staged:
             return _Export(request, staged, entries).run(model.eval(), example_inputs)
     finally:
         model.train(training)

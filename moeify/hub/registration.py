@@ -19,11 +19,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moeify.contract.stock_experts import offer_stock_experts
 from moeify.conversion.dense import Dense
 from moeify.conversion.module import remember_plan
 from moeify.conversion.restructure import restructure
 from moeify.errors import CheckpointError
-from moeify.hub.stock_experts import offer_stock_experts
 from moeify.plan import Plan
 
 FORMAT = "moeify"

@@ -6,6 +6,9 @@ K choices per token, S = T·K choices in the experts' order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,10 +16,11 @@ from torch import Tensor, nn
 from moeify.kernels import ops
 from moeify.kernels.activations import ACTIVATIONS
 from moeify.kernels.layout import routing_layout
+from moeify.layers.implementations import OURS, compute
 
 
 class Experts(nn.Module):
-    """E FFNs of one shape, stacked as transformers holds them.
+    """E FFNs of one shape, stacked as transformers holds them: a module of its `use_experts_implementation` kind.
 
     Parameters: `gate_up_proj` (E, 2I, H) with a gate, else `up_proj` (E, J, H); `down_proj` (E, H, I); and, where the
     dense FFN had biases, the same names with `_bias`.
@@ -35,7 +39,14 @@ class Experts(nn.Module):
         dropout: Probability of dropping hidden values inside the experts, in training.
         device: Of the parameters.
         dtype: Of the parameters.
+
+    Attributes:
+        config: The config of the transformers model around, whose `_experts_implementation` says what computes the
+            experts; None outside such a model, where `moeify::experts` does.
     """
+
+    is_transposed, is_concatenated, has_post_expert_norm = False, True, False
+    _is_expert_parallel = False
 
     def __init__(
         self,
@@ -55,9 +66,10 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_experts, self.hidden, self.intermediate = num_experts, hidden, intermediate
-        self.activation, self.gated, self.dropout = activation, gated, dropout
-        self.region, self.region_widths = region, region_widths
+        self.config: Any = None
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden, intermediate
+        self.activation, self.has_gate, self.has_bias = activation, gated, up_bias or down_bias
+        self.region, self.region_widths, self.dropout = region, region_widths, dropout
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(num_experts, *shape, device=device, dtype=dtype))
@@ -80,47 +92,60 @@ class Experts(nn.Module):
         bias: Tensor | None = getattr(self, f"{self.up_name}_bias")
         return bias
 
-    def forward(self, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    @property
+    def act_fn(self) -> Callable[[Tensor], Tensor]:
+        """The activation: of the gate alone (…, I) where there is a plain one, else of all rows (…, J)."""
+        plain = self.has_gate and self.region is None
+        return ACTIVATIONS[self.activation].forward if plain else self._apply_gate
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return Σ_k weight · expert(x).
 
         Args:
-            x_TH: (T, H).
-            expert_ids_TK: (T, K) integers; an id outside [0, E) contributes zero.
-            weights_TK: (T, K).
+            hidden_states: (T, H).
+            top_k_index: (T, K) integers; an id outside [0, E) contributes zero.
+            top_k_weights: (T, K).
+
+        Raises:
+            RefusedError: The implementation that the model's config names cannot compute these experts.
         """
+        chosen = getattr(self.config, "_experts_implementation", None) or OURS
+        if chosen != OURS:
+            return compute(self, chosen, hidden_states, top_k_index, top_k_weights)
         if self.region is None and not (self.training and self.dropout):
             return ops.experts(
-                x_TH,
-                expert_ids_TK,
-                weights_TK,
+                hidden_states,
+                top_k_index,
+                top_k_weights,
                 self.up,
                 self.down_proj,
                 self.up_bias,
                 self.down_proj_bias,
                 activation=self.activation,
-                gated=self.gated,
+                gated=self.has_gate,
             )
-        return self._unfused(x_TH, expert_ids_TK, weights_TK)
+        return self._unfused(hidden_states, top_k_index, top_k_weights)
 
     def _unfused(self, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Run the experts with any torch code between the projections."""
         layout = routing_layout(expert_ids_TK, self.num_experts)
         z_SJ = ops.grouped_linear(ops.dispatch(x_TH, layout), self.up, self.up_bias, layout.offsets_E1)
-        a_SI = F.dropout(self._activate(z_SJ), self.dropout, self.training)
+        a_SI = self._apply_gate(z_SJ)
         y_SH = ops.grouped_linear(a_SI, self.down_proj, self.down_proj_bias, layout.offsets_E1)
         return ops.combine(y_SH, weights_TK, layout).to(x_TH.dtype)
 
-    def _activate(self, z_SJ: Tensor) -> Tensor:
+    def _apply_gate(self, z_SJ: Tensor) -> Tensor:
+        """Compute what stands between the projections, (S, J) to (S, I)."""
         if self.region is not None:
-            activated: Tensor = self.region(*torch.split(z_SJ, list(self.region_widths), dim=-1))
-            return activated
-        act = ACTIVATIONS[self.activation].forward
-        if not self.gated:
-            return act(z_SJ)
-        gate_SI, up_SI = z_SJ.chunk(2, dim=-1)
-        return act(gate_SI) * up_SI
+            a_SI: Tensor = self.region(*torch.split(z_SJ, list(self.region_widths), dim=-1))
+        elif self.has_gate:
+            gate_SI, up_SI = z_SJ.chunk(2, dim=-1)
+            a_SI = self.act_fn(gate_SI) * up_SI
+        else:
+            a_SI = ACTIVATIONS[self.activation].forward(z_SJ)
+        return F.dropout(a_SI, self.dropout, self.training)
 
     def extra_repr(self) -> str:
         """Describe the experts in `repr`."""
-        form = f"{self.activation} {'GLU' if self.gated else 'MLP'}"
-        return f"{self.num_experts} x {form} {self.hidden} → {self.intermediate} → {self.hidden}"
+        form = f"{self.activation} {'GLU' if self.has_gate else 'MLP'}"
+        return f"{self.num_experts} x {form} {self.hidden_dim} → {self.intermediate_dim} → {self.hidden_dim}"

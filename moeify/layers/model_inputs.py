@@ -37,7 +37,7 @@ class ModelInputs:
 
     def forget(self, *_: Any) -> None:
         """Drop the arguments of an export when it is over: they are fake tensors of that export. A forward hook."""
-        if torch.compiler.is_exporting():
+        if exporting():
             self.token_ids = self.mask = None
 
     def tokens(
@@ -60,6 +60,12 @@ class ModelInputs:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"names": self.names, "token_ids": None, "mask": None}
+
+
+def exporting() -> bool:
+    """Whether torch.export runs. `torch.compiler.is_exporting()` says so under torch.compile too, up to torch 2.12."""
+    flag: bool = torch.compiler._is_exporting_flag
+    return flag
 
 
 def _fitting(values: Tensor | None, x: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moeify.errors import MoeifyError
 from moeify.layers.dispatch import Dispatcher, LocalDispatcher
-from moeify.layers.model_inputs import ModelInputs
+from moeify.layers.model_inputs import ModelInputs, exporting
 from moeify.routers.base import RouterModule
 from moeify.routing.attach_loss import attach_loss
 from moeify.routing.balance import layer_losses, weighted_sum
@@ -172,7 +172,7 @@ class SparseMoE(MoELayer):
 
     def _remember(self, record: ForwardRecord) -> None:
         """Keep what was computed, once: not while exporting, nor when activation checkpointing computes it again."""
-        if torch.compiler.is_exporting() or _in_backward():
+        if exporting() or _in_backward():
             return
         self.record = record
         if self.training and self.config.router.updates_bias:

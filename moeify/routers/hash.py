@@ -65,6 +65,7 @@ class Hash(Router):
 
     builds = HashRouter
     needs_token_ids = True
+    has_logits = False
 
     vocab_size: Count | None = None
 

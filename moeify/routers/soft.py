@@ -92,6 +92,7 @@ class Soft(Router):
     sums_to_one = False
     joint = True
     mixes_tokens = True
+    has_logits = False
 
     slots: Count = 1
 

@@ -110,6 +110,12 @@ def save(model: Any, folder: Path, **kwargs: Any) -> Path:
     return folder
 
 
+def enable_checkpointing(model: Any, options: dict[str, Any] | None = None) -> None:
+    """Turn activation checkpointing on, under the name that this transformers has for it."""
+    name = "activation_checkpointing_enable"
+    (getattr(model, name, None) or model.gradient_checkpointing_enable)(options)
+
+
 def convert_files(
     src: Path, dst: Path, config: MoEConfig, *, layers: str = "all", target: str = "auto", **options: Any
 ) -> Plan:

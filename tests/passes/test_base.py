@@ -234,6 +234,23 @@ def test_a_copy_keeps_modes_and_what_is_saved_and_leaves_out_what_no_node_names(
     assert torch.equal(copied(x), given(x))
 
 
+def test_a_copy_keeps_the_order_of_names_and_tensors_that_are_plain_attributes() -> None:
+    root: Any = nn.Module()
+    root.block = nn.Linear(3, 3)  # bias after weight, and read before it
+    root.block.scale = torch.full((3,), 2.0)  # fx makes a buffer of it
+    graph = fx.Graph()
+    given_x, bias = graph.placeholder("x"), graph.get_attr("block.bias")
+    scaled = graph.call_function(torch.mul, (given_x, graph.get_attr("block.scale")))
+    added = graph.call_function(torch.add, (scaled, bias))
+    graph.output(graph.call_function(torch.matmul, (added, graph.get_attr("block.weight"))))
+    given = fx.GraphModule(root, graph)
+    given.block = root.block
+    copied = copy_graph(copy_graph(given))
+    assert list(copied.state_dict()) == ["block.weight", "block.bias", "block.scale"]
+    x = torch.randn(2, 3)
+    assert torch.equal(copied(x), given(x))
+
+
 def test_findings_come_along_with_a_copy_and_are_about_its_nodes() -> None:
     given = searched()
     copied = copy_graph(given)

@@ -51,6 +51,7 @@ def test_the_layers_hold_zeros_and_are_called_with_the_shapes_of_the_trace() -> 
     assert all(not parameter.any() for parameter in layer.parameters())
     (call,) = graph.graph.find_nodes(op="call_module")
     assert call.meta["val"].shape == (2, TOKENS, HIDDEN)
+    assert list(call.meta["nn_module_stack"].values())[-1][0].endswith("mlps.0.down"), "where the FFN stood"
     x = torch.randn(2, TOKENS, HIDDEN)
     assert torch.equal(graph(x), x)
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.integrations import moe
 
+from moeify.contract.stock_experts import stacked_weights, stock_experts
 from moeify.export.capture.interface import DOMAIN, EXPERTS
-from moeify.hub.stock_experts import stacked_weights, stock_experts
 from moeify.measure import probe, same_values
 
 NAME = "moeify_export"

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
-from moeify.hub.stock_experts import stock_experts
+from moeify.contract.stock_experts import stock_experts
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 _ATEN = torch.ops.aten

@@ -185,7 +185,8 @@ def cache_states(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype]]:
         RefusedError: the model keeps something else between steps.
     """
     ids = torch.ones(1, 1, dtype=torch.long, device=device_of(model))
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    output = model(input_ids=ids, use_cache=True)
+    cache = getattr(output, "past_key_values", output)  # Mamba's state has a field of its own in transformers 5.17
     if type(cache).__name__ != "DynamicCache":
         raise RefusedError(_no_state(f"{type(model).__name__} keeps {type(cache).__name__}"))
     states: dict[str, tuple[int, int, torch.dtype]] = {}

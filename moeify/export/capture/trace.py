@@ -21,11 +21,11 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from moeify.contract.stock_experts import through_moeify
 from moeify.errors import RefusedError
 from moeify.export.capture.clamped_gate import NAME, offer_export_experts
 from moeify.export.capture.compat import HALF, ExactNumbers, broadcast_padding, unsqueeze_real_parts
 from moeify.export.capture.interface import FlatModel, Interface, choose_interface
-from moeify.hub.stock_experts import through_moeify
 from moeify.tracing.exporting import quiet_where_undecided
 
 _ONNX_FLOAT = 1

@@ -277,7 +277,7 @@ def test_a_kill_leaves_the_output_absent_and_a_resume_makes_it_whole(tmp_path: P
     dst, partial = tmp_path / "moe", tmp_path / ".moe.moeify-partial"
     command = ["convert", str(src), str(dst), "--experts", "16", "--top-k", "2", "--no-verify", "--shard-size", "20MB"]
     process = subprocess.Popen([sys.executable, "-m", "moeify", *command], stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(partial.glob("model-*.safetensors"))) < 2:
+    while process.poll() is None and len(list(partial.glob("new/moe/model-*.safetensors"))) < 2:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()

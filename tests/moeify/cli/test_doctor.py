@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ def test_a_healthy_machine_passes() -> None:
     if not torch.cuda.is_available():
         assert report["checked"] == "the CPU path; the Triton kernels need a GPU"
     assert report["torch"] == torch.__version__.split("+")[0] or report["torch"] == torch.__version__
+
+
+def test_a_package_that_is_missing_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = metadata.version
+
+    def version(package: str) -> str:
+        if package == "onnxruntime":
+            raise metadata.PackageNotFoundError(package)
+        return known(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    report = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
+    assert (report["onnxruntime"], report["torch"]) == ("not installed", known("torch"))
 
 
 def test_a_kernel_that_is_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,28 @@ def test_a_killed_conversion_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert names == {path.name for path in (tmp_path / "moe").iterdir()}
     assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "moe" / n).read_bytes() for n in names)
+
+
+@pytest.mark.parametrize("change", ["replaced", "touched", "removed"])
+def test_a_source_that_changes_meanwhile_is_noticed_before_the_output_appears(change: str, tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    weights = src / "model.safetensors"
+
+    def meanwhile(_: Path) -> None:
+        status = weights.stat()
+        if change == "replaced":  # by one that looks the same
+            (tmp_path / "other").write_bytes(weights.read_bytes()[:-1] + b"x")
+            os.utime(tmp_path / "other", ns=(status.st_atime_ns, status.st_mtime_ns))
+            (tmp_path / "other").rename(weights)
+        elif change == "touched":
+            os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        else:
+            weights.unlink()
+
+    message = r"model\.safetensors was removed while" if change == "removed" else r"src changed while it was read"
+    with pytest.raises(CheckpointError, match=message):
+        tiny.convert_files(src, tmp_path / "moe", CONFIG, callbacks=Callbacks(check=meanwhile))
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 def test_the_plan_is_kept_with_the_output_and_makes_the_same_again(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_every_weight_gets_a_gradient_and_checkpointing_changes_none() -> None:
     assert all(g.isfinite().all() for g in plain.values())
     experts = {name: g for name, g in plain.items() if ".experts." in name}
     assert experts and all(bool((g.flatten(1).abs().amax(1) > 0).all()) for g in experts.values())
-    model.activation_checkpointing_enable()
+    tiny.enable_checkpointing(model)
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, plain[name])
 

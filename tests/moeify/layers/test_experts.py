@@ -27,7 +27,7 @@ def stack(gated: bool = True, bias: bool = False, **options: Any) -> Experts:
 
 def expected(experts: Experts, x: Tensor) -> Tensor:
     return reference.experts(x, IDS, WEIGHTS, experts.up, experts.down_proj, experts.up_bias, experts.down_proj_bias,
-                             "silu", experts.gated)  # fmt: skip
+                             "silu", experts.has_gate)  # fmt: skip
 
 
 class Silu(nn.Module):

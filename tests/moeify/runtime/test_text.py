@@ -60,6 +60,13 @@ def test_it_generates_what_the_model_generates(moe: nn.Module, path: Path) -> No
     assert model.speed.prompt_seconds > 0 and model.speed.new_seconds > 0
 
 
+def test_keys_and_values_have_the_dtype_of_the_file(tmp_path: Path) -> None:
+    half = moeify.convert(tiny.build("llama"), moeify.MoEConfig(4, 2)).half()
+    moeify.export_onnx(half, tmp_path / "half.onnx", "portable")
+    model = TextModel(tmp_path / "half.onnx", provider="cpu", threads=1)
+    assert len(list(model.tokens(PROMPT, 4))) == 4
+
+
 def test_an_end_token_ends_it(moe: nn.Module, path: Path) -> None:
     expected = generated(moe, 12)
     model = TextModel(path, provider="cpu", threads=1)

@@ -69,13 +69,13 @@ def test_an_untouched_script_with_attached_losses_gets_the_gradients_of_one_that
 def test_activation_checkpointing_of_the_model_changes_nothing() -> None:
     model = model_with(CONFIG)
     expected = gradients(model, own_loss(model) + moeify.aux_loss(model))
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    tiny.enable_checkpointing(model, {"use_reentrant": False})
     assert_same(gradients(model, own_loss(model) + moeify.aux_loss(model)), expected)
 
 
 def test_reentrant_checkpointing_loses_the_gradient_and_says_so() -> None:
     model = model_with(CONFIG)
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    tiny.enable_checkpointing(model, {"use_reentrant": True})
     model.enable_input_require_grads()
     own_loss(model)
     with pytest.raises(MoeifyError, match=r"model.layers.0.mlp ran without gradients.*use_reentrant=False"):

@@ -18,12 +18,11 @@ from transformers.integrations import moe
 from moeify.kernels import ops
 from moeify.kernels.activations import ACTIVATIONS
 from moeify.kernels.layout import routing_layout
+from moeify.layers.implementations import OURS
 from moeify.measure import probe, recognize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NAME = "moeify"
 
 
 def stock_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -53,12 +52,12 @@ def stock_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
 
 def offer_stock_experts() -> None:
     """Add `stock_experts` to the implementations that transformers knows by name."""
-    if NAME not in moe.ALL_EXPERTS_FUNCTIONS:
-        moe.ALL_EXPERTS_FUNCTIONS.register(NAME, stock_experts)
+    if OURS not in moe.ALL_EXPERTS_FUNCTIONS:
+        moe.ALL_EXPERTS_FUNCTIONS.register(OURS, stock_experts)
 
 
 @contextmanager
-def through_moeify(model: nn.Module, name: str = NAME) -> Iterator[None]:
+def through_moeify(model: nn.Module, name: str = OURS) -> Iterator[None]:
     """Let a transformers model compute its experts in another way inside the block; other models stay as they are.
 
     Args:

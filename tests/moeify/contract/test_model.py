@@ -1,0 +1,91 @@
+"""Converted models of any architecture keep transformers' contract for MoEs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moeify
+from moeify.config import MoEConfig
+from moeify.layers import MoELayer
+from moeify.measure import TOLERANCE, relative_difference
+from tests.moeify.contract import architectures
+
+CONFIG = MoEConfig(experts=5, top_k=2, method="noise", z_loss=0.001)
+FIELDS = {"num_experts": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 57,
+          "output_router_logits": False, "router_aux_loss_coef": 0.01}  # fmt: skip
+
+
+def moe_layers(model: Any) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, MoELayer)]
+
+
+def first(model: Any, name: str, **options: Any) -> torch.Tensor:
+    """The logits, or the hidden states of a model without a head."""
+    with torch.no_grad():
+        output = model(**architectures.inputs(name), **options)
+    value: torch.Tensor = output["logits"] if "logits" in output else output[0]
+    return value
+
+
+@pytest.mark.parametrize("name", architectures.NAMES)
+def test_experts_follow_the_choice_of_implementation_and_it_is_saved(name: str, tmp_path: Path) -> None:
+    model: Any = moeify.convert(architectures.build(name), CONFIG)
+    expected = first(model, name)
+    layers = moe_layers(model)
+    model.save_pretrained(tmp_path)
+    moeify.register()
+    for chosen in ("eager", "batched_mm", "moeify"):
+        model.set_experts_implementation(chosen)
+        assert {layer.experts.config._experts_implementation for layer in layers} == {chosen}
+        assert relative_difference(first(model, name), expected) <= TOLERANCE["float32"]
+    assert torch.equal(first(model, name), expected)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert relative_difference(first(loaded, name), expected) <= TOLERANCE["float32"]
+    asked = type(model).from_pretrained(tmp_path, experts_implementation="batched_mm")
+    held = [layer.experts.config for layer in moe_layers(asked)]
+    assert {config._experts_implementation for config in held} == {"batched_mm"}
+    assert relative_difference(first(asked, name), expected) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("name", architectures.NAMES)
+def test_the_config_says_what_an_moe_says(name: str, tmp_path: Path) -> None:
+    model: Any = moeify.convert(architectures.build(name), CONFIG)
+    model.save_pretrained(tmp_path)
+    moeify.register()
+    for each in (model, type(model).from_pretrained(tmp_path)):
+        text = each.config.get_text_config()
+        assert {field: getattr(text, field) for field in FIELDS} == FIELDS
+        assert {field: getattr(each.config, field) for field in FIELDS} == FIELDS
+
+
+def test_another_model_of_the_class_stays_as_it_is() -> None:
+    dense = architectures.build("llama")
+    moeify.convert(architectures.build("llama"), CONFIG)
+    assert not dense._can_set_experts_implementation()
+
+
+def test_a_copy_follows_its_own_config() -> None:
+    model: Any = moeify.convert(architectures.build("llama"), CONFIG)
+    twin = copy.deepcopy(model)
+    twin.set_experts_implementation("eager")
+    configs = [m.model.layers[0].mlp.experts.config for m in (model, twin)]
+    assert [config._experts_implementation for config in configs] == ["moeify", "eager"]
+
+
+def test_a_model_of_another_library_needs_no_config() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn = torch.nn.Sequential(torch.nn.Linear(6, 24), torch.nn.ReLU(), torch.nn.Linear(24, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = x + self.ffn(x)
+            return y
+
+    model = moeify.convert(Block(), CONFIG, example_inputs=torch.randn(2, 6))
+    assert [layer.experts.config for layer in moe_layers(model)] == [None]
