@@ -9,10 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from moeify.config import MoEConfig
-from moeify.errors import ConfigError
+from moeify.config.checks import check_fields
+from moeify.errors import CheckpointError, ConfigError
+from moeify.files.json_text import parse_json
+from moeify.files.limits import PLAN_BYTES
+from moeify.files.reading import read_bytes
 
 VERSION = 2
 
@@ -172,37 +177,58 @@ class Plan:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Plan:
+    def from_dict(data: object) -> Plan:
         """Read what `to_dict` wrote.
 
         Raises:
             ConfigError: Another version, or fields that are missing or unknown.
         """
+        if not isinstance(data, dict):
+            raise ConfigError("the plan is not a JSON object: expected what moeify wrote as moeify.json")
         if data.get("moeify") != VERSION:
-            raise ConfigError(f"the plan has version {data.get('moeify')!r}: this moeify reads version {VERSION}")
+            raise ConfigError(f"the plan has another version: this moeify reads version {VERSION}, make it again")
         try:
-            return Plan(
+            plan = Plan(
                 model_type=data["model_type"],
                 config=MoEConfig.from_dict(data["config"]),
                 sites=tuple(_site(site) for site in data["sites"]),
                 target=data["target"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the plan is damaged ({error}): make it again with --dry-run --json") from error
+        plan._check_types()
+        return plan
+
+    def _check_types(self) -> None:
+        check_fields(self, "the plan is damaged: its ", besides={"config", "sites"})
+        for site in self.sites:
+            check_fields(site, "the plan is damaged: a site's ", besides={"ups", "down"})
+            for rows in (*site.ups, site.down):
+                check_fields(rows, f"the plan is damaged: in {site.path}, ")
 
     @staticmethod
-    def from_json(text: str) -> Plan:
+    def from_file(path: Path) -> Plan:
+        """Read the file of a plan.
+
+        Raises:
+            ConfigError: It cannot be read, or is not a plan.
+        """
+        try:
+            return Plan.from_json(read_bytes(path, PLAN_BYTES))
+        except CheckpointError as error:
+            raise ConfigError(f"--plan: {error}") from error
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Plan:
         """Read what `to_json` wrote.
 
         Raises:
             ConfigError: Not JSON, or not a plan.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise ConfigError(f"the plan is not JSON: {error}") from error
-        if not isinstance(data, dict):
-            raise ConfigError("the plan is not a JSON object: expected what moeify wrote as moeify.json")
         return Plan.from_dict(data)
 
 

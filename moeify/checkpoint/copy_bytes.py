@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from io import FileIO
+from io import BufferedReader, FileIO
 
 from moeify.checkpoint.safetensors_file import read_exactly
 from moeify.checkpoint.tensor_info import Span
+from moeify.files.reading import opened
 
 STEP = 16 << 20  # bytes between two reports of progress, and the size of the buffer where the kernel cannot copy
 _NOT_POSSIBLE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
@@ -21,7 +22,7 @@ def copy_span(span: Span, file: FileIO, on_bytes: Callable[[int], None]) -> None
         CheckpointError: The source file is shorter than the span.
         OSError: The disk is full, or cannot be read or written.
     """
-    with span.path.open("rb", buffering=0) as source:
+    with opened(span.path) as source:
         done = _copy_in_kernel(source, span, file, on_bytes) if hasattr(os, "copy_file_range") else 0
         buffer = memoryview(bytearray(min(STEP, span.nbytes - done)))
         while done < span.nbytes:
@@ -32,7 +33,7 @@ def copy_span(span: Span, file: FileIO, on_bytes: Callable[[int], None]) -> None
             done += len(chunk)
 
 
-def _copy_in_kernel(source: FileIO, span: Span, file: FileIO, on_bytes: Callable[[int], None]) -> int:
+def _copy_in_kernel(source: BufferedReader, span: Span, file: FileIO, on_bytes: Callable[[int], None]) -> int:
     """Return how many bytes the kernel copied: fewer than all where the file systems or the file do not allow it."""
     done = 0
     while done < span.nbytes:

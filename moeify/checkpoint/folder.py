@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from moeify.errors import CheckpointError
-
-JsonObject: TypeAlias = dict[str, Any]
+from moeify.files.json_text import read_json_object
+from moeify.files.limits import CONFIG_BYTES, INDEX_BYTES
+from moeify.files.reading import is_file, list_folder
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+_NAME_BYTES = 255  # of a file's name, on every usual file system
 
 # The files that belong to a model beside its weights and its config. This is a list of what to copy and not of what to
 # leave out: model folders also collect training state, code and notes on the dense model, which would be wrong beside
@@ -29,7 +31,7 @@ SIDE_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template*",
-    "generation_config.json",
+    GENERATION_CONFIG,
     "*processor_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -40,48 +42,6 @@ SIDE_FILES = (
 def index_name(weights: str) -> str:
     """Return the name of the index that belongs to a sharded `model.safetensors` or `pytorch_model.bin`."""
     return f"{weights}.index.json"
-
-
-def load_json(path: Path) -> JsonObject:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: The file is not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download or copy the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def load_config(folder: Path, *, trust_remote_code: bool) -> JsonObject:
-    """Read `config.json` and refuse a model that cannot be converted as it is.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, the weights are quantized, or the model needs remote code.
-    """
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} has weights but no {CONFIG}: add the one that the model was published with")
-    config = load_json(folder / CONFIG)
-    if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{folder / CONFIG} names no model_type: it is not the config of a transformers model")
-    if "auto_map" in config and not trust_remote_code:
-        raise CheckpointError(
-            f"{folder} asks to run Python code of its own (auto_map in {CONFIG}): "
-            "read that code, and pass --trust-remote-code if you trust it"
-        )
-    quantization = config.get("quantization_config")
-    if quantization:
-        scheme = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        if scheme != "moeify":
-            raise CheckpointError(
-                f"{folder} is quantized (scheme: {scheme}) and cannot be converted: dequantize it first, "
-                "or start from the checkpoint before quantization"
-            )
-    return config
 
 
 def find_shards(folder: Path, weights: str) -> dict[Path, set[str]] | None:
@@ -97,32 +57,42 @@ def find_shards(folder: Path, weights: str) -> dict[Path, set[str]] | None:
     Raises:
         CheckpointError: The index is damaged, leads outside the folder, or names a file that does not exist.
     """
-    if (folder / weights).is_file():
+    if is_file(folder / weights):
         return {folder / weights: set()}
     index = folder / index_name(weights)
-    if not index.is_file():
+    if not is_file(index):
         return None
-    weight_map = load_json(index).get("weight_map")
+    weight_map = read_json_object(index, INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names: download it again")
-    shards: dict[Path, set[str]] = {}
-    for shard in sorted(set(weight_map.values())):
-        path = _inside(folder, shard, index)
-        if not path.is_file():
-            raise CheckpointError(f"{index} names the shard {shard}, which does not exist: download it again")
-        shards[path] = {name for name, home in weight_map.items() if home == shard}
-    return shards
+    names_in: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        names_in.setdefault(shard, set()).add(name)
+    return {_shard(folder, shard, index): names for shard, names in sorted(names_in.items())}
 
 
-def _inside(folder: Path, name: str, index: Path) -> Path:
-    """Return the path of a shard, and refuse one outside the folder."""
+def _shard(folder: Path, name: str, index: Path) -> Path:
+    """Return the path of a shard: a regular file in the folder."""
+    if "\0" in name or len(name.encode()) > _NAME_BYTES:
+        raise CheckpointError(f"{index} names {name[:_NAME_BYTES]!r}, which is no name of a file: download it again")
     path = folder / name
-    roots = [folder.resolve()]
-    if folder.parent.name == "snapshots":  # the hub's cache: files are links into the blobs beside the snapshots
-        roots.append((folder.parent.parent / "blobs").resolve())
-    if ".." in Path(name).parts or Path(name).is_absolute() or not any(map(path.resolve().is_relative_to, roots)):
+    if name in {"", ".", ".."} or "/" in name or leads_outside(path, folder):
         raise CheckpointError(f"{index} names {name!r}, which leads outside the folder: it is not opened")
+    if not is_file(path):
+        raise CheckpointError(f"{index} names the shard {name}, which does not exist: download it again")
     return path
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Return whether a file of a model folder is a link to somewhere else.
+
+    The hub's cache is no other place: there the files are links into the blobs beside the snapshots.
+    """
+    root = os.path.realpath(folder)
+    roots = [root]
+    if Path(root).parent.name == "snapshots":
+        roots.append(os.path.realpath(Path(root).parent.parent / "blobs"))
+    return not any(Path(os.path.realpath(path)).is_relative_to(each) for each in roots)
 
 
 def note_file(file_of: dict[str, Path], name: str, file: Path) -> None:
@@ -156,11 +126,21 @@ def check_index(shards: Mapping[Path, set[str]], file_of: Mapping[str, Path]) ->
 
 
 def side_files(folder: Path) -> tuple[Path, ...]:
-    """Return the files to copy along with the weights: tokenizer, templates, generation config, license."""
-    return tuple(
+    """Return the files to copy along with the weights: tokenizer, templates, generation config, license.
+
+    Raises:
+        CheckpointError: One of them is a link that leads outside the folder, or `generation_config.json` is damaged.
+    """
+    found = tuple(
         path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and not path.name.endswith((".py", ".index.json"))
+        for path in list_folder(folder)
+        if not path.name.endswith((".py", ".index.json"))
         and any(fnmatch(path.name, pattern) for pattern in SIDE_FILES)
+        and is_file(path)
     )
+    for path in found:
+        if leads_outside(path, folder):
+            raise CheckpointError(f"{path} is a link that leads outside the folder: put a copy in its place")
+        if path.name == GENERATION_CONFIG:  # from_pretrained reads it: with a damaged one no model is loaded
+            read_json_object(path, CONFIG_BYTES)
+    return found

@@ -6,17 +6,21 @@ mapping and undoes the permutations one tensor at a time, so that the whole mode
 
 from __future__ import annotations
 
-import json
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from moeify.checkpoint.folder import JsonObject
+from moeify.checkpoint.config_file import check_counts
+from moeify.checkpoint.gguf_header import Place, check_header, check_layers
 from moeify.checkpoint.tensor_info import TensorInfo
-from moeify.errors import CheckpointError
+from moeify.errors import CheckpointError, first_line
+from moeify.files.json_text import JsonObject, parse_json
+from moeify.files.limits import LAYERS
+from moeify.files.reading import check_unchanged, state_of
 from moeify.pretrained import load_config, load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     import torch
     from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
@@ -34,12 +38,14 @@ class GgufFile:
         from transformers import modeling_gguf_pytorch_utils as utils
 
         self.files: tuple[Path, ...] = (file,)
-        reader = _open(file)
+        self._state = state_of(file)
+        reader, places = _open(file)
         self.header_bytes = bytes(reader.data[: reader.data_offset])
         architecture = str(reader.fields["general.architecture"].contents())
         self._hf_config = _read_config(file, architecture)
-        skeleton = _skeleton(self._hf_config)
-        self.config: JsonObject = json.loads(self._hf_config.to_json_string())
+        self.config = cast("JsonObject", parse_json(self._hf_config.to_json_string()))
+        check_counts(file, self.config)
+        skeleton = _skeleton(file, self._hf_config)
         self.config |= {"architectures": [type(skeleton).__name__], "dtype": "float32"}
         processor: Any = utils.TENSOR_PROCESSORS.get(architecture, utils.TensorProcessor)
         self._processor = processor(config=self._hf_config.to_dict())
@@ -47,8 +53,14 @@ class GgufFile:
         self._hf_name = _names(file, architecture, skeleton, names, self._processor)
         self._stored = {self._hf_name[t.name]: t for t in reader.tensors if t.name in self._hf_name}
         _check_types(file, self._stored.values())
+        self.unused = tuple(t.name for t in reader.tensors if t.name not in self._hf_name)
+        check_layers(file, self.unused, int(getattr(self._hf_config, "num_hidden_layers", LAYERS)))
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         self.tensors = {name: TensorInfo(name, "F32", shapes[name]) for name in shapes if name in self._stored}
+        for name, info in self.tensors.items():
+            found = places[self._stored[name].name].shape
+            if prod(found) != prod(info.shape):  # the order of the dimensions is known when the tensor is read
+                raise self._wrong_shape(name, found)
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor in float32, in memory of its own."""
@@ -56,21 +68,25 @@ class GgufFile:
         import torch
         from gguf import dequantize
 
+        check_unchanged(self.files[0], self._state)
         stored = self._stored[name]
         values = dequantize(stored.data, stored.tensor_type)
         parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
-        done = self._processor.process(
-            weights=values, name=stored.name, tensor_key_mapping=self._hf_name, parsed_parameters=parsed
-        )
+        try:
+            done = self._processor.process(
+                weights=values, name=stored.name, tensor_key_mapping=self._hf_name, parsed_parameters=parsed
+            )
+        except (ValueError, TypeError, ZeroDivisionError) as error:  # the metadata and the shape do not fit
+            raise self._wrong_shape(name, values.shape) from error
         # A processor may put the tensor into `parsed` itself (GPT-2's lm_head) instead of returning it.
         tensor = parsed["tensors"].get(name) if done.name is None else torch.from_numpy(np.copy(done.weights))
-        expected = self.tensors[name].shape
-        if tensor is None or tuple(tensor.shape) != expected:
-            found = None if tensor is None else list(tensor.shape)
-            raise CheckpointError(
-                f"{self.files[0]}: {name} has shape {found}, the model expects {list(expected)}: download it again"
-            )
+        if tensor is None or tuple(tensor.shape) != self.tensors[name].shape:
+            raise self._wrong_shape(name, () if tensor is None else tensor.shape)
         return tensor
+
+    def _wrong_shape(self, name: str, found: Sequence[int]) -> CheckpointError:
+        what = f"{name} has shape {list(found)}, the model expects {list(self.tensors[name].shape)}"
+        return CheckpointError(f"{self.files[0]}: {what}: download it again")
 
     def span(self, name: str) -> None:
         """Return None: the bytes on disk are quantized or permuted."""
@@ -91,10 +107,15 @@ class GgufFile:
         self._stored.clear()
 
 
-def _open(file: Path) -> GGUFReader:
+def _open(file: Path) -> tuple[GGUFReader, dict[str, Place]]:
+    """Check the header of a file, then map it.
+
+    Raises:
+        CheckpointError: The file is damaged, or the gguf package is missing.
+    """
     try:
         import numpy as np
-        from gguf import GGUFReader
+        from gguf import GGML_QUANT_SIZES, GGUFReader
     except ImportError as error:
         raise CheckpointError("reading GGUF needs the gguf package: pip install 'moeify[gguf]'") from error
 
@@ -109,12 +130,16 @@ def _open(file: Path) -> GGUFReader:
         def data(self, mapped: Any) -> None:
             self._data = np.asarray(mapped)
 
+    places = check_header(file, {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()})
     try:
         reader = Reader(file)
         reader.fields["general.architecture"].contents()
-    except (ValueError, KeyError, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read as GGUF, or is truncated ({error}): download it again") from error
-    return reader
+    except Exception as error:  # whatever the library raises, the file is what the user can change
+        reason = first_line(error)
+        raise CheckpointError(
+            f"{file} cannot be read as GGUF, or is truncated ({reason}): download it again"
+        ) from error
+    return reader, places
 
 
 def _read_config(file: Path, architecture: str) -> PreTrainedConfig:
@@ -130,8 +155,12 @@ def _unsupported(file: Path, architecture: str, reason: str = "") -> CheckpointE
     return CheckpointError(f"{file}: the GGUF architecture {architecture!r} is not supported{reason}")
 
 
-def _skeleton(config: PreTrainedConfig) -> torch.nn.Module:
-    """Return the model without storage: its parameter names and shapes."""
+def _skeleton(file: Path, config: PreTrainedConfig) -> torch.nn.Module:
+    """Return the model without storage: its parameter names and shapes.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
     import torch
     import transformers as tf
 
@@ -140,8 +169,11 @@ def _skeleton(config: PreTrainedConfig) -> torch.nn.Module:
         (tf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, tf.AutoModelForSeq2SeqLM),
     )
     auto: Any = next((auto for mapping, auto in choices if type(config) in mapping), tf.AutoModel)
-    with torch.device("meta"):
-        return cast("torch.nn.Module", auto.from_config(config))
+    try:
+        with torch.device("meta"):
+            return cast("torch.nn.Module", auto.from_config(config))
+    except Exception as error:  # for wrong numbers it raises errors of every kind
+        raise CheckpointError(f"{file}: no model can be built from its metadata ({first_line(error)})") from error
 
 
 class _Outline:

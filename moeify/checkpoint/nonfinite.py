@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from moeify.checkpoint.safetensors_file import read_exactly, tensor_bytes
 from moeify.checkpoint.tensor_info import dtype_name
+from moeify.files.reading import opened
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ def holds_nonfinite(source: Source, name: str) -> bool:
     if span is None:
         return tensor_holds_nonfinite(source.read(name))
     buffer = memoryview(bytearray(min(span.nbytes, BUFFER)))
-    with span.path.open("rb", buffering=0) as file:
+    with opened(span.path) as file:
         for start in range(0, span.nbytes, BUFFER):
             chunk = buffer[: span.nbytes - start]
             read_exactly(file.fileno(), span.offset + start, chunk, span.path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from moeify.checkpoint.folder import note_file
 from moeify.checkpoint.tensor_info import TensorInfo, dtype_name
 from moeify.errors import CheckpointError, first_line
+from moeify.files.reading import check_unchanged, opened, state_of
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +28,11 @@ class PickleFiles:
         self.tensors: dict[str, TensorInfo] = {}
         self.file_of: dict[str, Path] = {}
         self._values: dict[str, torch.Tensor] = {}
+        self._states = {file: state_of(file) for file in files}
         for file in files:
             for name, value in _load(file).items():
+                if not isinstance(name, str):
+                    raise CheckpointError(f"{file} has the key {name!r}, not the name of a tensor: use safetensors")
                 note_file(self.file_of, name, file)
                 self.tensors[name], self._values[name] = _plain_tensor(file, name, value)
 
@@ -37,6 +40,8 @@ class PickleFiles:
         """Return one tensor, in memory of its own."""
         import torch
 
+        file = self.file_of[name]
+        check_unchanged(file, self._states[file])
         return self._values[name].detach().clone(memory_format=torch.contiguous_format)
 
     def span(self, name: str) -> None:
@@ -47,15 +52,17 @@ class PickleFiles:
         self._values.clear()
 
 
-def _load(file: Path) -> dict[str, object]:
+def _load(file: Path) -> dict[object, object]:
     import torch
 
+    with opened(file):
+        pass  # refuses what is no regular file
     try:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files from before torch 1.6 are not zip archives and cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its opcodes lead to
         reason = first_line(error)
         raise CheckpointError(f"{file} cannot be read as plain tensors ({reason}): use safetensors") from error
     if not isinstance(state, dict):
@@ -66,8 +73,10 @@ def _load(file: Path) -> dict[str, object]:
 def _plain_tensor(file: Path, name: str, value: object) -> tuple[TensorInfo, torch.Tensor]:
     import torch
 
-    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu":
         dtype = dtype_name(value.dtype)
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{file} holds {name} with repeated values ({value.nbytes:,} bytes): use safetensors")
         if dtype is not None:
             return TensorInfo(name, dtype, tuple(value.shape)), value
     raise CheckpointError(f"{file} holds {name}, which is not a plain tensor but {type(value).__name__}")

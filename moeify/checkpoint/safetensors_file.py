@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from moeify.checkpoint.folder import note_file
 from moeify.checkpoint.tensor_info import ITEMSIZE, Span, TensorInfo, torch_dtype
 from moeify.errors import CheckpointError
+from moeify.files.json_text import parse_json
+from moeify.files.limits import HEADER_BYTES, TENSOR_DIMENSIONS
+from moeify.files.reading import opened
 
 if TYPE_CHECKING:
     import torch
 
-_MAX_HEADER = 100_000_000  # the safetensors library refuses longer ones
+_TOO_LARGE = 2**63  # torch and the safetensors library count in 64 bits
 _ALIGNMENT = 8
 
 
@@ -31,33 +35,30 @@ def _read_header(path: Path) -> tuple[bytes, dict[TensorInfo, Span]]:
     Raises:
         CheckpointError: The file is truncated, is not safetensors, or its header contradicts itself.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > _MAX_HEADER:
+        if size < 8 or length > HEADER_BYTES:
             _refuse(path, "it does not start with a safetensors header")
         if 8 + length > size:
             _refuse(path, f"truncated: the header ends at byte {8 + length}, the file at byte {size}")
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_keys)
-    except ValueError as error:  # bad JSON, bad UTF-8, or a key that is given twice
+        header = parse_json(raw, constants=False)
+    except ValueError as error:
         _refuse(path, f"its header is not valid JSON ({error})")
     if not isinstance(header, dict):
         _refuse(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
+    _check_metadata(path, header.pop("__metadata__", None))
     start = 8 + length
     entries = sorted((_read_entry(path, name, entry) for name, entry in header.items()), key=lambda item: item[1:])
     _check_layout(path, entries, size - start)
     return raw, {info: Span(path, start + begin, end - begin) for info, begin, end in entries}
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
-    return found
+def _check_metadata(path: Path, metadata: object) -> None:
+    if not isinstance(metadata, dict | None) or not all(isinstance(text, str) for text in (metadata or {}).values()):
+        _refuse(path, "its __metadata__ is not a map from texts to texts")
 
 
 def _read_entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, int]:
@@ -69,7 +70,10 @@ def _read_entry(path: Path, name: str, entry: object) -> tuple[TensorInfo, int, 
             _refuse(path, f"the entry of {name} has no dtype, shape and two data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         _refuse(path, f"{name} has the unknown dtype {dtype!r} (known: {', '.join(ITEMSIZE)})")
-    if not all(type(n) is int and n >= 0 for n in (*lengths, begin, end)) or end < begin:
+    if len(lengths) > TENSOR_DIMENSIONS:
+        _refuse(path, f"{name} has {len(lengths)} dimensions, expected at most {TENSOR_DIMENSIONS}")
+    whole = all(type(n) is int and 0 <= n < _TOO_LARGE for n in (*lengths, begin, end))
+    if not whole or end < begin or prod(filter(None, lengths)) >= _TOO_LARGE:
         _refuse(path, f"{name} has an impossible shape {lengths} or data_offsets {[begin, end]}")
     info = TensorInfo(name, dtype, tuple(lengths))
     if end - begin != info.nbytes:
@@ -155,7 +159,7 @@ class SafetensorsFiles:
 
         info, span = self.tensors[name], self._spans[name]
         raw = torch.empty(span.nbytes, dtype=torch.uint8)
-        with span.path.open("rb", buffering=0) as file:
+        with opened(span.path) as file:
             read_exactly(file.fileno(), span.offset, raw.numpy().data, span.path)
         return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
 

@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING
 
+from moeify.checkpoint.config_file import load_config
 from moeify.checkpoint.folder import (
     CONFIG,
     PICKLE,
     SAFETENSORS,
     SIDE_FILES,
-    JsonObject,
     check_index,
     find_shards,
     index_name,
-    load_config,
     side_files,
 )
 from moeify.checkpoint.gguf_file import GgufFile
@@ -28,6 +26,9 @@ from moeify.checkpoint.pickle_file import PickleFiles
 from moeify.checkpoint.safetensors_file import SafetensorsFiles
 from moeify.checkpoint.tensor_info import Span, TensorInfo
 from moeify.errors import CheckpointError, first_line
+from moeify.files.json_text import JsonObject
+from moeify.files.limits import SIDE_FILE_BYTES
+from moeify.files.reading import exists, is_file, is_folder, list_folder, read_bytes, user_path
 
 if TYPE_CHECKING:
     import torch
@@ -42,12 +43,14 @@ class Source:
         path: The folder or GGUF file.
         config: The contents of `config.json`, or the GGUF metadata as transformers translates it.
         tensors: Every tensor by its name, in the order of the files and of the data in them.
+        unused: Names of tensors that are in the file and in no model of its kind; they cannot be read.
     """
 
     def __init__(self, path: Path, config: JsonObject, stored: SafetensorsFiles | PickleFiles | GgufFile) -> None:
         self.path = path
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(stored.tensors)
+        self.unused = stored.unused if isinstance(stored, GgufFile) else ()
         self._stored = stored
         self._opened = self.fingerprint()
 
@@ -86,7 +89,16 @@ class Source:
             self._stored.write_side_files(dst)
             return
         for path in side_files(self.path):
-            shutil.copyfile(path, dst / path.name)
+            (dst / path.name).write_bytes(read_bytes(path, SIDE_FILE_BYTES))
+
+    def check_side_files(self) -> None:
+        """Check the files beside the weights before hours of work.
+
+        Raises:
+            CheckpointError: One of them is a link that leads outside the folder, or is damaged.
+        """
+        if not isinstance(self._stored, GgufFile):
+            side_files(self.path)
 
     def fingerprint(self) -> str:
         """Return a digest that changes with the source: headers, config, and what the system says of its files."""
@@ -131,10 +143,10 @@ def open_source(src: str | Path, *, allow_pickle: bool = False, trust_remote_cod
     Raises:
         CheckpointError: One line that says what is wrong with the checkpoint and what to do.
     """
-    path = Path(src).expanduser()
-    if not path.exists():
+    path = user_path(src)
+    if not exists(path) and not is_file(path):  # the second says why it cannot be known
         path = _download(src, allow_pickle)
-    if path.is_dir():
+    if is_folder(path):
         return _open_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     if path.suffix != ".gguf":
         raise CheckpointError(f"{path} is a file but not a .gguf file: give the folder that holds the model")
@@ -150,7 +162,7 @@ def _open_folder(folder: Path, *, allow_pickle: bool, trust_remote_code: bool) -
     open_files: type[SafetensorsFiles] | type[PickleFiles] = SafetensorsFiles
     shards = find_shards(folder, SAFETENSORS)
     if shards is None:
-        ggufs = sorted(folder.glob("*.gguf"))
+        ggufs = [path for path in list_folder(folder) if path.suffix == ".gguf" and is_file(path)]
         if len(ggufs) == 1:
             return _open_gguf(ggufs[0])
         shards, open_files = _find_pickles(folder, ggufs, allow_pickle), PickleFiles

@@ -5,6 +5,7 @@ Dtypes are spelled as safetensors spells them (`"BF16"`), so that nothing here i
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -75,3 +76,10 @@ def torch_dtype(name: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str | None:
     """Return the safetensors name of a torch dtype, or None if safetensors cannot hold it."""
     return _SAFETENSORS_NAME.get(str(dtype).removeprefix("torch."))
+
+
+def widest(dtypes: Collection[str]) -> str:
+    """Return the floating-point dtype that holds the values of all of these, as closely as one of them does."""
+    size = max(ITEMSIZE[dtype] for dtype in dtypes)
+    largest = {dtype for dtype in dtypes if ITEMSIZE[dtype] == size}
+    return largest.pop() if len(largest) == 1 else "F32"  # float16 and bfloat16: neither holds the other's values

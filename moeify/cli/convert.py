@@ -11,7 +11,7 @@ import click
 
 from moeify.cli.options import example_inputs_option, source_options
 from moeify.cli.settings import config_from, config_options
-from moeify.errors import CheckpointError, ConfigError, VerificationError
+from moeify.errors import CheckpointError, VerificationError
 from moeify.files.staging import can_resume, check_folder
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moeify.plan import Plan
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_LARGEST = 10**15  # bytes of a file: a larger number is a slip
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -32,9 +33,9 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Parse the text."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", str(value).upper())
+        found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?B)?", str(value).upper(), re.ASCII)
         size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-        if size < 1:
+        if not 1 <= size <= _LARGEST:
             self.fail(f"{value!r} is not a size: write 5GB, 500MB or a number of bytes", param, ctx)
         return size
 
@@ -121,10 +122,7 @@ def _plan(dense: DenseCheckpoint, config: MoEConfig | None, options: _Options) -
     if config is not None:
         return plan_checkpoint(dense, config, options.layers, options.target)
     assert options.plan_file is not None
-    try:
-        saved = Plan.from_json(options.plan_file.read_text())
-    except OSError as error:
-        raise ConfigError(f"--plan {options.plan_file} cannot be read: {error.strerror}") from error
+    saved = Plan.from_file(options.plan_file)
     check_plan(dense, saved)
     return saved
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TextIO
 
@@ -11,6 +10,8 @@ import click
 
 from moeify.cli.options import json_option
 from moeify.errors import CheckpointError, VerificationError
+from moeify.files.limits import TEXT_CHARACTERS
+from moeify.files.reading import exists
 
 
 @click.command()
@@ -28,10 +29,10 @@ def verify(dense: Path, moe: Path, text: TextIO | None, as_json: bool) -> None:
     from moeify.proving.proof import verify_checkpoints
 
     for path in (dense, moe):
-        if not os.path.exists(path):  # a name that is too long is no name: Path.exists would raise
+        if not exists(path):
             raise CheckpointError(f"{path} does not exist: give two model folders (DENSE may be a GGUF file)")
     with without_bars():
-        report = verify_checkpoints(dense, moe, text=None if text is None else text.read())
+        report = verify_checkpoints(dense, moe, text=None if text is None else text.read(TEXT_CHARACTERS))
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from moeify.config.checks import Count, CountOrZero, NotNegative, Positive, Probability, check_fields
+from moeify.config.checks import Experts, ExpertsOrZero, NotNegative, Positive, Probability, check_fields
 from moeify.config.choice import Choice, Chosen
 from moeify.config.contracts import MethodChoice, RouterChoice
 from moeify.config.presets import Presets
@@ -60,11 +60,11 @@ class MoEConfig(Presets):
         ConfigError: A value does not fit; the message names the field.
     """
 
-    experts: Count
-    top_k: Count
+    experts: Experts
+    top_k: Experts
     method: Chosen[MethodChoice] = _METHOD
-    granularity: Count = 1
-    shared_experts: CountOrZero = 0
+    granularity: Experts = 1
+    shared_experts: ExpertsOrZero = 0
     router: Chosen[RouterChoice] = _ROUTER
     renormalize: bool = True
     aux_loss: NotNegative = 0.01

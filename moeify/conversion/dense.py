@@ -13,7 +13,8 @@ from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import TensorInfo
 from moeify.passes.ffn import Inspection
 from moeify.passes.find_ffn import find_ffns_in
-from moeify.tracing.skeleton import StoredNames, build_on_meta, stored_names
+from moeify.tracing.given_inputs import check_token_ids
+from moeify.tracing.skeleton import StoredNames, build_on_meta, check_shapes, stored_names
 from moeify.tracing.trace import Inputs, trace
 
 
@@ -58,6 +59,8 @@ class DenseCheckpoint(Dense):
 
     Raises:
         MoeifyError: Transformers cannot build the model of this `config.json`.
+        CheckpointError: A stored tensor does not fit the model, or a file beside the weights cannot be copied.
+        ConfigError: The example inputs hold a token id that the model does not have.
     """
 
     model: PreTrainedModel
@@ -66,6 +69,9 @@ class DenseCheckpoint(Dense):
     def __init__(self, source: Source, example_inputs: Mapping[str, Any] | None = None) -> None:
         super().__init__(build_on_meta(source.config), example_inputs)
         self.source = source
+        source.check_side_files()
+        check_shapes(self.model, self.names, source.tensors)
+        check_token_ids(self.model, example_inputs or {})
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from moeify.checkpoint.shards import Compute, OutTensor, SourceRows
-from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
+from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype, widest
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.layout import Block, LayerTensor, stored_tensors
 from moeify.errors import CheckpointError
@@ -35,7 +35,7 @@ def output_tensors(
         CheckpointError: The source lacks a tensor that the model needs.
     """
     names = dense.names
-    for stored in names.unused:
+    for stored in (*names.unused, *dense.source.unused):
         unused(stored)
     _check_complete(dense, plan)
     outputs = _Outputs(dense, dtype)
@@ -85,7 +85,7 @@ class _Outputs:
         return OutTensor(name, target, info.shape, (lambda: self.cast(info),))
 
     def of(self, tensor: LayerTensor, site: Site) -> OutTensor:
-        """Describe a tensor of a new layer, in the dtype of what it replaces.
+        """Describe a tensor of a new layer, in the widest dtype of what it replaces.
 
         Raises:
             CheckpointError: The checkpoint does not hold a buffer that the activation reads.
@@ -97,7 +97,7 @@ class _Outputs:
                     "the model, convert it in place and save it"
                 )
             return self.copied(self.dense.names.of[tensor.copied], tensor.name)
-        dtype = self.stored_dtype(self.dense.info((*tensor.sources, site.down.parameter)[0]))
+        dtype = widest([self.stored_dtype(self.dense.info(name)) for name in tensor.sources or [site.down.parameter]])
         if tensor.start is not None:
             build, dtype = tensor.start.build, tensor.start.dtype or dtype
             return OutTensor(tensor.name, dtype, tensor.shape, (lambda: build().to(torch_dtype(dtype)),))

@@ -81,6 +81,10 @@ _UNSAID = (
 )  # fmt: skip
 _DEFAULTS = MoEConfig(1, 1)
 
+_LANGUAGE_MODEL = Condition(
+    lambda config: all(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ()),
+    "its architecture is not a language model (…ForCausalLM), and that is what the format holds",
+)
 _NO_ATTENTION_BIAS = _is("attention_bias", False, "the format has no attention biases")
 _NO_MLP_BIAS = _is("mlp_bias", False, "the experts have no biases")
 _FULL_ATTENTION = Condition(
@@ -225,7 +229,7 @@ def why_not(family: Family, plan: Plan, config: Config) -> str | None:
     conditions = family.sources.get(plan.model_type)
     if conditions is None:
         return f"{family.model_type} can be made from {', '.join(family.sources)}"
-    for condition in conditions:
+    for condition in (_LANGUAGE_MODEL, *conditions):
         if not condition.holds(config):
             return condition.otherwise
     unnamed = next((site.path for site in plan.sites if not site.gated), None)

@@ -6,7 +6,6 @@ One run at a time writes an output. What stands at its place is looked at when t
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,8 @@ from pathlib import Path
 
 from moeify.errors import CheckpointError
 from moeify.files.commit import recover, swap
+from moeify.files.json_text import read_json_object
+from moeify.files.limits import CONFIG_BYTES
 from moeify.files.work_folder import WorkFolder
 
 RESUME_RECORD = ".moeify-resume"
@@ -213,10 +214,10 @@ def _why_not_replace(target: Path) -> str | None:
     if not any(target.iterdir()):
         return None
     try:
-        config = json.loads((target / _CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict) or "model_type" not in config:
+        config = read_json_object(target / _CONFIG, CONFIG_BYTES)
+    except CheckpointError:
+        config = {}
+    if "model_type" not in config:
         return f"it has no {_CONFIG} of a model"
     folders = sorted(path.name for path in target.iterdir() if path.is_dir())
     return f"it holds the folder {folders[0]}, which is no part of a model" if folders else None

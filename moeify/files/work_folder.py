@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moeify.errors import CheckpointError
+from moeify.files.json_text import parse_json
 
 _NAME_BYTES = 255  # of a file, on every usual file system
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
@@ -93,8 +94,9 @@ class WorkFolder:
         """Return what the journal says; a line that was not written to its end counts for nothing."""
         found: dict[str, object] = {}
         for line in os.pread(self._descriptor, 1 << 16, 0).splitlines():
-            with suppress(ValueError, TypeError):
-                found |= json.loads(line)
+            with suppress(ValueError):
+                entry = parse_json(line)
+                found |= entry if isinstance(entry, dict) else {}
         return found
 
     def holds_work(self) -> bool:

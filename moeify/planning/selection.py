@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from moeify.errors import ConfigError
 
 _COUNTED = re.compile(r"(every|last|first):(.+)")
-_NUMBERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
+_NUMBERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*", re.ASCII)
+_SHOWN = 99  # characters of a selection in a message
 
 
 def select_layers(spec: str, paths: Sequence[str]) -> list[int]:
@@ -27,20 +28,21 @@ def select_layers(spec: str, paths: Sequence[str]) -> list[int]:
     chosen: Sequence[int] = numbers
     if counted := _COUNTED.fullmatch(spec):
         word, text = counted.groups()
-        if not text.isdigit() or int(text) < 1:
-            raise ConfigError(f"layers {spec!r}: expected a positive number after the colon")
-        size = int(text)
+        size = _number(text) if text.isascii() and text.isdigit() else 0
+        if size < 1:
+            raise ConfigError(f"layers {spec[:_SHOWN]!r}: expected a positive number after the colon")
         chosen = {"every": numbers[size - 1 :: size], "last": numbers[-size:], "first": numbers[:size]}[word]
     elif _NUMBERS.fullmatch(spec):
         chosen = sorted({number for part in spec.split(",") for number in _range(part, len(paths))})
     elif spec != "all":
         try:
             chosen = [number for number, path in enumerate(paths) if re.search(spec, path)]
-        except re.error as error:
-            raise ConfigError(f"layers {spec!r} is not a selection and not a regular expression: {error}") from error
+        except (re.error, RecursionError, OverflowError) as error:
+            shown = f"layers {spec[:_SHOWN]!r}"
+            raise ConfigError(f"{shown} is not a selection and not a regular expression: {error}") from error
     if not chosen:
         example = f"{paths[0]} … {paths[-1]}" if paths else "none"
-        raise ConfigError(f"layers {spec!r} selects none of the {len(paths)} FFNs ({example})")
+        raise ConfigError(f"layers {spec[:_SHOWN]!r} selects none of the {len(paths)} FFNs ({example})")
     return list(chosen)
 
 
@@ -51,7 +53,12 @@ def is_pattern(spec: str) -> bool:
 
 def _range(part: str, count: int) -> range:
     first, _, last = part.partition("-")
-    low, high = int(first), int(last or first)
+    low, high = _number(first), _number(last or first)
     if high < low or high >= count:
-        raise ConfigError(f"layers {part!r} is outside the {count} FFNs of this model (0-{count - 1})")
+        raise ConfigError(f"layers {part[:_SHOWN]!r} is outside the {count} FFNs of this model (0-{count - 1})")
     return range(low, high + 1)
+
+
+def _number(digits: str) -> int:
+    """Return the number, or one beyond every layer: Python does not read thousands of digits."""
+    return int(digits) if len(digits) < 10 else 10**9

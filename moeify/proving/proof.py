@@ -6,7 +6,6 @@ checkpoints, so that the memory does not grow with the depth.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +21,9 @@ from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import PLAN_FILE
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import VerificationError
+from moeify.files.json_text import read_json_object
+from moeify.files.limits import PLAN_BYTES
+from moeify.files.reading import is_file
 from moeify.hub.loading import FirstLayers, load, load_first_layers
 from moeify.measure import fill_inputs, relative_difference, tolerance_of, top1_agreement
 from moeify.plan import Plan
@@ -114,7 +116,7 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
     """
     dense_model, moe_model = load(dense, dtype=torch.float32), load(moe, dtype=torch.float32, **_PLAIN)
     plan_file = moe / PLAN_FILE
-    record = json.loads(plan_file.read_text()) if plan_file.is_file() else {}
+    record = read_json_object(plan_file, PLAN_BYTES) if is_file(plan_file) else {}
     _round_weights(dense_model, record.get("cast_to"))
     exact = MoEConfig.from_dict(record["config"]).exact if record else True  # others' MoEs are held to equality
     return verify(dense_model, moe_model, None if text is None else _tokens(moe, text), exact=exact)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from moeify.errors import ConfigError
+from moeify.checkpoint.safetensors_file import SafetensorsFiles
+from moeify.checkpoint.tensor_info import dtype_name
+from moeify.errors import CheckpointError, ConfigError
+from moeify.files.json_text import parse_json
+from moeify.files.limits import INPUT_ELEMENTS, INPUTS_BYTES, TENSOR_DIMENSIONS
+from moeify.files.reading import read_bytes
 
 
 def read_inputs(path: Path) -> dict[str, object]:
@@ -34,18 +38,44 @@ def read_inputs(path: Path) -> dict[str, object]:
     try:
         match path.suffix:
             case ".safetensors":
-                return dict(load_file(path))
+                return _read_tensors(path)
             case ".json":
-                data = json.loads(path.read_text())
+                data = parse_json(read_bytes(path, INPUTS_BYTES))
             case _:
                 raise ConfigError(f"{path}: example inputs are read from .json or .safetensors, not {path.suffix!r}")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, ValueError) as error:
-        raise ConfigError(f"{path} is not a {path.suffix[1:]} file: {error}") from error
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a json file: {error}") from error
     if not isinstance(data, dict) or not data:
         raise ConfigError(f'{path}: expected the arguments of forward by name, such as {{"input_ids": [[1, 2, 3]]}}')
     return {name: _value(path, name, value) for name, value in data.items()}
+
+
+def check_token_ids(model: PreTrainedModel, inputs: Mapping[str, object]) -> None:
+    """Check the token ids among example inputs.
+
+    Raises:
+        ConfigError: One of them is not in the model's embedding.
+    """
+    ids = inputs.get("input_ids")
+    try:
+        embedding = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return  # it looks its tokens up in another way
+    if not isinstance(embedding, nn.Embedding) or not isinstance(ids, Tensor) or ids.is_meta or not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= embedding.num_embeddings:
+        wrong = low if low < 0 else high
+        raise ConfigError(f"input_ids hold {wrong}: the model has the token ids 0 to {embedding.num_embeddings - 1}")
+
+
+def _read_tensors(path: Path) -> dict[str, object]:
+    files = SafetensorsFiles([path])
+    for name, info in files.tensors.items():
+        _check_size(path, name, info.shape)
+    return {name: files.read(name) for name in files.tensors}
 
 
 def _value(path: Path, name: str, value: object) -> object:
@@ -53,9 +83,12 @@ def _value(path: Path, name: str, value: object) -> object:
         match value:
             case list():
                 return torch.tensor(value)
-            case {"shape": shape, **rest}:
+            case {"shape": [*shape], **rest} if len(shape) <= TENSOR_DIMENSIONS:
+                _check_size(path, name, shape)
                 return _shaped(shape, {str(key): each for key, each in rest.items()})
-    except (TypeError, ValueError, RuntimeError) as error:
+            case {"shape": _}:
+                raise ValueError(f"its shape is not a list of at most {TENSOR_DIMENSIONS} numbers")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ConfigError(
             f"{path}: {name} is not a tensor ({error}): write nested lists of numbers, or "
             '{"shape": [2, 8], "dtype": "int64"}'
@@ -63,11 +96,16 @@ def _value(path: Path, name: str, value: object) -> object:
     return value
 
 
-def _shaped(shape: object, rest: dict[str, object]) -> Tensor:
+def _check_size(path: Path, name: str, shape: tuple[int, ...] | list[int]) -> None:
+    if prod(shape) > INPUT_ELEMENTS:
+        raise ConfigError(f"{path}: {name} has {prod(shape):.3g} values, expected at most {INPUT_ELEMENTS:,}")
+
+
+def _shaped(shape: list[int], rest: dict[str, object]) -> Tensor:
     """Return a tensor without values."""
     dtype = getattr(torch, str(rest.pop("dtype", "float32")), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError("its dtype is not one of torch's")
+    if not isinstance(dtype, torch.dtype) or dtype_name(dtype) is None:
+        raise ValueError("its dtype is not one of torch's that safetensors can hold")
     if rest:
         raise ValueError(f"{', '.join(rest)} beside shape and dtype")
-    return torch.empty(cast("list[int]", shape), dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
@@ -14,12 +14,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto import modeling_auto as auto
 
-from moeify.errors import MoeifyError
+from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
+from moeify.errors import CheckpointError, MoeifyError, first_line
+from moeify.files.json_text import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-JsonObject: TypeAlias = dict[str, Any]
 
 # For a config that names no class: what its model type is trained for, in this order.
 _USUAL_CLASSES: tuple[JsonObject, ...] = (
@@ -29,6 +29,8 @@ _USUAL_CLASSES: tuple[JsonObject, ...] = (
     auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     auto.MODEL_MAPPING_NAMES,
 )
+# What a forward returns beside the logits, and in which form: no part of the model.
+_OF_A_CALL = {"return_dict", "use_return_dict", "output_hidden_states", "output_attentions"}
 
 
 def model_class(config: JsonObject) -> type[PreTrainedModel]:
@@ -39,11 +41,24 @@ def model_class(config: JsonObject) -> type[PreTrainedModel]:
     """
     model_type = config.get("model_type", "")
     named = config.get("architectures") or [names[model_type] for names in _USUAL_CLASSES if model_type in names][:1]
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise MoeifyError(f"config.json has architectures = {str(named)[:99]}: expected a list of names of classes")
     for name in named:
-        if hasattr(transformers, name):
-            return cast("type[PreTrainedModel]", getattr(transformers, name))
-    what = ", ".join(named) or f"the model type {model_type!r}"
+        if found := _class_of_a_model(name):
+            return found
+    what = ", ".join(named)[:200] or f"the model type {model_type[:99]!r}"
     raise MoeifyError(f"transformers {transformers.__version__} does not know {what}: a newer one may")
+
+
+def _class_of_a_model(name: str) -> type[PreTrainedModel] | None:
+    """Return a class of transformers if it is that of a model: it has functions and other classes too."""
+    try:
+        found = getattr(transformers, name, None)
+    except Exception as error:  # its module does not import, mostly because a package is missing
+        raise MoeifyError(f"transformers cannot import {name}: {first_line(error)}") from error
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.config_class is not None:
+        return found
+    return None
 
 
 def build_on_meta(config: JsonObject) -> PreTrainedModel:
@@ -56,26 +71,31 @@ def build_on_meta(config: JsonObject) -> PreTrainedModel:
         MoeifyError: transformers cannot build the configuration, or its model is converted already.
     """
     cls = model_class(config)
-    entry = config.get("quantization_config")
-    if entry and "plan" in entry:
-        layers, moe = len(entry["plan"]["sites"]), entry["plan"]["config"]
-        raise MoeifyError(
-            f"this {cls.__name__} is converted already: {layers} of its FFNs are {moe['experts']} experts, "
-            f"top-{moe['top_k']}; start from the dense checkpoint"
-        )
+    if entry := config.get("quantization_config"):
+        raise MoeifyError(f"this {cls.__name__} {_converted(entry)}; start from the dense checkpoint")
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: torch.nn.Module = cls(config_of(config))
             return cast("PreTrainedModel", model.eval())
     except Exception as error:  # whatever stops transformers, the config is what the user can change
-        raise MoeifyError(f"{cls.__name__} cannot be built from config.json: {error}") from error
+        reason = " ".join(str(error).split())[:500]
+        raise MoeifyError(f"{cls.__name__} cannot be built from config.json: {reason}") from error
+
+
+def _converted(entry: object) -> str:
+    """Say what the plan in a config has made of the model."""
+    match entry:
+        case {"plan": {"sites": [*sites], "config": {"experts": int(experts), "top_k": int(top_k)}}}:
+            return f"is converted already: {len(sites)} of its FFNs are {experts} experts, top-{top_k}"
+        case _:
+            return "is converted already, or quantized, and the plan in its config is damaged"
 
 
 def config_of(config: JsonObject) -> PreTrainedConfig:
     """Return transformers' configuration object for the contents of a `config.json`."""
     config_class = cast("type[PreTrainedConfig]", model_class(config).config_class)
-    return config_class.from_dict(dict(config))
+    return config_class.from_dict({name: value for name, value in config.items() if name not in _OF_A_CALL})
 
 
 def full_config(config: JsonObject) -> JsonObject:
@@ -121,6 +141,30 @@ def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
         else:
             unused.append(name)
     return StoredNames(of, tuple(merged), tuple(unused))
+
+
+def check_shapes(model: PreTrainedModel, names: StoredNames, stored: Mapping[str, TensorInfo]) -> None:
+    """Check that every stored tensor fits its place, before anything is traced or written.
+
+    What transformers merges or splits while it loads is compared when the result is loaded.
+
+    Raises:
+        CheckpointError: A shape differs, or integers are stored where a parameter is floating-point.
+    """
+    places = model.state_dict(keep_vars=True)
+    for name, on_disk in names.of.items():
+        place, info = places[name], stored[on_disk]
+        same_kind = torch_dtype(info.dtype).is_floating_point == place.is_floating_point()
+        if tuple(place.shape) != info.shape:
+            found, expected = f"shape {list(info.shape)}", str(list(place.shape))
+        elif isinstance(place, torch.nn.Parameter) and not same_kind:
+            found, expected = f"dtype {info.dtype}", str(place.dtype).removeprefix("torch.")
+        else:
+            continue
+        raise CheckpointError(
+            f"{on_disk} has {found}, the model of config.json expects {expected}: "
+            "config and weights belong to different models, or the file is damaged"
+        )
 
 
 def may_be_missing(model: PreTrainedModel, name: str) -> bool:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -53,10 +55,58 @@ def test_a_plan_that_lacks_something_is_refused(plan: Plan, key: str) -> None:
         Plan.from_dict(data)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"moeify": 99}', "null"])
-def test_what_is_no_plan_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError):
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"moeify": 99}', "null", b"\xff\xfe", '{"moeify": %s}' % ("2" * 5000), '{"a":' * 9999]
+)
+def test_what_is_no_plan_is_refused(text: str | bytes, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
         Plan.from_json(text)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    (tmp_path / "plan.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError):
+        Plan.from_file(tmp_path / "plan.json")
+
+
+def test_a_plan_is_read_from_its_file(tmp_path: Path) -> None:
+    plan = Plan("llama", MoEConfig(4, 2), ())
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    assert Plan.from_file(tmp_path / "plan.json") == plan
+    with pytest.raises(ConfigError, match=r"--plan: .*cannot be read: it is a folder"):
+        Plan.from_file(tmp_path)
+
+
+ROWS = {"parameter": "w", "bias": None, "start": 0, "stop": 4, "step": 1, "out_features": 4, "transposed": False}
+SITE = {"path": "a", "bypassed": [], "kind": "mlp", "activation": "relu", "hidden": 4, "intermediate": 4, "ups": [ROWS],
+        "down": ROWS, "dropout": 0.0, "expert_dropout": 0.0, "activation_state": [["a", "b"]]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"target": ["moeify"]}, "its target is .*: expected a text"),
+        ({"model_type": 3}, "its model_type is 3: expected a text"),
+        ({"sites": 3}, "the plan is damaged"),
+        ({"sites": [3]}, "the plan is damaged"),
+        ({"sites": [{**SITE, "path": ["a"]}]}, "a site's path is .*: expected a text"),
+        ({"sites": [{**SITE, "bypassed": [1]}]}, "a site's bypassed is .*: expected a list, of each a text"),
+        ({"sites": [{**SITE, "hidden": "4"}]}, "a site's hidden is '4': expected a whole number"),
+        ({"sites": [{**SITE, "activation_state": [["a"]]}]}, "the plan is damaged"),
+        ({"sites": [{**SITE, "activation_state": [["a", "b", "c"]]}]}, "the plan is damaged"),
+        ({"sites": [{**SITE, "activation_state": [["a", 1]]}]}, "a site's activation_state is"),
+        ({"sites": [{**SITE, "down": {**ROWS, "start": 0.5}}]}, "in a, start is 0.5: expected a whole number"),
+        ({"sites": [{**SITE, "ups": [{**ROWS, "bias": 1}]}]}, "in a, bias is 1: expected a text or None"),
+        ({"config": 3}, "these are not the settings"),
+        ({"config": {"experts": 10**9, "top_k": 2}}, "experts is 1000000000: expected .* at most 8192"),
+    ],
+)
+def test_a_plan_with_values_of_other_kinds(change: dict[str, Any], message: str | None) -> None:
+    data = {**Plan("llama", MoEConfig(4, 2), ()).to_dict(), "sites": [SITE], **change}
+    if message is None:
+        assert len(Plan.from_json(json.dumps(data)).sites) == 1
+        return
+    with pytest.raises(ConfigError, match=message):
+        Plan.from_json(json.dumps(data))
 
 
 def test_values_out_of_range_in_a_plan_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,11 @@ def write_gpt2(path: Path) -> Path:
         shapes[f"blk.0.{name}.bias"] = (height,)
     close_writer(writer, shapes, {"ffn_up": Q.Q8_0, "ffn_down": Q.Q8_0})
     return path
+
+
+def put(file: Path, after: bytes, skip: int, layout: str, value: int) -> None:
+    """Write a number at a distance from the end of the first occurrence of some bytes."""
+    raw = bytearray(file.read_bytes())
+    start = raw.index(after) + len(after) + skip
+    struct.pack_into(layout, raw, start, value)
+    file.write_bytes(raw)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
-from tests.moeify.checkpoint.make_gguf import write_gpt2, write_llama
+from tests.moeify.checkpoint.make_gguf import put, write_gpt2, write_llama
 
 Q = gguf.GGMLQuantizationType
 
@@ -151,5 +151,55 @@ def test_an_unsupported_quantization_is_named(tmp_path: Path, monkeypatch: pytes
 
 def test_a_tensor_that_does_not_fit_the_config(tmp_path: Path) -> None:
     file = write_llama(tmp_path / "tiny.gguf", {}, vocab_size=12)
-    with open_source(file) as source, pytest.raises(CheckpointError, match=r"has shape \[11, 64\], the model expects"):
-        source.read("model.embed_tokens.weight")
+    assert "model.embed_tokens.weight has shape [11, 64], the model expects [12, 64]" in refusal(file)
+
+
+def with_extra_tensor(path: Path, name: str) -> Path:
+    """A file that holds one tensor more than the model needs."""
+    write_llama(path, {})
+    renamed = path.read_bytes().replace(b"blk.0.attn_norm.weight", name.encode().ljust(22, b"_"))
+    path.write_bytes(renamed)
+    return path
+
+
+def test_a_tensor_that_no_model_has_is_named_and_not_read(tmp_path: Path) -> None:
+    with open_source(with_extra_tensor(tmp_path / "tiny.gguf", "rope_freqs.weight")) as source:
+        assert source.unused == ("rope_freqs.weight_____",)
+        assert len(source.tensors) == 11 and "rope_freqs.weight_____" not in source.tensors
+
+
+def test_layers_beyond_those_of_the_metadata_are_not_left_out(tmp_path: Path) -> None:
+    file = with_extra_tensor(tmp_path / "tiny.gguf", "blk.1.attn_norm.weight")
+    assert "holds blk.1.attn_norm.weight, but its metadata says that there are 1 layers" in refusal(file)
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_not_touched(tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", {})
+    with open_source(file) as source:
+        file.write_bytes(b"")  # what is mapped is gone: reading it would end the process
+        with pytest.raises(CheckpointError, match="changed while it was read"):
+            source.read("model.norm.weight")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.head_count", 5),
+        ("llama.attention.head_count", 128),
+        ("llama.embedding_length", 0),
+        ("llama.embedding_length", 2**31),
+        ("llama.feed_forward_length", 0),
+        ("llama.context_length", 0),
+    ],
+)
+def test_metadata_that_do_not_fit_the_tensors(key: str, value: int, tmp_path: Path) -> None:
+    file = write_llama(tmp_path / "tiny.gguf", {})
+    put(file, key.encode(), 4, "<I", value)  # the type stands between key and value
+    try:
+        with open_source(file) as source:
+            for name in source.tensors:
+                source.read(name)
+    except CheckpointError as error:
+        assert "\n" not in str(error) and str(file) in str(error)
+    else:
+        assert key == "llama.context_length"  # what the model is trained for: no tensor depends on it

@@ -86,3 +86,40 @@ def test_a_truncated_pickle(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-500])
     with pytest.raises(CheckpointError, match="cannot be read"):
         open_source(tmp_path, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({1: torch.ones(2)}, "has the key 1, not the name of a tensor"),
+        ({"t": torch.ones(2, device="meta")}, "holds t, which is not a plain tensor"),
+        ({"t": torch.ones(1).expand(10**12)}, r"holds t with repeated values \(4,000,000,000,000 bytes\)"),
+    ],
+)
+def test_tensors_that_the_file_does_not_hold(tmp_path: Path, state: Any, message: str) -> None:
+    write(tmp_path, state)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(tmp_path, allow_pickle=True)
+
+
+def test_a_dimension_of_one_may_be_expanded(tmp_path: Path) -> None:
+    write(tmp_path, {"position_ids": torch.arange(5).expand(1, -1)})
+    with open_source(tmp_path, allow_pickle=True) as source:
+        assert source.read("position_ids").shape == (1, 5)
+
+
+def test_a_pickle_that_is_cut_after_it_was_opened_is_not_touched(tmp_path: Path) -> None:
+    write(tmp_path, {"t": torch.ones(10_000)})
+    with open_source(tmp_path, allow_pickle=True) as source:
+        (tmp_path / "pytorch_model.bin").write_bytes(b"")  # reading what was mapped would end the process
+        with pytest.raises(CheckpointError, match="changed while it was read"):
+            source.read("t")
+
+
+@pytest.mark.parametrize("raw", [b"", b"PK\x03\x04", b"\x80\x02}q\x00K\x01", b"\x80\x02]\x94" + b"]" * 99_999 + b"."])
+def test_what_torch_does_not_load_is_one_line(tmp_path: Path, raw: bytes) -> None:
+    write(tmp_path, {})
+    (tmp_path / "pytorch_model.bin").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"cannot be read as plain tensors|holds a") as caught:
+        open_source(tmp_path, allow_pickle=True)
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from moeify.checkpoint.safetensors_file import SafetensorsFiles, encode_header, tensor_bytes
@@ -102,6 +103,12 @@ def put(path: Path, header: bytes, data: bytes) -> None:
         ({"a": 7}, 8, "the entry of a has no dtype, shape and two data_offsets"),
         ({"a": entry(shape=None)}, 8, "the entry of a has no dtype"),
         ([1], 0, "its header is not a JSON object"),
+        ({"a": entry(), "__metadata__": ["pt"]}, 8, "__metadata__ is not a map from texts to texts"),
+        ({"a": entry(), "__metadata__": {"format": 1}}, 8, "__metadata__ is not a map from texts to texts"),
+        ({"a": entry(shape=(2**63, 0), offsets=(0, 0))}, 0, "a has an impossible shape"),
+        ({"a": entry(shape=(2**40, 2**40, 0), offsets=(0, 0))}, 0, "a has an impossible shape"),
+        ({"a": entry(shape=(1,) * 65, offsets=(0, 4))}, 4, "a has 65 dimensions"),
+        ({"a": {**entry(), "more": float("nan")}}, 8, "NaN is not a number of JSON"),
     ],
 )
 def test_a_header_that_contradicts_itself(tmp_path: Path, header: Any, size: int, message: str) -> None:
@@ -122,6 +129,15 @@ def test_a_header_that_contradicts_itself(tmp_path: Path, header: Any, size: int
         (lambda path: put(path, b"{nonsense", b""), "not valid JSON"),
         (lambda path: put(path, b"\xff\xfe", b""), "not valid JSON"),
         (lambda path: put(path, b'{"a": 1, "a": 2}', b""), "a is there twice"),
+        (lambda path: put(path, b"\xef\xbb\xbf{}", b""), "BOM"),
+        (lambda path: put(path, "{}".encode("utf-16"), b""), "not valid JSON"),
+        (
+            lambda path: put(path, b'{"\\ud800": 1}', b""),
+            "surrogates",
+        ),
+        (lambda path: put(path, b'{"a":' * 9_999, b""), "nested more than 64 deep"),
+        (lambda path: put(path, b'{"a": ' + b"1" * 9_999 + b"}", b""), "more than 300 digits"),
+        (lambda path: os.mkfifo(path), "it is a pipe"),
     ],
 )
 def test_a_file_that_is_not_safetensors(tmp_path: Path, write: Callable[[Path], None], message: str) -> None:
@@ -129,6 +145,34 @@ def test_a_file_that_is_not_safetensors(tmp_path: Path, write: Callable[[Path], 
     write(path)
     with pytest.raises(CheckpointError, match=message):
         SafetensorsFiles([path])
+
+
+def agrees(path: Path) -> bool:
+    """Whether the safetensors library refuses a file too."""
+    try:
+        load_file(path)
+    except SafetensorError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "header",
+    ['{"__metadata__":["pt"]}', '{"__metadata__":{"a":1}}', "\ufeff{}", '{"__metadata__":{"a":"b","a":"c"}', "[]", "7"],
+)
+def test_what_is_refused_the_library_refuses_too(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "model.safetensors"
+    put(path, header.encode(), b"")
+    with pytest.raises(CheckpointError):
+        SafetensorsFiles([path])
+    assert agrees(path)
+
+
+@pytest.mark.parametrize("header", ["{}", ' {"__metadata__":null}', '{"__metadata__":{"a":"b"}}  '])
+def test_what_is_accepted_the_library_accepts_too(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "model.safetensors"
+    put(path, header.encode(), b"")
+    assert SafetensorsFiles([path]).tensors == {} and not agrees(path)
 
 
 def test_a_file_cut_short_after_it_was_opened(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from moeify.checkpoint.tensor_info import ITEMSIZE, TensorInfo, dtype_name, torch_dtype
+from moeify.checkpoint.tensor_info import ITEMSIZE, TensorInfo, dtype_name, torch_dtype, widest
 
 
 @pytest.mark.parametrize("name", ITEMSIZE)
@@ -24,3 +24,21 @@ def test_a_dtype_that_safetensors_does_not_have() -> None:
 @pytest.mark.parametrize(("shape", "nbytes"), [((), 2), ((0, 3), 0), ((5, 7), 70)])
 def test_nbytes(shape: tuple[int, ...], nbytes: int) -> None:
     assert TensorInfo("t", "BF16", shape).nbytes == nbytes
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        (["F16"], "F16"),
+        (["BF16", "F32", "F16"], "F32"),
+        (["F8_E4M3", "BF16"], "BF16"),
+        (["F64", "F32"], "F64"),
+        (["F16", "BF16"], "F32"),
+        (["F16", "F16"], "F16"),
+    ],
+)
+def test_the_widest_dtype_holds_the_values_of_all(dtypes: list[str], expected: str) -> None:
+    assert widest(dtypes) == widest(dtypes[::-1]) == expected
+    for dtype in dtypes:
+        value = torch.tensor(1 + torch.finfo(torch_dtype(dtype)).eps, dtype=torch.float64)
+        assert value.to(torch_dtype(dtype)).to(torch_dtype(expected)).double() == value

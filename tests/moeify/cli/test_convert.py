@@ -264,7 +264,8 @@ def test_settings_that_are_wrong(src: Path, options: tuple[object, ...], words: 
 
 def test_missing_settings_are_wrong_usage(src: Path) -> None:
     assert "--experts and --top-k are needed" in refused(src, "--experts", 3, code=2)
-    assert "is not a size" in refused(src, *BASE, "--shard-size", "lots", code=2)
+    for size in ("lots", "0", "9" * 400 + "TB", "9" * 18 + "TB", "٣GB"):
+        assert "is not a size" in refused(src, *BASE, "--shard-size", size, code=2)
     assert convert(src, *BASE, "--dry-run", "--shard-size", "7000B").exit_code == 0
 
 

@@ -21,6 +21,9 @@ class Settings:
     share: Share = 1
     probability: Probability = 0
     loss: NotNegative = 0.0
+    name: str = ""
+    names: tuple[str, ...] = ()
+    pair: tuple[str, int] = ("", 0)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,9 @@ class Settings:
         ("share", [0, 0.5, 1], [-0.1, 1.1, False], "a number from 0 to 1"),
         ("probability", [0, 0.99], [1, 1.0, -1], "a number from 0 to below 1"),
         ("loss", [0, 5], [-1, float("nan"), float("inf")], "a number that is not negative"),
+        ("name", ["x"], [1, None, ["x"]], "a text"),
+        ("names", [(), ("x", "y")], [["x"], ("x", 1), "x"], "a list, of each a text"),
+        ("pair", [("x", 1)], [("x",), ("x", "y"), ("x", 1, 2), None], "a list of 2: a text, a whole number"),
     ],
 )  # fmt: skip
 def test_each_kind_of_field(field: str, right: list[object], wrong: list[object], expected: str) -> None:
@@ -48,4 +54,16 @@ def test_each_kind_of_field(field: str, right: list[object], wrong: list[object]
 
 
 def test_only_fields_have_types() -> None:
-    assert list(field_types(Settings)) == ["count", "flag", "word", "maybe", "even", "share", "probability", "loss"]
+    assert list(field_types(Settings)) == ["count", "flag", "word", "maybe", "even", "share", "probability", "loss",
+                                                 "name", "names", "pair"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(-(10**5000), "a number of thousands of digits"), ("x" * 9999, "xxx…")],
+    ids=["10^5000", "text"],
+)
+def test_a_long_value_is_not_shown_whole(value: object, shown: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_fields(Settings(count=value))  # type: ignore[arg-type]
+    assert shown in str(caught.value) and len(str(caught.value)) < 300

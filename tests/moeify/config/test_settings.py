@@ -107,6 +107,13 @@ assert not {"torch", "transformers"} & sys.modules.keys()
         ({"jitter": 1.0}, "jitter is 1.0: expected a number from 0 to below 1"),
         ({"expert_dropout": 1.5}, "expert_dropout is 1.5: expected a number from 0 to below 1 or None"),
         ({"shared_experts": -1}, "shared_experts is -1: expected a whole number of at least 0"),
+        ({"experts": 10**9}, "experts is 1000000000: expected a whole number of at least 1, at most 8192"),
+        ({"experts": 10**30}, "at most 8192"),
+        (
+            {"shared_experts": 10**9},
+            "shared_experts is 1000000000: expected a whole number of at least 0",
+        ),
+        ({"granularity": 10**9}, "granularity is 1000000000: expected a whole number of at least 1, at most 8192"),
         ({"granularity": 0}, "granularity is 0: expected a whole number of at least 1"),
         ({"granularity": 3}, "granularity is 3: 8 experts do not make up whole FFNs"),
         ({"granularity": 4}, "top_k is 2: with granularity 4 choose a multiple of it"),

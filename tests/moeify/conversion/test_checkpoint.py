@@ -74,6 +74,19 @@ def test_native_checkpoints_load_in_stock_transformers_and_compute_the_same(
     assert tiny.relative(tiny.logits(loaded.eval(), name), tiny.logits(model, name)) < TOLERANCE_FP32
 
 
+@pytest.mark.parametrize(
+    "name", ["LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "LlamaForTokenClassification"]
+)
+def test_models_without_a_language_head_become_moeify_format(name: str, tmp_path: Path) -> None:
+    cls: Any = getattr(tiny.tf, name)
+    model = cls(cls.config_class(**tiny._LLAMA))
+    src = tiny.save(model, tmp_path / "src")
+    plan = tiny.convert_files(src, tmp_path / "moe", CONFIG)
+    assert plan.target == "moeify"
+    with open_source(src) as source:
+        assert verify_slice(DenseCheckpoint(source), tmp_path / "moe", plan).passed
+
+
 def test_mixtral_keys_are_those_of_the_hub_and_its_bytes_those_of_the_in_place_model(tmp_path: Path) -> None:
     model = tiny.build("llama")
     tiny.convert_files(tiny.save(model, tmp_path / "src"), tmp_path / "moe", CONFIG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from importlib import import_module
@@ -17,7 +18,7 @@ from moeify.checkpoint.source import open_source
 from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.conversion.dense import Dense, DenseCheckpoint
-from moeify.errors import MoeifyError
+from moeify.errors import CheckpointError, ConfigError, MoeifyError
 from moeify.passes.find_ffn import find_ffns_in
 from moeify.tracing.skeleton import build_on_meta, full_config, model_class, stored_names
 from moeify.tracing.trace import trace
@@ -56,7 +57,7 @@ def run(*arguments: object) -> str:
     return result.stdout
 
 
-ONCE = {"build_on_meta": 1, "trace": 1, "find_ffns_in": 1}
+ONCE = {"build_on_meta": 1, "stored_names": 1, "trace": 1, "find_ffns_in": 1}
 
 
 @pytest.mark.parametrize("target", ["mixtral", "moeify"])
@@ -64,7 +65,7 @@ def test_a_proven_conversion_learns_everything_once(target: str, calls: Counter[
     src = tiny.save(tiny.build("llama"), tmp_path / "src")
     run("convert", src, tmp_path / "moe", *SETTINGS, "--to", target)
     assert calls.pop("model_class") <= 6  # twice for the skeleton, and twice for each model that the proof loads
-    assert calls == {**ONCE, "stored_names": 1}
+    assert calls == ONCE
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
@@ -81,7 +82,7 @@ def test_a_saved_plan_is_compared_without_planning_again(calls: Counter[str], tm
     calls.clear()
     run("convert", src, tmp_path / "moe", "--plan", tmp_path / "plan.json", "--no-verify")
     assert calls.pop("model_class") <= 2
-    assert calls == {**ONCE, "stored_names": 1}
+    assert calls == ONCE
 
 
 def test_inspect_learns_everything_once(calls: Counter[str], tmp_path: Path) -> None:
@@ -124,3 +125,19 @@ def test_ffns_are_found_in_a_model_that_stays_as_it_is() -> None:
     before = repr(model)
     found = moeify.find_ffns(model)
     assert len(found.ffns) == tiny.LAYERS and repr(model) == before
+
+
+def test_what_cannot_be_converted_is_refused_before_it_is_traced(calls: Counter[str], tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    config = json.loads((src / "config.json").read_text())
+    (src / "config.json").write_text(json.dumps({**config, "intermediate_size": 2**31}))
+    with open_source(src) as source, pytest.raises(CheckpointError, match=r"has shape .* expects \[36, 2147483648"):
+        DenseCheckpoint(source)
+    (src / "config.json").write_text(json.dumps(config))
+    (src / "LICENSE").symlink_to("/etc/hostname")
+    with open_source(src) as source, pytest.raises(CheckpointError, match="leads outside the folder"):
+        DenseCheckpoint(source)
+    (src / "LICENSE").unlink()
+    with open_source(src) as source, pytest.raises(ConfigError, match="input_ids hold 999"):
+        DenseCheckpoint(source, {"input_ids": torch.tensor([[999]])})
+    assert "trace" not in calls

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 import moeify
 from moeify.checkpoint.shards import OutTensor
 from moeify.checkpoint.source import Source, open_source
+from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import Output, convert_checkpoint, plan_checkpoint
 from moeify.conversion.dense import DenseCheckpoint
@@ -162,3 +163,31 @@ def test_weights_and_biases_of_two_dtypes_keep_them(tmp_path: Path) -> None:
     assert written[f"{mlp}.experts.down_proj_bias"].dtype == torch.float32
     assert written[f"{mlp}.experts.up_proj_bias"][2].equal(tensors[f"{mlp}.dense_h_to_4h.bias"])
     assert written[f"{mlp}.experts.down_proj"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("narrow", "dtype", "written"),
+    [("gate_proj", torch.float16, "F32"), ("up_proj", torch.bfloat16, "F32"), ("down_proj", torch.float16, "F16")],
+)
+def test_projections_of_two_dtypes_are_stored_in_the_wider_one(
+    narrow: str, dtype: torch.dtype, written: str, tmp_path: Path
+) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    tensors = load_file(src / "model.safetensors")
+    mixed = {name: value.to(dtype) if narrow in name else value for name, value in tensors.items()}
+    save_file(mixed, src / "model.safetensors", {"format": "pt"})
+    tiny.convert_files(src, tmp_path / "moe", CONFIG, target="moeify")
+    found = load_file(tmp_path / "moe/model.safetensors")
+    mlp = "model.layers.1.mlp"
+    both = torch.cat([mixed[f"{mlp}.{name}_proj.weight"].float() for name in ("gate", "up")])
+    assert found[f"{mlp}.experts.gate_up_proj"][2].equal(both)
+    assert found[f"{mlp}.experts.down_proj"].dtype == torch_dtype(written if narrow == "down_proj" else "F32")
+
+
+def test_tensors_that_no_model_has_are_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    with open_source(tiny.save(tiny.build("llama"), tmp_path)) as source:
+        source.unused = ("rope_freqs.weight",)
+        dense = DenseCheckpoint(source)
+        list(output_tensors(dense, plan_checkpoint(dense, CONFIG), None, said.append))
+    assert said == ["rope_freqs.weight"]

@@ -41,6 +41,9 @@ def plan_for(name: str, tmp_path: Path, layers: str = "all", **changes: Any) -> 
         ("llama", "0", {"head_dim": 10}, "moeify"),
         ("llama", "all", {"mlp_bias": True}, "moeify"),
         ("mistral", "0", {}, "moeify"),
+        ("llama", "all", {"architectures": ["LlamaModel"]}, "moeify"),
+        ("llama", "all", {"architectures": ["LlamaForSequenceClassification"]}, "moeify"),
+        ("llama", "all", {"architectures": None}, "mixtral"),
         ("qwen3", "all", {"layer_types": ["sliding_attention"] * 3}, "moeify"),
     ],
 )
@@ -56,6 +59,7 @@ def test_auto_takes_the_first_exact_family(
     [
         ("llama", {"attention_bias": True}, "mixtral", "attention_bias"),
         ("llama", {"mlp_bias": True}, "qwen2_moe", "mlp_bias"),
+        ("qwen3", {"architectures": ["Qwen3Model"]}, "qwen3_moe", "is not a language model"),
         ("llama", {"head_dim": 10}, "qwen2_moe", "head_dim"),
         ("mistral", {}, "qwen2_moe", "sliding_window"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "qwen3_moe", "sliding-window"),

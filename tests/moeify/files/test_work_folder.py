@@ -228,3 +228,20 @@ def test_an_interrupt_before_anything_was_written_leaves_nothing_to_resume(tmp_p
         (folder / "model-00001-of-00002.safetensors").write_text("x")
         raise KeyboardInterrupt
     assert can_resume(tmp_path / "a/out")
+
+
+def test_a_lock_that_was_removed_before_it_was_held_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fcntl.flock
+    work = WorkFolder(tmp_path / "out")
+
+    def late(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        work.lock.unlink()  # another run ends between our opening of its lock and our hold on it
+        work.path.rmdir()
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    work.open()
+    with pytest.raises(CheckpointError, match="another run"):
+        WorkFolder(tmp_path / "out").open()
+    work.close()

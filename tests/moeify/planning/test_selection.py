@@ -18,6 +18,7 @@ PATHS = [f"encoder.block.{i}.ff" for i in range(4)] + [f"decoder.block.{i}.ff" f
         ("every:4", [3, 7]),
         ("last:3", [8, 9, 10]),
         ("last:99", list(range(11))),
+        ("last:" + "9" * 5000, list(range(11))),
         ("first:2", [0, 1]),
         ("0", [0]),
         ("9,2-4,3", [2, 3, 4, 9]),
@@ -39,11 +40,17 @@ def test_a_selection_names_indices(spec: str, chosen: list[int]) -> None:
         ("5-2", "outside"),
         ("mlp", "selects none"),
         ("(", "regular expression"),
+        ("every:²", "positive number"),
+        ("every:" + "9" * 5000, "selects none"),
+        ("7" * 5000, "outside the 11 FFNs"),
+        ("0-" + "7" * 5000, "outside the 11 FFNs"),
+        ("٣", "selects none"),
     ],
 )
 def test_a_wrong_selection_says_what_is_wrong(spec: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words) as caught:
         select_layers(spec, PATHS)
+    assert len(str(caught.value)) < 300
 
 
 @given(st.sets(st.integers(0, 10), min_size=1))

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import transformers as tf
 
-from moeify.errors import MoeifyError
-from moeify.tracing.skeleton import build_on_meta, full_config, may_be_missing, model_class, stored_names
+from moeify.checkpoint.tensor_info import TensorInfo
+from moeify.errors import CheckpointError, MoeifyError
+from moeify.tracing.skeleton import build_on_meta, check_shapes, full_config, may_be_missing, model_class, stored_names
 
 SIZES = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
 LLAMA = {"model_type": "llama", **SIZES}
@@ -40,11 +41,59 @@ def test_the_class_is_the_one_that_is_named_or_the_usual_one(config: dict[str, A
             {**LLAMA, "quantization_config": {"plan": {"sites": [1, 2], "config": {"experts": 8, "top_k": 2}}}},
             "is converted already: 2 of its FFNs are 8 experts, top-2",
         ),
+        ({**LLAMA, "quantization_config": {"quant_method": "moeify"}}, "the plan in its config is damaged"),
+        ({**LLAMA, "quantization_config": {"plan": {"sites": 5}}}, "the plan in its config is damaged"),
+        ({**LLAMA, "quantization_config": {"plan": [1]}}, "the plan in its config is damaged"),
+        ({**LLAMA, "architectures": "LlamaForCausalLM"}, "expected a list of names of classes"),
+        ({**LLAMA, "architectures": [["LlamaForCausalLM"]]}, "expected a list of names of classes"),
+        ({**LLAMA, "architectures": {"LlamaForCausalLM": 1}}, "expected a list of names of classes"),
+        ({**LLAMA, "architectures": ["pipeline"]}, "does not know pipeline"),
+        ({**LLAMA, "architectures": ["AutoTokenizer"]}, "does not know AutoTokenizer"),
+        ({**LLAMA, "architectures": ["AutoModel"]}, "does not know AutoModel"),
+        ({**LLAMA, "architectures": ["PreTrainedModel"]}, "does not know PreTrainedModel"),
+        ({**LLAMA, "architectures": ["__name__"]}, "does not know __name__"),
     ],
 )
 def test_what_cannot_be_built_is_refused(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(MoeifyError, match=message):
+    with pytest.raises(MoeifyError, match=message) as caught:
         build_on_meta(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_forward_returns_is_no_part_of_the_model() -> None:
+    model = build_on_meta({**LLAMA, "return_dict": False, "output_hidden_states": "x", "output_attentions": True})
+    assert model.config.return_dict and not model.config.output_hidden_states
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"lm_head.weight": ("BF16", (11, 12))}, None),
+        ({"stray": ("F32", (5,))}, None),
+        (
+            {"lm_head.weight": ("F32", (12, 11))},
+            r"lm_head.weight has shape \[12, 11\], the model .* expects \[11",
+        ),
+        ({"model.norm.weight": ("F32", ())}, r"model.norm.weight has shape \[\], "),
+        (
+            {"model.norm.weight": ("I32", (12,))},
+            "model.norm.weight has dtype I32, the model .* expects float32",
+        ),
+    ],
+)
+def test_every_stored_tensor_is_compared_with_its_place(
+    change: dict[str, tuple[str, tuple[int, ...]]], message: str | None
+) -> None:
+    model = build_on_meta(LLAMA)
+    stored = {name: TensorInfo(name, "F32", tuple(place.shape)) for name, place in model.state_dict().items()}
+    stored |= {name: TensorInfo(name, *entry) for name, entry in change.items()}
+    names = stored_names(model, stored)
+    if message is None:
+        check_shapes(model, names, stored)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        check_shapes(model, names, stored)
 
 
 def test_a_skeleton_has_no_values_and_is_in_evaluation_mode() -> None:

@@ -1,0 +1,84 @@
+"""The `config.json` of a model, checked before transformers builds anything from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from moeify.checkpoint.folder import CONFIG
+from moeify.errors import CheckpointError
+from moeify.files.json_text import JsonObject, read_json_object
+from moeify.files.limits import CONFIG_BYTES, CONFIG_VALUES, EXPERTS, HEADS, LABELS, LAYERS
+from moeify.files.reading import is_file
+
+# What a model is built of in a loop, by the names that transformers' configs have for their numbers.
+_COUNTS = (
+    (re.compile(r"layers?$|(^|_)depths?$"), LAYERS),
+    (re.compile(r"heads?$"), HEADS),
+    (re.compile(r"experts"), EXPERTS),
+    (re.compile(r"^num_labels$"), LABELS),
+)
+_NO_FIELDS = {"id2label", "label2id", "quantization_config"}  # what is inside is named by users, or is no config
+
+
+def load_config(folder: Path, *, trust_remote_code: bool) -> JsonObject:
+    """Read `config.json` and refuse a model that cannot be converted as it is.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, the weights are quantized, or the model needs remote code.
+    """
+    path = folder / CONFIG
+    if not is_file(path):
+        raise CheckpointError(f"{folder} has weights but no {CONFIG}: add the one that the model was published with")
+    config = read_json_object(path, CONFIG_BYTES, CONFIG_VALUES)
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{path} names no model_type: it is not the config of a transformers model")
+    if not trust_remote_code and (field := _asks_for_code(config)):
+        raise CheckpointError(
+            f"{folder} asks to run Python code of its own ({field} in {CONFIG}): "
+            "read that code, and pass --trust-remote-code if you trust it"
+        )
+    _check_quantization(folder, config.get("quantization_config"))
+    check_counts(path, config)
+    return config
+
+
+def check_counts(path: Path, config: Mapping[str, object]) -> None:
+    """Check the numbers of layers, heads, experts and labels: a wrong one would keep transformers busy for ever.
+
+    Raises:
+        CheckpointError: One is larger than any real model's by far.
+    """
+    for name, value in _fields(config):
+        limit = next((limit for pattern, limit in _COUNTS if pattern.search(name)), None)
+        for number in value if isinstance(value, list) else [value]:
+            if limit is not None and isinstance(number, int | float) and not number <= limit:
+                raise CheckpointError(f"{path} has {name} = {number:.6g}, expected at most {limit}: download it again")
+
+
+def _check_quantization(folder: Path, entry: object) -> None:
+    scheme = entry.get("quant_method", "unnamed") if isinstance(entry, dict) else entry
+    if entry and scheme != "moeify":
+        raise CheckpointError(
+            f"{folder} is quantized (scheme: {scheme}) and cannot be converted: dequantize it first, "
+            "or start from the checkpoint before quantization"
+        )
+
+
+def _asks_for_code(config: Mapping[str, object]) -> str | None:
+    """Return the field that names code in the folder, or a kernel on the hub, which is code too."""
+    for name, value in _fields(config):
+        if name == "auto_map" or (name.endswith("_implementation") and "/" in str(value)):
+            return name
+    return None
+
+
+def _fields(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Yield the fields of a config and of the configs inside it."""
+    for name, value in config.items():
+        yield name, value
+        inside = value if isinstance(value, list) else [value]
+        for each in inside if name not in _NO_FIELDS else ():
+            if isinstance(each, dict):
+                yield from _fields(each)
