@@ -6,11 +6,11 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 import moeify.passes
 from moeify.errors import MoeifyError, RefusedError
@@ -22,7 +22,7 @@ from moeify.passes.insert_moe import InsertMoE
 from moeify.passes.lower import Lower
 from moeify.passes.matching.match import Matcher
 from moeify.passes.pipeline import Pipeline, conversion
-from tests.passes.blocks import HIDDEN, TOKENS, Mlp, Model, exported, planned, residual, snapshot
+from tests.passes.blocks import TOKENS, Mlp, Model, exported, planned, residual, snapshot
 
 
 @dataclass(frozen=True)
@@ -203,52 +203,6 @@ def test_a_pass_prints_its_options_and_names_itself() -> None:
     assert repr(Lower("cpu")) == "Lower(implementation='cpu')"
     assert str(Lower("cpu")) == "Lower"
     assert Lower("cpu") == Lower("cpu") != Lower()
-
-
-class Buffers(nn.Module):
-    block: Any
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = nn.Module()
-        self.block.register_buffer("kept", torch.ones(10))
-        self.block.register_buffer("made", torch.ones(10), persistent=False)
-        self.block.unread = nn.Parameter(torch.ones(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x * self.block.kept + self.block.made
-        return out
-
-
-def test_a_copy_keeps_modes_and_what_is_saved_and_leaves_out_what_no_node_names() -> None:
-    given = exported(Buffers())
-    given.graph.eliminate_dead_code()
-    given.get_submodule("block").training = False
-    given.training = True
-    copied = copy_graph(given)
-    assert str(copied.graph) == str(given.graph) and copied.graph is not given.graph
-    assert list(copied.state_dict()) == ["block.kept"]
-    assert copied.get_buffer("block.made") is given.get_buffer("block.made")
-    assert (copied.training, copied.get_submodule("block").training) == (True, False)
-    x = torch.randn(2, TOKENS, HIDDEN)
-    assert torch.equal(copied(x), given(x))
-
-
-def test_a_copy_keeps_the_order_of_names_and_tensors_that_are_plain_attributes() -> None:
-    root: Any = nn.Module()
-    root.block = nn.Linear(3, 3)  # bias after weight, and read before it
-    root.block.scale = torch.full((3,), 2.0)  # fx makes a buffer of it
-    graph = fx.Graph()
-    given_x, bias = graph.placeholder("x"), graph.get_attr("block.bias")
-    scaled = graph.call_function(torch.mul, (given_x, graph.get_attr("block.scale")))
-    added = graph.call_function(torch.add, (scaled, bias))
-    graph.output(graph.call_function(torch.matmul, (added, graph.get_attr("block.weight"))))
-    given = fx.GraphModule(root, graph)
-    given.block = root.block
-    copied = copy_graph(copy_graph(given))
-    assert list(copied.state_dict()) == ["block.weight", "block.bias", "block.scale"]
-    x = torch.randn(2, 3)
-    assert torch.equal(copied(x), given(x))
 
 
 def test_findings_come_along_with_a_copy_and_are_about_its_nodes() -> None:
