@@ -9,9 +9,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from moeify.cli import main
-from moeify.cli.verify import _LONGEST_TEXT, _start
+from moeify.cli.verify import _start
 from moeify.config import MoEConfig
 from moeify.errors import ConfigError
+from moeify.files.limits import TEXT_BYTES
 from tests.moeify import tiny
 
 
@@ -83,15 +84,15 @@ def test_a_damaged_record_is_one_line(pair: tuple[Path, Path]) -> None:
     (pair[1] / "moeify.json").write_text("[]")
     result = verify(*pair)
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
-    assert "moeify.json cannot be used (it holds a JSON list" in result.stderr
+    assert "moeify.json holds a JSON list" in result.stderr
 
 
 def test_a_text_is_read_no_further_than_needed_and_must_be_utf8(tmp_path: Path) -> None:
     long = tmp_path / "long"
-    long.write_bytes("ä".encode() * _LONGEST_TEXT + b"\xff")
+    long.write_bytes("ä".encode() * TEXT_BYTES + b"\xff")
     with long.open("rb") as file:
-        assert _start(file) == "ä" * (_LONGEST_TEXT // 2)
-        assert file.tell() == _LONGEST_TEXT
+        assert _start(file) == "ä" * (TEXT_BYTES // 2)
+        assert file.tell() == TEXT_BYTES
     (tmp_path / "short").write_bytes(b"ab\xc3")
     with (tmp_path / "short").open("rb") as file, pytest.raises(ConfigError, match=r"short is not UTF-8"):
         _start(file)
