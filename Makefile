@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test tests compat check fix coverage mutants docs kernels gpuwheel clean
+.PHONY: help demo test tests compat check fix coverage mutants fuzz docs kernels gpuwheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,11 @@ coverage: $(READY) ## run every test and print which lines and branches of the l
 MUTANTS ?= 150
 mutants: $(READY) ## change the library in MUTANTS places, one at a time, and see which changes no test notices (hours)
 	$(BIN)/python -m sweeps.mutants $(MUTANTS)
+
+CASES ?= 4000
+SEED ?= 0
+fuzz: $(READY) ## meet CASES damaged and hostile inputs and count what happens (a quarter of an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED) --write
 
 # What takes hours is run by hand: the exactness of every model type.
 PAGES := sweeps.readme_tree sweeps.padding sweeps.architectures

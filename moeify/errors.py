@@ -1,9 +1,14 @@
 """The errors that moeify raises on purpose: one line that says what is wrong and what to do.
 
-Any other exception is a bug. The library never prints and never exits; `moeify.cli` turns these errors into exit codes.
+Any other exception is a bug. The library never prints and never exits; `moeify.cli` turns errors into exit codes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_LONGEST = 500  # characters of another library's message
 
 
 class MoeifyError(Exception):
@@ -26,6 +31,32 @@ class VerificationError(MoeifyError):
     """A converted model that differs from the dense one by more than the tolerance."""
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of another library's message, for a message of one line."""
-    return str(error).strip().split("\n")[0]
+def printable(text: str, keep: str = "") -> str:
+    """Return text that stays on its line and does nothing to a terminal: what is not printable becomes an escape.
+
+    Args:
+        text: Such as a name from a file; it may hold newlines, escape codes, lone surrogates, marks that turn text.
+        keep: Characters that stay as they are.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, or the kind of the error where there is no message."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return printable(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…")
+
+
+@contextmanager
+def told_as(what: str, kind: type[MoeifyError] = MoeifyError) -> Iterator[None]:
+    """Turn whatever another library raises inside the block into one line: `what`, and its message in brackets.
+
+    Raises:
+        MoeifyError: Of the given kind; an error of moeify itself passes as it is.
+    """
+    try:
+        yield
+    except MoeifyError:
+        raise
+    except Exception as error:  # for damaged files the exceptions are of every kind
+        raise kind(f"{what} ({first_line(error)})") from error

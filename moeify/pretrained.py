@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from moeify.errors import CheckpointError, MoeifyError, first_line
+from moeify.errors import CheckpointError, told_as
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -106,14 +105,7 @@ def _arguments(path: Path | None) -> dict[str, Any]:
     return {**place, "trust_remote_code": False}
 
 
-@contextmanager
-def _one_line(path: Path | None, what: str) -> Iterator[None]:
-    """Turn whatever transformers raises into one line: its exceptions for damaged files are of every kind."""
-    try:
-        yield
-    except MoeifyError:
-        raise
-    except Exception as error:
-        where = "transformers" if path is None else f"{path}: transformers"
-        reason = first_line(error) or type(error).__name__
-        raise CheckpointError(f"{where} does not load {what} ({reason})") from error
+def _one_line(path: Path | None, what: str) -> AbstractContextManager[None]:
+    """Turn whatever transformers raises into one line."""
+    where = "transformers" if path is None else f"{path}: transformers"
+    return told_as(f"{where} does not load {what}", CheckpointError)

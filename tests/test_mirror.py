@@ -13,7 +13,6 @@ COVERED_BY = {
     "moeify/__init__.py": "tests/test_packaging.py",
     "moeify/cli/__init__.py": "tests/moeify/cli/test_convert.py",
     "moeify/cli/options.py": "tests/moeify/cli/test_convert.py",
-    "moeify/errors.py": "tests/moeify/cli/test_convert.py",
     "moeify/methods/__init__.py": "tests/moeify/config/test_choice.py",
     "moeify/routers/__init__.py": "tests/moeify/config/test_choice.py",
 }

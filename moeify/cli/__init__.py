@@ -11,8 +11,9 @@ from typing import cast
 import click
 
 from moeify import __version__
+from moeify.cli.failures import one_line
+from moeify.cli.quiet import quiet
 from moeify.cli.signals import signals_as_interrupts
-from moeify.errors import ConfigError, MoeifyError
 
 # The commands are in modules of their own, imported when they are called: `moeify --help` must not load torch.
 COMMANDS = {
@@ -45,14 +46,9 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run a command; an error of moeify becomes one line on stderr."""
-        try:
-            with signals_as_interrupts():
-                return super().invoke(ctx)
-        except MoeifyError as error:
-            line = " ".join(str(error).split())
-            wrong_usage = isinstance(error, ConfigError)
-            raise (click.UsageError(line) if wrong_usage else click.ClickException(line)) from error
+        """Run a command; whatever it raises becomes one line on stderr."""
+        with one_line(), quiet(), signals_as_interrupts():
+            return super().invoke(ctx)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

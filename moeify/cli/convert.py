@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _LARGEST = 10**15  # bytes of a file: a larger number is a slip
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Size(click.ParamType[int]):
@@ -185,11 +185,11 @@ def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, options: _Options, 
     Returns:
         What was measured, as `moeify.json` keeps it.
     """
-    from moeify.cli.quiet import quiet_transformers
+    from moeify.cli.quiet import without_bars
     from moeify.hub.structure import check_output
     from moeify.proving.proof import verify_slice
 
-    with quiet_transformers():
+    with without_bars():
         check_output(folder)
         if options.no_verify:
             return None

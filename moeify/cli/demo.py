@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from moeify.errors import CheckpointError, VerificationError
+from moeify.errors import CheckpointError, VerificationError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ def demo(ctx: click.Context, folder: Path) -> None:
     """
     from moeify.cli.convert import convert
     from moeify.cli.inspect import inspect
-    from moeify.cli.quiet import quiet_transformers
+    from moeify.cli.quiet import without_bars
 
     source, target = _model_file(), folder / "smollm2-8x135m"
     _headline(1, f"moeify inspect {source.name}")
@@ -43,9 +43,9 @@ def demo(ctx: click.Context, folder: Path) -> None:
     started = time.monotonic()
     ctx.invoke(convert, src=str(source), dst=target, experts=8, top_k=2, overwrite=True)
     click.echo(f"{time.monotonic() - started:.1f} s")
-    with quiet_transformers():
+    with without_bars():
         _compare(source, target)
-    click.echo(f"\nThe MoE is in {target}: a Mixtral checkpoint that stock transformers loads.")
+    click.echo(f"\nThe MoE is in {printable(str(target))}: a Mixtral checkpoint that stock transformers loads.")
 
 
 def _compare(source: Path, target: Path) -> None:
@@ -95,4 +95,4 @@ def _model_file() -> Path:
 
 
 def _headline(number: int, text: str) -> None:
-    click.secho(f"\n[{number}/5] {text}", bold=True)
+    click.secho(f"\n[{number}/5] {printable(text)}", bold=True)

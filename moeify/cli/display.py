@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from moeify.errors import printable
 
 if TYPE_CHECKING:
     from moeify.conversion.cost import Cost
@@ -15,14 +18,22 @@ if TYPE_CHECKING:
     from moeify.plan import Plan
 
 
+class _PlainConsole(Console):
+    """A console that prints strings as they are: no markup, no escape codes, each on one line."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make what is printed of a string, or of a cell of a table."""
+        return super().render_str(printable(text), **options)
+
+
 def stdout() -> Console:
     """Return a console for results."""
-    return Console(highlight=False, soft_wrap=True)
+    return _PlainConsole(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def stderr() -> Console:
     """Return a console for progress and notes."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return _PlainConsole(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def quantity(number: float, unit: str = "") -> str:

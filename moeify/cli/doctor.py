@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from moeify.cli.options import json_option
-from moeify.errors import ConfigError, MoeifyError
+from moeify.errors import ConfigError, MoeifyError, first_line
 from moeify.files.staging import write_whole
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "gguf", "onnx", "onnxruntime", "onnxruntime-gpu")
@@ -99,7 +99,7 @@ def _check(device: Any) -> tuple[dict[str, float], list[str]]:
         try:
             checks = list(self_check(device, getattr(torch, dtype), relative_difference))
         except Exception as error:  # whatever a driver or a compiler says belongs in this report
-            failed.append(f"{dtype} was not checked: {_first_line(error)}")
+            failed.append(f"{dtype} was not checked: {_line_of(error)}")
             continue
         worst[dtype] = max(check.difference for check in checks)
         wrong = [check for check in checks if not check.difference <= TOLERANCE[dtype]]
@@ -121,18 +121,19 @@ def _check_tuning(file: Path, shape: tuple[int, int, int, int], device: Any) -> 
 
 def _tune(file: Path, shape: tuple[int, int, int, int], device: Any) -> None:
     """Write the fastest tiles, saying on stderr what was found."""
+    from moeify.cli import display
     from moeify.kernels.gpu import tuned_tiles
     from moeify.kernels.tools import tuning
 
-    table = {}
+    table, console = {}, display.stderr()
     try:
         for found in tuning.tune(tuning.Shape(*shape), device):
             table[found.kernel, found.tile.m, found.itemsize] = found.tile
-            click.echo(_line(found), err=True)
+            console.print(_line(found))
     except Exception as error:  # as above: out of memory, a compiler's complaint
-        raise MoeifyError(f"tuning failed, {file} was not written: {_first_line(error)}") from error
+        raise MoeifyError(f"tuning failed, {file} was not written: {_line_of(error)}") from error
     write_whole(file, tuned_tiles.text_of(table).encode())
-    click.echo(f"{file} written: MOEIFY_TILES={file} uses it", err=True)
+    console.print(f"{file} written: MOEIFY_TILES={file} uses it")
 
 
 def _line(found: Any) -> str:
@@ -142,5 +143,5 @@ def _line(found: Any) -> str:
     return f"{name:<32}{found.times[found.tile]:.3f} ms, the table's {first:.3f} ms: {found.tile}"
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+def _line_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

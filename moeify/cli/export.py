@@ -44,7 +44,7 @@ def export(
     converted on the way). OUT appears after ONNX Runtime gave what PyTorch gives, on shapes that it did not see before.
     """
     from moeify.cli import display
-    from moeify.cli.quiet import quiet_transformers
+    from moeify.cli.quiet import without_bars
     from moeify.export.onnx_file import check_request
 
     typed = any(value not in (None, ()) for value in settings.values())
@@ -52,15 +52,17 @@ def export(
     request = check_request(out, target, quantize, dtype, overwrite=overwrite)  # before minutes of loading
     from moeify.export.pipeline import export as export_model  # needs the packages that were just checked
 
-    with quiet_transformers():
+    with without_bars():
         model = _load(src, request.dtype, config, layers)
         entries = {"source": src.name, **_text_entries(src, model)}
         report = export_model(model, request, None, entries)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
         return
-    display.stdout().print(_operators(report))
-    click.echo(f"{report.summary()}\nwritten to {out}, for onnxruntime {report.requires} or newer")
+    console = display.stdout()
+    console.print(_operators(report))
+    console.print(report.summary())
+    console.print(f"written to {out}, for onnxruntime {report.requires} or newer")
 
 
 def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str) -> nn.Module:
@@ -85,6 +87,8 @@ def _text_entries(src: Path, model: nn.Module) -> dict[str, str]:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(number, int) for number in ids):
+        raise CheckpointError(f"{src}: eos_token_id is {ends!r}: expected the number of a token, or a list of them")
     return {"tokenizer": text, "eos_token_ids": " ".join(map(str, ids))}
 
 

@@ -54,4 +54,5 @@ def inspect(
         console.print()
         console.print(display.cost_table((("dense", seen.dense), (f"{experts} experts, top-{top_k}", seen.moe))))
     elif seen.obstacle:
-        console.print(f"\ncannot be converted in place: {seen.obstacle}")
+        console.print()
+        console.print(f"cannot be converted in place: {seen.obstacle}")

@@ -1,24 +1,42 @@
-"""Keeping transformers' progress bars and notices out of a command's output."""
+"""Keeping what other libraries say out of a command's output; MOEIFY_DEBUG=1 shows it."""
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from importlib import import_module
 from io import StringIO
+
+DEBUG = "MOEIFY_DEBUG"
+
+
+def debugging() -> bool:
+    """Return whether the user asked for what is kept back, and for tracebacks."""
+    return bool(os.environ.get(DEBUG))
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers inside the block; its errors still come as exceptions."""
-    logging = import_module("transformers.utils.logging")
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def quiet() -> Iterator[None]:
+    """Keep warnings and log lines back inside the block: what matters in them comes as an exception."""
+    if debugging():
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable()
     try:
-        with redirect_stderr(StringIO()):  # the progress bar of the GGUF reader cannot be turned off
+        with warnings.catch_warnings(record=True, action="ignore"):  # recorded: what a library turns on again
             yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        logging.disable(before)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep back all of stderr inside the block: the progress bars of transformers cannot all be turned off."""
+    if debugging():
+        yield
+        return
+    with redirect_stderr(StringIO()):
+        yield

@@ -12,6 +12,7 @@ import click
 from moeify.cli.options import json_option
 from moeify.errors import CheckpointError, ConfigError, VerificationError
 from moeify.files.limits import TEXT_BYTES
+from moeify.files.reading import exists
 
 
 @click.command()
@@ -25,17 +26,21 @@ def verify(dense: Path, moe: Path, text: BinaryIO | None, as_json: bool) -> None
     Every tensor of MOE must have its place, and every place of both models its tensor. A few layers are in memory at a
     time; of a GGUF file, all.
     """
-    from moeify.cli.quiet import quiet_transformers
+    from moeify.cli import display
+    from moeify.cli.quiet import without_bars
     from moeify.proving.whole import verify_checkpoints
 
     for path in (dense, moe):
-        if not path.exists():
+        if not exists(path):
             raise CheckpointError(f"{path} does not exist: give two model folders (DENSE may be a GGUF file)")
-    with quiet_transformers():
+    with without_bars():
         report = verify_checkpoints(dense, moe, text=None if text is None else _start(text))
     for name in report.unused:
-        click.echo(f"note: the dense model has no place for {name}; it is left out", err=True)
-    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else report.summary())
+        display.stderr().print(f"note: the dense model has no place for {name}; it is left out")
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        display.stdout().print(report.summary())
     if not report.passed:
         raise VerificationError("the MoE differs from the dense model by more than the tolerance")
 

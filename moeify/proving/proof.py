@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moeify.checkpoint.source import open_source
+from moeify.checkpoint.source import Source, open_source
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import VerificationError
@@ -26,7 +26,6 @@ from moeify.tracing.inputs import candidate_inputs
 
 _CONVERTED_LAYERS = 2  # in the slice that is compared
 _NUMBERED = re.compile(r"(?P<stack>(?:[^.]+\.)*?)(?P<number>\d+)\.")
-PLAIN = {"experts_implementation": "eager"}  # transformers' default needs widths of whole 16 bytes
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,11 @@ def compare(expected: Tensor, result: Tensor, *, exact: bool, unused: tuple[str,
     )
 
 
+def plainly(moe: Source) -> dict[str, str]:
+    """Return how to load an MoE so that its experts run with any width: transformers' default wants whole 16 bytes."""
+    return {} if "experts_implementation" in moe.config else {"experts_implementation": "eager"}
+
+
 def verify_slice(dense: DenseCheckpoint, moe: Path, plan: Plan, *, cast_to: str | None = None) -> VerifyReport:
     """Compare a dense checkpoint and its MoE up to the second converted layer, in float32.
 
@@ -127,7 +131,7 @@ def verify_slice(dense: DenseCheckpoint, moe: Path, plan: Plan, *, cast_to: str 
     before = None if after is None else replace(after, stack=_stack_on_disk(dense, plan))
     with open_source(moe) as converted:
         dense_model = load_first_layers(dense.source, before)
-        moe_model = load_first_layers(converted, after, **PLAIN)
+        moe_model = load_first_layers(converted, after, **plainly(converted))
     round_weights(dense_model, cast_to)
     return verify(dense_model, moe_model, random_inputs(dense_model, dense.example_inputs), exact=plan.config.exact)
 

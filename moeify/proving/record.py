@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from moeify.conversion.checkpoint import PLAN_FILE
 from moeify.errors import CheckpointError, ConfigError, first_line
 from moeify.files.json_text import read_json_object
 from moeify.files.limits import PLAN_BYTES
+from moeify.files.reading import exists
 from moeify.plan import VERSION
 
 
@@ -35,7 +35,7 @@ def read_promise(moe: Path) -> Promise:
         CheckpointError: The record is damaged, or of another version.
     """
     file = moe / PLAN_FILE
-    if not os.path.lexists(file):
+    if not exists(file):
         return Promise()
     record = read_json_object(file, PLAN_BYTES)
     try:

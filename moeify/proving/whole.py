@@ -16,7 +16,7 @@ from moeify.checkpoint.source import Source, open_source
 from moeify.errors import ConfigError
 from moeify.hub.streaming import load_streamed
 from moeify.pretrained import load_tokenizer
-from moeify.proving.proof import PLAIN, VerifyReport, compare, random_inputs, round_weights, run
+from moeify.proving.proof import VerifyReport, compare, plainly, random_inputs, round_weights, run
 from moeify.proving.record import read_promise
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
     with open_source(dense) as source:
         before = _run(source, partial(_inputs, ids), promise.cast_to, unused=True)
     with open_source(moe) as source:
-        after = _run(source, lambda _: before.inputs, None, **PLAIN)
+        after = _run(source, lambda _: before.inputs, None, **plainly(source))
     return compare(before.logits, after.logits, exact=promise.exact, unused=before.unused)
 
 

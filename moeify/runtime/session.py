@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeify.errors import ConfigError, MoeifyError
+from moeify.errors import CheckpointError, ConfigError, MoeifyError, told_as
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -44,7 +45,8 @@ def open_session(path: Path, *, provider: str | None = None, threads: int = 0) -
         threads: Threads inside an operator; 0 lets ONNX Runtime decide.
 
     Raises:
-        MoeifyError: onnxruntime is missing or does not load the file.
+        MoeifyError: onnxruntime is missing.
+        CheckpointError: It does not load the file, or there is no regular file.
         ConfigError: the provider does not work here (ONNX Runtime itself would fall back to the CPU and only log it).
     """
     try:
@@ -53,6 +55,8 @@ def open_session(path: Path, *, provider: str | None = None, threads: int = 0) -
         raise MoeifyError(
             "running ONNX files needs onnxruntime: pip install onnxruntime, or onnxruntime-gpu"
         ) from error
+    if not os.path.isfile(path):  # to open a pipe would wait for ever
+        raise CheckpointError(f"{path} is not a file: give an ONNX file")
     known = {name.removesuffix(_SUFFIX).lower(): name for name in onnxruntime.get_all_providers()}
     if provider is not None and provider not in known:
         raise ConfigError(f"provider is {provider!r}: expected one of {', '.join(sorted(known))}")
@@ -65,11 +69,8 @@ def open_session(path: Path, *, provider: str | None = None, threads: int = 0) -
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, threads
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=available)
-    except Exception as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise MoeifyError(f"onnxruntime {runtime_version()} does not load {path}: {line}") from error
+    with told_as(f"onnxruntime {runtime_version()} does not load {path}", CheckpointError):
+        session: InferenceSession = onnxruntime.InferenceSession(str(path), options, providers=available)
     if provider is not None and session.get_providers()[0] != wanted[0]:
         raise ConfigError(
             f"{wanted[0]} does not work on this machine: onnxruntime fell back to {session.get_providers()[0]}"

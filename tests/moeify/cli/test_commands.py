@@ -55,12 +55,3 @@ def test_an_error_is_one_line_and_an_exit_code(
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == code and result.stdout == ""
     assert result.stderr.splitlines()[-1] == "Error: first second"
-
-
-def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    @click.command()
-    def failing() -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr("moeify.cli.doctor.doctor", failing)
-    assert isinstance(CliRunner().invoke(main, ["doctor"]).exception, ZeroDivisionError)

@@ -266,6 +266,7 @@ def test_missing_settings_are_wrong_usage(src: Path) -> None:
     assert "--experts and --top-k are needed" in refused(src, "--experts", 3, code=2)
     for size in ("lots", "0", "9" * 400 + "TB", "9" * 18 + "TB", "٣GB"):
         assert "is not a size" in refused(src, *BASE, "--shard-size", size, code=2)
+    assert convert(src, *BASE, "--dry-run", "--shard-size", "7000B").exit_code == 0
 
 
 def test_a_kill_leaves_the_output_absent_and_a_resume_makes_it_whole(tmp_path: Path) -> None:

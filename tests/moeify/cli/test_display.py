@@ -70,3 +70,13 @@ def test_results_and_progress_go_to_different_places(capsys: pytest.CaptureFixtu
     for console, text in zip(consoles, ("result", "progress"), strict=True):
         console.print(text)
     assert capsys.readouterr() == ("result\n", "progress\n")
+
+
+def test_strings_and_cells_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "[/b]:smile: [red]x[/red]\x1b[1m\n\udcff"
+    table = Table("layer", box=None, pad_edge=False)
+    table.add_row(name)
+    display.stdout().print(name)
+    display.stdout().print(table)
+    shown = r"[/b]:smile: [red]x[/red]\x1b[1m\n\udcff"
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [shown, "layer", shown]

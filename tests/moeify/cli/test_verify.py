@@ -70,6 +70,8 @@ def test_tensors_that_do_not_fit_are_errors(pair: tuple[Path, Path], change: str
 def test_a_path_that_is_not_there(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     result = verify(pair[0], tmp_path / "nothing")
     assert result.exit_code == 1 and "does not exist" in result.stderr
+    result = CliRunner().invoke(main, ["verify", str(pair[0]), "x" * 300])
+    assert result.exit_code == 1 and "does not exist" in result.stderr
 
 
 def test_a_tensor_that_a_conversion_leaves_out_is_noted(pair: tuple[Path, Path]) -> None:
@@ -84,7 +86,7 @@ def test_a_damaged_record_is_one_line(pair: tuple[Path, Path]) -> None:
     (pair[1] / "moeify.json").write_text("[]")
     result = verify(*pair)
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
-    assert "moeify.json holds a JSON list" in result.stderr
+    assert "moeify.json holds a JSON list, expected an object" in result.stderr
 
 
 def test_a_text_is_read_no_further_than_needed_and_must_be_utf8(tmp_path: Path) -> None:

@@ -62,5 +62,5 @@ def test_a_file_that_is_no_record_is_one_line(tmp_path: Path, content: bytes) ->
 
 def test_a_folder_in_its_place_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "moeify.json").mkdir()
-    with pytest.raises(CheckpointError, match="it is a folder"):
+    with pytest.raises(CheckpointError, match="it is a folder, expected a regular file"):
         read_promise(tmp_path)

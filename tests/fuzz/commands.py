@@ -1,0 +1,140 @@
+"""What a case types: a command with its arguments, and the files that odd arguments name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+from tests.fuzz.damage import files, jsons
+
+Command = Callable[[Random, Path], list[str]]
+BASE = ["--experts", "3", "--top-k", "2"]
+DST = "dst"
+
+
+def inspect(rng: Random, src: Path) -> list[str]:
+    return ["inspect", src.name, *rng.choice(([], ["--json"]))]
+
+
+def convert(rng: Random, src: Path) -> list[str]:
+    """A conversion, in one of its ways."""
+    way = rng.choice(("", "", "--no-verify", "--to moeify", "--resume", "--to moeify --no-verify", "--dry-run",
+                      "--dry-run --json", "--shard-size 9KB", "--dtype bfloat16", "--strict"))  # fmt: skip
+    return ["convert", src.name, DST, *BASE, *way.split()]
+
+
+def convert_pickle(rng: Random, src: Path) -> list[str]:
+    return [*convert(rng, src), *rng.choice(([], ["--allow-pickle"], ["--allow-pickle"]))]
+
+
+def convert_trusted(rng: Random, src: Path) -> list[str]:
+    return [*convert(rng, src), *rng.choice(([], ["--trust-remote-code"]))]
+
+
+def verify(rng: Random, src: Path) -> list[str]:
+    """Compare the damaged MoE with what it was made of."""
+    return ["verify", str(_whole_llama()), src.name, *rng.choice(([], ["--json"]))]
+
+
+def export(rng: Random, src: Path) -> list[str]:
+    return ["export", src.name, "out.onnx"]
+
+
+def run(rng: Random, src: Path) -> list[str]:
+    prompts = ("w1", "w1 w2", "w0 w1 w2 w3", "unknown", "", " ", "\x1b[1m")
+    return ["run", src.name, "--threads", "1", "--prompt", rng.choice(prompts), "--max-new-tokens", rng.choice("139")]
+
+
+def odd_options(rng: Random, src: Path) -> list[str]:
+    """Numbers and words that nobody means."""
+    numbers = ("0", "-1", "1", "1000000000", str(10**30), "9" * 5000, "x", "", "²", "1e3", "3.5", "nan")
+    words = ("", "x", "[/b]", "a\nb", "\x1b[1m", "__class__", "../x", "²")
+    layers = ("all", "every:0", "every:²", "last:99", "first:-1", "0,99", "9" * 5000, "3-1", "(", "(a+)+$",
+              "0-99999999999", "", ".*", "every:" + "9" * 5000)  # fmt: skip
+    sizes = ("0", "1", "1B", "999999999999999999TB", "1e9", "-1GB", "nan", "9" * 400 + "TB", "9KB")
+    settings = ("z_loss=nan", "z_loss=inf", "z_loss=" + "9" * 5000, "router.x=1", "router=1", "seed=-1", "seed=1e400",
+                "experts=2", "=", "a.b.c=1", "method.share=2", "capacity_factor=0", "\x1b=1", "start=none")  # fmt: skip
+    odd = (
+        ["--experts", rng.choice(numbers), "--top-k", "1"],
+        ["--experts", "4", "--top-k", rng.choice(numbers)],
+        [*BASE, "--granularity", rng.choice(numbers)],
+        [*BASE, "--shared-experts", rng.choice(numbers)],
+        [*BASE, "--seed", rng.choice(numbers)],
+        [*BASE, "--layers", rng.choice(layers)],
+        [*BASE, "--shard-size", rng.choice(sizes)],
+        [*BASE, "--set", rng.choice(settings)],
+        [*BASE, rng.choice(("--router", "--method", "--to", "--preset")), rng.choice(words)],
+        ["--preset", "deepseek_v3", "--experts", rng.choice(numbers)],
+        [*BASE, "--overwrite", "--resume"],
+    )
+    return ["convert", src.name, DST, *rng.choice(odd), *rng.choice(([], ["--dry-run"], ["--no-verify"]))]
+
+
+def odd_plan(rng: Random, src: Path) -> list[str]:
+    """A saved plan that was changed."""
+    path, sites = src.parent / "plan.json", ("path", "target", "learned", "sites", "config", "version")
+    path.write_text(_whole_plan())
+    kinds = (lambda rng, path: jsons.of_values(rng, path, sites), files.of_text, files.flip, files.in_its_place)
+    kinds[rng.choice((0, 0, 0, 0, 1, 2, 3))](rng, path)
+    return ["convert", src.name, DST, "--plan", path.name, *rng.choice(([], ["--no-verify"], ["--dry-run"]))]
+
+
+def odd_inputs(rng: Random, src: Path) -> list[str]:
+    """Example inputs that a model cannot take."""
+    path = src.parent / rng.choice(("in.json", "in.json", "in.json", "in.pt", "in.safetensors", "in.npz", "in"))
+    ids: tuple[object, ...] = ([[1, 2, 3]], [[10**6]], [[-1]], [[1.5]], [[2**70]], [], [[]], [[1], [2, 3]], "x", None,
+                               {"shape": [1, 3 * 10**8], "dtype": "int64"}, {"shape": [-1]}, {"shape": "x"},
+                               {"shape": [2**40, 2**40], "dtype": "int64"}, {"shape": [1, 4], "dtype": "quint8"},
+                               {"shape": [1, 4], "dtype": "__name__"}, {"shape": [1, 4], "dtype": "int64"})  # fmt: skip
+    name = rng.choice(("input_ids", "input_ids", "inputs_embeds", "x\nError: y"))
+    path.write_text(json.dumps({name: rng.choice(ids)}))
+    if rng.random() < 0.3:
+        rng.choice((files.of_text, files.in_its_place))(rng, path)
+    command = rng.choice((["inspect", src.name], ["convert", src.name, DST, *BASE]))
+    return [*command, "--example-inputs", path.name]
+
+
+def odd_places(rng: Random, src: Path) -> list[str]:
+    """SRC and DST that are no ordinary names, or something else than a folder."""
+    work, long, name = src.parent, "x" * 300, src.name
+    os.mkfifo(work / "pipe")
+    (work / "loop").symlink_to("loop")
+    (work / "dangling.gguf").symlink_to("nowhere")
+    (work / "folder.gguf").mkdir()
+    (work / "model").symlink_to(name)
+    (work / "file").write_text("x")
+    sources = (long, "~nosuchuser", "~nosuchuser/x", "pipe", "loop", "dangling.gguf", "folder.gguf", "model", "file",
+               "/dev/null", "/dev/zero", "/proc/self", ".", "", "a/b/c", "[/b]", "\udcff", "x" * 5000, "/",
+               f"{name}/config.json", f"{name}/../{name}")  # fmt: skip
+    targets = (long, "y" * 250, "y" * 235, "~nosuchuser/x", "pipe", "loop", "file", "/dev/null", "/dev/null/x", name,
+               f"{name}/moe", "model/moe", "n1/n2/n3", "x[/b]", "\udcff", "a\nb", ".", "..", "", "é 模型", "file/x",
+               "/proc/x", "./dst/", "dst/../dst")  # fmt: skip
+    options = [*BASE, *rng.choice(([], ["--overwrite"], ["--no-verify"], ["--resume"], ["--dry-run"]))]
+    match rng.choice(("src", "dst", "dst", "inspect", "export", "verify", "run")):
+        case "src":
+            return ["convert", rng.choice(sources), DST, *options]
+        case "dst":
+            return ["convert", name, rng.choice(targets), *options]
+        case "inspect":
+            return ["inspect", rng.choice(sources)]
+        case "export":
+            return ["export", rng.choice(sources), rng.choice(targets)]
+        case "verify":
+            return ["verify", *rng.sample([*sources, name, name, name], 2)]
+    return ["run", rng.choice(sources), "--prompt", "w1"]
+
+
+def _whole_llama() -> Path:
+    from tests.fuzz.sources import source
+
+    return source("llama")
+
+
+def _whole_plan() -> str:
+    from tests.fuzz.sources import source
+
+    record = json.loads((source("moeify") / "config.json").read_text())
+    return json.dumps(record["quantization_config"]["plan"])

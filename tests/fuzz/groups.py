@@ -1,0 +1,114 @@
+"""The groups of cases: which inputs are damaged, how, and what is then asked of moeify."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from tests.fuzz import commands as do
+from tests.fuzz.commands import Command
+from tests.fuzz.damage import code, config, gguf, index, onnx, pickles, safetensors, side
+from tests.fuzz.sources import copy_of
+
+Damage = Callable[[Random, Path], str]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases of one kind.
+
+    Attributes:
+        sources: Names of whole inputs; a case damages a copy of one.
+        damages: A case takes one.
+        commands: A case takes one.
+        quick: Cases in `make test`.
+    """
+
+    sources: tuple[str, ...]
+    damages: tuple[Damage, ...]
+    commands: tuple[Command, ...]
+    quick: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """A damaged input in a folder of its own, and the command that meets it.
+
+    Attributes:
+        name: Its group and number.
+        damage: In words.
+        source: The damaged input.
+        arguments: What is typed.
+        loads_only: An export, which takes ten seconds, ends when everything is loaded.
+    """
+
+    name: str
+    damage: str
+    source: Path
+    arguments: list[str]
+    loads_only: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.damage}; moeify {shlex.join(self.arguments)}"[:300]
+
+
+_LOADS_ONLY = 0.96  # of exports
+
+
+def _whole(rng: Random, src: Path) -> str:
+    return "whole"
+
+
+_CONVERT = (do.convert, do.convert, do.convert, do.inspect)
+_FOLDERS = ("llama", "llama", "gpt2")
+_CONFIG = (
+    config.fields,
+    config.named,
+    config.named,
+    config.another_architecture,
+    config.text,
+    config.bits,
+    config.place,
+)
+
+GROUPS = {
+    "safetensors bytes": Group(_FOLDERS, (safetensors.bits, safetensors.bits, safetensors.cut, safetensors.length,
+                                          safetensors.place), _CONVERT, 30),
+    "safetensors header": Group(_FOLDERS, (safetensors.header_text, safetensors.header_values,
+                                           safetensors.header_entry), _CONVERT, 30),
+    "tensors": Group(_FOLDERS, (safetensors.tensors,), _CONVERT, 25),
+    "index and shards": Group(("sharded",), (index.shard_names, index.values, index.text, index.place, index.shard,
+                                             index.shards), _CONVERT, 30),
+    "config": Group(_FOLDERS, _CONFIG, _CONVERT, 40),
+    "gguf": Group(("llama.gguf",), (gguf.counts, gguf.metadata, gguf.metadata, gguf.tensor, gguf.tensor, gguf.bits,
+                                    gguf.cut, gguf.place), _CONVERT, 40),
+    "pickle": Group(("pickle",), (pickles.payload, pickles.odd_state, pickles.damaged, pickles.old_format),
+                    (do.convert_pickle,), 20),
+    "side files": Group(("llama",), (side.tokenizer, side.beside), (do.convert, do.convert, do.export), 15),
+    "places": Group(("llama",), (_whole,), (do.odd_places,), 30),
+    "options": Group(("llama",), (_whole,), (do.odd_options,), 30),
+    "plans": Group(("llama",), (_whole,), (do.odd_plan,), 20),
+    "example inputs": Group(("llama",), (_whole,), (do.odd_inputs,), 20),
+    "moe": Group(("moeify", "mixtral"), (safetensors.bits, safetensors.cut, safetensors.header_entry,
+                                         safetensors.tensors, safetensors.place, side.record, side.plan_in_config,
+                                         *_CONFIG), (do.verify, do.verify, do.verify, do.export), 25),
+    "code": Group(("llama", "llama.gguf"), (code.planted,), (do.convert_trusted, do.inspect, do.export), 20),
+    "onnx": Group(("decoder.onnx",), (onnx.entries, onnx.states, onnx.graph, onnx.damaged), (do.run,), 40),
+}  # fmt: skip
+
+
+def make_case(seed: int, group: str, number: int, work: Path) -> Case:
+    """Damage a copy of an input in an empty folder; the same three words make the same case."""
+    name = f"{group}:{number}"
+    rng = Random(f"{seed} {name}")
+    kind = GROUPS[group]
+    whole = rng.choice(kind.sources)
+    (work / "foreign.txt").write_text("a file of somebody else")
+    (work / ".dst.other").mkdir()
+    source = copy_of(whole, work)
+    damage = rng.choice(kind.damages)(rng, source)
+    arguments = rng.choice(kind.commands)(rng, source)
+    return Case(name, f"{whole}: {damage}", source, arguments, arguments[0] == "export" and rng.random() < _LOADS_ONLY)

@@ -1,0 +1,101 @@
+"""The small whole inputs that cases damage: each is made once in a process, when a case first asks for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from moeify.config import MoEConfig
+from tests.fuzz.damage.gguf import small_gguf
+from tests.moeify import tiny
+from tests.moeify.runtime.decoder import WORD_LEVEL, decoder
+
+tf: Any = transformers
+HIDDEN, INTERMEDIATE, LAYERS, WORDS = 16, 24, 3, 32  # the third layer is not a part of the proof's slice
+
+
+def llama(folder: Path, **options: Any) -> None:
+    """Three layers, with a tokenizer and the files that stand beside a model."""
+    config = tf.LlamaConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS,
+                            num_attention_heads=2, num_key_value_heads=1, vocab_size=WORDS, max_position_embeddings=64,
+                            pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
+    _save(tf.LlamaForCausalLM(config), folder, **options)
+    (folder / "tokenizer.json").write_text(WORD_LEVEL % ", ".join(f'"w{i}": {i}' for i in range(WORDS)))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"})
+    )
+
+
+def gpt2(folder: Path) -> None:
+    """Transposed projections with biases."""
+    config = tf.GPT2Config(n_layer=LAYERS, n_embd=HIDDEN, n_inner=INTERMEDIATE, n_head=2, vocab_size=WORDS,
+                           n_positions=64, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    _save(tf.GPT2LMHeadModel(config), folder)
+
+
+def _save(model: Any, folder: Path, **options: Any) -> None:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder, **options)
+
+
+def _pickle(folder: Path) -> None:
+    llama(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _converted(folder: Path, target: str) -> None:
+    tiny.convert_files(source("llama"), folder, MoEConfig(3, 2), target=target)
+
+
+def _onnx(path: Path) -> None:
+    onnx.save(decoder(), path)
+
+
+_MAKERS: dict[str, Callable[[Path], None]] = {
+    "llama": llama,
+    "gpt2": gpt2,
+    "sharded": lambda folder: llama(folder, max_shard_size="6KB"),
+    "pickle": _pickle,
+    "moeify": lambda folder: _converted(folder, "moeify"),
+    "mixtral": lambda folder: _converted(folder, "mixtral"),
+    "llama.gguf": small_gguf,
+    "decoder.onnx": _onnx,
+}
+
+
+@cache
+def _room() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="fuzz-sources-")
+
+
+@cache
+def source(name: str) -> Path:
+    """Return the whole input of a name."""
+    path = Path(_room().name) / name
+    with redirect_stderr(StringIO()):  # progress bars
+        _MAKERS[name](path)
+    return path
+
+
+def copy_of(name: str, work: Path) -> Path:
+    """Copy an input into the folder of a case, as `src` with the suffix of its kind."""
+    whole = source(name)
+    path = work / f"src{whole.suffix}"
+    (shutil.copytree if whole.is_dir() else shutil.copyfile)(whole, path)
+    return path

@@ -1,0 +1,40 @@
+"""A case is made of its seed and its name alone, and every damage does what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.fuzz.groups import GROUPS, make_case
+from tests.fuzz.judge import State, state_of
+from tests.fuzz.sources import copy_of
+
+
+def made(seed: int, group: str, number: int, folder: Path) -> tuple[str, State]:
+    folder.mkdir()
+    case = make_case(seed, group, number, folder)
+    return str(case).replace(str(folder), ""), state_of(folder)
+
+
+@pytest.mark.parametrize("group", ["safetensors header", "config", "gguf", "places", "moe", "onnx"])
+def test_a_case_is_the_same_again(group: str, tmp_path: Path) -> None:
+    first = made(3, group, 5, tmp_path / "a")
+    assert first == made(3, group, 5, tmp_path / "b")
+    assert first != made(4, group, 5, tmp_path / "c") != made(4, group, 6, tmp_path / "d")
+
+
+@pytest.mark.parametrize("group", [name for name, group in GROUPS.items() if len(group.damages) > 1])
+def test_every_damage_changes_something(group: str, tmp_path: Path) -> None:
+    kind = GROUPS[group]
+    for number, damage in enumerate(dict.fromkeys(kind.damages)):
+        changed = 0
+        for again in range(4):  # a choice may be what was there
+            work = tmp_path / f"{number}-{again}"
+            work.mkdir()
+            source = copy_of(kind.sources[0], work)
+            before = state_of(work)
+            assert damage(Random(again), source)
+            changed += state_of(work) != before
+        assert changed >= 2, damage.__name__
