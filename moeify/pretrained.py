@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from moeify.errors import CheckpointError, told_as
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +34,41 @@ def load_model(
     with _one_line(path, "the model"):
         loaded: Any = cls.from_pretrained(**_arguments(path), **{**options, **kwargs})
     return cast("tuple[PreTrainedModel, dict[str, Iterable[str]]]", loaded)
+
+
+def load_tensors(model: PreTrainedModel, tensors: Mapping[str, object], path: Path) -> None:
+    """Load some tensors into a model that is there, in float32; the others stay what they are.
+
+    Args:
+        model: From `load_model`.
+        tensors: By their names on disk; transformers renames and merges them as it does for a whole checkpoint.
+        path: Where they come from, for messages.
+
+    Raises:
+        CheckpointError: Transformers does not load them.
+    """
+    import torch
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    with _one_line(path, "its tensors"):
+        rules: Any = get_model_conversion_mapping(model)
+        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=rules)
+        convert_and_load_state_dict_in_model(model, dict(tensors), config)
+
+
+def load_generation_config(model: PreTrainedModel, path: Path) -> None:
+    """Give a model the generation config of a folder, if there is one.
+
+    Raises:
+        CheckpointError: Transformers does not load it.
+    """
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        with _one_line(path, "its generation config"):
+            model.generation_config = GenerationConfig.from_pretrained(path)
 
 
 def load_config(path: Path) -> PreTrainedConfig:

@@ -160,7 +160,7 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
 
     def check(folder: Path) -> object:
         progress.stop()
-        return None if options.no_verify else _prove(dense, folder, plan, dtype, console)
+        return _prove(dense, folder, plan, options, console)
 
     callbacks = Callbacks(
         total=lambda nbytes: progress.update(task, total=nbytes),
@@ -179,13 +179,21 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     console.print(f"written to {dst}")
 
 
-def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, dtype: str | None, console: Console) -> object:
-    """Compare a slice of the layers; return what was measured, as `moeify.json` keeps it."""
+def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, options: _Options, console: Console) -> object:
+    """Hold the output's tensors to its model, and compare a slice of the layers unless told otherwise.
+
+    Returns:
+        What was measured, as `moeify.json` keeps it.
+    """
     from moeify.cli.quiet import without_bars
+    from moeify.hub.structure import check_output
     from moeify.proving.proof import verify_slice
 
     with without_bars():
-        report = verify_slice(dense, folder, plan, cast_to=dtype)
+        check_output(folder)
+        if options.no_verify:
+            return None
+        report = verify_slice(dense, folder, plan, cast_to=_DTYPES.get(options.dtype or ""))
     console.print(f"verified on a slice: {report.summary()}")
     if not report.passed:
         raise VerificationError(f"the MoE differs from the dense model: {report.summary()}; nothing was written")

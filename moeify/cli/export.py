@@ -69,9 +69,9 @@ def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str) -> nn.Mo
     import torch
 
     from moeify.conversion.module import convert
-    from moeify.hub.loading import load
+    from moeify.hub.loading import load_sparingly
 
-    model = load(src, dtype=getattr(torch, dtype))
+    model = load_sparingly(src, getattr(torch, dtype))
     return model if config is None else convert(model, config, layers)
 
 

@@ -1,4 +1,4 @@
-"""Router logits and the auxiliary loss among the outputs of a model whose code knows nothing of experts.
+"""Router logits and the auxiliary loss, in the outputs of models that know no experts.
 
 As in transformers' own MoE models: `output_router_logits`, in the config or in a call, adds `router_logits` and
 `aux_loss` to the outputs, and `router_aux_loss_coef * aux_loss` to their loss.

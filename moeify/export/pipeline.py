@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -13,13 +15,14 @@ from torch import nn
 
 from moeify.errors import RefusedError, VerificationError
 from moeify.export.capture.compat import traceable
+from moeify.export.capture.interface import Interface
 from moeify.export.capture.to_onnx import to_onnx
 from moeify.export.capture.trace import Capture, capture
 from moeify.export.lower.contrib import set_attributes
 from moeify.export.lower.layers import lower
 from moeify.export.lower.weights import Rounded
 from moeify.export.onnx_file import DATA_SUFFIX, Request
-from moeify.export.prove import Difference, compare, expected_cases, rounded_weights, same_outputs
+from moeify.export.prove import Case, Difference, compare, expected_cases, rounded_weights, same_outputs
 from moeify.export.report import OnnxReport
 from moeify.export.write import write
 from moeify.files.staging import staged_file
@@ -53,6 +56,25 @@ def export(
         model.train(training)
 
 
+@dataclass(frozen=True)
+class _Written:
+    """What is left of a float32 model when its graph is written.
+
+    Attributes:
+        interface: The graph's inputs and outputs.
+        operators: How often each operator occurs in it.
+        cases: What PyTorch gives, with rounded weights if some are rounded in the graph.
+        original: What PyTorch gives with its own weights, if some are rounded.
+        late: The graph with the attributes that it gets after the proof, if there are any.
+    """
+
+    interface: Interface
+    operators: Counter[str]
+    cases: list[Case]
+    original: list[Case] | None
+    late: ir.Model | None
+
+
 class _Export:
     """One run, which leaves the proved file at `staged`."""
 
@@ -62,16 +84,15 @@ class _Export:
     def run(self, model: nn.Module, example_inputs: Mapping[str, object] | None) -> OnnxReport:
         """Export a model; in half precision the proof is that of the same graph in float32."""
         _refuse_chance(model)
-        captured = capture(traceable(model), example_inputs)
-        if self.request.dtype == "float32":
-            report = self._prove(model, captured)
-        else:
-            twin = copy.deepcopy(model).float()
-            report = self._prove(twin, captured.in_float32(traceable(twin)))
-            del twin
+        captured, half = capture(traceable(model), example_inputs), self.request.dtype != "float32"
+
+        def exact() -> nn.Module:
+            return copy.deepcopy(model).float() if half else model
+
+        report = self._prove(exact, captured)
         if not report.passed:
             raise VerificationError(f"the exported graph differs from PyTorch: {report.summary()}; nothing was written")
-        if self.request.dtype != "float32":
+        if half:
             write(self._graph(captured)[0], self.staged)
         return report
 
@@ -84,34 +105,53 @@ class _Export:
         graph.metadata_props.update({f"moeify.{key}": value for key, value in made.items()})
         return graph, rounded
 
-    def _prove(self, model: nn.Module, captured: Capture) -> OnnxReport:
-        """Write the graph of a float32 model and run it beside PyTorch."""
-        graph, rounded = self._graph(captured)
-        write(graph, self.staged)
-        session, interface = open_session(self.staged, provider="cpu"), captured.interface
-        cases, rounding = expected_cases(model, interface), None
-        if rounded:
-            with rounded_weights(captured.model, rounded):
-                measured = compare(session, interface, expected_cases(captured.model, interface))
-            operator = self.request.form.operator
-            if operator is not None and operator.late_attributes:
-                set_attributes(graph, operator)
-                write(graph, self.staged)
+    def _prove(self, exact: Callable[[], nn.Module], captured: Capture) -> OnnxReport:
+        """Write the graph of a float32 model and run it; PyTorch has run before, and what it needed is forgotten.
+
+        Args:
+            exact: Gives the model in float32.
+            captured: The trace, in the dtype of the request.
+        """
+        written = self._write_exact(exact(), captured)
+        gc.collect()  # traces and graphs are cycles, and hold the weights
+        session, interface = open_session(self.staged, provider="cpu"), written.interface
+        measured, rounding = compare(session, interface, written.cases), None
+        if written.original is not None:
+            if written.late is not None:
+                write(written.late, self.staged)
                 session = open_session(self.staged, provider="cpu")
-            rounding = compare(session, interface, cases)
-        else:
-            measured = compare(session, interface, cases)
-        if not measured.relative <= _TOLERANCE and not same_outputs(cases, expected_cases(model, interface)):
+            rounding = compare(session, interface, written.original)
+        cases = written.original or written.cases
+        if not measured.relative <= _TOLERANCE and not same_outputs(cases, expected_cases(model := exact(), interface)):
             raise RefusedError(
                 f"{type(model).__name__} draws random numbers: PyTorch itself gives something else the second time; "
                 "export a part of it that does not, or give it what it draws in example_inputs"
             )
         runtime = f"onnxruntime {runtime_version()}, {session.get_providers()[0]}"
-        return self._report(graph, runtime, measured, rounding)
+        return self._report(written.operators, runtime, measured, rounding)
 
-    def _report(self, graph: ir.Model, runtime: str, measured: Difference, rounding: Difference | None) -> OnnxReport:
-        request = self.request
+    def _write_exact(self, model: nn.Module, captured: Capture) -> _Written:
+        """Write the graph of a float32 model and run the model."""
+        if self.request.dtype != "float32":
+            captured = captured.in_float32(traceable(model))
+        graph, rounded = self._graph(captured)
+        write(graph, self.staged)
+        cases, original, late = expected_cases(model, captured.interface), None, None
+        if rounded:
+            original = cases
+            with rounded_weights(captured.model, rounded):
+                cases = expected_cases(captured.model, captured.interface)
+            operator = self.request.form.operator
+            if operator is not None and operator.late_attributes:
+                set_attributes(graph, operator)
+                late = graph
         operators = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.graph)
+        return _Written(captured.interface, operators, cases, original, late)
+
+    def _report(
+        self, operators: Counter[str], runtime: str, measured: Difference, rounding: Difference | None
+    ) -> OnnxReport:
+        request = self.request
         return OnnxReport(
             path=str(request.path),
             target=request.target.name,

@@ -8,9 +8,10 @@ from pathlib import Path
 import onnx_ir as ir
 
 from moeify.errors import CheckpointError
+from moeify.export.join import join
 from moeify.export.onnx_file import DATA_SUFFIX
 
-_IN_ONE_FILE = 500 * 10**6  # bytes; a protobuf is built in memory, twice over
+_IN_ONE_FILE = 500 * 10**6  # bytes; a protobuf holds 2 GB, and is built in memory by whoever reads it
 _SMALLEST_OUTSIDE = 1024  # bytes; shapes and scalars stay in the graph, where shape inference sees them
 
 
@@ -26,13 +27,14 @@ def write(model: ir.Model, path: Path) -> None:
         CheckpointError: the disk has too little space.
     """
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
+    one_file = size <= _IN_ONE_FILE
+    needed, free = size * (1 + one_file), shutil.disk_usage(path.parent).free
+    if needed > free:
         raise CheckpointError(
-            f"not enough space for {path.name}: {size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} are free"
+            f"not enough space for {path.name}: {needed / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} are free"
         )
-    data_file(path).unlink(missing_ok=True)
-    if size <= _IN_ONE_FILE:
-        ir.save(model, path)
-    else:
-        ir.save(model, path, external_data=data_file(path).name, size_threshold_bytes=_SMALLEST_OUTSIDE)
+    data = data_file(path)
+    data.unlink(missing_ok=True)
+    ir.save(model, path, external_data=data.name, size_threshold_bytes=_SMALLEST_OUTSIDE)
+    if one_file and data.exists():
+        join(path, data)

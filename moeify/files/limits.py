@@ -20,5 +20,5 @@ HEADS = 8_192  # largest: 128
 EXPERTS = 8_192  # largest: 2,048, a Switch Transformer
 LABELS = 100_000  # largest: 21,843; transformers names each twice in a config that it writes
 INPUT_ELEMENTS = 100_000_000  # of an example input; largest: 50 million, 16 frames of 1024 x 1024 pixels
-TEXT_CHARACTERS = 1_000_000  # of a text to run models on, of which 512 tokens are used
+TEXT_BYTES = 1_000_000  # of a text to run models on, of which 512 tokens are used
 GGUF_ENTRIES = 1_000_000  # keys, and tensors; largest: about 60 and 2,000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,8 @@ import torch
 from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
 from moeify.hub.registration import register
-from moeify.pretrained import load_model
+from moeify.hub.stored import present
+from moeify.pretrained import load_generation_config, load_model
 from moeify.tracing.skeleton import config_of, model_class
 
 if TYPE_CHECKING:
@@ -32,7 +34,22 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     path = Path(path)
     with open_source(path) as source:
         cls = model_class(source.config)
-    return _load_strictly(cls, path, **kwargs)
+    return load_strictly(cls, path, **kwargs)
+
+
+def load_sparingly(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a checkpoint in the memory of its weights: `load` maps whole files, so what is merged is there twice.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected or of another shape.
+    """
+    with open_source(path) as source:
+        cls, config, tensors = model_class(source.config), config_of(source.config), present(source, source.tensors)
+    if not tensors:
+        return load(path, dtype=dtype)  # GGUF
+    model = load_strictly(cls, None, config=config, state_dict=tensors, dtype=dtype)
+    load_generation_config(model, path)
+    return model
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,7 @@ def load_first_layers(source: Source, layers: FirstLayers | None, **kwargs: Any)
     if layers is not None:
         _keep_first_layers(config, layers)
     tensors = {name: source.read(name) for name in source.tensors if layers is None or layers.keeps(name)}
-    return _load_strictly(cls, None, config=config, state_dict=tensors, dtype=torch.float32, **kwargs)
+    return load_strictly(cls, None, config=config, state_dict=tensors, dtype=torch.float32, **kwargs)
 
 
 def _keep_first_layers(config: PreTrainedConfig, layers: FirstLayers) -> None:
@@ -89,16 +106,36 @@ def _keep_first_layers(config: PreTrainedConfig, layers: FirstLayers) -> None:
         setattr(config, name, value)
 
 
-def _load_strictly(cls: type[PreTrainedModel], path: Path | None, **kwargs: Any) -> PreTrainedModel:
+def load_strictly(
+    cls: type[PreTrainedModel], path: Path | None, *, unused: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a model in evaluation mode.
+
+    Args:
+        cls: The model's class.
+        path: A folder or a GGUF file; None when `kwargs` hold the config and the tensors.
+        unused: Let tensors through that the model has no place for.
+        kwargs: For `from_pretrained`.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected or of another shape.
+    """
     register()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, info = load_model(cls, path, **kwargs)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    for kind in ("missing", "mismatched", *(() if unused else ("unexpected",))):
+        if found := sorted(map(_described, info.get(f"{kind}_keys") or ())):
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             where = f"{path}: " if path else ""
-            raise CheckpointError(f"{where}{kind.split('_')[0]} tensor {names[0]}{more} for {cls.__name__}")
+            raise CheckpointError(f"{where}{kind} tensor {found[0]}{more} for {cls.__name__}")
     module: torch.nn.Module = model
     return cast("PreTrainedModel", module.eval())
+
+
+def _described(key: str | tuple[str, Sequence[int], Sequence[int]]) -> str:
+    """Return a tensor's name, with its shapes where these differ."""
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name} ({list(found)} instead of {list(expected)})"

@@ -1,7 +1,7 @@
 """The proof of a conversion: the dense model and the MoE run on the same inputs, and their logits are compared.
 
-`verify` compares two models, `verify_checkpoints` two checkpoints, and `verify_slice` the first layers of two
-checkpoints, so that the memory does not grow with the depth.
+`verify` compares two models, and `verify_slice` the first layers of two checkpoints, so that the memory does not grow
+with the depth.
 """
 
 from __future__ import annotations
@@ -15,25 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moeify.checkpoint.source import open_source
+from moeify.checkpoint.source import Source, open_source
 from moeify.checkpoint.tensor_info import torch_dtype
-from moeify.config import MoEConfig
-from moeify.conversion.checkpoint import PLAN_FILE
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import VerificationError
-from moeify.files.json_text import read_json_object
-from moeify.files.limits import PLAN_BYTES
-from moeify.files.reading import is_file
-from moeify.hub.loading import FirstLayers, load, load_first_layers
+from moeify.hub.loading import FirstLayers, load_first_layers
 from moeify.measure import fill_inputs, relative_difference, tolerance_of, top1_agreement
 from moeify.plan import Plan
-from moeify.pretrained import load_tokenizer
 from moeify.tracing.inputs import candidate_inputs
 
 _CONVERTED_LAYERS = 2  # in the slice that is compared
-_MAX_TOKENS = 512  # of a text
 _NUMBERED = re.compile(r"(?P<stack>(?:[^.]+\.)*?)(?P<number>\d+)\.")
-_PLAIN = {"experts_implementation": "eager"}  # transformers' default needs widths of whole 16 bytes
 
 
 @dataclass(frozen=True)
@@ -47,6 +39,7 @@ class VerifyReport:
         top1_agreement: Share of positions at which both models rank the same logit first.
         tolerance: Largest relative difference that passes; None if the method promises none.
         passed: Whether the promise holds.
+        unused: Names of the dense checkpoint's tensors that its model has no place for, which were left out.
     """
 
     max_abs_diff: float
@@ -55,8 +48,9 @@ class VerifyReport:
     top1_agreement: float
     tolerance: float | None
     passed: bool
+    unused: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, float | None]:
+    def to_dict(self) -> dict[str, object]:
         """Return the fields as plain data."""
         return asdict(self)
 
@@ -69,7 +63,6 @@ class VerifyReport:
         )
 
 
-@torch.no_grad()
 def verify(
     dense: nn.Module, moe: nn.Module, inputs: Mapping[str, object] | None = None, *, exact: bool = True
 ) -> VerifyReport:
@@ -84,8 +77,22 @@ def verify(
     Raises:
         VerificationError: The outputs have different shapes.
     """
-    arguments = _random_inputs(dense) if inputs is None else inputs
-    expected, result = (_logits(_evaluate(model, arguments)) for model in (dense, moe))
+    arguments = random_inputs(dense) if inputs is None else inputs
+    return compare(*(run(model, arguments) for model in (dense, moe)), exact=exact)
+
+
+def compare(expected: Tensor, result: Tensor, *, exact: bool, unused: tuple[str, ...] = ()) -> VerifyReport:
+    """Compare the logits of a dense model and of its MoE.
+
+    Args:
+        expected: What the dense model gives.
+        result: What the MoE gives, in the same dtype.
+        exact: Whether the method promises equality.
+        unused: For the report.
+
+    Raises:
+        VerificationError: They have different shapes.
+    """
     if expected.shape != result.shape:
         raise VerificationError(f"the dense model gives {tuple(expected.shape)}, the MoE {tuple(result.shape)}")
     tolerance = tolerance_of(expected.dtype) if exact else None
@@ -97,29 +104,13 @@ def verify(
         top1_agreement=top1_agreement(result, expected),
         tolerance=tolerance,
         passed=math.isfinite(relative) and (tolerance is None or relative <= tolerance),
+        unused=unused,
     )
 
 
-def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> VerifyReport:
-    """Load both checkpoints as a whole, in float32, and compare their logits.
-
-    If the conversion was told to store another dtype, the dense weights are rounded to it first: the proof is about the
-    conversion, not about the rounding that was asked for.
-
-    Args:
-        dense: A folder or GGUF file.
-        moe: A folder.
-        text: Text to run them on, through the tokenizer beside the MoE; None takes random token ids.
-
-    Raises:
-        CheckpointError: A tensor of either is missing or unexpected.
-    """
-    dense_model, moe_model = load(dense, dtype=torch.float32), load(moe, dtype=torch.float32, **_PLAIN)
-    plan_file = moe / PLAN_FILE
-    record = read_json_object(plan_file, PLAN_BYTES) if is_file(plan_file) else {}
-    _round_weights(dense_model, record.get("cast_to"))
-    exact = MoEConfig.from_dict(record["config"]).exact if record else True  # others' MoEs are held to equality
-    return verify(dense_model, moe_model, None if text is None else _tokens(moe, text), exact=exact)
+def plainly(moe: Source) -> dict[str, str]:
+    """Return how to load an MoE so that its experts run with any width: transformers' default wants whole 16 bytes."""
+    return {} if "experts_implementation" in moe.config else {"experts_implementation": "eager"}
 
 
 def verify_slice(dense: DenseCheckpoint, moe: Path, plan: Plan, *, cast_to: str | None = None) -> VerifyReport:
@@ -140,9 +131,9 @@ def verify_slice(dense: DenseCheckpoint, moe: Path, plan: Plan, *, cast_to: str 
     before = None if after is None else replace(after, stack=_stack_on_disk(dense, plan))
     with open_source(moe) as converted:
         dense_model = load_first_layers(dense.source, before)
-        moe_model = load_first_layers(converted, after, **_PLAIN)
-    _round_weights(dense_model, cast_to)
-    return verify(dense_model, moe_model, _random_inputs(dense_model, dense.example_inputs), exact=plan.config.exact)
+        moe_model = load_first_layers(converted, after, **plainly(converted))
+    round_weights(dense_model, cast_to)
+    return verify(dense_model, moe_model, random_inputs(dense_model, dense.example_inputs), exact=plan.config.exact)
 
 
 def _first_layers(dense: DenseCheckpoint, plan: Plan) -> FirstLayers | None:
@@ -162,13 +153,8 @@ def _stack_on_disk(dense: DenseCheckpoint, plan: Plan) -> str:
     return found["stack"] if found else ""
 
 
-def _tokens(folder: Path, text: str) -> dict[str, Tensor]:
-    ids = load_tokenizer(folder)(text, return_tensors="pt")["input_ids"]
-    return {"input_ids": ids[:, :_MAX_TOKENS]}
-
-
 @torch.no_grad()
-def _round_weights(model: nn.Module, dtype: str | None) -> None:
+def round_weights(model: nn.Module, dtype: str | None) -> None:
     """Give every weight the value that it has in a narrower dtype; None leaves them as they are."""
     if dtype is None:
         return
@@ -177,7 +163,7 @@ def _round_weights(model: nn.Module, dtype: str | None) -> None:
             tensor.copy_(tensor.to(torch_dtype(dtype)))
 
 
-def _random_inputs(model: nn.Module, examples: Mapping[str, object] | None = None) -> dict[str, object]:
+def random_inputs(model: nn.Module, examples: Mapping[str, object] | None = None) -> dict[str, object]:
     """Return inputs for a transformers model; `examples` on the meta device are filled, None guesses their shapes."""
     config = getattr(model, "config", None)
     vocab_size = getattr(config and config.get_text_config(), "vocab_size", None) or 2
@@ -185,12 +171,18 @@ def _random_inputs(model: nn.Module, examples: Mapping[str, object] | None = Non
     return fill_inputs(examples, torch.Generator().manual_seed(0), range(vocab_size))
 
 
-def _evaluate(model: nn.Module, arguments: Mapping[str, object]) -> object:
+@torch.no_grad()
+def run(model: nn.Module, arguments: Mapping[str, object]) -> Tensor:
+    """Return a model's logits, or its first output if it has no head, in evaluation mode.
+
+    Raises:
+        VerificationError: There is no floating-point tensor in what it gives.
+    """
     training = model.training
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # some models draw even in evaluation (ViT-MAE masks patches): both draw the same
-            return model.eval()(**arguments)
+            return _logits(model.eval()(**arguments))
     finally:
         model.train(training)
 

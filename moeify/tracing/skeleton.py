@@ -114,12 +114,12 @@ class StoredNames:
 
     Attributes:
         of: The name on disk by the model's name, for tensors that the model holds as they are stored.
-        merged: Names on disk of tensors that transformers merges or splits while it loads.
+        merged: Where the tensors go that transformers merges or splits while it loads, by their names on disk.
         unused: Names on disk of tensors that the model has no place for.
     """
 
     of: dict[str, str]
-    merged: tuple[str, ...]
+    merged: dict[str, str]
     unused: tuple[str, ...]
 
 
@@ -133,19 +133,19 @@ def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     of: dict[str, str] = {}
-    merged: list[str] = []
+    merged: dict[str, str] = {}
     unused: list[str] = []
     for name in stored:
         renamed, rule = name, None
         if name not in places:
             renamed, rule = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
         if rule is not None:
-            merged.append(name)
+            merged[name] = renamed
         elif renamed in places:
             of[renamed] = name
         else:
             unused.append(name)
-    return StoredNames(of, tuple(merged), tuple(unused))
+    return StoredNames(of, merged, tuple(unused))
 
 
 def check_shapes(model: PreTrainedModel, names: StoredNames, stored: Mapping[str, TensorInfo]) -> None:

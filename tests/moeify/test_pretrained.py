@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from moeify.errors import CheckpointError
-from moeify.pretrained import load_config, load_model, load_tokenizer
+from moeify.pretrained import load_config, load_generation_config, load_model, load_tensors, load_tokenizer
+from tests.moeify import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 DOOR = "moeify/pretrained.py"
@@ -64,3 +66,30 @@ def test_what_transformers_raises_is_one_line_with_the_place(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="transformers does not load the model") as caught:
         load_model(LlamaForCausalLM, tmp_path)
     assert str(caught.value).startswith(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_some_tensors_are_loaded_into_a_model_that_is_there(name: str) -> None:
+    model = tiny.build("llama")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    place = name if name.startswith("model.") else f"model.{name}"
+    value = torch.randn(before[place].shape, dtype=torch.float64)
+    load_tensors(model, {name: value}, Path("x"))  # type: ignore[arg-type]
+    after = model.state_dict()
+    assert after.pop(place).equal(value.float())
+    assert all(tensor.equal(before[key]) for key, tensor in after.items())
+
+
+def test_tensors_that_cannot_be_read_are_one_line() -> None:
+    class Damaged:
+        def __getitem__(self, _: object) -> None:
+            raise OSError("no such sector\nsecond line")
+
+    with pytest.raises(CheckpointError, match=r"^x: transformers does not load its tensors \(no such sector\)$"):
+        load_tensors(tiny.build("llama"), {"model.norm.weight": Damaged()}, Path("x"))  # type: ignore[arg-type]
+
+
+def test_a_damaged_generation_config_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("[")
+    with pytest.raises(CheckpointError, match="its generation config"):
+        load_generation_config(tiny.build("llama"), tmp_path)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -151,9 +152,10 @@ def _simplify(model: ir.Model) -> None:
     `torch.onnx.export(optimize=True)` would do the same, but with a rule that looks at all nodes again for every node:
     two thirds of the time of an export of 30 layers.
     """
+    own_rules = copy.deepcopy(_RULES)  # a rule remembers the last graph that it saw, with all its weights
     for _ in range(_ROUNDS):
         optimizer.fold_constants(model, should_fold=_keeps_weights)
-        rewriter.rewrite(model, _RULES)
+        rewriter.rewrite(model, own_rules)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

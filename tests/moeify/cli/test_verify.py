@@ -9,7 +9,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from moeify.cli import main
+from moeify.cli.verify import _start
 from moeify.config import MoEConfig
+from moeify.errors import ConfigError
+from moeify.files.limits import TEXT_BYTES
 from tests.moeify import tiny
 
 
@@ -28,7 +31,15 @@ def test_json_is_one_document_with_the_promised_fields(pair: tuple[Path, Path]) 
     result = verify(*pair, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert report.keys() == {"max_abs_diff", "max_abs_logit", "relative", "top1_agreement", "tolerance", "passed"}
+    assert report.keys() == {
+        "max_abs_diff",
+        "max_abs_logit",
+        "relative",
+        "top1_agreement",
+        "tolerance",
+        "passed",
+        "unused",
+    }
     assert report["passed"] and report["relative"] < report["tolerance"] == 1e-5
 
 
@@ -61,3 +72,29 @@ def test_a_path_that_is_not_there(tmp_path: Path, pair: tuple[Path, Path]) -> No
     assert result.exit_code == 1 and "does not exist" in result.stderr
     result = CliRunner().invoke(main, ["verify", str(pair[0]), "x" * 300])
     assert result.exit_code == 1 and "does not exist" in result.stderr
+
+
+def test_a_tensor_that_a_conversion_leaves_out_is_noted(pair: tuple[Path, Path]) -> None:
+    path = pair[0] / "model.safetensors"
+    save_file(load_file(path) | {"stray.weight": torch.zeros(2)}, path, {"format": "pt"})
+    result = verify(*pair)
+    assert result.exit_code == 0
+    assert result.stderr == "note: the dense model has no place for stray.weight; it is left out\n"
+
+
+def test_a_damaged_record_is_one_line(pair: tuple[Path, Path]) -> None:
+    (pair[1] / "moeify.json").write_text("[]")
+    result = verify(*pair)
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert "moeify.json holds a JSON list, expected an object" in result.stderr
+
+
+def test_a_text_is_read_no_further_than_needed_and_must_be_utf8(tmp_path: Path) -> None:
+    long = tmp_path / "long"
+    long.write_bytes("ä".encode() * TEXT_BYTES + b"\xff")
+    with long.open("rb") as file:
+        assert _start(file) == "ä" * (TEXT_BYTES // 2)
+        assert file.tell() == TEXT_BYTES
+    (tmp_path / "short").write_bytes(b"ab\xc3")
+    with (tmp_path / "short").open("rb") as file, pytest.raises(ConfigError, match=r"short is not UTF-8"):
+        _start(file)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import moeify
 from moeify.errors import RefusedError, VerificationError
+from moeify.export import pipeline
 from moeify.export.capture import trace
 from moeify.export.capture.interface import FlatModel, Interface
 from moeify.export.lower import functions
@@ -220,3 +222,27 @@ def test_half_precision_is_traced_once_and_leaves_the_model_as_it_was(
     assert report.passed and report.dtype == "bfloat16" and len(traced) == 1
     assert model.training and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert onnx.load(tmp_path / "net.onnx").graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+
+
+def test_the_float32_twin_is_gone_before_onnx_runtime_holds_its_own_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tf.MixtralConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=101, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = tf.MixtralForCausalLM(config).eval().to(torch.float16)
+    weights: list[Any] = []
+    write_exact = pipeline._Export._write_exact
+
+    def spy(self: Any, twin: nn.Module, captured: Any) -> Any:
+        weights.extend(map(weakref.ref, twin.parameters()))
+        return write_exact(self, twin, captured)
+
+    def opened(path: Path, **kwargs: Any) -> Any:
+        assert weights and all(weight() is None for weight in weights)
+        return open_session(path, **kwargs)
+
+    monkeypatch.setattr(pipeline._Export, "_write_exact", spy)
+    monkeypatch.setattr(pipeline, "open_session", opened)
+    assert moeify.export_onnx(model, tmp_path / "mixtral.onnx", "cuda").passed

@@ -12,9 +12,10 @@ import moeify
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
 from moeify.errors import CheckpointError
-from moeify.hub.loading import FirstLayers, load_first_layers
+from moeify.hub.loading import FirstLayers, load, load_first_layers, load_sparingly
 from moeify.measure import TOLERANCE
 from tests.moeify import tiny
+from tests.moeify.checkpoint.make_gguf import write_gpt2
 
 tf: Any = transformers
 
@@ -101,3 +102,21 @@ def test_numbers_of_layers_are_cut_too(tmp_path: Path) -> None:
         model: Any = load_first_layers(source, FirstLayers("model.layers.", 2), experts_implementation="eager")
     assert model.config.mlp_only_layers == [0]
     assert [type(layer.mlp).__name__ for layer in model.model.layers] == ["Qwen3MoeMLP", "Qwen3MoeSparseMoeBlock"]
+
+
+@pytest.mark.parametrize("target", ["mixtral", "moeify"])
+def test_a_model_that_is_loaded_sparingly_is_the_same(tmp_path: Path, target: str) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    (src / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    tiny.convert_files(src, tmp_path / "moe", MoEConfig(3, 2, method="noise"), target=target)
+    model, expected = load_sparingly(tmp_path / "moe", torch.bfloat16), load(tmp_path / "moe", dtype=torch.bfloat16)
+    assert model.generation_config.eos_token_id == expected.generation_config.eos_token_id == [7, 8]
+    found, held = model.state_dict(), expected.state_dict()
+    assert found.keys() == held.keys()
+    assert all(found[name].equal(tensor) and found[name].dtype == tensor.dtype for name, tensor in held.items())
+
+
+def test_a_gguf_file_is_loaded_sparingly_too(tmp_path: Path) -> None:
+    file = write_gpt2(tmp_path / "m.gguf")
+    model = load_sparingly(file, torch.float32)
+    assert model.state_dict().keys() == load(file, dtype=torch.float32).state_dict().keys()

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import moeify
@@ -15,7 +14,6 @@ from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import VerificationError
 from moeify.hub.loading import FirstLayers, load_first_layers
 from moeify.proving import proof
-from moeify.proving.proof import verify
 from tests.moeify import tiny
 
 CONFIG = MoEConfig(experts=3, top_k=2)
@@ -124,48 +122,9 @@ def test_a_model_of_two_stacks_is_compared_whole(tmp_path: Path, monkeypatch: py
     assert kept == [None, None]
 
 
-def test_a_difference_in_a_late_layer_is_seen_by_the_whole_proof(tmp_path: Path) -> None:
-    model = tiny.build("llama")
-    src = tiny.save(model, tmp_path / "src")
-    tiny.convert_files(src, tmp_path / "moe", CONFIG)
-    assert proof.verify_checkpoints(src, tmp_path / "moe").passed
-    model.get_parameter("model.layers.2.mlp.down_proj.weight").data.mul_(1.01)
-    other = tiny.save(model, tmp_path / "other")
-    assert not proof.verify_checkpoints(other, tmp_path / "moe").passed
-
-
-def test_the_rounding_that_was_asked_for_is_not_held_against_the_conversion(tmp_path: Path) -> None:
+def test_the_rounding_that_was_asked_for_is_not_held_against_a_slice(tmp_path: Path) -> None:
     src = tiny.save(tiny.build("llama"), tmp_path / "src")
     plan = tiny.convert_files(src, tmp_path / "moe", CONFIG, dtype="BF16")
-    assert proof.verify_checkpoints(src, tmp_path / "moe").passed
     with open_source(src) as source:
         assert proof.verify_slice(DenseCheckpoint(source), tmp_path / "moe", plan, cast_to="BF16").passed
         assert not proof.verify_slice(DenseCheckpoint(source), tmp_path / "moe", plan).passed
-
-
-def test_a_method_without_a_promise_is_known_from_the_record_beside_the_model(tmp_path: Path) -> None:
-    src = tiny.save(tiny.build("llama"), tmp_path / "src")
-    tiny.convert_files(src, tmp_path / "moe", MoEConfig(3, 2, method="noise"))
-    assert proof.verify_checkpoints(src, tmp_path / "moe").tolerance is None
-    (tmp_path / "moe" / "moeify.json").unlink()
-    assert not proof.verify_checkpoints(src, tmp_path / "moe").passed
-
-
-def test_a_text_goes_through_the_tokenizer_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    plain = Tokenizer(models.WordLevel({f"w{number}": number for number in range(tiny.VOCABULARY)}, unk_token="w0"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    src = tiny.save(tiny.build("llama"), tmp_path / "src")
-    tf: Any = transformers
-    tf.PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(src)
-    tiny.convert_files(src, tmp_path / "moe", CONFIG)
-    given: list[torch.Tensor] = []
-
-    def spy(dense: Any, moe: Any, inputs: Any, **kwargs: Any) -> proof.VerifyReport:
-        given.append(inputs["input_ids"])
-        return verify(dense, moe, inputs, **kwargs)
-
-    monkeypatch.setattr(proof, "verify", spy)
-    assert proof.verify_checkpoints(src, tmp_path / "moe", text="w5 w9 " * 300).passed
-    assert given[0].shape == (1, 512) and given[0][0, :4].tolist() == [5, 9, 5, 9]
