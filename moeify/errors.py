@@ -42,8 +42,12 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's message, or the kind of the error where there is no message."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of another library's message, or the kind of the error where there is no message.
+
+    A line that ends in a colon is only an announcement: the next one belongs to it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return printable(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…")
 
 

@@ -185,6 +185,8 @@ def _resolved(path: str | Path) -> Path:
     try:
         target = Path(path).expanduser().resolve()
         os.fsencode(target)
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            target.lstat()  # a name that is too long shows here, before there is anything to tidy up
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no such user, what no name can hold
         raise CheckpointError(f"{str(path)!r} cannot be the name of an output ({error}): choose another") from error
     if not target.name:

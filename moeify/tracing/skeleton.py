@@ -15,7 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.models.auto import modeling_auto as auto
 
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
-from moeify.errors import CheckpointError, MoeifyError, first_line
+from moeify.errors import CheckpointError, MoeifyError, first_line, told_as
 from moeify.files.json_text import JsonObject
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _USUAL_CLASSES: tuple[JsonObject, ...] = (
     auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     auto.MODEL_MAPPING_NAMES,
 )
+_BUILT_FROM = "{} cannot be built from config.json"
 # What a forward returns beside the logits, and in which form: no part of the model.
 _OF_A_CALL = {"return_dict", "use_return_dict", "output_hidden_states", "output_attentions"}
 
@@ -73,14 +74,12 @@ def build_on_meta(config: JsonObject) -> PreTrainedModel:
     cls = model_class(config)
     if entry := config.get("quantization_config"):
         raise MoeifyError(f"this {cls.__name__} {_converted(entry)}; start from the dense checkpoint")
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model: torch.nn.Module = cls(config_of(config))
-            return cast("PreTrainedModel", model.eval())
-    except Exception as error:  # whatever stops transformers, the config is what the user can change
-        reason = " ".join(str(error).split())[:500]
-        raise MoeifyError(f"{cls.__name__} cannot be built from config.json: {reason}") from error
+    built = config_of(config)
+    # Whatever stops transformers, the config is what the user can change.
+    with told_as(_BUILT_FROM.format(cls.__name__)), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: torch.nn.Module = cls(built)
+        return cast("PreTrainedModel", model.eval())
 
 
 def _converted(entry: object) -> str:
@@ -93,9 +92,15 @@ def _converted(entry: object) -> str:
 
 
 def config_of(config: JsonObject) -> PreTrainedConfig:
-    """Return transformers' configuration object for the contents of a `config.json`."""
-    config_class = cast("type[PreTrainedConfig]", model_class(config).config_class)
-    return config_class.from_dict({name: value for name, value in config.items() if name not in _OF_A_CALL})
+    """Return transformers' configuration object for the contents of a `config.json`.
+
+    Raises:
+        MoeifyError: A field is not what transformers expects.
+    """
+    cls = model_class(config)
+    config_class = cast("type[PreTrainedConfig]", cls.config_class)
+    with told_as(_BUILT_FROM.format(cls.__name__)):
+        return config_class.from_dict({name: value for name, value in config.items() if name not in _OF_A_CALL})
 
 
 def full_config(config: JsonObject) -> JsonObject:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from moeify.cli import main
 from moeify.errors import RefusedError
 from moeify.export import pipeline
@@ -107,6 +109,7 @@ def _in_child(arguments: list[str], work: Path, said: Path, loads_only: bool) ->
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         for number in (signal.SIGALRM, signal.SIGXCPU, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
+        torch.set_num_threads(1)  # the parent's pool of threads is not here
         os.chdir(work)
         if loads_only:
             pipeline.export = _loaded  # type: ignore[assignment]

@@ -30,6 +30,8 @@ def test_some_characters_may_stay() -> None:
     [
         (ValueError("first\nsecond"), "first"),
         (ValueError("\n \n  after empty lines \n"), "after empty lines"),
+        (ValueError("field 'x':\n  expected a number\nat y"), "field 'x': expected a number"),
+        (ValueError("field 'x':"), "field 'x':"),
         (ValueError(), "ValueError"),
         (MemoryError(), "MemoryError"),
         (ValueError("\x1b[1m"), r"\x1b[1m"),

@@ -36,7 +36,7 @@ def test_the_class_is_the_one_that_is_named_or_the_usual_one(config: dict[str, A
     [
         ({"model_type": "nope"}, "does not know the model type 'nope'"),
         ({**LLAMA, "architectures": ["NoSuchModel"]}, "does not know NoSuchModel"),
-        ({**LLAMA, "hidden_size": "x"}, "LlamaForCausalLM cannot be built from config.json: .*hidden_size"),
+        ({**LLAMA, "hidden_size": "x"}, r"LlamaForCausalLM cannot be built from config.json \(.*hidden_size.*expected"),
         (
             {**LLAMA, "quantization_config": {"plan": {"sites": [1, 2], "config": {"experts": 8, "top_k": 2}}}},
             "is converted already: 2 of its FFNs are 8 experts, top-2",
