@@ -30,13 +30,13 @@ def keep_contract(model: nn.Module, layers: Mapping[str, MoELayer]) -> None:
     for path, layer in layers.items():
         owners = _owners(model, path)
         for owner in owners:
+            RouterOutputs.watch(owner)
             if not owner._can_set_experts_implementation():
                 owner._can_set_experts_implementation = _yes  # of this model: its class stays what it is
         kind = type(owners[-1].config)  # transformers tells the outermost of each kind: T5's stacks have copies
         for experts in (layer.experts, layer.shared_expert):
             if experts is not None:
                 experts.config = next(owner.config for owner in owners if type(owner.config) is kind)
-    RouterOutputs.watch(model)
 
 
 def prefer_ours(model: nn.Module, plan: Plan) -> None:

@@ -52,6 +52,9 @@ class RouterOutputs:
         Raises:
             RefusedError: Router logits are asked for, and a router has none.
         """
+        if "forward" in vars(model):
+            self.wanted = False
+            return args, dict(kwargs)  # a tool put its own forward there (TRL): it asks the model inside
         given = dict(kwargs)
         asked = given.pop(ASK, None)
         self.wanted = bool(getattr(_text_config(model), ASK, False) if asked is None else asked)
@@ -67,7 +70,7 @@ class RouterOutputs:
         """Add what the routers computed, and the loss of it."""
         del args
         if not self.wanted or not isinstance(output, ModelOutput):
-            return output
+            return None  # it stays
         layers = [layer for layer in _layers(model).values() if layer.record is not None]
         kind = type(output)
         if kind not in self.kinds:
