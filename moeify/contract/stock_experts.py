@@ -1,8 +1,8 @@
 """The experts of transformers' own MoE models, computed by `moeify::experts`.
 
 transformers looks up by name how its experts are computed, and calls that function with the module that holds the
-stacked weights. Shape legend: T tokens, H hidden size, K choices per token, S = T·K choices in the experts' order,
-E experts, I intermediate size, J rows of the up projection (2I with a gate).
+stacked weights. Shape legend: T tokens, H hidden size, K choices per token, E experts, I intermediate size, J rows of
+the up projection (2I with a gate).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.integrations import moe
 
 from moeify.kernels import ops
 from moeify.kernels.activations import ACTIVATIONS
-from moeify.kernels.layout import routing_layout
+from moeify.layers.experts import unfused
 from moeify.layers.implementations import OURS
 from moeify.measure import probe, recognize
 
@@ -34,20 +34,16 @@ def stock_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
         top_k_index: (T, K) int64; an id past the last expert counts nothing.
         top_k_weights: (T, K).
     """
-    up, down, up_bias, down_bias = stacked_weights(self)
+    stacks = stacked_weights(self)
     name = _activation_name(self)
     if name is not None:
         return ops.experts(
-            hidden_states, top_k_index, top_k_weights, up, down, up_bias, down_bias,
+            hidden_states, top_k_index, top_k_weights, *stacks,
             activation=name, gated=self.has_gate,
         )  # fmt: skip
-    layout = routing_layout(top_k_index, up.shape[0])
-    z_SJ = ops.grouped_linear(ops.dispatch(hidden_states, layout), up, up_bias, layout.offsets_E1)
-    a_SI = self._apply_gate(z_SJ) if self.has_gate else self.act_fn(z_SJ)
-    y_SH = ops.grouped_linear(a_SI, down, down_bias, layout.offsets_E1)
-    if _has_norm(self):
-        y_SH = self.post_expert_norm(y_SH)
-    return ops.combine(y_SH, top_k_weights, layout).to(hidden_states.dtype)
+    between = self._apply_gate if self.has_gate else self.act_fn
+    norm = self.post_expert_norm if _has_norm(self) else None
+    return unfused(hidden_states, top_k_index, top_k_weights, stacks, between, norm)
 
 
 def offer_stock_experts() -> None:

@@ -19,6 +19,31 @@ from moeify.kernels.layout import routing_layout
 from moeify.layers.implementations import OURS, compute
 
 
+def unfused(
+    x_TH: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    stacks: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    between: Callable[[Tensor], Tensor],
+    after: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Run experts with any torch code between the projections, and after them.
+
+    Args:
+        x_TH: (T, H).
+        expert_ids_TK: (T, K) integers; an id outside [0, E) contributes zero.
+        weights_TK: (T, K).
+        stacks: Up projections (E, J, H), down projections (E, H, I), and the biases (E, J) and (E, H) or None.
+        between: (S, J) to (S, I).
+        after: (S, H) to (S, H), before the weights multiply; None for nothing.
+    """
+    up, down, up_bias, down_bias = stacks
+    layout = routing_layout(expert_ids_TK, up.shape[0])
+    z_SJ = ops.grouped_linear(ops.dispatch(x_TH, layout), up, up_bias, layout.offsets_E1)
+    y_SH = ops.grouped_linear(between(z_SJ), down, down_bias, layout.offsets_E1)
+    return ops.combine(y_SH if after is None else after(y_SH), weights_TK, layout).to(x_TH.dtype)
+
+
 class Experts(nn.Module):
     """E FFNs of one shape, stacked as transformers holds them: a module of its `use_experts_implementation` kind.
 
@@ -110,7 +135,7 @@ class Experts(nn.Module):
             RefusedError: The implementation that the model's config names cannot compute these experts.
         """
         chosen = getattr(self.config, "_experts_implementation", None) or OURS
-        if chosen != OURS:
+        if not chosen.startswith(OURS):  # an export has a name of its own for ours
             return compute(self, chosen, hidden_states, top_k_index, top_k_weights)
         if self.region is None and not (self.training and self.dropout):
             return ops.experts(
@@ -124,15 +149,8 @@ class Experts(nn.Module):
                 activation=self.activation,
                 gated=self.has_gate,
             )
-        return self._unfused(hidden_states, top_k_index, top_k_weights)
-
-    def _unfused(self, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Run the experts with any torch code between the projections."""
-        layout = routing_layout(expert_ids_TK, self.num_experts)
-        z_SJ = ops.grouped_linear(ops.dispatch(x_TH, layout), self.up, self.up_bias, layout.offsets_E1)
-        a_SI = self._apply_gate(z_SJ)
-        y_SH = ops.grouped_linear(a_SI, self.down_proj, self.down_proj_bias, layout.offsets_E1)
-        return ops.combine(y_SH, weights_TK, layout).to(x_TH.dtype)
+        weights = (self.up, self.down_proj, self.up_bias, self.down_proj_bias)
+        return unfused(hidden_states, top_k_index, top_k_weights, weights, self._apply_gate)
 
     def _apply_gate(self, z_SJ: Tensor) -> Tensor:
         """Compute what stands between the projections, (S, J) to (S, I)."""

@@ -181,6 +181,12 @@ def test_a_wrong_graph_is_not_written(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_ids_of_no_expert_are_left_to_the_operator(tmp_path: Path) -> None:
+    model = moeify.convert(tiny.build("llama"), moeify.MoEConfig(4, 2))
+    report = moeify.export_onnx(model, tmp_path / "model.onnx")
+    assert not {"Less", "GreaterOrEqual", "Or"} & report.operators.keys(), "the layer masks ids that it made itself"
+
+
 def test_standard_operators_in_half_precision_are_for_any_gpu(tmp_path: Path) -> None:
     inputs = {"x": torch.randn(4, 3, 7)}
     model = moeify.convert(Net(nn.functional.gelu).eval(), moeify.MoEConfig(3, 2), example_inputs=inputs)
