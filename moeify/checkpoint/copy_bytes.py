@@ -59,7 +59,7 @@ def same_span(span: Span, file: FileIO) -> bool:
         OSError: A file cannot be read.
     """
     buffer = memoryview(bytearray(min(STEP, span.nbytes)))
-    with span.path.open("rb", buffering=0) as source:
+    with opened(span.path) as source:
         for done in range(0, span.nbytes, STEP):
             chunk = buffer[: span.nbytes - done]
             read_exactly(source.fileno(), span.offset + done, chunk, span.path)

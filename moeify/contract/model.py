@@ -63,10 +63,10 @@ def describe(fields: dict[str, Any], config: Any, plan: Plan) -> dict[str, Any]:
 
 def remember(config: Any, plan: Plan) -> None:
     """Write a plan into a configuration object, so that `save_pretrained` makes a moeify checkpoint."""
-    for name, value in {**plan.config_entries, **_entries(plan)}.items():
-        setattr(config, name, value)
-    for name, value in _entries(plan).items():
-        setattr(config.get_text_config(), name, value)
+    entries = _entries(plan)
+    for holder, said in ((config, plan.config_entries | entries), (config.get_text_config(), entries)):
+        for name, value in said.items():
+            setattr(holder, name, value)
 
 
 def _entries(plan: Plan) -> dict[str, Any]:

@@ -71,16 +71,16 @@ class RouterOutputs:
         del args
         if not self.wanted or not isinstance(output, ModelOutput):
             return None  # it stays
-        layers = [layer for layer in _layers(model).values() if layer.record is not None]
+        ran = {layer: layer.record for layer in _layers(model).values() if layer.record is not None}
         kind = type(output)
         if kind not in self.kinds:
             self.kinds[kind] = with_router_outputs(kind)
         made: Any = self.kinds[kind]()
         for name, value in output.items():
             made[name] = value
-        made.router_logits = tuple(layer.record.routing.logits_TE for layer in layers if layer.record is not None)
-        made.aux_loss = _aux_loss(layers)
-        attached = any(layer.config.attach_losses for layer in layers)
+        made.router_logits = tuple(record.routing.logits_TE for record in ran.values())
+        made.aux_loss = _aux_loss(ran)
+        attached = any(layer.config.attach_losses for layer in ran)
         loss = getattr(made, "loss", None)
         if loss is not None and made.aux_loss is not None and not attached:
             made.loss = loss + getattr(_text_config(model), COEFFICIENT) * made.aux_loss.to(loss.device)
