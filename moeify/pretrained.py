@@ -5,16 +5,21 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from moeify.errors import CheckpointError, told_as
+from moeify.files.limits import SIDE_FILE_BYTES
+from moeify.files.reading import check_size, is_file, is_folder, list_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_READ_WHOLE = {".json", ".txt", ".jinja", ".model"}  # configs, vocabularies, templates
 
 
 def load_model(
@@ -105,7 +110,11 @@ def _arguments(path: Path | None) -> dict[str, Any]:
     return {**place, "trust_remote_code": False}
 
 
-def _one_line(path: Path | None, what: str) -> AbstractContextManager[None]:
-    """Turn whatever transformers raises into one line."""
-    where = "transformers" if path is None else f"{path}: transformers"
-    return told_as(f"{where} does not load {what}", CheckpointError)
+@contextmanager
+def _one_line(path: Path | None, what: str) -> Iterator[None]:
+    """Look at the files that transformers reads as a whole, and turn whatever it raises into one line."""
+    for file in [] if path is None else list_folder(path if is_folder(path) else path.parent):
+        if file.suffix in _READ_WHOLE and is_file(file):
+            check_size(file, SIDE_FILE_BYTES)
+    with told_as(f"{'' if path is None else f'{path}: '}transformers does not load {what}", CheckpointError):
+        yield

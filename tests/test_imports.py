@@ -25,8 +25,8 @@ LAYERS = (
     "layers",
     "methods routers",
     "checkpoint plan routing",
-    "config",
-    "files measure pretrained runtime",
+    "config pretrained",
+    "files measure runtime",
     "errors kernels seeding",
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer.split()}

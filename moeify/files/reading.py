@@ -44,6 +44,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
+def check_size(path: Path, limit: int) -> None:
+    """Check a regular file that another library reads as a whole (see `opened`)."""
+    with opened(path, limit):
+        pass
+
+
 def exists(path: Path) -> bool:
     """Return whether there is something at a path; False too where that cannot be known. Nothing is raised."""
     try:

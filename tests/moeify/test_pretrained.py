@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,3 +94,20 @@ def test_a_damaged_generation_config_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("[")
     with pytest.raises(CheckpointError, match="its generation config"):
         load_generation_config(tiny.build("llama"), tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "vocab.txt", "chat_template.jinja"])
+def test_a_file_that_would_fill_the_memory_is_not_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 3 * 2**30)
+    with pytest.raises(
+        CheckpointError, match=rf"{name} cannot be read: it holds 3,221,225,472 bytes, expected at most"
+    ):
+        load_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+        load_model(LlamaForCausalLM, tmp_path)
+    os.remove(tmp_path / name)
+    os.mkfifo(tmp_path / name)  # transformers passes by what is no file
+    with pytest.raises(CheckpointError, match="transformers does not load its tokenizer"):
+        load_tokenizer(tmp_path)
