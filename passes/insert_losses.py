@@ -78,7 +78,8 @@ def call_with_loss(
     if isinstance(kept[0], Routing):  # soft routing has nothing to balance
         sequences = x.shape[0] if x.dim() == 3 else 1
         mask_T, _ = layer.model_inputs.tokens(x, token_ids, mask)
-        loss = weighted_sum(layer_losses(kept[0], layer.config, mask_T=mask_T, sequences=sequences), layer.config)
+        losses = layer_losses(kept[0], layer.config, mask_T=mask_T, sequences=sequences)
+        loss = weighted_sum(losses, layer.config, layer.loss_share)
     return out, x.new_zeros(()) if loss is None else loss
 
 

@@ -135,7 +135,7 @@ def _layer(graph_module: fx.GraphModule, ffn: FFN, site: Site, plan: Plan) -> Mo
         return value
 
     region = bind(ffn.region, read) if site.activation == CUSTOM else None
-    return layer_in(graph_module, site, plan.config, region).train(graph_module.training)
+    return layer_in(graph_module, site, plan, region).train(graph_module.training)
 
 
 def _replace(graph: fx.Graph, call: Call, path: str) -> None:

@@ -36,7 +36,11 @@ class RouterChoice(Choice):
     """All that the library asks of a router; `moeify.routers.base.Router` is the base class to use.
 
     Attributes:
+        renormalize: The default of that setting.
+        aux_loss: Likewise.
         sums_to_one: The weights of a token sum to 1 in evaluation, if the settings ask for it with `renormalize`.
+        selects_by_more: The choice depends on more than the scores, such as a bias: the loss "topk" then counts the
+            experts of the highest scores, as Megatron does.
         joint: In evaluation, what the router does with a token depends on the other tokens of the forward pass.
         needs_token_ids: It reads the ids of the tokens in the vocabulary.
         keeps_capacity: It keeps to the capacity itself: the layer drops no choices.
@@ -47,7 +51,10 @@ class RouterChoice(Choice):
     """
 
     kind = "router"
+    renormalize: ClassVar[bool] = True
+    aux_loss: ClassVar[float] = 0.01
     sums_to_one: ClassVar[bool] = True
+    selects_by_more: ClassVar[bool] = False
     joint: ClassVar[bool] = False
     needs_token_ids: ClassVar[bool] = False
     keeps_capacity: ClassVar[bool] = False

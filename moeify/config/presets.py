@@ -44,10 +44,12 @@ class Presets:
     def st_moe(cls: type[P], experts: int, **changes: Any) -> P:
         """ST-MoE (Zoph et al. 2022, arXiv:2202.08906).
 
-        Top-2, balancing loss 1e-2 on first choices, z-loss 1e-3, capacity factor 1.25 in training and 2 in evaluation.
+        Top-2, the second at random with probability min(1, 5*g2) (its code draws in evaluation too; here there is no
+        chance then), loss 1e-2 on first choices, z-loss 1e-3, capacity factor 1.25 in training and 2 in evaluation.
         Those factors leave out top_k as GShard's do, so they are 0.625 and 1 here.
         """
-        paper = {"top_k": 2, "aux_loss": 1e-2, "z_loss": 1e-3, "balance": "first_choice"}
+        router = {"name": "gshard", "threshold": 0.2}
+        paper = {"top_k": 2, "router": router, "aux_loss": 1e-2, "z_loss": 1e-3, "balance": "first_choice"}
         return cls._preset(experts, {**paper, "capacity_factor": 0.625, "eval_capacity_factor": 1.0}, changes)
 
     @classmethod
@@ -64,8 +66,9 @@ class Presets:
         """Mixtral (Jiang et al. 2024, arXiv:2401.04088): top-2 of 8, softmax over the chosen, no token dropped.
 
         The paper states no loss; 1e-3, on the scale that is k when balanced, is transformers' `router_aux_loss_coef`.
+        Its loss is one over the tokens of all layers, which asks for less than the mean over layers here.
         """
-        return cls._preset(experts, {"top_k": top_k, "aux_loss": 1e-3}, changes)
+        return cls._preset(experts, {"top_k": top_k, "aux_loss": 1e-3, "divide_loss_by_layers": True}, changes)
 
     @classmethod
     def deepseek_v3(cls: type[P], experts: int = 256, top_k: int = 8, **changes: Any) -> P:
@@ -86,7 +89,7 @@ class Presets:
 
         The paper's capacity factor 2 is `top_k=2` here with factor 1: a token visits 2 experts on average.
         """
-        paper = {"top_k": top_k, "router": {"name": "expert_choice"}, "aux_loss": 0.0, "capacity_factor": 1.0}
+        paper = {"top_k": top_k, "router": {"name": "expert_choice"}, "capacity_factor": 1.0}
         return cls._preset(experts, paper, changes)
 
     @classmethod
@@ -94,10 +97,10 @@ class Presets:
         """MegaBlocks (Gale et al. 2022, arXiv:2211.15841): no capacity, no dropped token.
 
         Weights are the probabilities among all experts, as in Switch; the loss of 0.1 is its code's default, on the
-        scale that is 1 when balanced.
+        scale that is 1 when balanced, and the mean over layers.
         """
-        paper = {"top_k": top_k, "renormalize": False, "aux_loss": 0.1, "divide_loss_by_top_k": True}
-        return cls._preset(experts, paper, changes)
+        paper = {"top_k": top_k, "renormalize": False, "aux_loss": 0.1}
+        return cls._preset(experts, {**paper, "divide_loss_by_top_k": True, "divide_loss_by_layers": True}, changes)
 
     @classmethod
     def _preset(cls: type[P], experts: int, paper: Mapping[str, Any], changes: Mapping[str, Any]) -> P:

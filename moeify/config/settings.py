@@ -36,20 +36,27 @@ class MoEConfig(Presets):
         shared_experts: Experts, of the same size as the routed ones, that every token visits besides its top_k.
         router: What chooses the experts: an object of `moeify.routers`, or its word, the name of its file. Routers that
             look at later tokens say so there: they are for encoders and vision models.
-        renormalize: The weights of the chosen experts sum to 1; with copies this makes the conversion exact.
-        aux_loss: Coefficient of the balancing loss of each layer; 0 for none. Layers are summed.
+        renormalize: The weights of the chosen experts sum to 1; with copies this makes the conversion exact. With
+            `top_k=1` the weight is then always 1, and the router learns from the balancing loss alone. The default is
+            True, and False with expert_choice and sinkhorn, whose papers do without.
+        aux_loss: Coefficient of the balancing loss of each layer; 0 for none. Layers are summed. The default is 0.01,
+            and 0 with a router that balances by itself (expert_choice, sinkhorn) or cannot be balanced (hash, soft).
         balance: What the balancing loss is. "topk": E * sum f P over all choices. "first_choice": the same over first
             choices (Switch, GShard). "deepseek": DeepSeek-V3's sequence loss. "cv2": squared variation of importance,
             and of load where there is noise (Shazeer).
         balance_level: Over which tokens "topk" and "first_choice" ask for balance: those of this forward pass
-            ("batch"), of each sequence, or of all data-parallel ranks ("global").
+            ("batch"), of each sequence, or of all data-parallel ranks and of the micro-batches so far of the optimizer
+            step ("global"; when compiled and under FSDP2, of the ranks alone).
         divide_loss_by_top_k: The loss "topk" is 1 on a balanced routing. If False it is k, as transformers'
             `router_aux_loss_coef` has it.
+        divide_loss_by_layers: Losses are the mean over the converted layers instead of their sum, as in MegaBlocks.
         z_loss: Coefficient of mean(logsumexp(logits)^2) of each layer; 0 for none.
         attach_losses: Losses are added to the gradients in backward, so that a script that knows nothing of them
             trains balanced. If False the script adds `moeify.aux_loss(model)`.
         capacity_factor: In training an expert takes at most factor * tokens * top_k / experts; None for no limit.
         eval_capacity_factor: The same in evaluation. Expert choice, which needs one, takes `capacity_factor` for None.
+        min_capacity: Whatever the factor, an expert takes this many tokens: in decoding there are few. 4 is that of
+            mesh-tensorflow and DeepSpeed; Megatron has none, which is 1. Expert choice does not look at it.
         drop_order: Which choices of a full expert are kept: "position" (first come), "probability", "random",
             "batch_prioritized". "probability" and "batch_prioritized" let later tokens push out earlier ones.
         jitter: In training the router's input is multiplied by U[1-jitter, 1+jitter].
@@ -66,28 +73,33 @@ class MoEConfig(Presets):
     granularity: Experts = 1
     shared_experts: ExpertsOrZero = 0
     router: Chosen[RouterChoice] = _ROUTER
-    renormalize: bool = True
-    aux_loss: NotNegative = 0.01
+    renormalize: bool = None  # type: ignore[assignment]  # the router's, as soon as it is known
+    aux_loss: NotNegative = None  # type: ignore[assignment]  # likewise
     balance: Balance = "topk"
     balance_level: BalanceLevel = "batch"
     divide_loss_by_top_k: bool = False
+    divide_loss_by_layers: bool = False
     z_loss: NotNegative = 0.0
     attach_losses: bool = False
     capacity_factor: Positive | None = None
     eval_capacity_factor: Positive | None = None
+    min_capacity: Experts = 4
     drop_order: DropOrder = "position"
     jitter: Probability = 0.0
     expert_dropout: Probability | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, besides={"method", "router"})
+        derived = {name for name in ("renormalize", "aux_loss") if getattr(self, name) is None}
+        check_fields(self, besides={"method", "router", *derived})
         if self.top_k > self.experts:
             raise ConfigError(f"top_k is {self.top_k} but there are only {self.experts} experts: lower top_k")
         if self.experts % self.granularity:
             raise ConfigError(f"granularity is {self.granularity}: {self.experts} experts do not make up whole FFNs")
         if self.top_k % self.granularity:
             raise ConfigError(f"top_k is {self.top_k}: with granularity {self.granularity} choose a multiple of it")
+        for name in derived:
+            object.__setattr__(self, name, getattr(self.router, name))
         self.router.check(self)
         _ = self.method  # reading it checks its options
 

@@ -98,7 +98,7 @@ def _aux_loss(layers: Iterable[MoELayer]) -> Tensor | None:
     """Return the losses of all layers, for `router_aux_loss_coef` to multiply; None where none is asked for."""
     total: Tensor | None = None
     for layer in layers:
-        loss = weighted_sum(layer.losses(), layer.config)
+        loss = weighted_sum(layer.losses(), layer.config, layer.loss_share)
         if loss is None:
             continue
         loss = loss / (layer.config.aux_loss or 1.0)

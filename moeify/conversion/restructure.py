@@ -26,7 +26,7 @@ def restructure(model: nn.Module, plan: Plan, regions: Mapping[tuple[str, ...], 
     layers = {}
     for site in plan.sites:
         region = bind(regions[site.parameters], partial(read, model)) if site.activation == "custom" else None
-        layer = layer_in(model, site, plan.config, region)
+        layer = layer_in(model, site, plan, region)
         layers[site.path] = layer.train(model.get_submodule(site.path).training)
         for path in _paths_to(model, site.path):
             model.set_submodule(path, layer)

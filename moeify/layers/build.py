@@ -10,15 +10,16 @@ from moeify.config import MoEConfig
 from moeify.layers.experts import Experts
 from moeify.layers.moe import MoELayer, SparseMoE
 from moeify.layers.soft import SoftMoE
-from moeify.plan import Site
+from moeify.plan import Plan, Site
 
 
-def layer_in(root: nn.Module, site: Site, config: MoEConfig, region: nn.Module | None) -> MoELayer:
-    """Make the layer of a site (see `build_layer`) for the model or graph `root`, which holds its dense weights.
+def layer_in(root: nn.Module, site: Site, plan: Plan, region: nn.Module | None) -> MoELayer:
+    """Make the layer of a site (see `build_layer`) for `root`, the model or graph that holds its dense weights.
 
     Experts are trained if one of those weights is, and routers always, because nobody froze what was not there.
     """
-    layer = build_layer(site, config, region, root.get_parameter(site.down.parameter))
+    layer = build_layer(site, plan.config, region, root.get_parameter(site.down.parameter))
+    layer.loss_share = 1 / len(plan.sites) if plan.config.divide_loss_by_layers else 1.0
     trained = any(root.get_parameter(name).requires_grad for name in site.parameters)
     for stack in (layer.experts, layer.shared_expert):
         for parameter in () if stack is None else stack.parameters(recurse=False):

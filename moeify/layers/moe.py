@@ -18,7 +18,7 @@ from moeify.layers.dispatch import Dispatcher, LocalDispatcher
 from moeify.layers.model_inputs import ModelInputs, exporting
 from moeify.routers.base import RouterModule
 from moeify.routing.attach_loss import attach_loss
-from moeify.routing.balance import layer_losses, weighted_sum
+from moeify.routing.balance import layer_losses, step_counts, weighted_sum
 from moeify.routing.capacity import drop_overflow, exact_factor, expert_capacity
 from moeify.routing.losses import expert_counts
 from moeify.routing.record import Routing, RoutingContext
@@ -32,12 +32,14 @@ class ForwardRecord:
         routing: The router's choice, before capacity.
         mask_T: (T,) bool, False for padding; None when all tokens are real.
         sequences: B; the tokens are B sequences in a row.
+        counts_E: Choices in this step so far, on all ranks; None unless the balancing loss asks for them.
         dropped: Number of dropped choices, () int64; None without a limit.
     """
 
     routing: Routing
     mask_T: Tensor | None
     sequences: int
+    counts_E: Tensor | None = None
     dropped: Tensor | None = None
 
 
@@ -56,6 +58,7 @@ class MoELayer(nn.Module):
         model_inputs: What the model was called with.
         capacity_factor: The limit in training, None for none; `set_capacity` changes it.
         eval_capacity_factor: The limit in evaluation, likewise.
+        loss_share: Multiplies the coefficients of its losses: 1 / (number of layers) where the settings ask for it.
         loss_scale: Multiplies the attached losses: what a script multiplies its own loss by before backward.
         counts_E: With a selection bias: tokens that chose each expert in training since the bias was last moved.
         record: What the last forward pass computed; None before the first, and not kept by pickle or deepcopy.
@@ -78,11 +81,12 @@ class MoELayer(nn.Module):
         self.capacity_factor: Fraction | None = None
         self.eval_capacity_factor: Fraction | None = None
         self.set_capacity(train=config.capacity_factor, evaluation=config.eval_capacity_factor)
-        self.loss_scale = 1.0
+        self.loss_share = self.loss_scale = 1.0
         self.model_inputs = ModelInputs()
         self.record: ForwardRecord | None = None
         # Not a buffer: DistributedDataParallel would overwrite every rank's counts with the first one's.
         self.counts_E: Tensor | None = None
+        self._step: tuple[int, Tensor] | None = None  # of the level "global": the weight's version, and the counts
 
     def set_capacity(self, *, train: float | Fraction | None, evaluation: float | Fraction | None) -> None:
         """Change the limits.
@@ -107,7 +111,13 @@ class MoELayer(nn.Module):
         return {} if self.record is None else self._losses(self.record)
 
     def _losses(self, record: ForwardRecord) -> dict[str, Tensor]:
-        return layer_losses(record.routing, self.config, mask_T=record.mask_T, sequences=max(record.sequences, 1))
+        return layer_losses(
+            record.routing,
+            self.config,
+            mask_T=record.mask_T,
+            sequences=max(record.sequences, 1),
+            counts_E=record.counts_E,
+        )
 
     def extra_repr(self) -> str:
         """Describe the layer in `repr`."""
@@ -122,7 +132,11 @@ class MoELayer(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in said.items() if value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "record": None}  # its tensors hang on a graph, which can be neither copied nor saved
+        return {
+            **self.__dict__,
+            "record": None,
+            "_step": None,
+        }  # its tensors hang on a graph, which can be neither copied nor saved
 
 
 class SparseMoE(MoELayer):
@@ -137,14 +151,15 @@ class SparseMoE(MoELayer):
             mask: (B, at least L), likewise.
 
         Raises:
-            MoeifyError: A router logit is NaN; checked on the CPU only, where the check waits for no device.
+            MoeifyError: A router logit is NaN or infinite; checked on the CPU alone, where it waits for no device.
         """
         x_TH = x.reshape(-1, x.shape[-1])
         mask_T, token_ids_T = self.model_inputs.tokens(x, token_ids, mask)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         routing = self.router(x_TH, RoutingContext(mask_T, token_ids_T, factor))
-        self._refuse_nan(routing, mask_T)
-        record = ForwardRecord(routing, mask_T, sequences=x.shape[0] if x.dim() == 3 else 1)
+        self._refuse_nonfinite(routing, mask_T)
+        sequences = x.shape[0] if x.dim() == 3 else 1
+        record = ForwardRecord(routing, mask_T, sequences, self._counts_of_step(routing, mask_T))
         if factor is not None and not self.config.router.keeps_capacity:
             routing, record.dropped = self._limit(routing, mask_T, factor)
         if self.training and self.config.attach_losses:
@@ -160,12 +175,27 @@ class SparseMoE(MoELayer):
         ids_TK, config = routing.expert_ids_TK, self.config
         if mask_T is not None:
             ids_TK = ids_TK.masked_fill(~mask_T.unsqueeze(-1), config.experts)
-        capacity = expert_capacity(ids_TK.shape[0], config.experts, config.top_k, factor)
+        capacity = expert_capacity(ids_TK.shape[0], config.experts, config.top_k, factor, minimum=config.min_capacity)
         ids_TK, dropped = drop_overflow(ids_TK, routing.scores_TE, capacity, order=config.drop_order)
         return replace(routing, expert_ids_TK=ids_TK), dropped
 
+    def _counts_of_step(self, routing: Routing, mask_T: Tensor | None) -> Tensor | None:
+        """Count choices on all ranks, and add those of the earlier micro-batches of the same optimizer step."""
+        if not self.training or exporting():
+            return None
+        if _in_backward() and self._step is not None:
+            return self._step[1]
+        counts_E = step_counts(routing, self.config, mask_T=mask_T)
+        if counts_E is None or torch.compiler.is_compiling():
+            return counts_E
+        weight = next(self.router.parameters())
+        if self._step is not None and weight.grad is not None and self._step[0] == weight._version:
+            counts_E = counts_E + self._step[1]
+        self._step = weight._version, counts_E
+        return counts_E
+
     def _attach(self, routing: Routing, record: ForwardRecord) -> Routing:
-        loss = weighted_sum(self._losses(record), self.config)
+        loss = weighted_sum(self._losses(record), self.config, self.loss_share)
         if loss is None or not torch.is_grad_enabled():
             return routing
         return replace(routing, weights_TK=attach_loss(routing.weights_TK, loss * self.loss_scale))
@@ -179,15 +209,15 @@ class SparseMoE(MoELayer):
             counts_E = expert_counts(record.routing.expert_ids_TK, self.config.experts, mask_T=record.mask_T)
             self.counts_E = counts_E if self.counts_E is None else self.counts_E + counts_E
 
-    def _refuse_nan(self, routing: Routing, mask_T: Tensor | None) -> None:
+    def _refuse_nonfinite(self, routing: Routing, mask_T: Tensor | None) -> None:
         logits_TE = routing.logits_TE
         if logits_TE.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        nan_TE = torch.isnan(logits_TE if mask_T is None else logits_TE[mask_T])
-        if nan_TE.any():
+        wrong_TE = ~torch.isfinite(logits_TE if mask_T is None else logits_TE[mask_T])
+        if wrong_TE.any():
             raise MoeifyError(
-                f"{self.path or 'an MoE layer'}: {int(nan_TE.any(-1).sum())} of {len(nan_TE)} tokens have a NaN router "
-                "logit; look for what made the activations or the router's weight NaN"
+                f"{self.path or 'an MoE layer'}: {int(wrong_TE.any(-1).sum())} of {len(wrong_TE)} tokens have a router "
+                "logit that is NaN or infinite; look for what made the activations or the router's weight so"
             )
 
 

@@ -19,7 +19,9 @@ from moeify.routing.logits import at_least_fp32
 from moeify.routing.record import Routing, RoutingContext
 
 
-def expert_choice(logits_TE: Tensor, capacity: int, *, mask_T: Tensor | None = None) -> Routing:
+def expert_choice(
+    logits_TE: Tensor, capacity: int, *, mask_T: Tensor | None = None, renormalize: bool = False
+) -> Routing:
     """Let each expert take the `capacity` tokens that give it the highest probability (Zhou et al. 2022).
 
     A token may be taken by any number of experts. Balanced by construction, so it needs no balancing loss.
@@ -28,10 +30,12 @@ def expert_choice(logits_TE: Tensor, capacity: int, *, mask_T: Tensor | None = N
         logits_TE: (T, E), any float dtype.
         capacity: Tokens per expert; the paper's is round(capacity_factor * T / E). More than T counts as T.
         mask_T: (T,) bool, False for padding, which no expert takes.
+        renormalize: Divide the weights of a token by their sum, as upcycling does for vision (Komatsuzaki et al. 2022):
+            copies then compute what the FFN did for every token that an expert takes.
 
     Returns:
         Routing with K = E: choice e of a token has id e if expert e took it, else E with weight 0. Weights are the
-        softmax over the experts, not renormalized.
+        softmax over the experts.
     """
     logits_TE = at_least_fp32(logits_TE)
     tokens, experts = logits_TE.shape
@@ -42,7 +46,10 @@ def expert_choice(logits_TE: Tensor, capacity: int, *, mask_T: Tensor | None = N
     if mask_T is not None:
         chosen_TE = chosen_TE & mask_T.unsqueeze(-1)
     ids_TE = torch.arange(experts, device=logits_TE.device).expand(tokens, experts).masked_fill(~chosen_TE, experts)
-    return Routing(ids_TE, scores_TE.masked_fill(~chosen_TE, 0), logits_TE, scores_TE)
+    weights_TE = scores_TE.masked_fill(~chosen_TE, 0)
+    if renormalize:
+        weights_TE = weights_TE / (weights_TE.sum(-1, keepdim=True) + 1e-20)  # of a token that nobody took: 0
+    return Routing(ids_TE, weights_TE, logits_TE, scores_TE)
 
 
 class ExpertChoiceRouter(LinearRouter):
@@ -56,7 +63,7 @@ class ExpertChoiceRouter(LinearRouter):
         """Choose experts for tokens to which jitter was applied."""
         factor = self.factor if context.capacity_factor is None else context.capacity_factor
         capacity = expert_capacity(x_TH.shape[0], self.config.experts, self.config.top_k, factor)
-        return expert_choice(self.logits(x_TH), capacity, mask_T=context.mask_T)
+        return expert_choice(self.logits(x_TH), capacity, mask_T=context.mask_T, renormalize=self.config.renormalize)
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,8 @@ class ExpertChoice(Router):
     """Each expert takes its most probable tokens."""
 
     builds = ExpertChoiceRouter
+    renormalize = False
+    aux_loss = 0.0
     sums_to_one = False
     joint = True
     keeps_capacity = True

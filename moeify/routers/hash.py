@@ -64,6 +64,7 @@ class Hash(Router):
     """
 
     builds = HashRouter
+    aux_loss = 0.0
     needs_token_ids = True
     has_logits = False
 

@@ -155,6 +155,7 @@ class Sigmoid(Router):
     """
 
     builds = SigmoidRouter
+    selects_by_more = True
     kept_in_float32 = ("selection_bias",)
 
     n_group: Count = 1

@@ -16,7 +16,9 @@ from moeify.routing.logits import at_least_fp32, check_top_k
 from moeify.routing.record import Routing, RoutingContext
 
 
-def sinkhorn(logits_TE: Tensor, top_k: int, *, iterations: int = 16, mask_T: Tensor | None = None) -> Routing:
+def sinkhorn(
+    logits_TE: Tensor, top_k: int, *, iterations: int = 16, mask_T: Tensor | None = None, renormalize: bool = False
+) -> Routing:
     """Select by a balanced transport plan, weigh by the plain router (S-BASE, Clark et al. 2022; Megatron).
 
     The plan is exp(logits) with rows and columns scaled to sums 1/T and 1/E. Weights are the sigmoid of the chosen
@@ -32,6 +34,7 @@ def sinkhorn(logits_TE: Tensor, top_k: int, *, iterations: int = 16, mask_T: Ten
         top_k: Experts per token, 1 to E.
         iterations: Row and column scalings.
         mask_T: (T,) bool, False for padding, which then takes no share of the plan.
+        renormalize: Divide the weights of a token by their sum, which neither source does.
 
     Returns:
         Routing; scores are the softmax over all E.
@@ -51,7 +54,10 @@ def sinkhorn(logits_TE: Tensor, top_k: int, *, iterations: int = 16, mask_T: Ten
         ids_TK = (logits_TE + column_E).topk(top_k, dim=-1).indices
     scores_TE = torch.softmax(logits_TE, dim=-1)
     gates_TE = torch.sigmoid(logits_TE) if top_k == 1 else scores_TE
-    return Routing(ids_TK, gates_TE.gather(-1, ids_TK), logits_TE, scores_TE)
+    weights_TK = gates_TE.gather(-1, ids_TK)
+    if renormalize:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return Routing(ids_TK, weights_TK, logits_TE, scores_TE)
 
 
 class SinkhornRouter(LinearRouter):
@@ -60,7 +66,13 @@ class SinkhornRouter(LinearRouter):
     def route(self, x_TH: Tensor, context: RoutingContext) -> Routing:
         """Choose experts for tokens to which jitter was applied."""
         iterations = 16 if self.training else 0
-        return sinkhorn(self.logits(x_TH), self.config.top_k, iterations=iterations, mask_T=context.mask_T)
+        return sinkhorn(
+            self.logits(x_TH),
+            self.config.top_k,
+            iterations=iterations,
+            mask_T=context.mask_T,
+            renormalize=self.config.renormalize,
+        )
 
 
 @dataclass(frozen=True)
@@ -68,4 +80,5 @@ class Sinkhorn(Router):
     """Experts chosen by a balanced plan in training, by the logits in evaluation."""
 
     builds = SinkhornRouter
-    sums_to_one = False
+    renormalize = False
+    aux_loss = 0.0

@@ -89,6 +89,7 @@ class Soft(Router):
     """
 
     builds = SoftRouter
+    aux_loss = 0.0
     sums_to_one = False
     joint = True
     mixes_tokens = True

@@ -20,7 +20,9 @@ from moeify.routing.losses import (
 from moeify.routing.record import Routing
 
 
-def layer_losses(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None, sequences: int) -> dict[str, Tensor]:
+def layer_losses(
+    routing: Routing, config: MoEConfig, *, mask_T: Tensor | None, sequences: int, counts_E: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return the losses that the settings ask for, by name, without their coefficients.
 
     Args:
@@ -28,42 +30,62 @@ def layer_losses(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None, 
         config: The settings.
         mask_T: (T,) bool, False for padding.
         sequences: B, which divides T.
+        counts_E: What `step_counts` gave, for the level "global".
 
     Returns:
         "balance", "z", or both, or none; each () in the dtype of the scores.
     """
     losses = {}
     if config.aux_loss:
-        losses["balance"] = _balance(routing, config, mask_T, sequences)
+        losses["balance"] = _balance(routing, config, mask_T, sequences, counts_E)
     if config.z_loss:
-        losses["z"] = z_loss(routing.logits_TE, mask_T=mask_T)
+        clean_TE = routing.logits_TE if routing.clean_logits_TE is None else routing.clean_logits_TE
+        losses["z"] = z_loss(clean_TE, mask_T=mask_T)
     return losses
 
 
-def weighted_sum(losses: dict[str, Tensor], config: MoEConfig) -> Tensor | None:
-    """Return the sum of the losses, each multiplied by its coefficient; None if there are none."""
-    coefficients = {"balance": config.aux_loss, "z": config.z_loss}
+def weighted_sum(losses: dict[str, Tensor], config: MoEConfig, share: float = 1.0) -> Tensor | None:
+    """Return the sum of the losses, each multiplied by its coefficient and by `share`; None if there are none."""
+    coefficients = {"balance": config.aux_loss * share, "z": config.z_loss * share}
     terms = [coefficients[name] * loss for name, loss in losses.items()]
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def _balance(routing: Routing, config: MoEConfig, mask_T: Tensor | None, sequences: int) -> Tensor:
-    scores_TE, ids_TK = routing.scores_TE, routing.expert_ids_TK
+def step_counts(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None) -> Tensor | None:
+    """Return how often the level "global" sees each expert chosen on all ranks, (E,) int64, or None at other levels.
+
+    All ranks must call it.
+    """
+    if config.balance_level != "global" or config.balance not in {"topk", "first_choice"}:
+        return None
+    group = dist.group.WORLD if dist.is_initialized() else None
+    return expert_counts(_counted(routing, config), config.experts, mask_T=mask_T, group=group)
+
+
+def _counted(routing: Routing, config: MoEConfig) -> Tensor:
+    """Return the choices that a balanced routing spreads evenly."""
+    if config.balance == "first_choice":
+        return routing.expert_ids_TK[:, :1]
+    if config.router.selects_by_more:
+        return routing.scores_TE.topk(config.top_k, dim=-1).indices
+    return routing.expert_ids_TK
+
+
+def _balance(
+    routing: Routing, config: MoEConfig, mask_T: Tensor | None, sequences: int, counts_E: Tensor | None
+) -> Tensor:
     match config.balance:
         case "deepseek":
-            return deepseek_sequence_loss(scores_TE, config.top_k, mask_T=mask_T, sequences=sequences)
+            return deepseek_sequence_loss(routing.scores_TE, config.top_k, mask_T=mask_T, sequences=sequences)
         case "cv2":
             return _variation(routing, config, mask_T)
-        case "first_choice":
-            ids_TK = ids_TK[:, :1]
-    group = dist.group.WORLD if config.balance_level == "global" and dist.is_initialized() else None
     return load_balancing_loss(
-        scores_TE,
-        ids_TK,
+        routing.scores_TE,
+        _counted(routing, config),
         divide_by_top_k=config.divide_loss_by_top_k,
         mask_T=mask_T,
         sequences=sequences if config.balance_level == "sequence" else 1,
-        counts_E=None if group is None else expert_counts(ids_TK, config.experts, mask_T=mask_T, group=group),
+        counts_E=counts_E,
     )
 
 

@@ -28,8 +28,8 @@ def exact_factor(factor: float | Fraction) -> Fraction:
     return Fraction(str(factor))
 
 
-def expert_capacity(tokens: int, experts: int, top_k: int, factor: float | Fraction) -> int:
-    """Return min(tokens, ceil(tokens * top_k / experts * factor)), as Megatron and DeepSpeed compute it.
+def expert_capacity(tokens: int, experts: int, top_k: int, factor: float | Fraction, *, minimum: int = 1) -> int:
+    """Return min(tokens, max(minimum, ceil(tokens * top_k / experts * factor))), as DeepSpeed computes it.
 
     GShard and mesh-tensorflow leave out top_k: for the same capacity their factor for top-2 is twice this one. The
     ceiling is taken of the exact decimal number: 100 tokens on one expert with factor 1.1 are 110 and not 111. With at
@@ -41,6 +41,7 @@ def expert_capacity(tokens: int, experts: int, top_k: int, factor: float | Fract
         experts: E.
         top_k: K.
         factor: 1.0 is just enough for a perfectly balanced routing.
+        minimum: Of few tokens, as in decoding, this many reach an expert whatever the factor.
 
     Returns:
         Tokens per expert.
@@ -53,7 +54,7 @@ def expert_capacity(tokens: int, experts: int, top_k: int, factor: float | Fract
     # Integer arithmetic, so that a symbolic number of tokens goes through; nothing negative is divided, because an
     # exported graph rounds that towards zero.
     divisor = experts * exact.denominator
-    return min(tokens, (tokens * top_k * exact.numerator + divisor - 1) // divisor)
+    return min(tokens, max(minimum, (tokens * top_k * exact.numerator + divisor - 1) // divisor))
 
 
 def drop_overflow(
@@ -63,7 +64,8 @@ def drop_overflow(
 
     Which choices are kept first, by `order`:
     - position: first choices before second ones, then earlier tokens (GShard, Switch);
-    - probability: the highest score for that expert (Megatron's and DeepSpeed's default for top-k);
+    - probability: the highest score for that expert (DeepSpeed; Megatron with its softmax before the selection, while
+      its default orders by the weights that sum to 1);
     - random: any choice, all equally likely (DeepSpeed's random token selection);
     - batch_prioritized: first choices before second ones, then the tokens with the highest score for any expert
       (V-MoE, Riquelme et al. 2021). Like probability, it lets later tokens push out earlier ones: in a causal decoder

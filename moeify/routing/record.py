@@ -37,9 +37,9 @@ class Routing:
         expert_ids_TK: int64, an expert in [0, E), or E for a choice that is not used (dropped, not chosen): the expert
             computation skips it.
         weights_TK: What multiplies each expert's output.
-        logits_TE: What the router's projection gave (noisy top-k: with the noise added). For the z-loss.
+        logits_TE: What the router's projection gave (noisy top-k: with the noise added).
         scores_TE: What balancing losses take as the probability of each expert, and capacity as its priority.
-        clean_logits_TE: Noisy top-k only: the logits before the noise.
+        clean_logits_TE: Noisy top-k only: the logits before the noise, which the z-loss then takes.
         noise_std_TE: Noisy top-k only: the standard deviation of the noise on each logit.
     """
 

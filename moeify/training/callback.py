@@ -40,10 +40,10 @@ class RoutingCallback(TrainerCallback):
         return cast("nn.Module", self.trainer.model)
 
     def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        """Scale attached losses as the trainer scales its loss."""
+        """Scale attached losses as the trainer scales its loss; the last step of an epoch may have fewer batches."""
         scaler = self.trainer.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
-        scale_attached_losses(self._model, scale / self.trainer.args.gradient_accumulation_steps)
+        scale_attached_losses(self._model, scale / self.trainer.current_gradient_accumulation_steps)
 
     def on_optimizer_step(self, args: object, state: object, control: object, **kwargs: object) -> None:
         """Move the selection biases."""

@@ -33,7 +33,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     if not found and any(layer.config.aux_loss or layer.config.z_loss for layer in layers.values()):
         raise MoeifyError("no MoE layer has run yet: call the model before aux_loss")
     for path, layer in found:
-        loss = weighted_sum(layer.losses(), layer.config)
+        loss = weighted_sum(layer.losses(), layer.config, layer.loss_share)
         if loss is None:
             continue
         if layer.config.attach_losses:

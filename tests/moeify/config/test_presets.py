@@ -38,6 +38,7 @@ def test_presets_have_the_values_of_their_papers() -> None:
     assert not switch.renormalize  # else the router would get no gradient
     st_moe = MoEConfig.st_moe(16)
     assert (st_moe.top_k, st_moe.z_loss, st_moe.aux_loss) == (2, 1e-3, 1e-2)
+    assert st_moe.router == Gshard(threshold=0.2)
     assert st_moe.capacity_factor == 1.25 / st_moe.top_k  # the paper's factor leaves out top_k
     v3 = MoEConfig.deepseek_v3()
     assert (v3.experts, v3.top_k, v3.aux_loss, v3.balance) == (256, 8, 1e-4, "deepseek")
@@ -47,6 +48,8 @@ def test_presets_have_the_values_of_their_papers() -> None:
     assert (MoEConfig.mixtral().router, MoEConfig.mixtral().aux_loss) == (Softmax(), 1e-3)
     assert (MoEConfig.expert_choice(16).router, MoEConfig.expert_choice(16).aux_loss) == (ExpertChoice(), 0)
     dropless = MoEConfig.dropless(16)
+    assert dropless.divide_loss_by_layers and MoEConfig.mixtral().divide_loss_by_layers
+    assert not (switch.divide_loss_by_layers or st_moe.divide_loss_by_layers)
     assert (dropless.divide_loss_by_top_k, dropless.capacity_factor, dropless.aux_loss) == (True, None, 0.1)
 
 

@@ -124,3 +124,18 @@ def test_a_wrong_value_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         MoEConfig(**{"experts": 8, "top_k": 2, **changes})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("router", "renormalize", "aux_loss"),
+    [
+        ("softmax", True, 0.01), ("noisy_topk", True, 0.01), ("sigmoid", True, 0.01), ("gshard", True, 0.01),
+        ("sinkhorn", False, 0.0), ("expert_choice", False, 0.0), ("soft", True, 0.0),
+    ],
+)  # fmt: skip
+def test_what_is_not_given_is_what_the_router_needs(router: str, renormalize: bool, aux_loss: float) -> None:
+    config = MoEConfig(8, 2, router=router, capacity_factor=1.0)
+    assert (config.renormalize, config.aux_loss) == (renormalize, aux_loss)
+    given = MoEConfig(8, 2, router=router, capacity_factor=1.0, renormalize=not renormalize, aux_loss=0.5)
+    assert (given.renormalize, given.aux_loss) == (not renormalize, 0.5)
+    assert MoEConfig.from_dict(given.to_dict()) == given

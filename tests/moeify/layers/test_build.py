@@ -11,7 +11,7 @@ from moeify import routers
 from moeify.config import MoEConfig
 from moeify.layers import SoftMoE, SparseMoE
 from moeify.layers.build import build_layer, layer_in
-from moeify.plan import Rows, Site
+from moeify.plan import Plan, Rows, Site
 
 GLU = Site(
     "mlp",
@@ -75,7 +75,7 @@ def test_experts_of_a_frozen_ffn_are_frozen_and_the_router_is_not(trained: tuple
     root.requires_grad_(False)
     for name in trained:
         root[name].requires_grad_(True)
-    layer = layer_in(root, GLU, MoEConfig(4, 2, shared_experts=2), None)
+    layer = layer_in(root, GLU, Plan("", MoEConfig(4, 2, shared_experts=2), (GLU,)), None)
     experts = [*layer.get_submodule("experts").parameters(), *layer.get_submodule("shared_expert").parameters()]
     assert {parameter.requires_grad for parameter in experts} == {expected}
     assert layer.get_parameter("router.weight").requires_grad

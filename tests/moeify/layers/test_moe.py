@@ -93,7 +93,7 @@ def test_a_router_that_keeps_to_the_capacity_is_not_limited_again() -> None:
 
 
 def test_a_dropped_token_contributes_zero() -> None:
-    layer = make.layer(MoEConfig(5, 1, renormalize=False, capacity_factor=0.1))
+    layer = make.layer(MoEConfig(5, 1, renormalize=False, capacity_factor=0.1, min_capacity=1))
     out = call(layer, make.inputs(1, 21))  # each expert takes 1 choice
     first_of_expert = {int(e): t for t, e in reversed(list(enumerate(layer.record.routing.expert_ids_TK[:, 0])))}
     kept = torch.zeros(21, dtype=torch.bool)
@@ -176,11 +176,12 @@ def test_the_selection_bias_is_counted_moved_and_kept_in_float32() -> None:
     assert layer.counts_E is None  # evaluation does not count
 
 
-def test_a_nan_logit_names_the_layer() -> None:
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_logit_that_is_no_number_names_the_layer(wrong: float) -> None:
     layer = make.layer(MoEConfig(5, 2))
     x = make.inputs(2, 3)
-    x[1, 2, 0] = torch.nan
-    with pytest.raises(MoeifyError, match=r"model.layers.1.mlp: 1 of 6 tokens have a NaN router logit"):
+    x[1, 2, 0] = wrong
+    with pytest.raises(MoeifyError, match=r"model.layers.1.mlp: 1 of 6 tokens have a router logit that is NaN or inf"):
         call(layer, x)
     call(layer, x, torch.tensor([[1, 1, 1], [1, 1, 0]]))  # padding may hold anything
 
@@ -238,3 +239,39 @@ def test_the_state_dict_holds_what_the_router_needs() -> None:
     assert names("deepseek_v3") == ["router.weight", "router.selection_bias"]
     assert names("hash") == ["router.table"]
     assert names("soft") == ["router.slots", "router.scale"]
+
+
+def test_few_tokens_as_in_decoding_lose_no_choice() -> None:
+    layer = make.layer(MoEConfig.st_moe(8))
+    for tokens in range(1, 5):
+        call(layer.eval(), make.inputs(tokens, 1, seed=tokens))
+        assert layer.record.dropped == 0
+    call(make.layer(MoEConfig.st_moe(8, min_capacity=1)).eval(), make.inputs(4, 1))
+
+
+def test_the_global_level_counts_the_micro_batches_of_a_step_and_no_others() -> None:
+    layer = make.layer(MoEConfig(5, 2, balance_level="global")).train()
+    halves = [make.inputs(2, 7, seed=seed) for seed in (0, 1)]
+    counts = []
+    for x in halves:
+        counts.append(torch.bincount(layer.router(x.view(14, -1)).expert_ids_TK.flatten(), minlength=5))
+    assert not torch.equal(*counts)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    for _ in range(2):
+        for x, expected in zip(halves, (counts[0], counts[0] + counts[1]), strict=True):
+            (call(layer, x).sum() + sum(layer.losses().values())).backward()
+            assert torch.equal(layer.record.counts_E, expected)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    call(layer.eval(), halves[1])
+    assert layer.record.counts_E is None
+
+
+def test_the_share_of_a_layer_scales_its_attached_losses() -> None:
+    gradients = []
+    for share in (1.0, 0.25):
+        layer = make.layer(MoEConfig(5, 2, attach_losses=True)).train()
+        layer.loss_share = share
+        (call(layer, make.inputs(2, 7)) * 0).sum().backward()
+        gradients.append(layer.router.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0] / 4)

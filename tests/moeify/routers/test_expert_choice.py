@@ -61,3 +61,17 @@ def test_facts_and_what_it_needs() -> None:
     assert not MoEConfig.expert_choice(8).exact
     with pytest.raises(ConfigError, match="capacity_factor is None: expert choice needs one"):
         MoEConfig(8, 2, router="expert_choice")
+
+
+def test_weights_that_sum_to_one_are_asked_for() -> None:
+    config = MoEConfig.expert_choice(5, 2, renormalize=True, capacity_factor=0.5)
+    router, x = config.router.module(13, config).eval(), randn(20, 13)
+    with torch.no_grad():
+        router.get_parameter("weight").copy_(randn(5, 13, seed=1))
+        found, plain = router(x), expert_choice(x @ randn(5, 13, seed=1).T, 4)
+    taken = (plain.expert_ids_TK < 5).any(-1)
+    assert 0 < taken.sum() < 20
+    close(found.weights_TK.sum(-1), taken.double())
+    for t in range(20):
+        total = plain.weights_TK[t].double().sum().clamp(min=1e-20)
+        close(found.weights_TK[t], plain.weights_TK[t].double() / total)

@@ -46,3 +46,16 @@ def test_evaluation_is_top_2_and_training_draws() -> None:
 def test_another_number_of_experts_per_token_is_refused() -> None:
     with pytest.raises(ConfigError, match="top_k is 3: the router 'gshard' takes 2"):
         MoEConfig(8, 3, router="gshard")
+
+
+def test_the_threshold_of_st_moe_keeps_more_second_experts() -> None:
+    logits = torch.tensor([-9.0, math.log(0.1), math.log(0.9)]).repeat(20_000, 1)
+    torch.manual_seed(1)
+    kept = gshard(logits, threshold=0.2).expert_ids_TK[:, 1] == 1
+    assert abs(float(kept.double().mean()) - 0.5) < 0.015
+    config = MoEConfig.st_moe(3)
+    router = config.router.module(3, config).train()
+    with torch.no_grad():
+        router.get_parameter("weight").copy_(torch.eye(3))
+        kept = router(logits).expert_ids_TK[:, 1] == 1
+    assert abs(float(kept.double().mean()) - 0.5) < 0.015

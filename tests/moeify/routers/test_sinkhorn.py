@@ -86,3 +86,13 @@ def test_the_module_balances_in_training_and_is_top_k_in_evaluation() -> None:
 
 def test_it_is_not_exact() -> None:
     assert not MoEConfig(5, 2, router="sinkhorn").exact
+
+
+def test_weights_that_sum_to_one_are_asked_for() -> None:
+    config = MoEConfig(5, 2, router="sinkhorn", renormalize=True)
+    router, x = config.router.module(13, config).eval(), randn(60, 13)
+    with torch.no_grad():
+        router.get_parameter("weight").copy_(randn(5, 13, seed=1))
+        found, plain = router(x), softmax_topk(x @ randn(5, 13, seed=1).T, 2)
+    close(found.weights_TK, plain.weights_TK)
+    assert config.exact

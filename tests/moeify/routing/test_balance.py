@@ -15,9 +15,10 @@ from torch import Tensor
 
 from moeify.config import MoEConfig
 from moeify.routers.noisy_topk import noisy_topk
+from moeify.routers.sigmoid import sigmoid_grouped
 from moeify.routers.softmax import softmax_topk
 from moeify.routing import losses as reference
-from moeify.routing.balance import layer_losses, weighted_sum
+from moeify.routing.balance import layer_losses, step_counts, weighted_sum
 from moeify.routing.record import Routing
 from tests.moeify.routing.draw import randn
 
@@ -29,7 +30,8 @@ def routed(seed: int = 0) -> Routing:
 
 
 def balance(config: MoEConfig, routing: Routing) -> Tensor:
-    return layer_losses(routing, config, mask_T=MASK, sequences=3)["balance"]
+    counts_E = step_counts(routing, config, mask_T=MASK)
+    return layer_losses(routing, config, mask_T=MASK, sequences=3, counts_E=counts_E)["balance"]
 
 
 @pytest.mark.parametrize("divide", [True, False])
@@ -45,7 +47,7 @@ def test_choices_levels_and_scales(choices: Any, level: Any, divide: bool) -> No
         mask_T=MASK,
         sequences=3 if level == "sequence" else 1,
     )
-    assert torch.equal(balance(config, routing), expected)
+    torch.testing.assert_close(balance(config, routing), expected)
 
 
 def test_deepseek_is_a_loss_within_each_sequence_at_any_level() -> None:
@@ -114,4 +116,21 @@ def test_only_the_global_level_looks_at_other_ranks(tmp_path: Path) -> None:
                 routed(rank).scores_TE, routed(rank).expert_ids_TK[:, :top_k], divide_by_top_k=False, mask_T=MASK,
                 counts_E=torch.as_tensor(counts),
             )  # fmt: skip
-            assert found[rank][f"{choices} global"] == float(together) != alone
+            assert found[rank][f"{choices} global"] == pytest.approx(float(together), rel=1e-6) != alone
+
+
+def test_a_selection_bias_does_not_count() -> None:
+    logits, bias = randn(21, 5), 5 * torch.eye(5)[0]
+    routing = sigmoid_grouped(logits, 2, bias_E=bias)
+    assert (routing.expert_ids_TK == 0).any(-1).all()
+    plain = sigmoid_grouped(logits, 2)
+    expected = reference.load_balancing_loss(plain.scores_TE, plain.expert_ids_TK, divide_by_top_k=False, mask_T=MASK)
+    torch.testing.assert_close(balance(MoEConfig(5, 2, router="sigmoid"), routing), expected)
+
+
+def test_the_z_loss_is_on_the_logits_without_noise() -> None:
+    torch.manual_seed(0)
+    routing = noisy_topk(randn(21, 5), randn(21, 5, seed=1), 2)
+    config = MoEConfig(5, 2, router="noisy_topk", aux_loss=0.0, z_loss=0.1)
+    found = layer_losses(routing, config, mask_T=MASK, sequences=3)["z"]
+    torch.testing.assert_close(found, reference.z_loss(randn(21, 5), mask_T=MASK))

@@ -42,7 +42,7 @@ def test_the_callback_follows_the_trainer(scaler: Any, expected: float) -> None:
     logged: list[dict[str, float]] = []
     trainer: Any = SimpleNamespace(
         model=layer,
-        args=SimpleNamespace(gradient_accumulation_steps=4),
+        current_gradient_accumulation_steps=4,
         accelerator=SimpleNamespace(scaler=scaler),
         log=logged.append,
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,3 +124,12 @@ def test_no_loss_no_layer_no_forward() -> None:
             moeify.aux_loss(model_with(config))
     with pytest.raises(MoeifyError, match="Linear has no MoE layer"):
         moeify.aux_loss(nn.Linear(2, 2))
+
+
+def test_the_mean_over_layers() -> None:
+    summed, divided = (model_with(replace(CONFIG, divide_loss_by_layers=divide)) for divide in (False, True))
+    for model in (summed, divided):
+        own_loss(model)
+    layers = sum(isinstance(module, SparseMoE) for module in divided.modules())
+    assert layers > 1
+    torch.testing.assert_close(moeify.aux_loss(divided), moeify.aux_loss(summed) / layers)
