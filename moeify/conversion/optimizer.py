@@ -2,12 +2,14 @@
 
 Momentum and second moments of a dense weight are cut and copied as the weight itself is, without changes or scaling;
 steps are copied. Each expert then starts with the dense weight's moments (the upcycling paper's choice for vision,
-Komatsuzaki et al. 2022).
+Komatsuzaki et al. 2022). Groups that list parameters in the model's order do so afterwards too: a saved state goes by
+position, and is loaded into an optimizer made for the converted model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import TypeGuard
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moeify.conversion.layout import LayerTensor, layer_tensors
-from moeify.errors import RefusedError
+from moeify.errors import RefusedError, first_line
 from moeify.plan import Plan
 
 
@@ -31,12 +33,14 @@ class DenseState:
 
     Raises:
         RefusedError: It holds none of them, or a state that is not of its weight's shape and cannot be split with it.
+            Or it takes no parameters of three dimensions, as stacked experts are (Muon).
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, plan: Plan) -> None:
         self.optimizer, self.plan = optimizer, plan
         held = {name: attrgetter(name)(model) for site in plan.sites for name in site.reads}
         self.dense = {name: value for name, value in held.items() if isinstance(value, nn.Parameter)}
+        _check_takes_stacks(optimizer)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(parameter) in known for parameter in self.dense.values()):
             raise RefusedError(
@@ -50,6 +54,7 @@ class DenseState:
                         f"the optimizer's {key} of {name} has shape {tuple(value.shape)}, the weight "
                         f"{tuple(parameter.shape)}: only states of the weight's shape can follow it; convert first"
                     )
+        self.ordered = [group for group in optimizer.param_groups if _is_sorted(group["params"], _places(model))]
 
     @torch.no_grad()
     def move_to(self, model: nn.Module) -> None:
@@ -68,6 +73,12 @@ class DenseState:
                 if self._join(sources or (site.down.parameter,), parameter, f"{site.path}.{name}") and sources:
                     self._move(tensors[name], parameter)
         self._forget_dense()
+        places = _places(model)
+        for group in self.ordered:
+            found = [places[id(parameter)] for parameter in group["params"]]
+            order = sorted(range(len(found)), key=found.__getitem__)
+            for field in {"params", "param_names"} & group.keys():
+                group[field] = [group[field][i] for i in order]
 
     def _move(self, tensor: LayerTensor, parameter: nn.Parameter) -> None:
         """Give a new parameter the state of its dense sources; where one of several has none yet, its moments are 0."""
@@ -106,6 +117,32 @@ class DenseState:
                 group[field] = [group[field][i] for i in kept]
         for parameter in self.dense.values():
             self.optimizer.state.pop(parameter, None)
+
+
+def _places(model: nn.Module) -> dict[int, int]:
+    """Return the place of each parameter of a model, by its id."""
+    return {id(parameter): place for place, parameter in enumerate(model.parameters())}
+
+
+def _is_sorted(parameters: Sequence[Tensor], places: Mapping[int, int]) -> bool:
+    found = [places.get(id(parameter), -1) for parameter in parameters]
+    return -1 not in found and found == sorted(found)
+
+
+def _check_takes_stacks(optimizer: Optimizer) -> None:
+    """Let another optimizer of its kind try a step on a parameter of three dimensions."""
+    kind, stack = type(optimizer), nn.Parameter(torch.zeros(2, 2, 2))
+    stack.grad = torch.zeros_like(stack)
+    accepted = inspect.signature(kind).parameters.keys() & optimizer.defaults.keys()
+    try:
+        kind([stack], **{name: optimizer.defaults[name] for name in accepted}).step()
+    except (ValueError, RuntimeError) as error:
+        raise RefusedError(
+            f"{kind.__name__} cannot train experts, which are stacked in three dimensions ({first_line(error)}): give "
+            "the weights to be converted to another optimizer"
+        ) from error
+    except TypeError:
+        return  # it is made in a way of its own, and may well take them
 
 
 def is_moment(value: object) -> TypeGuard[Tensor]:

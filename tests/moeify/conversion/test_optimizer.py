@@ -201,3 +201,55 @@ def test_the_state_of_a_learned_activation_follows_it(shared: int) -> None:
     assert sorted(held) == sorted(id(p) for p in model.parameters())
     model(x).square().mean().backward()
     optimizer.step()
+
+
+def gpt2_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The usual split into weights with decay and biases without."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() <= 1]}]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_saved_state_is_loaded_by_a_fresh_optimizer_and_training_goes_on_to_the_last_bit(kind: str) -> None:
+    model = tiny.build("llama")
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    train(model, optimizer)
+    moeify.convert(model, CONFIG, optimizer=optimizer)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    train(model, optimizer)
+    resumed = moeify.convert(tiny.build("llama"), CONFIG)
+    resumed.load_state_dict(copy.deepcopy(model.state_dict()))
+    fresh = OPTIMIZERS[kind](resumed.parameters())
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its in ((model, optimizer), (resumed, fresh)):
+        train(each, its)
+    for name, parameter in model.named_parameters():
+        assert parameter.equal(resumed.get_parameter(name)), name
+
+
+def test_groups_keep_the_order_that_they_had() -> None:
+    model = tiny.build("gpt2")
+    optimizer = torch.optim.AdamW(gpt2_groups(model))
+    train(model, optimizer, name="gpt2")
+    moeify.convert(model, CONFIG, optimizer=optimizer)
+    places = {id(p): place for place, p in enumerate(model.parameters())}
+    for group in optimizer.param_groups:
+        found = [places[id(p)] for p in group["params"]]
+        assert found == sorted(found)
+    other = tiny.build("gpt2")
+    backwards = torch.optim.AdamW(list(other.parameters())[::-1])
+    train(other, backwards, name="gpt2")
+    before = [id(p) for p in backwards.param_groups[0]["params"]]
+    moeify.convert(other, CONFIG, optimizer=backwards)
+    kept = [id(p) for p in backwards.param_groups[0]["params"] if id(p) in set(before)]
+    assert kept == [p for p in before if p in set(kept)]
+
+
+def test_an_optimizer_of_matrices_is_refused_before_anything_changes() -> None:
+    model = tiny.build("llama")
+    before = {name: id(p) for name, p in model.named_parameters()}
+    matrices = [p for name, p in model.named_parameters() if ".mlp." in name]
+    optimizer = torch.optim.Muon(matrices)
+    with pytest.raises(RefusedError, match="Muon cannot train experts, which are stacked in three dimensions"):
+        moeify.convert(model, CONFIG, optimizer=optimizer)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
