@@ -259,7 +259,7 @@ def test_the_global_level_counts_the_micro_batches_of_a_step_and_no_others() -> 
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
     for _ in range(2):
         for x, expected in zip(halves, (counts[0], counts[0] + counts[1]), strict=True):
-            (call(layer, x).sum() + sum(layer.losses().values())).backward()
+            torch.autograd.backward(call(layer, x).sum() + sum(layer.losses().values()))
             assert torch.equal(layer.record.counts_E, expected)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -272,6 +272,6 @@ def test_the_share_of_a_layer_scales_its_attached_losses() -> None:
     for share in (1.0, 0.25):
         layer = make.layer(MoEConfig(5, 2, attach_losses=True)).train()
         layer.loss_share = share
-        (call(layer, make.inputs(2, 7)) * 0).sum().backward()
+        torch.autograd.backward((call(layer, make.inputs(2, 7)) * 0).sum())
         gradients.append(layer.router.weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0] / 4)
