@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, make_dataclass
 from typing import Any, get_args, get_type_hints
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils.generic import ModelOutput
 
 from moeify.errors import RefusedError
 from moeify.layers import MoELayer
-from moeify.routing.balance import weighted_sum
+from moeify.layers.moe import summed_losses
 
 ASK, COEFFICIENT = "output_router_logits", "router_aux_loss_coef"
 _ADDED = ("aux_loss", "router_logits")
@@ -79,8 +79,9 @@ class RouterOutputs:
         for name, value in output.items():
             made[name] = value
         made.router_logits = tuple(record.routing.logits_TE for record in ran.values())
-        made.aux_loss = _aux_loss(ran)
-        attached = any(layer.config.attach_losses for layer in ran)
+        total, settings = summed_losses(ran), [layer.config for layer in ran]
+        made.aux_loss = None if total is None else total / (settings[0].aux_loss or 1.0)  # of one plan: one for all
+        attached = any(config.attach_losses for config in settings)
         loss = getattr(made, "loss", None)
         if loss is not None and made.aux_loss is not None and not attached:
             made.loss = loss + getattr(_text_config(model), COEFFICIENT) * made.aux_loss.to(loss.device)
@@ -92,19 +93,6 @@ def with_router_outputs(kind: type[ModelOutput]) -> type[ModelOutput]:
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     added = [(name, Any, None) for name in _ADDED if name not in known]
     return make_dataclass(f"Moe{kind.__name__}", added, bases=(kind,)) if added else kind
-
-
-def _aux_loss(layers: Iterable[MoELayer]) -> Tensor | None:
-    """Return the losses of all layers, for `router_aux_loss_coef` to multiply; None where none is asked for."""
-    total: Tensor | None = None
-    for layer in layers:
-        loss = weighted_sum(layer.losses(), layer.config)
-        if loss is None:
-            continue
-        loss = loss / (layer.config.aux_loss or 1.0)
-        loss = loss.detach() if layer.config.attach_losses else loss
-        total = loss if total is None else total + loss.to(total.device)
-    return total
 
 
 def _layers(model: nn.Module) -> dict[str, MoELayer]:

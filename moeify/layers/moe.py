@@ -5,9 +5,10 @@ Shape legend: T tokens, H hidden size, E experts, K choices per token.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,10 @@ class MoELayer(nn.Module):
         loss_scale: Multiplies the attached losses: what a script multiplies its own loss by before backward.
         counts_E: With a selection bias: tokens that chose each expert in training since the bias was last moved.
         record: What the last forward pass computed; None before the first, and not kept by pickle or deepcopy.
+        chooses: Whether tokens choose experts: otherwise there is nothing to record or to balance.
     """
+
+    chooses: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -172,7 +176,7 @@ class SparseMoE(MoELayer):
 
     def _remember(self, record: ForwardRecord) -> None:
         """Keep what was computed, once: not while exporting, nor when activation checkpointing computes it again."""
-        if exporting() or _in_backward():
+        if exporting() or in_backward():
             return
         self.record = record
         if self.training and self.config.router.updates_bias:
@@ -191,6 +195,21 @@ class SparseMoE(MoELayer):
             )
 
 
-def _in_backward() -> bool:
+def summed_losses(layers: Iterable[MoELayer]) -> Tensor | None:
+    """Return the losses of the last forward pass times their coefficients, over all layers; None if there are none.
+
+    Attached losses add their gradients themselves: they are summed without any.
+    """
+    total: Tensor | None = None
+    for layer in layers:
+        loss = weighted_sum(layer.losses(), layer.config)
+        if loss is None:
+            continue
+        loss = loss.detach() if layer.config.attach_losses else loss
+        total = loss if total is None else total + loss.to(total.device)
+    return total
+
+
+def in_backward() -> bool:
     """Whether the autograd engine is running on this thread: then a forward is the replay of an earlier one."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
