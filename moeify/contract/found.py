@@ -142,7 +142,7 @@ def _stock(path: str, model: nn.Module, block: nn.Module, router: nn.Module, con
         num_experts=count,
         top_k=top_k or _number((config,), _TOP_K),
         hidden=hidden,
-        intermediate=min(map(_smallest_matrix, experts)) // hidden,
+        intermediate=min(_smallest_matrix(part, count) for part in experts) // hidden,
         state=Watch.on(router),
         config=config,
     )
@@ -187,8 +187,10 @@ def _columns(router: nn.Module) -> int:
     return max(p.shape[-1] for p in router.parameters() if p.dim() > 1)
 
 
-def _smallest_matrix(module: nn.Module) -> int:
-    """Return how many weights one expert's smallest projection has: H·I; stacks and biases are told by dimensions."""
+def _smallest_matrix(module: nn.Module, experts: int = 1) -> int:
+    """Return how many weights the smallest projection of one expert has: H·I; biases are told by their dimensions."""
     shapes = [tuple(p.shape) for p in module.parameters()]
     deepest = max((len(shape) for shape in shapes), default=0)
-    return min((prod(shape[-2:]) for shape in shapes if len(shape) == deepest > 1), default=0)
+    sizes = [prod(shape[-2:]) for shape in shapes if len(shape) == deepest > 1]
+    below_one_another = deepest == 2 and len(sizes) < experts  # DBRX stacks its experts in rows
+    return min(sizes, default=0) // (experts if below_one_another else 1)

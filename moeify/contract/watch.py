@@ -116,7 +116,8 @@ class Watch:
         (mask_T, sequences), dropped = self._tokens(logits_TE), None
         ids_TK, weights_TK = self._choices(args, kwargs)
         if ids_TK is None or weights_TK is None:
-            ids_TK, weights_TK = logits_TE.topk(self.top_k, dim=-1).indices, None
+            ids_TK = logits_TE.topk(self.top_k, dim=-1).indices
+            weights_TK = self._weights(routed, ids_TK)
             dropped = self._dropped_by_router(routed, mask_T)
         elif (factor := self.capacity_factor if experts.training else self.eval_capacity_factor) is not None:
             kept_TK, dropped = self._limit(ids_TK, logits_TE, mask_T, factor)
@@ -133,7 +134,19 @@ class Watch:
         ids, weights = (args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(self._names, start=1))
         if not isinstance(ids, Tensor) or not isinstance(weights, Tensor) or ids.shape != weights.shape:
             return None, None
-        return ids, weights
+        of_experts = ids.shape[-1] == self.num_experts != self.top_k  # a mask of experts, not their numbers
+        return (None, None) if of_experts else (ids, weights)
+
+    def _weights(self, routed: tuple[Any, ...], ids_TK: Tensor) -> Tensor | None:
+        """Return the weights (T, K) that a router gives for each choice or for each expert, if it does."""
+        for place, given in enumerate(routed):
+            if place == self.logits_at or not isinstance(given, Tensor) or not given.is_floating_point():
+                continue
+            if given.dim() > 1 and given.shape[-1] == self.top_k:
+                return given.reshape(ids_TK.shape)
+            if given.shape[-1:] == (self.num_experts,):
+                return given.reshape(-1, self.num_experts).gather(-1, ids_TK)
+        return None
 
     def _logits(self, routed: tuple[Any, ...]) -> Tensor | None:
         if self.logits_at is not None and self.logits_at < len(routed):
