@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeify.contract.watch import Watch
+from moeify.contract.watch import Watch, choice_names
 from moeify.layers import MoELayer
 from moeify.layers.moe import ForwardRecord
 
@@ -75,6 +75,32 @@ class FoundLayer:
         sizes = (_smallest_matrix(module) // self.hidden for module in self.shared)
         count = self.state.config.shared_experts if isinstance(self.state, MoELayer) else 1
         return count * sum(size for size in sizes if size > 1)  # a gate has one row
+
+    @property
+    def capacity_obstacle(self) -> str | None:
+        """Return why no capacity can be set; None if one can."""
+        if isinstance(self.state, MoELayer):
+            return None
+        if hasattr(self.router, "expert_capacity"):
+            return f"{self.path}: its router keeps a capacity of its own, in tokens: set its expert_capacity"
+        if choice_names(self.experts[0]) is None:
+            kind = type(self.experts[0]).__name__
+            return f"{self.path}: {kind} is not told who chose what: convert a dense model with capacity_factor instead"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, the form of `inspect --json`."""
+        return {
+            "name": self.path,
+            "router": self.kind,
+            "experts": self.num_experts,
+            "top_k": self.top_k,
+            "hidden": self.hidden,
+            "intermediate": self.intermediate,
+            "shared_intermediate": self.shared_intermediate,
+            "count_params": sum(p.numel() for name in ("routers", "experts") for p in self.part(name)),
+            "capacity_obstacle": self.capacity_obstacle,
+        }
 
     def part(self, name: str) -> Iterator[nn.Parameter]:
         """Return the parameters of its "routers" or of its "experts", shared ones among them."""

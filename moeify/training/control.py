@@ -7,11 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from moeify.contract.found import FoundLayer
 from moeify.contract.track import track
-from moeify.contract.watch import choice_names
 from moeify.errors import ConfigError, RefusedError
-from moeify.layers import MoELayer
 from moeify.training.layers_of import layers_of
 
 ModelPart = Literal["experts", "routers", "moe", "dense", "non_moe"]
@@ -31,28 +28,15 @@ def set_capacity(model: nn.Module, factor: float | None, *, when: Literal["eval"
     """
     if when not in {"eval", "train", "always"}:
         raise ConfigError(f"when is {when!r}: expected 'eval', 'train' or 'always'")
-    for layer in layers_of(model).values():
-        _check_takes_capacity(layer)
+    for obstacle in (layer.capacity_obstacle for layer in layers_of(model).values()):
+        if obstacle is not None:
+            raise RefusedError(obstacle)
     track(model)
     for state in (layer.state for layer in layers_of(model).values()):
         assert state is not None  # it is tracked
         state.set_capacity(
             train=state.capacity_factor if when == "eval" else factor,
             evaluation=state.eval_capacity_factor if when == "train" else factor,
-        )
-
-
-def _check_takes_capacity(layer: FoundLayer) -> None:
-    if isinstance(layer.state, MoELayer):
-        return
-    if hasattr(layer.router, "expert_capacity"):
-        raise RefusedError(
-            f"{layer.path}: its router keeps a capacity of its own, in tokens: set {layer.path}.router.expert_capacity"
-        )
-    if choice_names(layer.experts[0]) is None:
-        raise RefusedError(
-            f"{layer.path}: {type(layer.experts[0]).__name__} is not told who chose what, so it cannot drop a choice: "
-            "convert the dense model with capacity_factor instead"
         )
 
 

@@ -49,7 +49,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "deepseek_v2": _causal("DeepseekV2", **{**_GROUPS, **_MLA}, topk_method="greedy"),
     "deepseek_v3": _causal("DeepseekV3", **{**_GROUPS, **_MLA}),
     "gpt_oss": _causal("GptOss", **_LOCAL, head_dim=12),
-    "llama4": lambda: tf.Llama4ForCausalLM(tf.Llama4TextConfig(**_TEXT, **_LOCAL, head_dim=12, intermediate_size_mlp=57)),
+    "llama4": lambda: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(**_TEXT, **_LOCAL, head_dim=12, intermediate_size_mlp=57)
+    ),
     "granitemoe": _causal("GraniteMoe", **_LOCAL),
     "granitemoeshared": _causal("GraniteMoeShared", **_LOCAL, shared_intermediate_size=31),
     "ernie4_5_moe": _causal("Ernie4_5_Moe", moe_num_experts=EXPERTS, moe_k=TOP_K, **_SMALL),
