@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moeify.training.bias import attach_bias_update, update_selection_bias
     from moeify.training.callback import RoutingCallback
     from moeify.training.control import freeze, param_groups, set_capacity
+    from moeify.training.layers_of import track_routing
     from moeify.training.losses import aux_loss, scale_attached_losses
     from moeify.training.stats import LayerStats, routing_stats
 
@@ -51,6 +52,7 @@ _HOME = {
     "routing_stats": "training.stats",
     "scale_attached_losses": "training.losses",
     "set_capacity": "training.control",
+    "track_routing": "training.layers_of",
     "update_selection_bias": "training.bias",
     "verify": "proving.proof",
 }
@@ -80,6 +82,7 @@ __all__ = [
     "routing_stats",
     "scale_attached_losses",
     "set_capacity",
+    "track_routing",
     "update_selection_bias",
     "verify",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -125,3 +126,11 @@ class Inspection:
 
     ffns: tuple[FFN, ...]
     refused: tuple[Refusal, ...]
+
+    def reasons(self) -> dict[str, list[str]]:
+        """Return the names of what was refused for each reason, without the numbers that tell equal nodes apart."""
+        alike: dict[str, tuple[str, list[str]]] = {}
+        for refusal in self.refused:
+            reason = re.sub(r"`([^`]*?)_\d+`", r"`\1`", refusal.reason)
+            alike.setdefault(re.sub(r"\d+", "", reason), (reason, []))[1].append(refusal.name)
+        return dict(alike.values())

@@ -88,6 +88,7 @@ def _search(graph_module: fx.GraphModule) -> Inspection:
         ffns[identity] = replace(known, calls=(*known.calls, *ffn.calls)) if known else ffn
     misses += [(True, refusal) for refusal in matcher.computed_weights()]
     found = _without_the_only_one(list(ffns.values()), matcher.outside)
+    misses.sort(key=lambda miss: not miss[0])  # what a user may have in mind comes first
     refused = tuple(refusal for near, refusal in misses if near or not found.ffns)
     found = Inspection(found.ffns, refused + found.refused)
     return _without_shared_weights(found, matcher.projections.values())

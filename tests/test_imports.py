@@ -27,7 +27,7 @@ LAYERS = (
     "checkpoint plan routing",
     "config pretrained",
     "files measure runtime",
-    "errors kernels seeding",
+    "errors kernels names seeding",
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer.split()}
 

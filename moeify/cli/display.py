@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,11 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from moeify.errors import printable
+from moeify.names import folded
 
 if TYPE_CHECKING:
+    from moeify.contract.found import FoundLayer
     from moeify.conversion.cost import Cost
-    from moeify.passes.ffn import Inspection, Refusal
+    from moeify.passes.ffn import Inspection
     from moeify.plan import Plan
+
+_WHOLE = "(the model itself)"
 
 
 class _PlainConsole(Console):
@@ -44,30 +48,58 @@ def quantity(number: float, unit: str = "") -> str:
     return f"{number:.0f}{' ' * bool(unit)}{unit}"
 
 
-def ranges(names: Sequence[str]) -> str:
-    """Return names as one line: the first, and the last if there are more."""
-    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+def moe_lines(layers: Mapping[str, FoundLayer]) -> list[str]:
+    """Return what the MoE layers are, one line for equal ones."""
+    alike: dict[str, list[str]] = {}
+    for path, layer in layers.items():
+        size = f"{layer.num_experts} experts of intermediate size {layer.intermediate}, top-{layer.top_k or '?'}"
+        shared = f", shared experts of {layer.shared_intermediate}" if layer.shared_intermediate else ""
+        alike.setdefault(f"{size}{shared}, router {layer.kind}", []).append(path or _WHOLE)
+    return [f"{len(paths)} x {form}: {folded(paths)}" for form, paths in alike.items()]
 
 
 def inspection_table(inspection: Inspection) -> Table:
-    """Return the FFNs, one row for each run of equal ones."""
+    """Return the FFNs, one row for equal ones."""
     table = _table("FFNs", "where", "kind", "activation", "hidden", "intermediate")
-    for form, run in groupby(inspection.ffns, key=lambda f: (f.kind, f.activation, f.hidden, f.intermediate)):
-        names = [ffn.name or "(the model itself)" for ffn in run]
-        table.add_row(str(len(names)), ranges(names), *map(str, form))
+    table.columns[1].overflow = "fold"
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for ffn in inspection.ffns:
+        form = (ffn.kind, ffn.activation, ffn.hidden, ffn.intermediate)
+        alike.setdefault(form, []).append(ffn.name or _WHOLE)
+    for form, names in alike.items():
+        table.add_row(str(len(names)), folded(names), *map(str, form))
     return table
 
 
-def refusals_table(inspection: Inspection) -> Table:
-    """Return the look-alikes of an FFN, one row for each reason."""
-    table = _table("refused", "where", "because", "stopped at")
-    reasons: dict[str, list[Refusal]] = {}
-    for refusal in inspection.refused:
-        reasons.setdefault(refusal.reason, []).append(refusal)
-    for reason, alike in reasons.items():
-        where, nodes = [refusal.name for refusal in alike], [refusal.node for refusal in alike]
-        table.add_row(str(len(alike)), ranges(where), reason, ranges(nodes))
-    return table
+def refusal_lines(inspection: Inspection) -> list[str]:
+    """Return the look-alikes of an FFN, one line for each reason."""
+    return [f"{folded(names)}: {reason}" for reason, names in inspection.reasons().items()]
+
+
+def wrapped(texts: Iterable[str], width: int, most: int | None = None) -> list[str]:
+    """Return texts in lines of a width; `most` is how many lines each may have."""
+    return [
+        line
+        for text in texts
+        for line in textwrap.wrap(printable(text), width, subsequent_indent="  ", max_lines=most, placeholder=" …")
+    ]
+
+
+def left_out(names: Sequence[str]) -> str:
+    """Return a note on stored tensors that the dense model has no place for."""
+    which = f"{folded(names)}; it is" if len(names) == 1 else f"{len(names)} tensors ({folded(names)}); they are"
+    return f"note: the dense model has no place for {which} left out"
+
+
+def fit(sections: Iterable[Sequence[str]], most: int) -> list[str]:
+    """Return sections of lines, with empty lines between them, cut to a number of lines, the longest ones first."""
+    kept = [list(section) for section in sections if section]
+    cut = 0
+    while sum(map(len, kept)) + len(kept) + (cut > 0) > most and max(map(len, kept)) > 1:
+        max(kept, key=len).pop()
+        cut += 1
+    lines = [line for section in kept for line in (*section, "")][:-1]
+    return [*lines, f"… and {cut} lines more: --all shows them"] if cut else lines
 
 
 def cost_table(rows: Iterable[tuple[str, Cost]]) -> Table:

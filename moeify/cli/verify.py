@@ -35,8 +35,8 @@ def verify(dense: Path, moe: Path, text: BinaryIO | None, as_json: bool) -> None
             raise CheckpointError(f"{path} does not exist: give two model folders (DENSE may be a GGUF file)")
     with without_bars():
         report = verify_checkpoints(dense, moe, text=None if text is None else _start(text))
-    for name in report.unused:
-        display.stderr().print(f"note: the dense model has no place for {name}; it is left out")
+    if report.unused:
+        display.stderr().print(display.left_out(report.unused))
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:

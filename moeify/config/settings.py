@@ -80,7 +80,7 @@ class MoEConfig(Presets):
     divide_loss_by_top_k: bool = False
     divide_loss_by_layers: bool = False
     z_loss: NotNegative = 0.0
-    attach_losses: bool = False
+    attach_losses: bool = True
     capacity_factor: Positive | None = None
     eval_capacity_factor: Positive | None = None
     min_capacity: Experts = 4

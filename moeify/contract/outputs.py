@@ -1,7 +1,9 @@
 """Router logits and the auxiliary loss, in the outputs of models that know no experts.
 
 As in transformers' own MoE models: `output_router_logits`, in the config or in a call, adds `router_logits` and
-`aux_loss` to the outputs, and `router_aux_loss_coef * aux_loss` to their loss.
+`aux_loss` to the outputs, and `router_aux_loss_coef * aux_loss` to their loss. Where nobody asks and the settings
+attach the losses, a model in training adds their gradients to its loss and leaves its value as it is: whatever a script
+does to the loss, such as dividing it by accumulation steps, is done to both.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from dataclasses import fields, make_dataclass
 from typing import Any, get_args, get_type_hints
 
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from moeify.errors import RefusedError
 from moeify.layers import MoELayer
-from moeify.routing.balance import weighted_sum
+from moeify.layers.moe import summed_losses
 
 ASK, COEFFICIENT = "output_router_logits", "router_aux_loss_coef"
 _ADDED = ("aux_loss", "router_logits")
@@ -30,11 +33,15 @@ class RouterOutputs:
 
     Attributes:
         wanted: Whether the current forward pass is to return router logits.
+        attaches: Whether its loss takes the gradients of the layers' losses.
+        leads: Whether the layers run for this model, and not for one around it.
+        share: The part of the step's tokens that this pass holds, where the loss is divided by all of them.
         kinds: Kinds of output, with those that have the new fields: a compiler does not trace how a class is made.
     """
 
     def __init__(self, returned: Iterable[type[ModelOutput]]) -> None:
-        self.wanted = False
+        self.wanted = self.attaches = self.leads = False
+        self.share: Tensor | float = 1.0
         self.kinds = {kind: with_router_outputs(kind) for kind in returned}
 
     @classmethod
@@ -52,38 +59,52 @@ class RouterOutputs:
         Raises:
             RefusedError: Router logits are asked for, and a router has none.
         """
+        given, asked = dict(kwargs), kwargs.get(ASK)
         if "forward" in vars(model):
-            self.wanted = False
-            return args, dict(kwargs)  # a tool put its own forward there (TRL): it asks the model inside
-        given = dict(kwargs)
-        asked = given.pop(ASK, None)
-        self.wanted = bool(getattr(_text_config(model), ASK, False) if asked is None else asked)
+            self.wanted = False  # a tool put its own forward there (TRL): it asks the model inside
+        else:
+            given.pop(ASK, None)
+            self.wanted = bool(getattr(_text_config(model), ASK, False) if asked is None else asked)
+        layers = _layers(model) if self.wanted or model.training else {}
         if self.wanted:
-            for path, layer in _layers(model).items():
-                if not layer.config.router.has_logits:
-                    word = layer.config.router.name
-                    raise RefusedError(f"{path}: the router {word!r} has no logits of tokens: leave out {ASK}")
-                layer.record = None  # of an earlier pass
+            _refuse_without_logits(layers)
+        self.leads = model.training and not any(layer.led for layer in layers.values())
+        self.attaches = self.leads and not self.wanted and _has_labels(given)
+        self.share = _share(model, given)
+        for layer in layers.values():
+            layer.led = layer.led or self.leads
+            if self.leads or self.wanted:
+                layer.defers_losses = self.wanted or self.attaches
         return args, given
 
     def add(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         """Add what the routers computed, and the loss of it."""
-        del args
-        if not self.wanted or not isinstance(output, ModelOutput):
-            return None  # it stays
-        ran = {layer: layer.record for layer in _layers(model).values() if layer.record is not None}
+        del args, kwargs
+        layers = _layers(model).values() if self.leads or self.wanted else ()
+        for layer in layers if self.leads else ():
+            layer.led = False
+        if self.wanted and isinstance(output, ModelOutput):
+            return self._with_router_outputs(model, output, layers)
+        if self.attaches and not any(layer.record is not None and layer.record.balanced for layer in layers):
+            return _with_gradients(output, layers, self.share)
+        return None  # it stays
+
+    def _with_router_outputs(self, model: nn.Module, output: ModelOutput, layers: Iterable[MoELayer]) -> ModelOutput:
         kind = type(output)
         if kind not in self.kinds:
             self.kinds[kind] = with_router_outputs(kind)
         made: Any = self.kinds[kind]()
         for name, value in output.items():
             made[name] = value
-        made.router_logits = tuple(record.routing.logits_TE for record in ran.values())
-        made.aux_loss = _aux_loss(ran)
-        attached = any(layer.config.attach_losses for layer in ran)
+        ran = [layer for layer in layers if layer.record is not None]
+        made.router_logits = tuple(layer.record.routing.logits_TE for layer in ran if layer.record is not None)
+        total = summed_losses(ran)
+        # For `router_aux_loss_coef` to multiply.
+        made.aux_loss = None if total is None else total / (ran[0].config.aux_loss or 1.0)
         loss = getattr(made, "loss", None)
-        if loss is not None and made.aux_loss is not None and not attached:
-            made.loss = loss + getattr(_text_config(model), COEFFICIENT) * made.aux_loss.to(loss.device)
+        if loss is not None and made.aux_loss is not None:
+            coefficient = getattr(_text_config(model), COEFFICIENT) * self.share
+            made.loss = loss + (coefficient * made.aux_loss).to(loss.device)
         return made
 
 
@@ -94,17 +115,44 @@ def with_router_outputs(kind: type[ModelOutput]) -> type[ModelOutput]:
     return make_dataclass(f"Moe{kind.__name__}", added, bases=(kind,)) if added else kind
 
 
-def _aux_loss(layers: Iterable[MoELayer]) -> Tensor | None:
-    """Return the losses of all layers, for `router_aux_loss_coef` to multiply; None where none is asked for."""
-    total: Tensor | None = None
-    for layer in layers:
-        loss = weighted_sum(layer.losses(), layer.config, layer.loss_share)
-        if loss is None:
-            continue
-        loss = loss / (layer.config.aux_loss or 1.0)
-        loss = loss.detach() if layer.config.attach_losses else loss
-        total = loss if total is None else total + loss.to(total.device)
-    return total
+def _with_gradients(output: Any, layers: Iterable[MoELayer], share: Tensor | float) -> Any:
+    """Let backward through the loss in an output add the gradients of the layers' losses."""
+    total = summed_losses(layer for layer in layers if layer.config.attach_losses)
+    loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+    if total is None or not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+        return None
+    silent = (total * share).to(loss.device)
+    loss = loss + (silent - silent.detach())
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    output.loss = loss
+    return output
+
+
+def _has_labels(given: Mapping[str, Any]) -> bool:
+    """Whether the model is called for a loss."""
+    names = (name for name, value in given.items() if value is not None and value is not False)
+    return any("label" in name or name in {"start_positions", "return_loss"} for name in names)
+
+
+def _share(model: Any, given: Mapping[str, Any]) -> Tensor | float:
+    """Return the part of `num_items_in_batch` that the labels of this pass are, counted as transformers' Trainer does."""
+    total, shifted, labels = (given.get(name) for name in ("num_items_in_batch", "shift_labels", "labels"))
+    if total is None or (shifted is None and not isinstance(labels, Tensor)):
+        return 1.0
+    if shifted is None:
+        causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+        shifted = labels[..., 1:] if causal and not model.config.is_encoder_decoder else labels
+    part: Tensor = shifted.ne(-100).sum() / total
+    return part
+
+
+def _refuse_without_logits(layers: Mapping[str, MoELayer]) -> None:
+    for path, layer in layers.items():
+        if not layer.config.router.has_logits:
+            word = layer.config.router.name
+            raise RefusedError(f"{path}: the router {word!r} has no logits of tokens: leave out {ASK}")
+        layer.record = None  # of an earlier pass
 
 
 def _layers(model: nn.Module) -> dict[str, MoELayer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from math import prod
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moeify.checkpoint.tensor_info import ITEMSIZE
+from moeify.contract.found import FoundLayer, find_layers
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.layout import stored_tensors
 from moeify.conversion.restructure import read
@@ -35,12 +36,36 @@ class Cost(NamedTuple):
 
 
 def dense_cost(dense: DenseCheckpoint) -> Cost:
-    """Count a dense checkpoint; no weight is read."""
+    """Count a checkpoint as it is; no weight is read."""
+    if layers := find_layers(dense.model):
+        return model_cost(dense.model, layers, dense.nbytes)
     parameters = sum(parameter.numel() for parameter in dense.model.parameters())
     found = [p for node in dense.graph_module.graph.nodes if (p := as_projection(node))]
     rows = [p.node.meta["val"].numel() // p.out_features for p in found]
     products = sum(n * p.in_features * p.out_features for n, p in zip(rows, found, strict=True))
     return Cost(parameters, parameters, dense.nbytes, 2 * products // max(rows, default=1))
+
+
+def model_cost(model: nn.Module, layers: Mapping[str, FoundLayer], nbytes: int) -> Cost:
+    """Count a model that has MoE layers, without tracing it: a token meets top_k of their experts.
+
+    Args:
+        model: With or without values.
+        layers: Its MoE layers.
+        nbytes: Bytes of the checkpoint's tensors.
+    """
+    met = {id(p): Fraction(layer.top_k or 1, layer.num_experts)
+           for layer in layers.values() for part in layer.experts for p in part.parameters()}  # fmt: skip
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    computing = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    matrices = [p for module in computing for name, p in module.named_parameters(recurse=False)
+                if p.dim() > 1 and "bias" not in name]  # fmt: skip
+    return Cost(
+        parameters=sum(sizes.values()),
+        active=int(sum(size * met.get(key, 1) for key, size in sizes.items())),
+        bytes=nbytes,
+        flops=2 * int(sum(p.numel() * met.get(id(p), 1) for p in matrices)),
+    )
 
 
 def moe_cost(dense: DenseCheckpoint, plan: Plan) -> Cost:

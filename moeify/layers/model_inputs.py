@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _NAMES = ("input_ids", "attention_mask")
 
@@ -86,14 +87,18 @@ def takes_tokens(module: nn.Module) -> bool:
     return all(name in parameters for name in _NAMES)
 
 
-def connect(model: nn.Module, layers: Mapping[str, Any]) -> None:
+def connect(model: nn.Module, layers: Mapping[str, Any]) -> list[RemovableHandle]:
     """Give layers the `ModelInputs` of the module around them.
 
     Args:
         model: The model.
         layers: Layers with `model_inputs`, by their paths in it.
+
+    Returns:
+        The hooks that do it.
     """
     owners: dict[str, ModelInputs] = {}
+    hooks: list[RemovableHandle] = []
     for path, layer in layers.items():
         owner = _owner(model, path)
         if owner is None:
@@ -101,9 +106,10 @@ def connect(model: nn.Module, layers: Mapping[str, Any]) -> None:
         if owner not in owners:
             module = model.get_submodule(owner)
             owners[owner] = ModelInputs(tuple(inspect.signature(module.forward).parameters))
-            module.register_forward_pre_hook(owners[owner], with_kwargs=True)
-            module.register_forward_hook(owners[owner].forget)
+            hooks.append(module.register_forward_pre_hook(owners[owner], with_kwargs=True))
+            hooks.append(module.register_forward_hook(owners[owner].forget))
         layer.model_inputs = owners[owner]
+    return hooks
 
 
 def _owner(model: nn.Module, path: str) -> str | None:

@@ -5,9 +5,13 @@ Shape legend: T tokens, H hidden size, E experts, K choices per token.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
+from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +27,11 @@ from moeify.routing.capacity import drop_overflow, exact_factor, expert_capacity
 from moeify.routing.losses import expert_counts
 from moeify.routing.record import Routing, RoutingContext
 
+UNBALANCED = (
+    "the experts are trained and nothing balances them: add moeify.aux_loss(model) to the loss, convert with "
+    "attach_losses=True, or with aux_loss=0 if that is meant"
+)
+
 
 @dataclass
 class ForwardRecord:
@@ -34,6 +43,8 @@ class ForwardRecord:
         sequences: B; the tokens are B sequences in a row.
         counts_E: Choices in this step so far, on all ranks; None unless the balancing loss asks for them.
         dropped: Number of dropped choices, () int64; None without a limit.
+        trained: Whether a gradient has come back to the router's weights.
+        balanced: Whether one has come to the losses, or is sure to.
     """
 
     routing: Routing
@@ -41,6 +52,8 @@ class ForwardRecord:
     sequences: int
     counts_E: Tensor | None = None
     dropped: Tensor | None = None
+    trained: bool = False
+    balanced: bool = False
 
 
 class MoELayer(nn.Module):
@@ -59,10 +72,15 @@ class MoELayer(nn.Module):
         capacity_factor: The limit in training, None for none; `set_capacity` changes it.
         eval_capacity_factor: The limit in evaluation, likewise.
         loss_share: Multiplies the coefficients of its losses: 1 / (number of layers) where the settings ask for it.
+        defers_losses: Whether whoever called the model takes care of the losses that the layer would attach.
+        led: Whether a model around the layer is running, and knows that.
         loss_scale: Multiplies the attached losses: what a script multiplies its own loss by before backward.
         counts_E: With a selection bias: tokens that chose each expert in training since the bias was last moved.
         record: What the last forward pass computed; None before the first, and not kept by pickle or deepcopy.
+        chooses: Whether tokens choose experts: otherwise there is nothing to record or to balance.
     """
+
+    chooses: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -82,6 +100,7 @@ class MoELayer(nn.Module):
         self.eval_capacity_factor: Fraction | None = None
         self.set_capacity(train=config.capacity_factor, evaluation=config.eval_capacity_factor)
         self.loss_share = self.loss_scale = 1.0
+        self.defers_losses = self.led = False
         self.model_inputs = ModelInputs()
         self.record: ForwardRecord | None = None
         # Not a buffer: DistributedDataParallel would overwrite every rank's counts with the first one's.
@@ -162,7 +181,7 @@ class SparseMoE(MoELayer):
         record = ForwardRecord(routing, mask_T, sequences, self._counts_of_step(routing, mask_T))
         if factor is not None and not self.config.router.keeps_capacity:
             routing, record.dropped = self._limit(routing, mask_T, factor)
-        if self.training and self.config.attach_losses:
+        if self.training and self.config.attach_losses and not self.defers_losses:
             routing = self._attach(routing, record)
         self._remember(record)
         sent = self.dispatcher.dispatch(x_TH, routing)
@@ -183,7 +202,7 @@ class SparseMoE(MoELayer):
         """Count choices on all ranks, and add those of the earlier micro-batches of the same optimizer step."""
         if not self.training or exporting():
             return None
-        if _in_backward() and self._step is not None:
+        if in_backward() and self._step is not None:
             return self._step[1]
         counts_E = step_counts(routing, self.config, mask_T=mask_T)
         if counts_E is None or torch.compiler.is_compiling():
@@ -198,16 +217,27 @@ class SparseMoE(MoELayer):
         loss = weighted_sum(self._losses(record), self.config, self.loss_share)
         if loss is None or not torch.is_grad_enabled():
             return routing
+        record.balanced = True
         return replace(routing, weights_TK=attach_loss(routing.weights_TK, loss * self.loss_scale))
 
     def _remember(self, record: ForwardRecord) -> None:
         """Keep what was computed, once: not while exporting, nor when activation checkpointing computes it again."""
-        if exporting() or _in_backward():
+        if exporting() or in_backward():
             return
+        if self.training and self.config.aux_loss and not torch.compiler.is_compiling():
+            self._watch_balance(record)
         self.record = record
         if self.training and self.config.router.updates_bias:
             counts_E = expert_counts(record.routing.expert_ids_TK, self.config.experts, mask_T=record.mask_T)
             self.counts_E = counts_E if self.counts_E is None else self.counts_E + counts_E
+
+    def _watch_balance(self, record: ForwardRecord) -> None:
+        """Say once when the last pass was trained and its losses were not."""
+        before, weights_TK = self.record, record.routing.weights_TK
+        if before is not None and before.trained and not before.balanced:
+            warnings.warn(UNBALANCED, stacklevel=2)
+        if weights_TK.requires_grad:
+            weights_TK.register_hook(partial(_mark_trained, ref(record)))
 
     def _refuse_nonfinite(self, routing: Routing, mask_T: Tensor | None) -> None:
         logits_TE = routing.logits_TE
@@ -221,6 +251,32 @@ class SparseMoE(MoELayer):
             )
 
 
-def _in_backward() -> bool:
+def summed_losses(layers: Iterable[MoELayer]) -> Tensor | None:
+    """Return the losses of the last forward pass times their coefficients, over all layers; None if there are none.
+
+    The layers learn when a gradient flows into it: they are balanced then.
+    """
+    records = [(layer, layer.record) for layer in layers if layer.record is not None]
+    terms = [weighted_sum(layer.losses(), layer.config, layer.loss_share) for layer, _ in records]
+    found = [term for term in terms if term is not None]
+    if not found:
+        return None
+    total = sum((term.to(found[0].device) for term in found[1:]), found[0])
+    if total.requires_grad and not torch.compiler.is_compiling():
+        total.register_hook(partial(_mark_balanced, [record for _, record in records]))
+    return total
+
+
+def _mark_balanced(records: Iterable[ForwardRecord], gradient: Tensor) -> None:
+    for record in records:
+        record.balanced = True
+
+
+def _mark_trained(record: ReferenceType[ForwardRecord], gradient: Tensor) -> None:
+    if (found := record()) is not None:
+        found.trained = True
+
+
+def in_backward() -> bool:
     """Whether the autograd engine is running on this thread: then a forward is the replay of an earlier one."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

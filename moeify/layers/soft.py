@@ -16,6 +16,8 @@ from moeify.routing.record import Routing
 class SoftMoE(MoELayer):
     """A soft mixture of experts in the place of a dense FFN: nothing is chosen, nothing dropped, nothing to balance."""
 
+    chooses = False
+
     def forward(self, x: Tensor, token_ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Map activations (B, L, H), or (L, H) of one sequence, to the same shape (see `ModelInputs.tokens`)."""
         x_BLH = x.reshape(-1, *x.shape[-2:])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from torch import fx, nn
 
 from moeify.config import MoEConfig
+from moeify.contract.found import FoundLayer, find_layers
 from moeify.errors import RefusedError
 from moeify.kernels.activations import ACTIVATIONS as KERNELS_KNOW
+from moeify.names import folded
 from moeify.passes.ffn import FFN, Inspection
 from moeify.passes.matching.activation import CUSTOM
 from moeify.passes.matching.projection import Projection
@@ -17,6 +19,8 @@ from moeify.passes.matching.region import region_parameters, short_names
 from moeify.plan import Plan, Rows, Site
 from moeify.planning.placement import Placement, Placer
 from moeify.planning.selection import is_pattern, select_layers
+
+_REASONS = 3  # in the message that nothing was found
 
 
 def make_plan(
@@ -44,7 +48,7 @@ def make_plan(
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
     if not inspection.ffns:
-        raise RefusedError(_nothing_found(model_type, inspection))
+        raise RefusedError(_is_moe(model_type, find_layers(model)) or _nothing_found(model_type, inspection))
     chosen = select_ffns(layers, inspection.ffns)
     return Plan(model_type, config, plan_sites(model, graph_module, chosen, config, in_place=in_place))
 
@@ -87,13 +91,22 @@ def select_ffns(spec: str, ffns: Sequence[FFN]) -> list[FFN]:
     return [offered[i] for i in select_layers(spec, [ffn.name for ffn in offered])]
 
 
+def _is_moe(model_type: str, layers: Mapping[str, FoundLayer]) -> str | None:
+    """Say that a model is an MoE already, if it is."""
+    for layer in layers.values():
+        what = f"{len(layers)} MoE layers ({folded(layers)}), {layer.num_experts} experts each"
+        return f"{model_type} is an MoE already: {what}: convert the dense model that it was made from"
+    return None
+
+
 def _nothing_found(model_type: str, inspection: Inspection) -> str:
-    reasons: dict[str, list[str]] = {}
-    for refusal in inspection.refused:
-        reasons.setdefault(refusal.reason, []).append(refusal.name)
-    looked = "; ".join(f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {reason}"
-                       for reason, names in reasons.items())  # fmt: skip
-    return f"no dense FFN was found in {model_type}: " + (looked or "it projects no activation by a parameter")
+    reasons = inspection.reasons()
+    looked = [f"{folded(names)}: {reason}" for reason, names in list(reasons.items())[:_REASONS]]
+    if len(reasons) > _REASONS:
+        looked.append(f"and {len(reasons) - _REASONS} more reasons, which moeify inspect lists")
+    return f"no dense FFN was found in {model_type}: " + (
+        "; ".join(looked) or "it projects no activation by a parameter"
+    )
 
 
 def _site(ffn: FFN, place: Placement) -> Site:

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from moeify.errors import MoeifyError
 from moeify.layers import MoELayer
 from moeify.routers.base import RouterModule
-from moeify.training.layers_of import layers_of
+from moeify.training.layers_of import own_layers
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def update_selection_bias(model: nn.Module, group: dist.ProcessGroup | None = No
     Call it once after each optimizer step, however many micro-batches were accumulated; all ranks must call it.
 
     Args:
-        model: A converted model; nothing happens if no router has a selection bias.
+        model: A model with MoE layers; nothing happens if no router of moeify has a selection bias.
         group: The data-parallel ranks; None for all ranks.
     """
     layers = _biased(model)
@@ -67,4 +67,4 @@ def attach_bias_update(model: nn.Module, optimizer: Optimizer) -> RemovableHandl
 
 
 def _biased(model: nn.Module) -> list[MoELayer]:
-    return [layer for layer in layers_of(model).values() if layer.config.router.updates_bias]
+    return [layer for layer in own_layers(model).values() if layer.config.router.updates_bias]

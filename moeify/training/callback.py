@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, cast
 
 from transformers import TrainerCallback
 
+from moeify.contract.track import Tracking
 from moeify.training.bias import update_selection_bias
+from moeify.training.layers_of import track_routing
 from moeify.training.losses import scale_attached_losses
 from moeify.training.stats import LayerStats, routing_stats
 
@@ -34,10 +36,20 @@ class RoutingCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, *, layers: bool = False) -> None:
         self.trainer, self.layers = trainer, layers
+        self._tracking: Tracking | None = None
 
     @property
     def _model(self) -> nn.Module:
         return cast("nn.Module", self.trainer.model)
+
+    def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        """Look at the layers of transformers from the first step on."""
+        self._tracking = track_routing(self._model)
+
+    def on_train_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
+        """Leave the model as it was."""
+        if self._tracking is not None:
+            self._tracking.remove()
 
     def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
         """Scale attached losses as the trainer scales its loss; the last step of an epoch may have fewer batches."""

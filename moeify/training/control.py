@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from moeify.errors import ConfigError
+from moeify.contract.track import track
+from moeify.errors import ConfigError, RefusedError
 from moeify.training.layers_of import layers_of
 
 ModelPart = Literal["experts", "routers", "moe", "dense", "non_moe"]
@@ -17,19 +18,25 @@ def set_capacity(model: nn.Module, factor: float | None, *, when: Literal["eval"
     """Change the capacity factor of every layer.
 
     Args:
-        model: A converted model.
+        model: Any model with MoE layers. In transformers' own, the weights of dropped choices become zero.
         factor: The factor; None for no limit (for expert choice: that of its settings).
         when: The mode that it applies to.
 
     Raises:
         ConfigError: The factor is not a positive finite number, or `when` is unknown.
+        RefusedError: A layer of transformers' has a capacity of its own, or hides its choices from its experts.
     """
     if when not in {"eval", "train", "always"}:
         raise ConfigError(f"when is {when!r}: expected 'eval', 'train' or 'always'")
-    for layer in layers_of(model).values():
-        layer.set_capacity(
-            train=layer.capacity_factor if when == "eval" else factor,
-            evaluation=layer.eval_capacity_factor if when == "train" else factor,
+    for obstacle in (layer.capacity_obstacle for layer in layers_of(model).values()):
+        if obstacle is not None:
+            raise RefusedError(obstacle)
+    track(model)
+    for state in (layer.state for layer in layers_of(model).values()):
+        assert state is not None  # it is tracked
+        state.set_capacity(
+            train=state.capacity_factor if when == "eval" else factor,
+            evaluation=state.eval_capacity_factor if when == "train" else factor,
         )
 
 
@@ -37,7 +44,7 @@ def freeze(model: nn.Module, what: ModelPart) -> None:
     """Stop training a part of a model; `model.requires_grad_(True)` trains everything again.
 
     Args:
-        model: A converted model.
+        model: Any model with MoE layers.
         what: "experts"; "routers"; "moe", both of them; "dense", everything but the experts; "non_moe", everything
             outside the MoE layers, so that only these are trained.
 
@@ -71,7 +78,7 @@ def param_groups(
     Example: `AdamW(moeify.param_groups(model, routers={"lr": 1e-3, "weight_decay": 0.0}), lr=1e-4)`.
 
     Args:
-        model: A converted model.
+        model: Any model with MoE layers.
         routers: Options of the routers' group, such as lr and weight_decay; the optimizer's defaults fill the rest.
         experts: Options of the experts' group.
         rest: Options of the group of everything else.
@@ -92,9 +99,8 @@ def _divide(model: nn.Module) -> dict[str, list[Tensor]]:
     """Return every parameter once: those of the routers, of the experts, and the rest."""
     kinds: dict[int, str] = {}
     for layer in layers_of(model).values():
-        kinds |= {id(p): "routers" for p in layer.router.parameters()}
-        for stack in (layer.experts, layer.shared_expert):
-            kinds |= {} if stack is None else {id(p): "experts" for p in stack.parameters()}
+        for part in ("routers", "experts"):
+            kinds |= {id(parameter): part for parameter in layer.part(part)}
     divided: dict[str, list[Tensor]] = {"routers": [], "experts": [], "rest": []}
     for parameter in model.parameters():
         divided[kinds.get(id(parameter), "rest")].append(parameter)

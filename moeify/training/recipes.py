@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moeify.contract.found import FoundLayer
+from moeify.errors import RefusedError
 from moeify.layers import Experts
 from moeify.training.control import ModelPart, freeze
 from moeify.training.layers_of import layers_of
@@ -59,12 +61,24 @@ class FineTuning:
         return cls(frozen="moe")
 
     def prepare(self, model: nn.Module) -> None:
-        """Set the experts' dropout and freeze; rates, batches and the other dropout are up to the script."""
-        for module in (module for layer in layers_of(model).values() for module in layer.modules()):
-            if isinstance(module, Experts) and self.expert_dropout is not None:
-                module.dropout = self.expert_dropout
+        """Set the experts' dropout and freeze; rates, batches and the other dropout are up to the script.
+
+        Raises:
+            RefusedError: The experts are transformers' own, which have no dropout.
+        """
+        if self.expert_dropout is not None:
+            for layer in layers_of(model).values():
+                _set_dropout(layer, self.expert_dropout)
         if self.frozen is not None:
             freeze(model, self.frozen)
+
+
+def _set_dropout(layer: FoundLayer, dropout: float) -> None:
+    experts = [inner for part in layer.experts for inner in part.modules() if isinstance(inner, Experts)]
+    if not experts:
+        raise RefusedError(f"the experts of {layer.path} have no dropout: use a recipe whose expert_dropout is None")
+    for inner in (*experts, *(shared for shared in layer.shared if isinstance(shared, Experts))):
+        inner.dropout = dropout
 
 
 @dataclass(frozen=True)

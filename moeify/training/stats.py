@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from moeify.contract.found import FoundLayer
 from moeify.errors import MoeifyError
-from moeify.layers import MoELayer
 from moeify.layers.moe import ForwardRecord
 from moeify.routing.losses import expert_counts
-from moeify.training.layers_of import layers_of
+from moeify.training.layers_of import ran_layers
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,21 @@ class LayerStats:
 def routing_stats(model: nn.Module) -> dict[str, LayerStats]:
     """Return what each MoE layer did in the last forward pass, by the layer's path; waits for the device.
 
+    transformers' own layers are seen from the first call on, or from `moeify.track_routing(model)` on.
+
     Raises:
         MoeifyError: No layer has run, or a layer's router logits hold a NaN; the layer is named.
     """
-    layers = layers_of(model)
-    stats = {path: _stats(path, layer, layer.record) for path, layer in layers.items() if layer.record is not None}
-    if not stats:
-        raise MoeifyError("no MoE layer has run yet: call the model before routing_stats")
-    return stats
+    layers = ran_layers(model, "routing_stats")
+    return {path: _stats(layer, layer.record) for path, layer in layers.items() if layer.record is not None}
 
 
-def _stats(path: str, layer: MoELayer, record: ForwardRecord) -> LayerStats:
+def _stats(layer: FoundLayer, record: ForwardRecord) -> LayerStats:
     scores_TE, ids_TK, mask_T = record.routing.scores_TE, record.routing.expert_ids_TK, record.mask_T
-    counts = expert_counts(ids_TK, layer.config.experts, mask_T=mask_T).tolist()
+    counts = expert_counts(ids_TK, scores_TE.shape[-1], mask_T=mask_T).tolist()
     entropy = _mean_entropy(scores_TE if mask_T is None else scores_TE[mask_T])
     if entropy != entropy:
-        raise MoeifyError(f"{path}: its router logits hold a NaN; look for what made its input or its weight NaN")
+        raise MoeifyError(f"{layer.path}: its router logits hold a NaN; look for what made its input or its weight NaN")
     return LayerStats(
         tokens=scores_TE.shape[0] if mask_T is None else int(mask_T.sum()),
         choices=sum(counts),

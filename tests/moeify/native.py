@@ -1,0 +1,83 @@
+"""Tiny random MoE models of transformers' own, with sizes that are multiples of nothing, and what they are called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+tf: Any = transformers
+EXPERTS, TOP_K, VOCABULARY = 6, 2, 101
+_TEXT = {"vocab_size": VOCABULARY, "hidden_size": 36, "intermediate_size": 57, "num_hidden_layers": 3,
+         "num_attention_heads": 3, "num_key_value_heads": 1, "num_experts_per_tok": TOP_K, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+_E = {"num_experts": EXPERTS}
+_LOCAL = {"num_local_experts": EXPERTS}
+_SMALL = {"moe_intermediate_size": 23}
+_GROUPS = {"n_group": 2, "topk_group": 1, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1,
+           **_SMALL}  # fmt: skip
+_MLA = {"kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 4, "v_head_dim": 12, "qk_nope_head_dim": 8,
+        "num_key_value_heads": 3}  # fmt: skip
+_T5 = {"d_model": 36, "d_ff": 57, "d_kv": 12, "num_heads": 3, "num_layers": 4, "num_decoder_layers": 2, **_E,
+       "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 1, "vocab_size": VOCABULARY}  # fmt: skip
+_NLLB = {"vocab_size": VOCABULARY, "d_model": 36, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 57,
+         "decoder_ffn_dim": 57, "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_sparse_step": 2,
+         "decoder_sparse_step": 2, "pad_token_id": 0, **_E}  # fmt: skip
+_DBRX = {"d_model": 36, "n_heads": 3, "n_layers": 2, "max_seq_len": 64, "vocab_size": VOCABULARY,
+         "attn_config": {"kv_n_heads": 1, "rope_theta": 1e4, "clip_qkv": 8},
+         "ffn_config": {"ffn_hidden_size": 57, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K,
+                        "hidden_size": 36}}  # fmt: skip
+
+
+def _causal(name: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        config = getattr(tf, f"{name}Config", None) or getattr(tf, f"{name}TextConfig")
+        model: nn.Module = getattr(tf, f"{name}ForCausalLM")(config(**{**_TEXT, **settings}))
+        return model
+
+    return build
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mixtral": _causal("Mixtral", **_LOCAL),
+    "qwen2_moe": _causal("Qwen2Moe", **_E, **_SMALL, shared_expert_intermediate_size=31),
+    "qwen3_moe": _causal("Qwen3Moe", **_E, **_SMALL, head_dim=12, mlp_only_layers=[1]),
+    "olmoe": _causal("Olmoe", **_E),
+    "deepseek_v2": _causal("DeepseekV2", **{**_GROUPS, **_MLA}, topk_method="greedy"),
+    "deepseek_v3": _causal("DeepseekV3", **{**_GROUPS, **_MLA}),
+    "gpt_oss": _causal("GptOss", **_LOCAL, head_dim=12),
+    "llama4": lambda: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(**_TEXT, **_LOCAL, head_dim=12, intermediate_size_mlp=57)
+    ),
+    "granitemoe": _causal("GraniteMoe", **_LOCAL),
+    "granitemoeshared": _causal("GraniteMoeShared", **_LOCAL, shared_intermediate_size=31),
+    "ernie4_5_moe": _causal("Ernie4_5_Moe", moe_num_experts=EXPERTS, moe_k=TOP_K, **_SMALL),
+    "glm4_moe": _causal("Glm4Moe", **_GROUPS, head_dim=12),
+    "phimoe": _causal("Phimoe", **_LOCAL),
+    "jamba": _causal("Jamba", **_E, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
+    "dbrx": lambda: tf.DbrxForCausalLM(tf.DbrxConfig(**_DBRX)),
+    "jetmoe": _causal("JetMoe", **_LOCAL, kv_channels=12),
+    "switch": lambda: tf.SwitchTransformersForConditionalGeneration(tf.SwitchTransformersConfig(**_T5)),
+    "nllb": lambda: tf.NllbMoeForConditionalGeneration(tf.NllbMoeConfig(**_NLLB)),
+}
+
+
+def build(name: str, seed: int = 0) -> Any:
+    """A model whose routing is undecided nowhere and even nowhere."""
+    torch.manual_seed(seed)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.15)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the default wants whole 16 bytes
+    return model
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    """Two sequences without padding."""
+    ids = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if name in {"switch", "nllb"} else {"input_ids": ids}
