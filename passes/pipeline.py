@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -21,12 +21,10 @@ def conversion(plan: Plan, *, return_losses: bool = False) -> Pipeline:
         plan: What to replace.
         return_losses: Whether the graph returns the losses beside its result.
     """
-    return Pipeline(
-        (
-            InsertMoE(plan),
-            *((InsertLosses(),) if return_losses and not plan.config.attach_losses else ()),
-        )
-    )
+    if not return_losses:
+        return Pipeline((InsertMoE(plan),))
+    given = replace(plan, config=replace(plan.config, attach_losses=False))  # not to be counted twice
+    return Pipeline((InsertMoE(given), InsertLosses()))
 
 
 @dataclass(frozen=True)

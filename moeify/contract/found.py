@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moeify.contract.watch import Watch, choice_names
 from moeify.layers import MoELayer
-from moeify.layers.moe import ForwardRecord
+from moeify.layers.forward_record import ForwardRecord
 
 _ROUTERS = ("router", "gate")
 _TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_top_k")

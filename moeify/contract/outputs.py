@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from moeify.errors import RefusedError
 from moeify.layers import MoELayer
-from moeify.layers.moe import summed_losses
+from moeify.layers.forward_record import summed_losses
 
 ASK, COEFFICIENT = "output_router_logits", "router_aux_loss_coef"
 _ADDED = ("aux_loss", "router_logits")
@@ -51,7 +51,7 @@ class RouterOutputs:
             return
         hooks = cls(_returned(model))
         model.register_forward_pre_hook(hooks, with_kwargs=True)
-        model.register_forward_hook(hooks.add, with_kwargs=True)
+        model.register_forward_hook(hooks.add, with_kwargs=True, always_call=True)
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Take the request out of the arguments, which the model does not know.
@@ -78,7 +78,7 @@ class RouterOutputs:
         return args, given
 
     def add(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
-        """Add what the routers computed, and the loss of it."""
+        """Add what the routers computed, and the loss of it; None is the output of a model that failed."""
         del args, kwargs
         layers = _layers(model).values() if self.leads or self.wanted else ()
         for layer in layers if self.leads else ():
@@ -89,7 +89,7 @@ class RouterOutputs:
             return _with_gradients(output, layers, self.share)
         return None  # it stays
 
-    def _with_router_outputs(self, model: nn.Module, output: ModelOutput, layers: Iterable[MoELayer]) -> ModelOutput:
+    def _with_router_outputs(self, model: nn.Module, output: ModelOutput, layers: Iterable[MoELayer]) -> Any:
         kind = type(output)
         if kind not in self.kinds:
             self.kinds[kind] = with_router_outputs(kind)
@@ -136,15 +136,12 @@ def _has_labels(given: Mapping[str, Any]) -> bool:
 
 
 def _share(model: Any, given: Mapping[str, Any]) -> Tensor | float:
-    """Return the part of `num_items_in_batch` that the labels of this pass are, counted as transformers' Trainer does."""
+    """Return the part of `num_items_in_batch` that the labels of this pass are, counted as the Trainer does."""
     total, shifted, labels = (given.get(name) for name in ("num_items_in_batch", "shift_labels", "labels"))
-    if total is None or (shifted is None and not isinstance(labels, Tensor)):
-        return 1.0
-    if shifted is None:
-        causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+    causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+    if shifted is None and isinstance(labels, Tensor):
         shifted = labels[..., 1:] if causal and not model.config.is_encoder_decoder else labels
-    part: Tensor = shifted.ne(-100).sum() / total
-    return part
+    return 1.0 if total is None or shifted is None else shifted.ne(-100).sum() / total
 
 
 def _refuse_without_logits(layers: Mapping[str, MoELayer]) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moeify.contract.scores import scores_of, scoring_of
+from moeify.layers.forward_record import ForwardRecord
 from moeify.layers.model_inputs import ModelInputs, exporting
-from moeify.layers.moe import ForwardRecord, in_backward
+from moeify.layers.moe import in_backward
 from moeify.routing.capacity import drop_overflow, exact_factor, expert_capacity
 from moeify.routing.losses import load_balancing_loss, z_loss
 from moeify.routing.record import Routing

@@ -5,13 +5,9 @@ Shape legend: T tokens, H hidden size, E experts, K choices per token.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from typing import Any, ClassVar
-from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +15,7 @@ from torch import Tensor, nn
 
 from moeify.errors import MoeifyError
 from moeify.layers.dispatch import Dispatcher, LocalDispatcher
+from moeify.layers.forward_record import ForwardRecord
 from moeify.layers.model_inputs import ModelInputs, exporting
 from moeify.routers.base import RouterModule
 from moeify.routing.attach_loss import attach_loss
@@ -26,34 +23,6 @@ from moeify.routing.balance import layer_losses, step_counts, weighted_sum
 from moeify.routing.capacity import drop_overflow, exact_factor, expert_capacity
 from moeify.routing.losses import expert_counts
 from moeify.routing.record import Routing, RoutingContext
-
-UNBALANCED = (
-    "the experts are trained and nothing balances them: add moeify.aux_loss(model) to the loss, convert with "
-    "attach_losses=True, or with aux_loss=0 if that is meant"
-)
-
-
-@dataclass
-class ForwardRecord:
-    """What a layer computed in a forward pass.
-
-    Attributes:
-        routing: The router's choice, before capacity.
-        mask_T: (T,) bool, False for padding; None when all tokens are real.
-        sequences: B; the tokens are B sequences in a row.
-        counts_E: Choices in this step so far, on all ranks; None unless the balancing loss asks for them.
-        dropped: Number of dropped choices, () int64; None without a limit.
-        trained: Whether a gradient has come back to the router's weights.
-        balanced: Whether one has come to the losses, or is sure to.
-    """
-
-    routing: Routing
-    mask_T: Tensor | None
-    sequences: int
-    counts_E: Tensor | None = None
-    dropped: Tensor | None = None
-    trained: bool = False
-    balanced: bool = False
 
 
 class MoELayer(nn.Module):
@@ -224,20 +193,12 @@ class SparseMoE(MoELayer):
         """Keep what was computed, once: not while exporting, nor when activation checkpointing computes it again."""
         if exporting() or in_backward():
             return
-        if self.training and self.config.aux_loss and not torch.compiler.is_compiling():
-            self._watch_balance(record)
+        if self.training and self.config.aux_loss and any(p.requires_grad for p in self.router.parameters()):
+            record.follow(self.record)
         self.record = record
         if self.training and self.config.router.updates_bias:
             counts_E = expert_counts(record.routing.expert_ids_TK, self.config.experts, mask_T=record.mask_T)
             self.counts_E = counts_E if self.counts_E is None else self.counts_E + counts_E
-
-    def _watch_balance(self, record: ForwardRecord) -> None:
-        """Say once when the last pass was trained and its losses were not."""
-        before, weights_TK = self.record, record.routing.weights_TK
-        if before is not None and before.trained and not before.balanced:
-            warnings.warn(UNBALANCED, stacklevel=2)
-        if weights_TK.requires_grad:
-            weights_TK.register_hook(partial(_mark_trained, ref(record)))
 
     def _refuse_nonfinite(self, routing: Routing, mask_T: Tensor | None) -> None:
         logits_TE = routing.logits_TE
@@ -249,32 +210,6 @@ class SparseMoE(MoELayer):
                 f"{self.path or 'an MoE layer'}: {int(wrong_TE.any(-1).sum())} of {len(wrong_TE)} tokens have a router "
                 "logit that is NaN or infinite; look for what made the activations or the router's weight so"
             )
-
-
-def summed_losses(layers: Iterable[MoELayer]) -> Tensor | None:
-    """Return the losses of the last forward pass times their coefficients, over all layers; None if there are none.
-
-    The layers learn when a gradient flows into it: they are balanced then.
-    """
-    records = [(layer, layer.record) for layer in layers if layer.record is not None]
-    terms = [weighted_sum(layer.losses(), layer.config, layer.loss_share) for layer, _ in records]
-    found = [term for term in terms if term is not None]
-    if not found:
-        return None
-    total = sum((term.to(found[0].device) for term in found[1:]), found[0])
-    if total.requires_grad and not torch.compiler.is_compiling():
-        total.register_hook(partial(_mark_balanced, [record for _, record in records]))
-    return total
-
-
-def _mark_balanced(records: Iterable[ForwardRecord], gradient: Tensor) -> None:
-    for record in records:
-        record.balanced = True
-
-
-def _mark_trained(record: ReferenceType[ForwardRecord], gradient: Tensor) -> None:
-    if (found := record()) is not None:
-        found.trained = True
 
 
 def in_backward() -> bool:

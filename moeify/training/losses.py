@@ -16,7 +16,7 @@ from moeify.contract.outputs import ASK, COEFFICIENT, RouterOutputs
 from moeify.contract.watch import stock_losses
 from moeify.errors import ConfigError, MoeifyError
 from moeify.layers import MoELayer
-from moeify.layers.moe import ForwardRecord, summed_losses
+from moeify.layers.forward_record import ForwardRecord, summed_losses
 from moeify.training.layers_of import layers_of, own_layers, ran_layers
 
 

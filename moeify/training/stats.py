@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moeify.contract.found import FoundLayer
 from moeify.errors import MoeifyError
-from moeify.layers.moe import ForwardRecord
+from moeify.layers.forward_record import ForwardRecord
 from moeify.routing.losses import expert_counts
 from moeify.training.layers_of import ran_layers
 

@@ -128,7 +128,7 @@ def test_padding_alone_gives_zero_losses() -> None:
 
 
 def test_attached_losses_give_the_gradients_of_losses_that_are_added() -> None:
-    config = MoEConfig(5, 2, aux_loss=0.3, z_loss=0.2, capacity_factor=1.0)
+    config = MoEConfig(5, 2, aux_loss=0.3, z_loss=0.2, capacity_factor=1.0, attach_losses=False)
     x = make.inputs(3, 7)
     added, attached = make.layer(config), make.layer(replace(config, attach_losses=True))
     expected = gradients(added, call(added, x))
@@ -215,11 +215,11 @@ def test_expert_dropout_is_for_training_only() -> None:
 
 def test_repr_says_what_is_set() -> None:
     config = MoEConfig(5, 2, aux_loss=0.25, z_loss=0.5, capacity_factor=1.5, eval_capacity_factor=2.0)
-    layer = make.layer(config)
+    layer = make.layer(replace(config, attach_losses=False))
     assert layer.extra_repr() == "capacity_factor=1.5, eval_capacity_factor=2.0"
     layer.set_capacity(train=None, evaluation=None)
     assert layer.extra_repr() == ""
-    layer = make.layer(replace(config, attach_losses=True))
+    layer = make.layer(config)
     layer.dropout = 0.125
     layer.set_capacity(train=0.75, evaluation=None)
     assert layer.extra_repr() == "dropout=0.125, aux_loss=0.25, z_loss=0.5, capacity_factor=0.75"
@@ -270,7 +270,7 @@ def test_the_global_level_counts_the_micro_batches_of_a_step_and_no_others() -> 
 def test_the_share_of_a_layer_scales_its_attached_losses() -> None:
     gradients = []
     for share in (1.0, 0.25):
-        layer = make.layer(MoEConfig(5, 2, attach_losses=True)).train()
+        layer = make.layer(MoEConfig(5, 2)).train()
         layer.loss_share = share
         torch.autograd.backward((call(layer, make.inputs(2, 7)) * 0).sum())
         gradients.append(layer.router.weight.grad)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,8 @@ from moeify.layers import SparseMoE
 from tests.moeify import tiny
 
 IDS = torch.arange(60).reshape(4, 15) % tiny.VOCABULARY
-CONFIG = MoEConfig(5, 2, aux_loss=0.3, z_loss=0.02)
+CONFIG = MoEConfig(5, 2, aux_loss=0.3, z_loss=0.02, attach_losses=False)
+ATTACHED = replace(CONFIG, attach_losses=True)
 
 
 def model_with(config: MoEConfig) -> Any:
@@ -60,8 +62,10 @@ def test_it_follows_the_last_forward_pass() -> None:
 
 def test_an_untouched_script_with_attached_losses_gets_the_gradients_of_one_that_adds_them() -> None:
     added = model_with(CONFIG)
-    expected = gradients(added, own_loss(added) + moeify.aux_loss(added))
-    attached = model_with(MoEConfig(**{**CONFIG.to_dict(), "attach_losses": True}))
+    loss = own_loss(added)
+    expected = gradients(added, loss + moeify.aux_loss(added))
+    attached = model_with(ATTACHED)
+    assert own_loss(attached).equal(loss)  # the value stays what a script logs
     assert_same(gradients(attached, own_loss(attached)), expected)
     value = moeify.aux_loss(attached)
     assert value > 0 and not value.requires_grad  # adding it too does no harm
@@ -85,31 +89,40 @@ def test_reentrant_checkpointing_loses_the_gradient_and_says_so() -> None:
         assert moeify.aux_loss(model) > 0  # a value to log needs none
 
 
-def test_accumulated_micro_batches_with_attached_losses() -> None:
+def without_labels(model: Any, ids: Tensor) -> Tensor:
+    """The loss of a script that computes its own."""
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("own", [own_loss, without_labels])
+def test_accumulated_micro_batches_with_attached_losses(own: Callable[[Any, Tensor], Tensor]) -> None:
     added = model_with(CONFIG)
     expected: dict[str, Tensor] = {}
     for half in (IDS[:2], IDS[2:]):
-        for name, gradient in gradients(added, (own_loss(added, half) + moeify.aux_loss(added)) / 2).items():
+        for name, gradient in gradients(added, (own(added, half) + moeify.aux_loss(added)) / 2).items():
             expected[name] = expected.get(name, torch.zeros(())) + gradient
-    attached = model_with(MoEConfig(**{**CONFIG.to_dict(), "attach_losses": True}))
-    moeify.scale_attached_losses(attached, 1 / 2)
+    attached = model_with(ATTACHED)
+    moeify.scale_attached_losses(attached, 1 / 2)  # the model's own loss, which is scaled anyway, does not look at it
     for half in (IDS[:2], IDS[2:]):
-        torch.autograd.backward(own_loss(attached, half) / 2)
+        torch.autograd.backward(own(attached, half) / 2)
     assert_same({name: p.grad for name, p in attached.named_parameters() if p.grad is not None}, expected)
 
 
-def test_a_gradient_scaler_in_mixed_precision() -> None:
-    model = model_with(MoEConfig(**{**CONFIG.to_dict(), "attach_losses": True}))
+@pytest.mark.parametrize("own", [own_loss, without_labels])
+def test_a_gradient_scaler_in_mixed_precision(own: Callable[[Any, Tensor], Tensor]) -> None:
+    model = model_with(ATTACHED)
     with torch.autocast("cpu", torch.bfloat16):
-        expected = gradients(model, own_loss(model))
+        expected = gradients(model, own(model, IDS))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.zeros(()))
     moeify.scale_attached_losses(model, scaler.get_scale())
     with torch.autocast("cpu", torch.bfloat16):
-        scaled = gradients(model, scaler.scale(own_loss(model)))
+        scaled = gradients(model, scaler.scale(own(model, IDS)))
     assert_same({name: g / 1024 for name, g in scaled.items()}, expected)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it from users
 def test_a_compiled_model_trains_the_same() -> None:
     model = model_with(CONFIG)
     expected = gradients(model, own_loss(model) + moeify.aux_loss(model))
@@ -133,3 +146,34 @@ def test_the_mean_over_layers() -> None:
     layers = sum(isinstance(module, SparseMoE) for module in divided.modules())
     assert layers > 1
     torch.testing.assert_close(moeify.aux_loss(divided), moeify.aux_loss(summed) / layers)
+
+
+def test_experts_that_nothing_balances_are_told_of_once() -> None:
+    model = model_with(CONFIG)
+    with pytest.warns(UserWarning, match="nothing balances them: add moeify.aux_loss") as told:
+        for _ in range(2):
+            torch.autograd.backward(own_loss(model))
+    assert len({str(each.message) for each in told}) == 1
+
+
+@pytest.mark.parametrize("script", ["adds", "attached", "of its own", "frozen", "no gradients", "without balance"])
+@pytest.mark.filterwarnings("error")
+def test_nobody_is_told_without_need(script: str) -> None:
+    settings = {"attached": ATTACHED, "of its own": ATTACHED, "without balance": replace(CONFIG, aux_loss=0.0)}
+    model = model_with(settings.get(script, CONFIG))
+    if script == "frozen":
+        moeify.freeze(model, "moe")
+    for _ in range(3):
+        with torch.set_grad_enabled(script != "no gradients"):
+            loss = without_labels(model, IDS) if script == "of its own" else own_loss(model)
+            loss = loss + moeify.aux_loss(model) if script == "adds" else loss
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+            model.zero_grad()
+
+
+def test_a_loss_that_the_script_leaves_aside_balances_nothing() -> None:
+    model = model_with(ATTACHED)
+    with pytest.warns(UserWarning, match="nothing balances them"):
+        for _ in range(2):
+            torch.autograd.backward(model(input_ids=IDS, labels=IDS).logits.square().mean())
