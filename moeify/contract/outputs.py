@@ -70,7 +70,7 @@ class RouterOutputs:
             _refuse_without_logits(layers)
         self.leads = model.training and not any(layer.led for layer in layers.values())
         self.attaches = self.leads and not self.wanted and _has_labels(given)
-        self.share = _share(model, given)
+        self.share = share_of_step(model, given)
         for layer in layers.values():
             layer.led = layer.led or self.leads
             if self.leads or self.wanted:
@@ -135,7 +135,7 @@ def _has_labels(given: Mapping[str, Any]) -> bool:
     return any("label" in name or name in {"start_positions", "return_loss"} for name in names)
 
 
-def _share(model: Any, given: Mapping[str, Any]) -> Tensor | float:
+def share_of_step(model: Any, given: Mapping[str, Any]) -> Tensor | float:
     """Return the part of `num_items_in_batch` that the labels of this pass are, counted as the Trainer does."""
     total, shifted, labels = (given.get(name) for name in ("num_items_in_batch", "shift_labels", "labels"))
     causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
