@@ -125,9 +125,7 @@ def flops_per_token(model: Any) -> int:
 
 
 def update(model: nn.Module, optimizer: Optimizer, loss: Tensor) -> None:
-    """Make one step of training; the losses of MoE layers, where there are any, are added."""
-    if any(isinstance(module, MoELayer) for module in model.modules()):
-        loss = loss + moeify.aux_loss(model)
+    """Make one step of training; backward adds the gradients of the losses of MoE layers, where there are any."""
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import moeify
 from examples import small_lm as lm
-from moeify.layers import MoELayer
 
 HERE = Path(__file__).parent
 CONFIG = moeify.MoEConfig(experts=8, top_k=2, aux_loss=0.01)
@@ -92,8 +91,6 @@ def fit(model: Any, draw: Callable[[], list[tuple[str, str]]], count: int, held_
         ids, answers = windows([example for _ in range(4) for example in draw()])
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         loss = nn.functional.cross_entropy(logits[answers[:, 1:]], ids[:, 1:][answers[:, 1:]])
-        if any(isinstance(m, MoELayer) for m in model.modules()):
-            loss = loss + moeify.aux_loss(model)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
