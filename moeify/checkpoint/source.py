@@ -33,6 +33,7 @@ from moeify.files.reading import exists, is_file, is_folder, list_folder, read_b
 if TYPE_CHECKING:
     import torch
 
+_ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -177,6 +178,11 @@ def _find_pickles(folder: Path, ggufs: Sequence[Path], allow_pickle: bool) -> di
         names = ", ".join(file.name for file in ggufs)
         raise CheckpointError(f"{folder} holds {len(ggufs)} GGUF files: give the path of one of {names}")
     shards = find_shards(folder, PICKLE)
+    if shards is None and is_file(folder / _ADAPTER):
+        raise CheckpointError(
+            f"{folder} is an adapter ({_ADAPTER}), which has no model of its own: load it on its base model with PEFT, "
+            "merge_and_unload() it, save_pretrained() that, and give its folder"
+        )
     if shards is None:
         raise CheckpointError(
             f"{folder} is not a model folder: it has no {SAFETENSORS}, no {index_name(SAFETENSORS)}, no .gguf file, "

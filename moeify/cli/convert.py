@@ -184,8 +184,8 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
         hint = ": run again with --resume to go on" if can_resume(dst) else ""
         raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop
     console.print(f"written to {dst}")
-    if plan.target != FORMAT and plan.config.aux_loss:
-        console.print("before training, set model.config.output_router_logits = True: else nothing balances the experts")
+    if plan.target != "moeify" and plan.config.aux_loss:
+        console.print("before training set model.config.output_router_logits = True, or nothing balances it")
 
 
 def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, options: _Options, console: Console) -> object:

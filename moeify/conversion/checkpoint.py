@@ -162,7 +162,8 @@ def output_config(dense: DenseCheckpoint, plan: Plan, dtype: str | None) -> dict
     torch_name = str(torch_dtype(dtype or dense.info(plan.sites[0].down.parameter).dtype)).removeprefix("torch.")
     if plan.target != MOEIFY:
         return native_config(FAMILIES[plan.target], plan, dense.config, torch_name)
-    return describe({**dense.source.config, "dtype": torch_name}, dense.model.config, plan)
+    fields = {name: value for name, value in dense.source.config.items() if name != "auto_map"}  # it knows no experts
+    return describe({**fields, "dtype": torch_name}, dense.model.config, plan)
 
 
 def _file_bytes(tensors: Sequence[OutTensor]) -> int:

@@ -9,7 +9,8 @@ import transformers
 from moeify.families.table import Config, Family
 from moeify.plan import Plan
 
-_OWN = {"architectures", "model_type", "transformers_version", "dtype", "_name_or_path"}  # what each says of itself
+# What each config says of itself.
+_OWN = {"architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "auto_map"}
 _DENSE_ONLY = {"attention_bias", "mlp_bias", "pretraining_tp"}  # the conditions of a family say that they are off
 
 

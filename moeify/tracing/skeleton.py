@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -13,6 +14,7 @@ import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
 from moeify.errors import CheckpointError, MoeifyError, first_line, told_as
@@ -41,14 +43,22 @@ def model_class(config: JsonObject) -> type[PreTrainedModel]:
         MoeifyError: This transformers has no such class.
     """
     model_type = config.get("model_type", "")
+    if model_type not in CONFIG_MAPPING:
+        raise MoeifyError(_unknown(f"the model type {model_type[:99]!r}", model_type))
     named = config.get("architectures") or [names[model_type] for names in _USUAL_CLASSES if model_type in names][:1]
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise MoeifyError(f"config.json has architectures = {str(named)[:99]}: expected a list of names of classes")
     for name in named:
         if found := _class_of_a_model(name):
             return found
-    what = ", ".join(named)[:200] or f"the model type {model_type[:99]!r}"
-    raise MoeifyError(f"transformers {transformers.__version__} does not know {what}: a newer one may")
+    what = ", ".join(named)[:200] or f"a class of the model type {model_type!r}"
+    raise MoeifyError(_unknown(what, model_type))
+
+
+def _unknown(what: str, model_type: str) -> str:
+    close = [name for name in get_close_matches(model_type, list(CONFIG_MAPPING), n=1) if name != model_type]
+    advice = f"did you mean {close[0]!r}?" if close else "a newer one may"
+    return f"transformers {transformers.__version__} does not know {what}: {advice}"
 
 
 def _class_of_a_model(name: str) -> type[PreTrainedModel] | None:
@@ -154,12 +164,15 @@ def check_shapes(model: PreTrainedModel, names: StoredNames, stored: Mapping[str
     What transformers merges or splits while it loads is compared when the result is loaded.
 
     Raises:
-        CheckpointError: A shape differs, or integers are stored where a parameter is floating-point.
+        CheckpointError: A shape differs, or integers or 8-bit floats are stored where a parameter is floating-point.
     """
     places = model.state_dict(keep_vars=True)
     for name, on_disk in names.of.items():
         place, info = places[name], stored[on_disk]
-        same_kind = torch_dtype(info.dtype).is_floating_point == place.is_floating_point()
+        dtype = torch_dtype(info.dtype)
+        same_kind = dtype.is_floating_point == place.is_floating_point() and (
+            dtype.itemsize > 1 or place.dtype == dtype
+        )
         if tuple(place.shape) != info.shape:
             found, expected = f"shape {list(info.shape)}", str(list(place.shape))
         elif isinstance(place, torch.nn.Parameter) and not same_kind:

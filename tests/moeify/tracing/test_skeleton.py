@@ -127,3 +127,8 @@ def test_what_a_model_makes_itself_may_be_missing() -> None:
     model = build_on_meta({**config, "architectures": ["PegasusForConditionalGeneration"]})
     assert may_be_missing(model, "final_logits_bias")
     assert not may_be_missing(model, "model.encoder.layers.0.fc1.weight")
+
+
+def test_a_slip_in_the_model_type_is_answered_with_the_nearest() -> None:
+    with pytest.raises(MoeifyError, match="does not know the model type 'lamma': did you mean 'llama'"):
+        model_class({"model_type": "lamma", "architectures": ["LlamaForCausalLM"]})

@@ -1,4 +1,4 @@
-"""A script that knows nothing of experts, in transformers' Trainer; run as one of two ranks it saves what it changed."""
+"""A script that knows nothing of experts, in the Trainer; as one of two ranks it saves what it changed."""
 
 from __future__ import annotations
 

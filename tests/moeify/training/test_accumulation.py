@@ -1,4 +1,4 @@
-"""The same rows in batches, micro-batches and ranks move the routers equally, in scripts that know nothing of experts."""
+"""The same rows in batches, micro-batches and ranks move the routers equally, in a script that knows no experts."""
 
 from __future__ import annotations
 
