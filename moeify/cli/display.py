@@ -55,7 +55,7 @@ def moe_lines(layers: Mapping[str, FoundLayer]) -> list[str]:
         size = f"{layer.num_experts} experts of intermediate size {layer.intermediate}, top-{layer.top_k or '?'}"
         shared = f", shared experts of {layer.shared_intermediate}" if layer.shared_intermediate else ""
         alike.setdefault(f"{size}{shared}, router {layer.kind}", []).append(path or _WHOLE)
-    return [f"{len(paths)} x {form}: {folded(paths)}" for form, paths in alike.items()]
+    return [f"{folded(paths)} ({len(paths)} layers): {form}" for form, paths in alike.items()]
 
 
 def inspection_table(inspection: Inspection) -> Table:
