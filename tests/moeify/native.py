@@ -69,7 +69,7 @@ def build(name: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     model = MODELS[name]().eval()
     for parameter in model.parameters():
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and parameter.requires_grad:
             nn.init.normal_(parameter, std=0.15)
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the default wants whole 16 bytes
