@@ -65,7 +65,9 @@ def test_routing_stats_count_what_the_logits_choose(name: str) -> None:
         assert layer.load == pytest.approx([count / sum(counts) for count in counts])
         if name not in {"deepseek_v3", "glm4_moe", "llama4"}:  # they take sigmoids
             probabilities = logits[path].softmax(-1)
-            assert layer.entropy == pytest.approx(float(-(probabilities * probabilities.log()).sum(-1).mean()), rel=1e-4)
+            assert layer.entropy == pytest.approx(
+                float(-(probabilities * probabilities.log()).sum(-1).mean()), rel=1e-4
+            )
             share = torch.tensor(counts) / tokens
             balance = native.EXPERTS * float((share * probabilities.mean(0)).sum())
             assert layer.losses == {"balance": pytest.approx(balance, rel=1e-4)}
@@ -99,7 +101,9 @@ def test_aux_loss_of_the_others(name: str) -> None:
     moeify.track_routing(model)
     logits = router_logits(model, name)
     if not hasattr(model.config, "router_aux_loss_coef"):
-        with pytest.raises(ConfigError, match=r"no router_aux_loss_coef.*set model.config.router_aux_loss_coef = 0.001"):
+        with pytest.raises(
+            ConfigError, match=r"no router_aux_loss_coef.*set model.config.router_aux_loss_coef = 0.001"
+        ):
             moeify.aux_loss(model)
     model.config.router_aux_loss_coef, model.config.router_z_loss_coef = 0.3, 0.05
     stacks: dict[str, list[Tensor]] = {}
@@ -151,7 +155,7 @@ def test_training_without_gradients_in_a_layer_is_told() -> None:
     moeify.track_routing(model)
     with torch.no_grad():
         model(**native.inputs("mixtral"))
-    with pytest.raises(MoeifyError, match="model.layers.0.mlp ran without gradients"):
+    with pytest.raises(MoeifyError, match=r"model.layers.0.mlp ran without gradients"):
         moeify.aux_loss(model)
 
 
@@ -170,7 +174,9 @@ def test_freeze_and_groups(name: str) -> None:
     assert not any(p.requires_grad for p in model.parameters() if id(p) in routed)
     groups = moeify.param_groups(model, routers={"lr": 0.5})
     assert [group["name"] for group in groups] == ["routers", "rest"] and groups[0]["lr"] == 0.5
-    assert {id(p) for p in groups[0]["params"]} == {id(p) for layer in layers for p in layer.part("routers") if p.requires_grad}
+    assert {id(p) for p in groups[0]["params"]} == {
+        id(p) for layer in layers for p in layer.part("routers") if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("name", native.MODELS)
@@ -178,7 +184,7 @@ def test_freeze_and_groups(name: str) -> None:
 def test_capacity_or_why_not(name: str) -> None:
     model = native.build(name)
     if name in {"llama4", "jetmoe", "switch", "nllb"}:
-        with pytest.raises(RefusedError, match="is not told who chose what|keeps a capacity of its own"):
+        with pytest.raises(RefusedError, match=r"is not told who chose what|keeps a capacity of its own"):
             moeify.set_capacity(model, 0.5)
         return
     free = model(**native.inputs(name)).logits
