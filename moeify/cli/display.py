@@ -64,8 +64,8 @@ def inspection_table(inspection: Inspection) -> Table:
     table.columns[1].overflow = "fold"
     alike: dict[tuple[object, ...], list[str]] = {}
     for ffn in inspection.ffns:
-        form = (ffn.kind, ffn.activation, ffn.hidden, ffn.intermediate)
-        alike.setdefault(form, []).append(ffn.name or _WHOLE)
+        facts = (ffn.kind, ffn.activation, ffn.hidden, ffn.intermediate)
+        alike.setdefault(facts, []).append(ffn.name or _WHOLE)
     for form, names in alike.items():
         table.add_row(str(len(names)), folded(names), *map(str, form))
     return table

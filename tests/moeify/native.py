@@ -67,7 +67,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def build(name: str, seed: int = 0) -> Any:
     """A model whose routing is undecided nowhere and even nowhere."""
     torch.manual_seed(seed)
-    model = MODELS[name]().eval()
+    model: Any = MODELS[name]().eval()
     for parameter in model.parameters():
         if parameter.dim() > 1 and parameter.requires_grad:
             nn.init.normal_(parameter, std=0.15)

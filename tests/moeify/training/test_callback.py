@@ -68,7 +68,8 @@ def test_biases_move_after_an_optimizer_step() -> None:
 
 
 def test_layers_of_transformers_are_watched_while_training_lasts() -> None:
-    model, logged = native.build("mixtral"), []
+    model = native.build("mixtral")
+    logged: list[dict[str, float]] = []
     trainer: Any = SimpleNamespace(
         model=model,
         args=SimpleNamespace(gradient_accumulation_steps=1),

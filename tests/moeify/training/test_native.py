@@ -88,7 +88,8 @@ def test_aux_loss_is_that_of_transformers(name: str) -> None:
         model.eval()  # it chooses at random in training
     logits = router_logits(model, name, attention_mask=mask)
     loss = moeify.aux_loss(model)
-    expected: Any = load_balancing_loss_func(tuple(logits.values()), native.EXPERTS, native.TOP_K, mask)
+    every: Any = tuple(logits.values())
+    expected: Any = load_balancing_loss_func(every, native.EXPERTS, native.TOP_K, mask)
     torch.testing.assert_close(loss, 0.3 * expected)
     routers = [p for layer in find_layers(model).values() for p in layer.part("routers") if p.requires_grad]
     found = torch.autograd.grad(loss, routers, allow_unused=True)
