@@ -178,7 +178,7 @@ class _Paths:
         with open_source(dense) as source:
             opened = DenseCheckpoint(source)
             plan = plan_checkpoint(opened, CONFIG, target="moeify")
-            convert_checkpoint(opened, plan, Output(moe, shard_size=10**10), Callbacks(unused=unused.append))
+            convert_checkpoint(opened, plan, Output(moe, shard_size=10**10), Callbacks(unused=unused.extend))
         if unused:
             self.results["unused"] = f"{len(unused)}, {unused[0]}"
         return self.loaded(moe)

@@ -153,13 +153,6 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     progress = Progress(TextColumn("{task.description}"), BarColumn(), *speed, console=console)
     task = progress.add_task("writing", total=None)
 
-    left_out: list[str] = []
-
-    def total(nbytes: int) -> None:
-        if left_out:
-            console.print(display.left_out(left_out))
-        progress.update(task, total=nbytes)
-
     def nonfinite(name: str) -> None:
         if options.strict:
             raise CheckpointError(f"{name} holds NaN or Inf (--strict): repair the source, or leave --strict out")
@@ -170,10 +163,10 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
         return _prove(dense, folder, plan, options, console)
 
     callbacks = Callbacks(
-        total=total,
+        total=lambda nbytes: progress.update(task, total=nbytes),
         written=lambda nbytes: progress.advance(task, nbytes),
         nonfinite=nonfinite,
-        unused=left_out.append,
+        unused=lambda names: console.print(display.left_out(names)),
         check=check,
     )
     try:

@@ -55,7 +55,7 @@ def moe_lines(layers: Mapping[str, FoundLayer]) -> list[str]:
         size = f"{layer.num_experts} experts of intermediate size {layer.intermediate}, top-{layer.top_k or '?'}"
         shared = f", shared experts of {layer.shared_intermediate}" if layer.shared_intermediate else ""
         alike.setdefault(f"{size}{shared}, router {layer.kind}", []).append(path or _WHOLE)
-    return [f"{len(paths)} x {form}: {folded(paths)}" for form, paths in alike.items()]
+    return [f"{folded(paths)} ({len(paths)} layers): {form}" for form, paths in alike.items()]
 
 
 def inspection_table(inspection: Inspection) -> Table:
@@ -64,8 +64,8 @@ def inspection_table(inspection: Inspection) -> Table:
     table.columns[1].overflow = "fold"
     alike: dict[tuple[object, ...], list[str]] = {}
     for ffn in inspection.ffns:
-        form = (ffn.kind, ffn.activation, ffn.hidden, ffn.intermediate)
-        alike.setdefault(form, []).append(ffn.name or _WHOLE)
+        facts = (ffn.kind, ffn.activation, ffn.hidden, ffn.intermediate)
+        alike.setdefault(facts, []).append(ffn.name or _WHOLE)
     for form, names in alike.items():
         table.add_row(str(len(names)), folded(names), *map(str, form))
     return table

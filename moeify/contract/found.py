@@ -39,7 +39,7 @@ class FoundLayer:
         intermediate: I of one routed expert.
         state: What knows the last forward pass and the capacity: the layer itself if it is moeify's, the hooks on it if
             it is transformers' and is watched, else None.
-        config: Of the model of transformers around it; None outside of one.
+        config: Of the outermost model of transformers around it; None outside of one.
     """
 
     path: str
@@ -114,7 +114,7 @@ def find_layers(model: nn.Module) -> dict[str, FoundLayer]:
     found: dict[str, FoundLayer] = {}
     config: Any = None
     for path, module in model.named_modules():
-        config = _config_of(module) or config
+        config = config or _config_of(module)  # the outermost: T5's stacks have copies
         if isinstance(module, MoELayer):
             found[path] = _ours(path, module, config)
         elif (router := _router_in(module)) is not None:

@@ -24,6 +24,8 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "as they are": lambda logits_TE: logits_TE,
 }
 
+_ROUNDING = 0.02  # of bfloat16, with room
+
 
 def scores_of(logits_TE: Tensor, scoring: str) -> Tensor:
     """Return the probability of each expert: scores that do not sum to 1 are divided by their sum, as DeepSeek-V3 does.
@@ -40,7 +42,7 @@ def scores_of(logits_TE: Tensor, scoring: str) -> Tensor:
 def scoring_of(logits_TE: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> str:
     """Return the name of the scores whose ratios the weights have; waits for the device.
 
-    Where nothing tells them apart (one choice with weight 1), it is "softmax".
+    Where none has them (PhiMoE's), or nothing tells them apart (one choice with weight 1), it is "softmax".
 
     Args:
         logits_TE: (T, E).
@@ -48,10 +50,14 @@ def scoring_of(logits_TE: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> 
         weights_TK: (T, K), positive where they tell something.
     """
     given_TK, logits_TE = at_least_fp32(weights_TK), at_least_fp32(logits_TE)
+    if (logits_TE >= 0).all() and ((logits_TE.sum(-1) - 1).abs() < _ROUNDING).all():
+        return "as they are"  # probabilities already
     across = (-1,) if given_TK.shape[-1] > 1 else (0, 1)  # one choice has its ratio to those of other tokens
     wrong = {}
     for name, scores in SCORES.items():
         found_TK = (given_TK / scores(logits_TE).gather(-1, expert_ids_TK)).log()
-        wrong[name] = (found_TK - found_TK.mean(across, keepdim=True)).abs().mean().nan_to_num(torch.inf)
+        off = (found_TK - found_TK.mean(across, keepdim=True)).abs().mean()
+        wrong[name] = float(off.nan_to_num(torch.inf))
     says_nothing = torch.allclose(given_TK, given_TK.mean(across, keepdim=True), rtol=1e-4)
-    return "softmax" if says_nothing else min(wrong, key=lambda name: float(wrong[name]))
+    best = min(wrong, key=lambda name: wrong[name])
+    return "softmax" if says_nothing or wrong[best] > _ROUNDING else best

@@ -63,7 +63,7 @@ class Callbacks:
         total: Bytes that will be written; called once, first.
         written: Bytes written since the last call.
         nonfinite: Name of a source tensor that holds NaN or Inf; may raise to stop.
-        unused: Name of a source tensor that the model has no place for, which is left out.
+        unused: Names of the source's tensors that the model has no place for, which are left out; called once.
         check: The finished folder, before it takes its name; what this returns is kept in `moeify.json`, what it
             raises stops the conversion and leaves nothing.
     """
@@ -71,7 +71,7 @@ class Callbacks:
     total: Callable[[int], None] = _ignore
     written: Callable[[int], None] = _ignore
     nonfinite: Callable[[str], None] = _ignore
-    unused: Callable[[str], None] = _ignore
+    unused: Callable[[Sequence[str]], None] = _ignore
     check: Callable[[Path], object] = _ignore
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -21,7 +21,7 @@ Piece: TypeAlias = "SourceRows | Compute"
 
 
 def output_tensors(
-    dense: DenseCheckpoint, plan: Plan, dtype: str | None, unused: Callable[[str], None]
+    dense: DenseCheckpoint, plan: Plan, dtype: str | None, unused: Callable[[Sequence[str]], None]
 ) -> Iterator[OutTensor]:
     """Describe every tensor of the output, in the order of the source.
 
@@ -29,14 +29,14 @@ def output_tensors(
         dense: The dense checkpoint.
         plan: What is converted.
         dtype: The safetensors name of the dtype for floating-point tensors; None keeps the source's.
-        unused: Called with the name of each tensor that the model has no place for.
+        unused: Called with the names of the tensors that the model has no place for, if there are any.
 
     Raises:
         CheckpointError: The source lacks a tensor that the model needs.
     """
     names = dense.names
-    for stored in (*names.unused, *dense.source.unused):
-        unused(stored)
+    if left_out := (*names.unused, *dense.source.unused):
+        unused(left_out)
     _check_complete(dense, plan)
     outputs = _Outputs(dense, dtype)
     site_of = {name: site for site in plan.sites for name in site.reads}

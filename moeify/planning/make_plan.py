@@ -104,9 +104,8 @@ def _nothing_found(model_type: str, inspection: Inspection) -> str:
     looked = [f"{folded(names)}: {reason}" for reason, names in list(reasons.items())[:_REASONS]]
     if len(reasons) > _REASONS:
         looked.append(f"and {len(reasons) - _REASONS} more reasons, which moeify inspect lists")
-    return f"no dense FFN was found in {model_type}: " + (
-        "; ".join(looked) or "it projects no activation by a parameter"
-    )
+    seen = "; ".join(looked) or "it projects no activation by a parameter"
+    return f"no dense FFN was found in {model_type}: {seen}"
 
 
 def _site(ffn: FFN, place: Placement) -> Site:

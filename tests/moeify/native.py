@@ -1,4 +1,4 @@
-"""Tiny random MoE models of transformers' own, with sizes that are multiples of nothing, and what they are called with."""
+"""Tiny random MoE models of transformers' own, and what they are called with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _TEXT = {"vocab_size": VOCABULARY, "hidden_size": 36, "intermediate_size": 57, "
 _E = {"num_experts": EXPERTS}
 _LOCAL = {"num_local_experts": EXPERTS}
 _SMALL = {"moe_intermediate_size": 23}
-_GROUPS = {"n_group": 2, "topk_group": 1, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1,
+_GROUPS = {"n_group": 2, "topk_group": 1, "n_routed_experts": EXPERTS, "n_shared_experts": 1,
+           "first_k_dense_replace": 1,
            **_SMALL}  # fmt: skip
 _MLA = {"kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 4, "v_head_dim": 12, "qk_nope_head_dim": 8,
         "num_key_value_heads": 3}  # fmt: skip
@@ -34,8 +35,8 @@ _DBRX = {"d_model": 36, "n_heads": 3, "n_layers": 2, "max_seq_len": 64, "vocab_s
 
 def _causal(name: str, **settings: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        config = getattr(tf, f"{name}Config", None) or getattr(tf, f"{name}TextConfig")
-        model: nn.Module = getattr(tf, f"{name}ForCausalLM")(config(**{**_TEXT, **settings}))
+        cls = getattr(tf, f"{name}ForCausalLM")
+        model: nn.Module = cls(cls.config_class(**{**_TEXT, **settings}))
         return model
 
     return build
@@ -49,9 +50,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "deepseek_v2": _causal("DeepseekV2", **{**_GROUPS, **_MLA}, topk_method="greedy"),
     "deepseek_v3": _causal("DeepseekV3", **{**_GROUPS, **_MLA}),
     "gpt_oss": _causal("GptOss", **_LOCAL, head_dim=12),
-    "llama4": lambda: tf.Llama4ForCausalLM(
-        tf.Llama4TextConfig(**_TEXT, **_LOCAL, head_dim=12, intermediate_size_mlp=57)
-    ),
+    "llama4": _causal("Llama4", **_LOCAL, head_dim=12, intermediate_size_mlp=57),
     "granitemoe": _causal("GraniteMoe", **_LOCAL),
     "granitemoeshared": _causal("GraniteMoeShared", **_LOCAL, shared_intermediate_size=31),
     "ernie4_5_moe": _causal("Ernie4_5_Moe", moe_num_experts=EXPERTS, moe_k=TOP_K, **_SMALL),
@@ -68,9 +67,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def build(name: str, seed: int = 0) -> Any:
     """A model whose routing is undecided nowhere and even nowhere."""
     torch.manual_seed(seed)
-    model = MODELS[name]().eval()
+    model: Any = MODELS[name]().eval()
     for parameter in model.parameters():
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and parameter.requires_grad:
             nn.init.normal_(parameter, std=0.15)
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the default wants whole 16 bytes

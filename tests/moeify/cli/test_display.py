@@ -7,13 +7,14 @@ from rich.console import Console
 from rich.table import Table
 
 from moeify.cli import display
-from moeify.cli.display import cost_table, inspection_table, plan_table, quantity, ranges, refusals_table
+from moeify.cli.display import cost_table, inspection_table, plan_table, quantity
 from moeify.config import MoEConfig
+from moeify.contract.found import find_layers
 from moeify.conversion.cost import Cost
 from moeify.conversion.dense import Dense, find_ffns
 from moeify.passes.ffn import Inspection, Refusal
 from moeify.planning.make_plan import make_plan
-from tests.moeify import tiny
+from tests.moeify import native, tiny
 
 
 def rows(table: Table) -> list[list[str]]:
@@ -28,26 +29,47 @@ def test_quantities_are_short(number: float, unit: str, text: str) -> None:
     assert quantity(number, unit) == text
 
 
-def test_names_become_a_range() -> None:
-    assert ranges(["a"]) == "a"
-    assert ranges(["a", "b", "c"]) == "a … c"
-
-
 def test_equal_ffns_are_one_row() -> None:
     found = rows(inspection_table(find_ffns(tiny.build("t5_gated"))))
     assert [row[0] for row in found] == ["3"]
+    assert found[0][1] == "encoder.block.{0..1}.layer.1.DenseReluDense, decoder.block.0.layer.2.DenseReluDense"
     assert found[0][2:] == ["glu", "gelu_tanh", str(tiny.HIDDEN), str(tiny.INTERMEDIATE)]
-    assert " … " in found[0][1]
 
 
-def test_refusals_with_one_reason_are_one_row() -> None:
+def test_refusals_with_one_reason_are_one_line() -> None:
     refused = (
-        Refusal("a", "too narrow", "mm", ""),
+        Refusal("h.0.a", "`mm_1` is too narrow", "mm", ""),
         Refusal("b", "no residual", "add", ""),
-        Refusal("c", "too narrow", "mm_1", ""),
+        Refusal("h.1.a", "`mm_2` is too narrow", "mm_1", ""),
     )
-    table = refusals_table(Inspection(ffns=(), refused=refused))
-    assert rows(table) == [["2", "a … c", "too narrow", "mm … mm_1"], ["1", "b", "no residual", "add"]]
+    lines = display.refusal_lines(Inspection(ffns=(), refused=refused))
+    assert lines == ["h.{0..1}.a: `mm` is too narrow", "b: no residual"]
+
+
+def test_equal_moe_layers_are_one_line() -> None:
+    lines = display.moe_lines(find_layers(native.build("qwen2_moe")))
+    about = "6 experts of intermediate size 23, top-2, shared experts of 31, router Qwen2MoeTopKRouter"
+    assert lines == [f"model.layers.{{0..2}}.mlp (3 layers): {about}"]
+
+
+def test_what_is_left_out_is_one_line() -> None:
+    assert display.left_out(["h.0.bias"]) == "note: the dense model has no place for h.0.bias; it is left out"
+    names = [f"h.{i}.attn.{leaf}" for i in range(12) for leaf in ("bias", "masked_bias")]
+    which = "24 tensors (h.{0..11}.attn.bias, h.{0..11}.attn.masked_bias)"
+    assert display.left_out(names) == f"note: the dense model has no place for {which}; they are left out"
+
+
+def test_texts_are_wrapped_and_cut() -> None:
+    assert display.wrapped(["one two three", "four"], 9) == ["one two", "  three", "four"]
+    assert display.wrapped(["one two three four", "five"], 9, 1) == ["one two …", "five"]
+    assert display.wrapped(["a\x1bb"], 9) == ["a\\x1bb"]
+
+
+def test_the_longest_section_is_cut_first() -> None:
+    sections = [["a"], [], [str(i) for i in range(9)], ["b", "c"]]
+    assert display.fit(sections, 20) == ["a", "", *map(str, range(9)), "", "b", "c"]
+    cut = display.fit(sections, 10)
+    assert cut == ["a", "", "0", "1", "2", "", "b", "c", "… and 6 lines more: --all shows them"] and len(cut) < 10
 
 
 def test_costs_stand_side_by_side() -> None:

@@ -155,7 +155,7 @@ def test_tensors_that_the_model_has_no_place_for_are_reported_and_left_out(tmp_p
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
     save_file(tensors, src / "model.safetensors", {"format": "pt"})
     unused: list[str] = []
-    tiny.convert_files(src, tmp_path / "moe", CONFIG, callbacks=Callbacks(unused=unused.append))
+    tiny.convert_files(src, tmp_path / "moe", CONFIG, callbacks=Callbacks(unused=unused.extend))
     assert unused == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
     assert unused[0] not in everything(tmp_path / "moe")
 

@@ -189,5 +189,5 @@ def test_tensors_that_no_model_has_are_said(tmp_path: Path) -> None:
     with open_source(tiny.save(tiny.build("llama"), tmp_path)) as source:
         source.unused = ("rope_freqs.weight",)
         dense = DenseCheckpoint(source)
-        list(output_tensors(dense, plan_checkpoint(dense, CONFIG), None, said.append))
+        list(output_tensors(dense, plan_checkpoint(dense, CONFIG), None, said.extend))
     assert said == ["rope_freqs.weight"]

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from moeify.config import MoEConfig
+from moeify.contract.found import find_layers
 from moeify.training.callback import RoutingCallback, summary
 from moeify.training.stats import LayerStats
+from tests.moeify import native
 from tests.moeify.layers import make
 
 STATS = {
@@ -63,3 +65,23 @@ def test_biases_move_after_an_optimizer_step() -> None:
     trainer: Any = SimpleNamespace(model=torch.nn.Sequential(layer))
     RoutingCallback(trainer).on_optimizer_step(None, None, None)
     assert layer.router.selection_bias.any()
+
+
+def test_layers_of_transformers_are_watched_while_training_lasts() -> None:
+    model = native.build("mixtral")
+    logged: list[dict[str, float]] = []
+    trainer: Any = SimpleNamespace(
+        model=model,
+        args=SimpleNamespace(gradient_accumulation_steps=1),
+        accelerator=SimpleNamespace(scaler=None),
+        log=logged.append,
+    )
+    callback = RoutingCallback(trainer)
+    callback.on_train_begin(None, None, None)
+    callback.on_step_begin(None, None, None)
+    model(**native.inputs("mixtral"))
+    callback.on_optimizer_step(None, None, None)
+    callback.on_log(None, None, None, logs={"loss": 1.0})
+    assert logged[0]["moe_balance"] > 0 and 0 < logged[0]["moe_load_min"] < logged[0]["moe_load_max"]
+    callback.on_train_end(None, None, None)
+    assert all(layer.state is None for layer in find_layers(model).values())
