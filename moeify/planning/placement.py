@@ -95,7 +95,7 @@ class Placer:
     def _splice(self, ffn: FFN) -> Placement:
         """Return the place of the down projection; the modules before it pass their input on, or hand it over."""
         path = self._leaf(ffn.down, ffn)
-        bypassed, handing = self._inner_module(ffn) or self._inner_modules(ffn), ()
+        bypassed, handing = self._inner_module(ffn) or self._inner_modules(ffn), tuple[str, ...]()
         if not bypassed:
             handing = tuple(dict.fromkeys(self._leaf(up, ffn) for up in ffn.ups))
             bypassed = (*handing, *self._holders(ffn))

@@ -127,3 +127,10 @@ def test_what_a_model_makes_itself_may_be_missing() -> None:
     model = build_on_meta({**config, "architectures": ["PegasusForConditionalGeneration"]})
     assert may_be_missing(model, "final_logits_bias")
     assert not may_be_missing(model, "model.encoder.layers.0.fc1.weight")
+
+
+def test_numbers_that_json_lacks_are_read_as_transformers_writes_them() -> None:
+    limits = [0.0, {"__float__": "Infinity"}]
+    config = full_config({"model_type": "mamba2", "time_step_limit": limits, "extra": {"a": {"__float__": "9"}}})
+    assert tuple(config["time_step_limit"]) == (0.0, float("inf"))
+    assert config["extra"] == {"a": {"__float__": "9"}}
