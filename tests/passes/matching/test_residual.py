@@ -18,7 +18,8 @@ def streams(m: Model, x: Tensor, *, joined: bool = True) -> Tensor:
     y = m.mlps[0](m.norm((h * weights[..., :4, None]).sum(-2)))
     h = h if joined else m.other(h)
     h = m.other.weight[:4, :4].softmax(-1) @ h + y.unsqueeze(-2) * m.other.bias[:4, None]
-    return h.sum(-2)
+    out: Tensor = h.sum(-2)
+    return out
 
 
 JOINS: dict[str, Function] = {
