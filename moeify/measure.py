@@ -67,7 +67,8 @@ def probe(*shape: int, seed: int = 0, reach: float = _REACH) -> Tensor:
     """
     import torch
 
-    steps = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+    # Named, because a model may be looked at while it is built on the meta device.
+    steps = torch.arange(torch.Size(shape).numel(), dtype=torch.float64, device="cpu").reshape(shape)
     return 2 * reach * ((steps * _GOLDEN + 0.37 * seed) % 1) - reach
 
 

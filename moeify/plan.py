@@ -73,6 +73,8 @@ class Site:
         expert_dropout: Probability with which it dropped its hidden layer.
         activation_state: Names of the parameters and buffers that a custom activation reads, and what the layer calls
             them.
+        handing: Those of `bypassed` that hand their input to the layer, and pass zeros on.
+        axis: The dimension of the features at `path`, counted from the end: -3 for 1x1 convolutions over images.
     """
 
     path: str
@@ -86,6 +88,8 @@ class Site:
     dropout: float
     expert_dropout: float
     activation_state: tuple[tuple[str, str], ...] = ()
+    handing: tuple[str, ...] = ()
+    axis: int = -1
 
     @property
     def gated(self) -> bool:
@@ -148,6 +152,7 @@ class Plan:
                 site,
                 path=name(site.path),
                 bypassed=tuple(map(name, site.bypassed)),
+                handing=tuple(map(name, site.handing)),
                 ups=tuple(map(rows, site.ups)),
                 down=rows(site.down),
                 activation_state=tuple((name(dense), own) for dense, own in site.activation_state),
@@ -235,5 +240,5 @@ class Plan:
 def _site(data: Mapping[str, Any]) -> Site:
     ups = tuple(Rows(**rows) for rows in data["ups"])
     state = tuple((dense, own) for dense, own in data["activation_state"])
-    down, bypassed = Rows(**data["down"]), tuple(data["bypassed"])
-    return Site(**{**data, "ups": ups, "down": down, "bypassed": bypassed, "activation_state": state})
+    paths = {name: tuple(data[name]) for name in ("bypassed", "handing") if name in data}
+    return Site(**{**data, **paths, "ups": ups, "down": Rows(**data["down"]), "activation_state": state})

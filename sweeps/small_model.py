@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ NO_WIDTH = re.compile(
     r"vocab|image|patch|kernel|window|position|seq|length|chunk|block_size|batch|crop|sample|^num_(?!features)|max_|codebook_size"
     r"|group|stride|bins|mel|layers|buckets|num_channels|in_channels|text_config|temporal|downsample|d_conv|grid|factor"
 )
+EXPERTS = re.compile(r"^(num|n|moe_num)_(local_|routed_)?experts$|num_experts_per_tok$|^top_k_experts$")
 MOST = 150_000_000  # parameters
 VOCABULARY = 512
 
@@ -78,6 +80,8 @@ def _shrink(config: Any, divisor: int, vocabulary: bool, seen: set[int]) -> None
             _set(config, name, min(value, VOCABULARY))
         elif vocabulary and re.search(r"token_id|_id$|^image_token_index", name):
             _set(config, name, _small_id(value, name))
+        elif EXPERTS.search(name) and type(value) is int:
+            _set(config, name, min(value, 2 if "per_tok" in name or "top_k" in name else 8))
         elif WIDTH.search(name) and not NO_WIDTH.search(name):
             _set(config, name, _divided(value, divisor))
         elif name == "rope_parameters" and isinstance(value, dict) and isinstance(value.get("mrope_section"), list):
@@ -85,7 +89,7 @@ def _shrink(config: Any, divisor: int, vocabulary: bool, seen: set[int]) -> None
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    if getattr(config, name) != value:
+    if vars(config)[name] != value:  # not `getattr`: a value that differs by layer cannot be asked for
         setattr(config, name, value)
 
 
@@ -124,6 +128,7 @@ def _inputs_for(model: Any, specified: dict[str, Any]) -> tuple[dict[str, Any], 
         Exception: what the forward raised on the first of them.
     """
     failure: Exception | None = None
+    specified = specified or _patches(model)
     candidates: Iterator[dict[str, Any]] = iter([specified]) if specified else candidate_inputs(model)
     for candidate in candidates:
         inputs = {name: _drawn(value) for name, value in candidate.items()}
@@ -137,11 +142,25 @@ def _inputs_for(model: Any, specified: dict[str, Any]) -> tuple[dict[str, Any], 
     raise failure
 
 
+def _patches(model: Any) -> dict[str, Any]:
+    """Return the patches of one image, in a row, for towers that take them with the image's size in patches."""
+    names, config = inspect.signature(model.forward).parameters, model.config
+    if "grid_thw" not in names or not hasattr(config, "patch_size"):
+        return {}
+    patch = getattr(config, "temporal_patch_size", 1) * config.patch_size**2
+    channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+    pixels = torch.empty(16, channels * patch, device="meta")
+    name = "hidden_states" if "hidden_states" in names else "pixel_values"
+    return {name: pixels, "grid_thw": torch.tensor([[1, 4, 4]])}
+
+
 def _drawn(value: Any) -> Any:
     """Return random values of a shape and dtype."""
     if isinstance(value, dict):
         value = torch.empty(value["shape"], dtype=getattr(torch, value.get("dtype", "float32")), device="meta")
     if not isinstance(value, torch.Tensor):
+        return value
+    if not value.is_meta:
         return value
     if value.dtype is torch.bool:
         return torch.zeros(value.shape, dtype=torch.bool)  # such masks say what is hidden

@@ -32,7 +32,7 @@ def convert_graph(
 ) -> fx.GraphModule:
     """Replace the dense FFNs of a graph by mixtures of experts.
 
-    Every FFN that is found can be replaced here, also one that is written into its block or made of 1x1 convolutions.
+    Every FFN that is found can be replaced here, also one whose weights are its block's own parameters.
     New parameters are named as the in-place conversion names them.
 
     Args:

@@ -70,8 +70,6 @@ def _check_hooks(model: nn.Module, site: Site) -> None:
         for inner in model.get_submodule(path).modules():
             if any(getattr(inner, hooks) for hooks in _HOOKS):
                 raise RefusedError(f"{path} has hooks, which would be lost: remove them, convert, register again")
-    if isinstance(model.get_submodule(site.path.rpartition(".")[0]), nn.TransformerEncoderLayer):
-        raise RefusedError(f"{site.path}: its layer's fused fast path reads its weights; convert the graph instead")
     for name in site.parameters:
         if any(getattr(model.get_parameter(name), hooks) for hooks in _PARAMETER_HOOKS):
             raise RefusedError(f"{name} has hooks, which would be lost: remove them, convert, register again")

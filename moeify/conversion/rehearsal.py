@@ -7,7 +7,7 @@ from torch import nn
 from moeify.contract.model import prefer_ours
 from moeify.conversion.dense import Dense
 from moeify.conversion.restructure import restructure
-from moeify.errors import MoeifyError, RefusedError
+from moeify.errors import MoeifyError, RefusedError, first_line
 from moeify.layers import MoELayer
 from moeify.layers.model_inputs import ModelInputs
 from moeify.plan import Plan
@@ -20,7 +20,7 @@ def rehearse(dense: Dense, plan: Plan) -> None:
     """Convert a twin without weights and run it, or trace it where running does not reach every new layer.
 
     Raises:
-        RefusedError: The converted twin does not run where the model did.
+        RefusedError: The converted twin does not run where the model did, in evaluation or in training.
     """
     twin = restructure(meta_twin(dense.model).eval(), plan, dense.regions)
     prefer_ours(twin, plan)
@@ -29,6 +29,7 @@ def rehearse(dense: Dense, plan: Plan) -> None:
         for layer in layers:
             layer.model_inputs = ModelInputs()  # a part must not read what a failed trace of the whole left
     if _runs(twin, layers, dense.example_inputs):
+        _check_training(twin, dense)
         return
     try:
         untraced = trace(twin, dense.example_inputs).meta[UNTRACED]
@@ -51,6 +52,19 @@ def _runs(twin: nn.Module, layers: list[MoELayer], example_inputs: Inputs | None
         for hook in hooks:
             hook.remove()
     return called == set(layers)
+
+
+def _check_training(twin: nn.Module, dense: Dense) -> None:
+    """Refuse a model that changes its dense weights when it is trained (RWKV scales them), as only its code says."""
+    inputs = next(candidate_inputs(twin)) if dense.example_inputs is None else dense.example_inputs
+    try:
+        run_without_values(twin.train(), inputs)
+    except Exception as error:
+        try:
+            run_without_values(meta_twin(dense.model).train(), inputs)
+        except Exception:  # it does not train on these inputs: the conversion has changed nothing about that
+            return
+        raise _refusal(f"in training, {type(error).__name__}: {first_line(error)}") from error
 
 
 def _refusal(reason: str) -> RefusedError:

@@ -7,6 +7,7 @@ K choices per token, S = T·K choices in the experts' order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -155,7 +156,10 @@ class Experts(nn.Module):
     def _apply_gate(self, z_SJ: Tensor) -> Tensor:
         """Compute what stands between the projections, (S, J) to (S, I)."""
         if self.region is not None:
-            a_SI: Tensor = self.region(*torch.split(z_SJ, list(self.region_widths), dim=-1))
+            starts = accumulate(self.region_widths, initial=0)
+            # Not `split`: what it returns may not be written into, and an activation may do that (`relu_`).
+            z_SJs = [z_SJ.narrow(-1, *each) for each in zip(starts, self.region_widths, strict=False)]
+            a_SI: Tensor = self.region(*z_SJs)
         elif self.has_gate:
             gate_SI, up_SI = z_SJ.chunk(2, dim=-1)
             a_SI = self.act_fn(gate_SI) * up_SI

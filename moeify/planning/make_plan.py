@@ -129,6 +129,8 @@ def _site(ffn: FFN, place: Placement) -> Site:
         dropout=place.dropout,
         expert_dropout=place.expert_dropout,
         activation_state=tuple(state.items()),
+        handing=place.handing,
+        axis=place.axis,
     )
 
 

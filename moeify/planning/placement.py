@@ -1,9 +1,11 @@
 """Where in the module tree an FFN can be replaced: the module that is nothing else, or the projections themselves.
 
-Two ways, tried in this order:
-    owner    The FFN is a module of its own (`model.layers.0.mlp`): the MoE layer takes its place.
-    splice   It is spread over siblings (BERT's `intermediate.dense`, `output.dense`; OPT's `fc1`, `fc2`): the MoE layer
-             takes the place of the down projection, and the modules before it pass their input on.
+Three ways, tried in this order:
+    owner      The FFN is a module of its own (`model.layers.0.mlp`): the MoE layer takes its place.
+    splice     It is spread over siblings (BERT's `intermediate.dense`, `output.dense`; OPT's `fc1`, `fc2`): the MoE
+               layer takes the place of the down projection, and the modules before it pass their input on.
+    hand over  Its block computes a part of it, a function or a product: as a splice, but the up projections keep their
+               input for the layer, and the block works on zeros (`moeify.layers.hand_over`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from moeify.errors import RefusedError
 from moeify.passes.ffn import FFN
 from moeify.passes.matching import dataflow as flow
 from moeify.passes.matching.operators import TRANSPARENT, has, op_name
+from moeify.passes.matching.projection import Projection
+from moeify.passes.matching.region import region_parameters
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,16 @@ class Placement:
         bypassed: Modules that pass their input on from now, because the layer does their work.
         dropout: Probability with which the FFN's output is dropped in a module that the layer replaces.
         expert_dropout: Probability with which its hidden layer is dropped.
+        handing: Those of `bypassed` that hand their input to the layer, and pass zeros on.
+        axis: The dimension of the features, counted from the end.
     """
 
     path: str
     bypassed: tuple[str, ...]
     dropout: float
     expert_dropout: float
+    handing: tuple[str, ...] = ()
+    axis: int = -1
 
 
 class Placer:
@@ -58,9 +66,7 @@ class Placer:
         Raises:
             RefusedError: Its computation is interwoven with something else, in the module named by the message.
         """
-        if ffn.down.axis != -1:
-            raise RefusedError(f"{ffn.name}: its projections are 1x1 convolutions; convert the graph instead")
-        return self._owner(ffn) or self._splice(ffn)
+        return replace(self._owner(ffn) or self._splice(ffn), axis=ffn.down.axis)
 
     def place_in_graph(self, ffn: FFN) -> Placement:
         """Decide what the layer is called that replaces an FFN in a graph; dropout around it stays in the graph."""
@@ -71,7 +77,7 @@ class Placer:
             place = Placement(
                 path if leaf == "weight" else f"{ffn.down.weight}_moe", (), 0.0, _dropout_among(ffn.nodes)
             )
-        return replace(place, bypassed=(), dropout=0.0)
+        return replace(place, bypassed=(), handing=(), dropout=0.0, axis=-1)
 
     def _owner(self, ffn: FFN) -> Placement | None:
         """Return the place of the FFN's own module, when nothing else happens in it."""
@@ -87,10 +93,14 @@ class Placer:
         return Placement(ffn.name, (), dropout, _dropout_among(ffn.nodes))
 
     def _splice(self, ffn: FFN) -> Placement:
-        """Return the place of the down projection; the modules before it pass their input on."""
-        where = ffn.name or "the model"
-        bypassed = self._inner_module(ffn) or self._inner_modules(ffn, where)
-        return Placement(self._leaf(ffn.down.node, ffn, where), bypassed, 0.0, _dropout_among(ffn.nodes))
+        """Return the place of the down projection; the modules before it pass their input on, or hand it over."""
+        path = self._leaf(ffn.down, ffn)
+        bypassed, handing = self._inner_module(ffn) or self._inner_modules(ffn), tuple[str, ...]()
+        if not bypassed:
+            handing = tuple(dict.fromkeys(self._leaf(up, ffn) for up in ffn.ups))
+            bypassed = (*handing, *self._holders(ffn))
+            _check_handing(ffn)
+        return Placement(path, bypassed, 0.0, _dropout_among(ffn.nodes), handing)
 
     def _inner_module(self, ffn: FFN) -> tuple[str, ...]:
         """Return the one module that holds up projections and activation, if there is one (BERT's `intermediate`)."""
@@ -100,34 +110,64 @@ class Placer:
         alone = path and path != ffn.name and len(self._work(path)) == len(ffn.calls) * len(own)
         return (path,) if alone else ()
 
-    def _inner_modules(self, ffn: FFN, where: str) -> tuple[str, ...]:
-        """Return every module between the input and the down projection (OPT's `fc1` and `activation_fn`)."""
+    def _inner_modules(self, ffn: FFN) -> tuple[str, ...]:
+        """Return every module between the input and the down projection (OPT's `fc1` and `activation_fn`), if all is.
+
+        One that is called for something else too, as a dropout may be, is none of them.
+        """
         if len(ffn.ups) > 1 or ffn.kind != "mlp":
-            raise RefusedError(f"{where}: its gated FFN is computed in the block itself; convert the graph instead")
-        bypassed = [self._leaf(ffn.ups[0].node, ffn, where)]
+            return ()
+        bypassed = [self._leaf(ffn.ups[0], ffn)]
         for node in ffn.nodes:
             if has(node, TRANSPARENT) and flow.module_stack(node)[-1] == ffn.name:
                 continue  # dropout or a cast written in the block itself: there is no module to bypass
             path = flow.module_stack(node)[-1]
             own = [n for n in self._work(path) if n in ffn.nodes]
             if path == ffn.name or len(self._work(path)) != len(ffn.calls) * len(own):
-                raise RefusedError(
-                    f"{where}: its activation `{op_name(node)}` is not a module; convert the graph instead"
-                )
+                return ()
             bypassed.append(path)
         return tuple(dict.fromkeys(bypassed))
 
-    def _leaf(self, node: fx.Node, ffn: FFN, where: str) -> str:
+    def _holders(self, ffn: FFN) -> tuple[str, ...]:
+        """Return the modules whose parameters the activation reads: the layer has them from now."""
+        paths = {flow.module_stack(node)[-1] for node in ffn.nodes}
+        held = {name: name.rpartition(".")[0] for name in region_parameters(ffn.region)}
+        for name, path in held.items():
+            if path not in paths or path == ffn.name:
+                raise RefusedError(f"{ffn.name or 'the model'}: its activation reads {name}, which no module of the "
+                                   "activation holds; convert the graph instead")  # fmt: skip
+        return tuple(dict.fromkeys(held.values()))
+
+    def _leaf(self, projection: Projection, ffn: FFN) -> str:
         """Return the module that computes this projection and nothing else."""
-        path = flow.module_stack(node)[-1]
-        work = [n for n in self._work(path) if not has(n, TRANSPARENT)]
-        if len(work) != len(ffn.calls):
-            raise RefusedError(f"{where}: its projection `{node.name}` is not a module; convert the graph instead")
-        return path
+        stack, own = flow.module_stack(projection.node), {projection.node, projection.product}
+        work = [n for n in self._work(stack[-1] if stack else "") if not has(n, TRANSPARENT)]
+        if not stack or len(work) != len(ffn.calls) * len(own):
+            where = ffn.name or "the model"
+            raise RefusedError(
+                f"{where}: its projection `{projection.node.name}` is not a module; convert the graph instead"
+            )
+        return stack[-1]
 
     def _work(self, path: str) -> list[fx.Node]:
         """Return the nodes that a module issued and that depend on the input."""
         return [node for node in self.by_module.get(path, ()) if not flow.is_static(node, self.static)]
+
+
+def _check_handing(ffn: FFN) -> None:
+    """Refuse to hand over what the down projection would not get: another shape, or the input of another call."""
+    where = ffn.name or "the model"
+    for call in ffn.calls:
+        for up in call.ups:
+            if flow.shape(up.source) != flow.shape(call.down.node):
+                raise RefusedError(
+                    f"{where}: `{call.down.node.name}` has another shape than what `{up.node.name}` reads; "
+                    "convert the graph instead"
+                )
+    order = sorted((p.node, number) for number, call in enumerate(ffn.calls) for p in (*call.ups, call.down))
+    numbers = [number for _, number in order]
+    if numbers != sorted(numbers):
+        raise RefusedError(f"{where}: its block calls it again before it is done; convert the graph instead")
 
 
 def _transparent_inputs(source: fx.Node) -> list[fx.Node]:

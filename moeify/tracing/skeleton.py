@@ -110,7 +110,18 @@ def config_of(config: JsonObject) -> PreTrainedConfig:
     cls = model_class(config)
     config_class = cast("type[PreTrainedConfig]", cls.config_class)
     with told_as(_BUILT_FROM.format(cls.__name__)):
-        return config_class.from_dict({name: value for name, value in config.items() if name not in _OF_A_CALL})
+        fields = {name: _decoded(value) for name, value in config.items() if name not in _OF_A_CALL}
+        return config_class.from_dict(fields)
+
+
+def _decoded(value: object) -> object:
+    """Return a value of a `config.json` with the numbers that JSON lacks, which transformers writes as objects."""
+    if isinstance(value, dict):
+        number = value.get("__float__") if len(value) == 1 else None
+        if number in ("Infinity", "-Infinity", "NaN"):
+            return float(str(number))
+        return {name: _decoded(inner) for name, inner in value.items()}
+    return [_decoded(inner) for inner in value] if isinstance(value, list) else value
 
 
 def full_config(config: JsonObject) -> JsonObject:

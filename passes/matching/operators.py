@@ -68,7 +68,7 @@ _TABLE: dict[str, Trait] = {
     "mul": Trait.SCALE | Trait.WEIGH | Trait.FORWARD | Trait.POINTWISE,
     "div": Trait.SCALE | Trait.FORWARD | Trait.POINTWISE,
     "neg": Trait.LINEAR | Trait.FORWARD | Trait.POINTWISE,
-    "addcmul lerp": Trait.FORWARD | Trait.POINTWISE,
+    "addcmul lerp": Trait.SUM | Trait.FORWARD | Trait.POINTWISE,
     "mean sum": Trait.REDUCTION | Trait.ALONG | Trait.LINEAR | Trait.FORWARD,
     "amax amin softmax _softmax log_softmax var std norm linalg_vector_norm cumsum": Trait.REDUCTION | Trait.ALONG,
     "glu": Trait.ALONG,

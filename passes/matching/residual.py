@@ -130,12 +130,14 @@ class _Search:
             return End.ROUTED
         if node in self.encodings and self.streams.is_only_projected(user):
             return None
+        factors = [n for n in _factors(node, user) if n in others]
+        used_up = any(flow.same_activation(n) in self.stream for n in factors)  # a gate on the stream itself
         if has(user, Trait.SUM):
             self.beside_experts = self.beside_experts or follows_choice(others, self.stream)
-            if any(self.is_stream(n) for n in others):
+            if not used_up and any(self.is_stream(n) for n in others if n not in factors):
                 return End.JOINS
         self.leaves = self.leaves or user.op == "output"
-        if user not in self.seen and self.passes_on(user, others):
+        if user not in self.seen and not used_up and self.passes_on(user):
             if node in self.encodings or _scales_positions(user, self.seen):
                 self.encodings.add(user)
             self.seen[user] = None
@@ -153,11 +155,22 @@ class _Search:
         """Whether a summand is the stream, or was made from it without learned mixing."""
         return any(node in self.stream for node in self.streams.behind(summand))
 
-    def passes_on(self, user: fx.Node, others: Iterable[fx.Node]) -> bool:
-        """Whether `user` passes the result on, and does not use it up (a gate on the stream itself, an attention)."""
-        if user in self.streams.projections or not has(user, _PASSES_ON):
-            return False
-        return op_name(user) != "mul" or not any(flow.same_activation(n) in self.stream for n in others)
+    def passes_on(self, user: fx.Node) -> bool:
+        """Whether `user` passes the result on, and does not use it up (an attention)."""
+        return user not in self.streams.projections and has(user, _PASSES_ON)
+
+
+def _factors(node: fx.Node, user: fx.Node) -> list[fx.Node]:
+    """Return what `user` multiplies `node` by."""
+    given = [n for n in user.args if isinstance(n, fx.Node)]
+    match op_name(user):
+        case "mul":
+            return given
+        case "addcmul":  # a + b * c
+            return given[1:] if node in given[1:] else []
+        case "lerp":  # a + weight * (b - a)
+            return given[:2] if node in given[2:] else given[2:]
+    return []
 
 
 def _scales_positions(node: fx.Node, seen: Collection[fx.Node]) -> bool:

@@ -156,3 +156,8 @@ def test_filled_values_follow_from_the_seed() -> None:
 def test_the_table_is_read_without_torch() -> None:
     program = "import sys, moeify.measure; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_points_have_values_also_while_a_model_is_built_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        assert probe(2, 3).device.type == "cpu"

@@ -37,6 +37,8 @@ sites = st.builds(
     dropout=st.floats(0, 0.9),
     expert_dropout=st.floats(0, 0.9),
     activation_state=st.lists(st.tuples(names, names), max_size=2).map(tuple),
+    handing=st.lists(names, max_size=2).map(tuple),
+    axis=st.integers(-4, -1),
 )
 configs = st.builds(MoEConfig, st.integers(2, 64), st.integers(1, 2), seed=st.integers(0, 2**40))
 plans = st.builds(Plan, names, configs, st.lists(sites, max_size=3).map(tuple), st.sampled_from(["moeify", "mixtral"]))
@@ -90,6 +92,8 @@ SITE = {"path": "a", "bypassed": [], "kind": "mlp", "activation": "relu", "hidde
         ({"sites": [3]}, "the plan is damaged"),
         ({"sites": [{**SITE, "path": ["a"]}]}, "a site's path is .*: expected a text"),
         ({"sites": [{**SITE, "bypassed": [1]}]}, "a site's bypassed is .*: expected a list, of each a text"),
+        ({"sites": [{**SITE, "handing": [1]}]}, "a site's handing is .*: expected a list, of each a text"),
+        ({"sites": [{**SITE, "axis": "-1"}]}, "a site's axis is '-1': expected a whole number"),
         ({"sites": [{**SITE, "hidden": "4"}]}, "a site's hidden is '4': expected a whole number"),
         ({"sites": [{**SITE, "activation_state": [["a"]]}]}, "the plan is damaged"),
         ({"sites": [{**SITE, "activation_state": [["a", "b", "c"]]}]}, "the plan is damaged"),

@@ -147,21 +147,22 @@ def test_repr_shows_what_was_done() -> None:
 
 
 class Block(nn.Module):
-    """A hand-written pre-norm block with an activation that is no module."""
+    """A hand-written pre-norm block that multiplies by its own parameters."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 31), nn.Linear(31, 12)
+        self.norm, self.down = nn.LayerNorm(12), nn.Linear(31, 12)
+        self.up = nn.Parameter(torch.linspace(-1, 1, 12 * 31).reshape(12, 31))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+        y: torch.Tensor = self.down(torch.nn.functional.gelu(self.norm(x) @ self.up))
         return x + y
 
 
 def test_what_cannot_be_replaced_in_place_is_named_and_left_alone() -> None:
     model = nn.Sequential(Block(), Block())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RefusedError, match=r"^0: its activation `gelu` is not a module"):
+    with pytest.raises(RefusedError, match=r"^0: its projection `matmul` is not a module"):
         moeify.convert(model, CONFIG, example_inputs=(torch.zeros(2, 5, 12),))
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)

@@ -64,11 +64,6 @@ def with_gradient_hook() -> Any:
     return model
 
 
-def with_fast_path() -> Any:
-    torch.manual_seed(0)
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 31, activation=nn.GELU(), batch_first=True), 2)
-
-
 def with_one_memory() -> Any:
     model = blocks()
     model[0].mlp.up.weight.data = model[1].mlp.up.weight.data
@@ -159,7 +154,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "int8": (lambda: with_dtype(torch.int8), r"^1\.mlp\.up\.weight holds torch\.int8"),
     "float8": (lambda: with_dtype(torch.float8_e4m3fn), r"holds torch\.float8"),
     "two dtypes": (lambda: with_dtype(torch.float16), r"^1\.mlp\.up\.weight is torch\.float16 .* and 1\.mlp\.up\.bias"),
-    "fast path": (with_fast_path, r"^layers\.0\.linear2: its layer's fused fast path"),
     "one memory": (with_one_memory, r"^0\.mlp\.up\.weight is tied to 1\.mlp\.up\.weight"),
     "one activation": (with_one_learned_activation, r"act\.weight is tied to"),
     "one slope": (OneSlope, r"^slope is tied to what ffns\.0 computes"),

@@ -71,3 +71,39 @@ def test_dense_layers_between_mixtures_that_do_not_trace_convert() -> None:
 def test_every_router_is_rehearsed(router: Any) -> None:
     model = moeify.convert(tiny.build("llama"), MoEConfig(3, 1, router=router))
     assert "MoE" in repr(model)
+
+
+class Rescaled(nn.Module):
+    """It looks into its FFN in training only, where RWKV scales weights back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(12, 31), nn.GELU(), nn.Linear(31, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Any = self.mlp[2] if self.training else None
+        out: Tensor = x + self.mlp(x) * (1.0 if last is None else last.weight.shape[0] / 12)
+        return out
+
+
+def test_a_model_that_would_not_train_stays_as_it_was() -> None:
+    model = nn.Sequential(Rescaled(), Rescaled()).eval()
+    before = repr(model)
+    with pytest.raises(RefusedError, match=r"does not run \(in training, TypeError: .*subscriptable"):
+        moeify.convert(model, CONFIG, example_inputs=torch.zeros(2, 5, 12))
+    assert repr(model) == before
+
+
+class Untrained(Rescaled):
+    """It does not run in training, converted or not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise NotImplementedError
+        out: Tensor = x + self.mlp(x)
+        return out
+
+
+def test_what_the_dense_model_cannot_is_no_obstacle() -> None:
+    model = moeify.convert(nn.Sequential(Untrained(), Untrained()), CONFIG, example_inputs=torch.zeros(2, 5, 12))
+    assert "MoE" in repr(model)

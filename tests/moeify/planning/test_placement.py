@@ -35,9 +35,9 @@ class Owner(nn.Module):
 class Spread(nn.Module):
     """An FFN that is spread over siblings."""
 
-    def __init__(self, activation: nn.Module | None = None, gated: bool = False) -> None:
+    def __init__(self, activation: nn.Module | None = None, gated: bool = False, fc1: int = 31) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.act = nn.Linear(12, 31), nn.Linear(31, 12), activation
+        self.fc1, self.fc2, self.act = nn.Linear(12, fc1), nn.Linear(31, 12), activation
         self.gate = nn.Linear(12, 31) if gated else None
         self.drop = nn.Dropout(0.3)
 
@@ -46,6 +46,19 @@ class Spread(nn.Module):
         z = F.gelu(z) if self.act is None else self.act(z)
         z = z if self.gate is None else z * self.gate(x)
         out: Tensor = x + self.drop(self.fc2(z))
+        return out
+
+
+class Gate(nn.Module):
+    """An activation with a norm in it, and with code that looks for the halves of the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(31)
+
+    def forward(self, z: Tensor) -> Tensor:
+        gate, up = F.relu(z, inplace=True).chunk(2, dim=-1)
+        out: Tensor = self.norm(gate) * up
         return out
 
 
@@ -132,6 +145,10 @@ def placed(model: nn.Module, *, in_place: bool = True) -> Placement:
         (Busy(), Placement("mlp.down", ("mlp.up", "mlp.act"), 0.0, 0.0)),
         (Shared(), Placement("block.mlp", (), 0.0, 0.0)),
         (Mixed(), Placement("mlp", (), 0.0, 0.0)),
+        (Spread(), Placement("fc2", ("fc1",), 0.0, 0.0, handing=("fc1",))),
+        (Spread(nn.GELU(), gated=True), Placement("fc2", ("fc1", "gate"), 0.0, 0.0, handing=("fc1", "gate"))),
+        (Spread(Gate(), fc1=62), Placement("fc2", ("fc1", "act.norm"), 0.0, 0.0, handing=("fc1",))),
+        (Convolutions(), Placement("mlp", (), 0.0, 0.0, axis=-2)),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -139,20 +156,62 @@ def test_the_place_and_the_dropout(model: nn.Module, place: Placement) -> None:
     assert placed(model) == place
 
 
+class Raw(nn.Module):
+    """The block multiplies by parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = (nn.Parameter(torch.randn(*shape) / 4) for shape in ((12, 31), (31, 12)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(x @ self.w1) @ self.w2
+
+
+class Sloped(Spread):
+    """Its activation reads a parameter of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.linspace(0.1, 0.4, 31))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.fc1(x)
+        out: Tensor = x + self.fc2(torch.where(z > 0, z, self.slope * z))
+        return out
+
+
+class Crossed(Spread):
+    """Two calls of one FFN, the second before the first has ended."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (F.gelu(self.fc1(each)) for each in (x, 2 * x))
+        out: Tensor = (x + self.fc2(first)) * torch.sigmoid(2 * x + self.fc2(second))
+        return out
+
+
+class Flat(Spread):
+    """The down projection writes one list of positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x.view(-1, 12) + self.fc2(F.gelu(self.fc1(x)).view(-1, 31))
+        return out
+
+
 @pytest.mark.parametrize(
     ("model", "words", "path"),
     [
-        (Spread(), "its activation `gelu` is not a module", "fc2"),
-        (Spread(nn.GELU(), gated=True), "its gated FFN is computed in the block itself", "fc2"),
-        (Convolutions(), "its projections are 1x1 convolutions", "mlp.2"),
+        (Raw(), "its projection `matmul_1` is not a module", "w2_moe"),
+        (Sloped(), "its activation reads slope, which no module of the activation holds", "fc2"),
+        (Crossed(), "its block calls it again before it is done", "fc2"),
+        (Flat(), "`linear_1` has another shape than what `linear` reads", "fc2"),
     ],
-    ids=["function", "gate", "convolutions"],
+    ids=["parameters", "slope", "crossed", "flat"],
 )
 def test_what_has_no_place_in_the_module_tree_has_one_in_a_graph(model: nn.Module, words: str, path: str) -> None:
     with pytest.raises(RefusedError, match=f"{words}.*; convert the graph instead"):
         placed(model)
     place = placed(model, in_place=False)
-    assert (place.path, place.bypassed, place.dropout) == (path, (), 0.0)
+    assert (place.path, place.bypassed, place.handing, place.dropout, place.axis) == (path, (), (), 0.0, -1)
 
 
 @pytest.mark.parametrize("where", ["end", "around"])
@@ -165,7 +224,7 @@ def test_dropout_is_applied_once_in_training(where: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [Mixed, Busy, Shared])
+@pytest.mark.parametrize("make", [Mixed, Busy, Shared, Convolutions])
 def test_placed_layers_compute_what_the_ffn_did(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = make().eval()

@@ -132,3 +132,10 @@ def test_what_a_model_makes_itself_may_be_missing() -> None:
 def test_a_slip_in_the_model_type_is_answered_with_the_nearest() -> None:
     with pytest.raises(MoeifyError, match="does not know the model type 'lamma': did you mean 'llama'"):
         model_class({"model_type": "lamma", "architectures": ["LlamaForCausalLM"]})
+
+
+def test_numbers_that_json_lacks_are_read_as_transformers_writes_them() -> None:
+    limits = [0.0, {"__float__": "Infinity"}]
+    config = full_config({"model_type": "mamba2", "time_step_limit": limits, "extra": {"a": {"__float__": "9"}}})
+    assert tuple(config["time_step_limit"]) == (0.0, float("inf"))
+    assert config["extra"] == {"a": {"__float__": "9"}}

@@ -10,6 +10,18 @@ from moeify.tracing.stand_in import standing_in
 from moeify.tracing.trace import trace
 from tests.passes.blocks import HIDDEN, TOKENS, Function, Mlp, Model, find, only_reason, residual
 
+
+def streams(m: Model, x: Tensor, *, joined: bool = True) -> Tensor:
+    """Hyper-connections: the FFN reads a sum of streams, its result is spread over them, and a matrix mixes them."""
+    h = torch.stack([x, 2 * x, -x, x / 2], dim=-2)
+    weights = m.other(h.mean(-2)).sigmoid()
+    y = m.mlps[0](m.norm((h * weights[..., :4, None]).sum(-2)))
+    h = h if joined else m.other(h)
+    h = m.other.weight[:4, :4].softmax(-1) @ h + y.unsqueeze(-2) * m.other.bias[:4, None]
+    out: Tensor = h.sum(-2)
+    return out
+
+
 JOINS: dict[str, Function] = {
     "pre-norm": lambda m, x: x + m.mlps[0](m.norm(x)),
     "post-norm": lambda m, x: m.norm(x + m.mlps[0](x)),
@@ -23,6 +35,12 @@ JOINS: dict[str, Function] = {
         x + m.other(x.mean(1, keepdim=True)) * m.mlps[0](m.norm(x) * (1 + m.other(x[:, :1])) + m.other(x[:, 1:2]))
     ),
     "a gate of its own": lambda m, x: x + m.other(x).sigmoid() * m.mlps[0](m.norm(x)),
+    "a gated residual": lambda m, x: m.mlps[0](x) * m.other(x).sigmoid() + x * (1 - m.other(x).sigmoid()),
+    "interpolated": lambda m, x: torch.lerp(x, m.mlps[0](m.norm(x)), m.other(x).sigmoid()),
+    "interpolated, the other way": lambda m, x: torch.lerp(m.mlps[0](m.norm(x)), x, 0.3),
+    "layer scale in one operator": lambda m, x: torch.addcmul(x, m.mlps[0](m.norm(x)), m.norm.weight),
+    "a scaled stream in one operator": lambda m, x: torch.addcmul(m.mlps[0](m.norm(x)), x, m.norm.weight),
+    "four streams, mixed by a matrix": lambda m, x: streams(m, x),
     "rows in a list": lambda m, x: x + m.mlps[0](m.norm(x).reshape(-1, HIDDEN)).view_as(x),
     "some rows only": lambda m, x: x.index_put((torch.tensor([0, 1]),), m.mlps[0](x[:2])) + x,
     "streams mixed before and after": lambda m, x: x + x.roll(1, 1) * m.mlps[0](x[:, :1] * 0.3 + x * 0.7),
@@ -43,6 +61,10 @@ ELSEWHERE: dict[str, Function] = {
     "a pooler": lambda m, x: m.mlps[0](x[:, 0]).tanh(),
     "a gate on the stream": lambda m, x: x + x * m.mlps[0](m.norm(x)).sigmoid(),
     "a scale on the stream": lambda m, x: x + x * m.mlps[0](m.norm(x)),
+    "a scale on the stream in one operator": lambda m, x: torch.addcmul(x, x, m.mlps[0](m.norm(x))),
+    "a gate between streams": lambda m, x: torch.lerp(x, 2 * x, m.mlps[0](m.norm(x))),
+    "interpolated with something else": lambda m, x: torch.lerp(m.other(x), m.mlps[0](m.other(x)), 0.3),
+    "other streams, mixed by a matrix": lambda m, x: streams(m, x, joined=False),
     "squeeze and excite": lambda m, x: x * m.mlps[0](x.mean(1, keepdim=True)).sigmoid() + x,
     "added to something else": lambda m, x: m.other(x) + m.mlps[0](m.other(x)),
 }
