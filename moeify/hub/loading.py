@@ -14,7 +14,7 @@ from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
 from moeify.hub.registration import register
 from moeify.hub.stored import present
-from moeify.plan import Plan, stored_plan
+from moeify.plan import FIELD, Plan, stored_plan
 from moeify.pretrained import load_generation_config, load_model
 from moeify.tracing.skeleton import config_of, model_class
 
@@ -100,8 +100,8 @@ def _keep_first_layers(config: PreTrainedConfig, layers: FirstLayers) -> None:
     if fields.get("mlp_only_layers"):  # numbers of layers, not one entry per layer
         changed["mlp_only_layers"] = [number for number in fields["mlp_only_layers"] if number < count]
     if (entry := stored_plan(fields)) is not None:
-        plan = Plan.from_dict(entry)
-        changed |= plan.renamed(lambda path: path if layers.keeps(path) else None).config_entries
+        plan = Plan.from_dict(entry).renamed(lambda path: path if layers.keeps(path) else None)
+        changed[FIELD] = {**fields[FIELD], "plan": plan.to_dict()}
     for name, value in changed.items():
         setattr(config, name, value)
 

@@ -16,13 +16,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moeify.contract.linearize import linearize
 from moeify.contract.model import remember
 from moeify.contract.stock_experts import offer_stock_experts
 from moeify.conversion.dense import Dense
 from moeify.conversion.module import put_layers
 from moeify.errors import CheckpointError
 from moeify.layers.implementations import OURS
-from moeify.plan import ASK_FOR_MOEIFY, FIELD, OLDER_FORMAT, Plan, stored_plan
+from moeify.plan import ASK_FOR_MOEIFY, FIELD, LINEAR, OLDER_FORMAT, Plan, stored_plan
 
 
 class OlderFormat(QuantizationConfigMixin):
@@ -63,15 +64,18 @@ def _rebuilding(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return a subclass that makes a model of the class `cls` from the config of a converted one."""
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        entry: Any = vars(config).get(FIELD)
         plan = _take_plan(cls, config)  # the models inside this one are made from the same config, and stay dense
         asked = config._experts_implementation
         config._experts_implementation = OURS  # whatever it is, the dense class would refuse it
         try:
             cls.__init__(self, config, *args, **kwargs)
         finally:
-            setattr(config, FIELD, plan.config_entries[FIELD])
+            setattr(config, FIELD, entry)
         self.__class__ = cls
         _rebuild(self, plan)
+        if entry.get(LINEAR):
+            linearize(self)
         if asked not in {None, ASK_FOR_MOEIFY}:
             self.set_experts_implementation(asked)
 

@@ -61,8 +61,9 @@ class FineTuning:
     def prepare(self, model: nn.Module) -> None:
         """Set the experts' dropout and freeze; rates, batches and the other dropout are up to the script."""
         for module in (module for layer in layers_of(model).values() for module in layer.modules()):
-            if isinstance(module, Experts) and self.expert_dropout is not None:
-                module.dropout = self.expert_dropout
+            stacked = getattr(module, "stacked", module)  # of experts as linears, which ask it
+            if isinstance(stacked, Experts) and self.expert_dropout is not None:
+                stacked.dropout = self.expert_dropout
         if self.frozen is not None:
             freeze(model, self.frozen)
 
