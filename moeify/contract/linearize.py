@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     PrefixChange,
     Transpose,
     WeightConverter,
+    WeightTransform,
 )
 
 from moeify.errors import RefusedError
@@ -59,7 +60,8 @@ def linearize(model: Model) -> Model:
     for path, module in found.items():
         _check(path, module)
     _mark(model, True)
-    names, converters = _stored_names(model), []
+    names = _stored_names(model)
+    converters: list[WeightTransform] = []
     for path, module in found.items():
         own = isinstance(module, Experts) or not _fits(names, module)
         if own and not isinstance(module, Experts):
@@ -122,7 +124,9 @@ def _mark(model: nn.Module, linear: bool) -> None:
     config = getattr(model, "config", None)
     entry = getattr(config, FIELD, None)
     if isinstance(entry, dict):
-        setattr(config, FIELD, {**{k: v for k, v in entry.items() if k != LINEAR}, **({LINEAR: True} if linear else {})})
+        setattr(
+            config, FIELD, {**{k: v for k, v in entry.items() if k != LINEAR}, **({LINEAR: True} if linear else {})}
+        )
     elif isinstance(model, PreTrainedModel) and any(isinstance(module, Experts) for module in _experts_of(model)):
         raise RefusedError(f"this {type(model).__name__} is a part of a converted model: give the whole model")
 
@@ -130,7 +134,9 @@ def _mark(model: nn.Module, linear: bool) -> None:
 def _fits(names: dict[str, str], module: Any) -> bool:
     """Return whether checkpoints have a name for each of a module's projections; they have none for biases."""
     wanted = {GATE, UP, DOWN} if module.has_gate else {UP, DOWN}
-    return wanted <= names.keys() and not any(name.endswith("_bias") for name, _ in module.named_parameters(recurse=False))
+    return wanted <= names.keys() and not any(
+        name.endswith("_bias") for name, _ in module.named_parameters(recurse=False)
+    )
 
 
 def _experts_of(model: nn.Module) -> Iterator[nn.Module]:
@@ -148,14 +154,15 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def _stored_names(model: nn.Module) -> dict[str, str]:
     """Return the names of the projections in checkpoints of this class, if those have a tensor for each expert."""
-    names = {}
+    names: dict[str, str] = {}
     for rule in _conversions(model) if isinstance(model, PreTrainedModel) else []:
         stored = [re.search(r"experts\.\*\.(\w+)\.weight$", source) for source in rule._original_source_patterns]
         target = rule._original_target_patterns[0].rpartition(".")[2]
         keys = {"gate_up_proj": (GATE, UP), UP: (UP,), DOWN: (DOWN,)}.get(target, ())
-        if isinstance(rule, WeightConverter) and all(stored) and len(stored) == len(keys):
-            if all(type(each) in {MergeModulelist, Concatenate} for each in rule.operations):
-                names |= {key: match[1] for key, match in zip(keys, stored, strict=True) if match}
+        if not isinstance(rule, WeightConverter) or not all(stored) or len(stored) != len(keys):
+            continue
+        if all(type(each) in {MergeModulelist, Concatenate} for each in rule.operations):
+            names |= {key: match[1] for key, match in zip(keys, stored, strict=True) if match}
     return names
 
 
@@ -164,14 +171,16 @@ def _conversions(model: PreTrainedModel) -> list[Any]:
     used = getattr(model, "_weight_conversions", None)
     if used is not None:
         return list(used)
-    return [rule for rule in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(rule, PrefixChange)]
+    return [
+        rule for rule in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(rule, PrefixChange)
+    ]
 
 
 class _SaveStacked(WeightConverter):
     """A rule that stacks linears when they are saved."""
 
 
-def _to_save(path: str, module: Any) -> Iterator[WeightConverter]:
+def _to_save(path: str, module: Any) -> Iterator[WeightTransform]:
     """Return the rules that take a stacked tensor apart; saving reverses them."""
     place = ".".join(path.split(".")[-2:])
     for name, parameter in module.named_parameters(recurse=False):

@@ -58,8 +58,8 @@ def offer_stock_experts() -> None:
 
 
 def _fp8_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Leave experts that were quantized to FP8 to transformers' default for them, which reads the weights of every id."""
-    none_TK = (top_k_index < 0) | (top_k_index >= self.num_experts)
+    """Leave experts that were quantized to FP8 to transformers' default for them."""
+    none_TK = (top_k_index < 0) | (top_k_index >= self.num_experts)  # it reads the weights of every id
     ids_TK, weights_TK = top_k_index.masked_fill(none_TK, 0), top_k_weights.masked_fill(none_TK, 0)
     out_TH: Tensor = ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, ids_TK, weights_TK)
     return out_TH

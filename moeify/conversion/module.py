@@ -57,10 +57,9 @@ def convert(
     state = None if optimizer is None else DenseState(optimizer, model, plan)
     rehearse(dense, plan)
     put_layers(model, plan, dense.regions)
-    prefer_ours(model, plan)
     if state is not None:
         state.move_to(model)
-    remember_plan(model, plan)
+    _tell_config(model, plan)
     return model
 
 
@@ -83,7 +82,8 @@ def put_layers(model: nn.Module, plan: Plan, regions: Mapping[tuple[str, ...], f
             del weights[name]
 
 
-def remember_plan(model: nn.Module, plan: Plan) -> None:
+def _tell_config(model: nn.Module, plan: Plan) -> None:
     """Write a plan into a transformers model's config, so that `save_pretrained` makes a moeify checkpoint."""
     if hasattr(getattr(model, "config", None), "to_json_string"):
+        prefer_ours(model, plan)
         remember(model.config, plan)

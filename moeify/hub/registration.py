@@ -10,7 +10,7 @@ experts, whose name says what to do.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -56,11 +56,12 @@ def _new(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> PreTrainedMod
     converted = config is not None and (
         stored_plan(vars(config)) is not None or config._experts_implementation == ASK_FOR_MOEIFY
     )
-    return object.__new__(_rebuilding(cls) if converted else cls)
+    made: Any = cls
+    return cast("PreTrainedModel", object.__new__(_rebuilding(made) if converted else made))
 
 
 @cache
-def _rebuilding(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _rebuilding(cls: type[Any]) -> type[Any]:
     """Return a subclass that makes a model of the class `cls` from the config of a converted one."""
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ K choices per token, S = T·K choices.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ class LinearExperts(nn.Module):
             assert first is not None
             tensor = torch.empty(shape, dtype=first.dtype, device=first.device)
             for key, views in projections(self.stacked, {name: tensor}).items():
-                for number, part in enumerate(views[kind == "bias"]):  # type: ignore[arg-type]
+                for number, part in enumerate(cast("Tensor", views[kind == "bias"])):
                     held = self._held(key, number)._parameters
                     part.copy_(held[kind])
                     held[kind] = None
@@ -182,7 +182,8 @@ def _linears(stacked: Any, parameters: Mapping[str, nn.Parameter]) -> Iterator[d
     for number in range(stacked.num_experts):
         expert = {}
         for key, held in views.items():
-            expert[key] = nn.Linear(*held[0][number].T.shape, held[1] is not None, device="meta")  # type: ignore[index]
+            rows, columns = cast("Tensor", held[0])[number].shape
+            expert[key] = nn.Linear(columns, rows, held[1] is not None, device="meta")
             for kind, suffix, tensor in zip(("weight", "bias"), ("", "_bias"), held, strict=True):
                 if tensor is not None:
                     trained = parameters[(DOWN if key == DOWN else up_name) + suffix].requires_grad

@@ -147,11 +147,9 @@ def test_the_older_form_of_the_format_is_refused_and_loads_once_the_field_has_it
     config["experts_implementation"] = "moeify"
     path.write_text(json.dumps(config | {"quantization_config": older}))
     moeify.register()
-    for options in ({}, {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)}):
+    for options in ({}, {"quantization_config": tf.BitsAndBytesConfig(load_in_8bit=True)}):
         for load in (tf.AutoModelForCausalLM.from_pretrained, moeify.load):
-            with pytest.raises(
-                CheckpointError, match="rename the field quantization_config of its config.json to moeify"
-            ):
+            with pytest.raises(CheckpointError, match="rename the field quantization_config of its config"):
                 load(tmp_path, **options)
     path.write_text(json.dumps(config | {"moeify": older}))
     loaded = moeify.load(tmp_path)
