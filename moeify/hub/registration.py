@@ -9,6 +9,7 @@ experts, whose name says what to do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NoReturn, cast
 
@@ -39,25 +40,36 @@ class OlderFormat(QuantizationConfigMixin):
         raise CheckpointError(f"the checkpoint cannot be loaded: {OLDER_FORMAT}")
 
 
-def register() -> None:
+def register(check: Callable[[Plan], None] | None = None) -> None:
     """Make `from_pretrained` read moeify checkpoints and `experts_implementation="moeify"` use our operator.
 
     Calling it again changes nothing.
+
+    Args:
+        check: Is called with the plan of each model before it is made, and may raise.
     """
+
+    def new(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> PreTrainedModel:
+        return _new(check, cls, *args, **kwargs)
+
     untyped: Any = PreTrainedModel
-    untyped.__new__ = staticmethod(_new)
+    untyped.__new__ = staticmethod(new)
     AUTO_QUANTIZATION_CONFIG_MAPPING[FIELD] = OlderFormat
     offer_stock_experts()
 
 
-def _new(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> PreTrainedModel:
+def _new(
+    check: Callable[[Plan], None] | None, cls: type[PreTrainedModel], *args: Any, **kwargs: Any
+) -> PreTrainedModel:
     """Make an empty model, whose `__init__` also puts the layers of the plan in place if its config has one."""
-    config = next((value for value in (*args[:1], kwargs.get("config")) if isinstance(value, PreTrainedConfig)), None)
-    converted = config is not None and (
-        stored_plan(vars(config)) is not None or config._experts_implementation == ASK_FOR_MOEIFY
-    )
     made: Any = cls
-    return cast("PreTrainedModel", object.__new__(_rebuilding(made) if converted else made))
+    config = next((value for value in (*args[:1], kwargs.get("config")) if isinstance(value, PreTrainedConfig)), None)
+    plan = None if config is None else stored_plan(vars(config))
+    if plan is not None and check is not None:
+        check(Plan.from_dict(plan))
+    if plan is not None or (config is not None and config._experts_implementation == ASK_FOR_MOEIFY):
+        made = _rebuilding(made)
+    return cast("PreTrainedModel", object.__new__(made))
 
 
 @cache
