@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeify import methods, routers
     from moeify.config import MoEConfig
+    from moeify.contract.linearize import linearize, stack
     from moeify.conversion.dense import find_ffns
     from moeify.conversion.graph import convert_graph
     from moeify.conversion.module import convert
@@ -46,12 +47,14 @@ _HOME = {
     "export_onnx": "export.onnx_file",
     "find_ffns": "conversion.dense",
     "freeze": "training.control",
+    "linearize": "contract.linearize",
     "load": "hub.loading",
     "param_groups": "training.control",
     "register": "hub.registration",
     "routing_stats": "training.stats",
     "scale_attached_losses": "training.losses",
     "set_capacity": "training.control",
+    "stack": "contract.linearize",
     "track_routing": "training.layers_of",
     "update_selection_bias": "training.bias",
     "verify": "proving.proof",
@@ -74,6 +77,7 @@ __all__ = [
     "export_onnx",
     "find_ffns",
     "freeze",
+    "linearize",
     "load",
     "methods",
     "param_groups",
@@ -82,6 +86,7 @@ __all__ = [
     "routing_stats",
     "scale_attached_losses",
     "set_capacity",
+    "stack",
     "track_routing",
     "update_selection_bias",
     "verify",

@@ -20,6 +20,12 @@ from moeify.files.limits import PLAN_BYTES
 from moeify.files.reading import read_bytes
 
 VERSION = 2
+FIELD, LINEAR = "moeify", "linear"  # the field of a config.json, and in it: experts are stored as linears
+OLDER_FORMAT = (
+    "it has its plan where an older moeify wrote it: rename the field quantization_config of its config.json to moeify"
+)
+# The name of an implementation of experts that a transformers without moeify does not know, and repeats in its error.
+ASK_FOR_MOEIFY = "moeify (pip install moeify, then: import moeify; moeify.register())"
 
 
 @dataclass(frozen=True)
@@ -166,11 +172,10 @@ class Plan:
     def config_entries(self) -> dict[str, Any]:
         """What a transformers `config.json` says of a converted model.
 
-        A transformers that `moeify.register()` was not called for only warns of the first entry, loads half a model and
-        draws the rest at random; the second entry stops it.
+        A transformers that `moeify.register()` was not called for does not see the plan, and would draw the experts at
+        random; the second entry stops it.
         """
-        entry = {"quant_method": "moeify", "plan": self.to_dict()}
-        return {"quantization_config": entry, "experts_implementation": "moeify"}
+        return {FIELD: {"plan": self.to_dict()}, "experts_implementation": ASK_FOR_MOEIFY}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; `Plan.from_dict` is the inverse."""
@@ -190,8 +195,10 @@ class Plan:
         """
         if not isinstance(data, dict):
             raise ConfigError("the plan is not a JSON object: expected what moeify wrote as moeify.json")
-        if data.get("moeify") != VERSION:
-            raise ConfigError(f"the plan has another version: this moeify reads version {VERSION}, make it again")
+        if (version := data.get("moeify")) != VERSION:
+            newer = isinstance(version, int) and version > VERSION
+            advice = "update moeify (pip install -U moeify)" if newer else "make it again with this moeify"
+            raise ConfigError(f"the plan has version {str(version)[:20]}, and this moeify reads {VERSION}: {advice}")
         try:
             plan = Plan(
                 model_type=data["model_type"],
@@ -235,6 +242,12 @@ class Plan:
         except ValueError as error:
             raise ConfigError(f"the plan is not JSON: {error}") from error
         return Plan.from_dict(data)
+
+
+def stored_plan(config: Mapping[str, Any]) -> object:
+    """Return the plan that the fields of a config hold, unchecked; None if it describes no converted model."""
+    entry = config.get(FIELD)
+    return entry.get("plan", entry) if isinstance(entry, dict) else entry
 
 
 def _site(data: Mapping[str, Any]) -> Site:

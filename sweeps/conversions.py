@@ -114,7 +114,7 @@ class _Paths:
     def directly(self, paths: list[str]) -> float:
         """Compare layers that the inputs do not reach with the modules that they replaced."""
         worst = 0.0
-        plan = {site["path"]: site for site in self.converted.config.quantization_config["plan"]["sites"]}
+        plan = {site["path"]: site for site in self.converted.config.moeify["plan"]["sites"]}
         for path in paths:
             x = torch.randn(2, 7, plan[path]["hidden"])
             chain, ours = [*plan[path]["bypassed"], path], path

@@ -11,6 +11,7 @@ from moeify.errors import CheckpointError
 from moeify.files.json_text import JsonObject, read_json_object
 from moeify.files.limits import CONFIG_BYTES, CONFIG_VALUES, EXPERTS, HEADS, LABELS, LAYERS
 from moeify.files.reading import is_file
+from moeify.plan import FIELD, OLDER_FORMAT
 
 # What a model is built of in a loop, by the names that transformers' configs have for their numbers.
 _COUNTS = (
@@ -19,7 +20,7 @@ _COUNTS = (
     (re.compile(r"experts"), EXPERTS),
     (re.compile(r"^num_labels$"), LABELS),
 )
-_NO_FIELDS = {"id2label", "label2id", "quantization_config"}  # what is inside is named by users, or is no config
+_NO_FIELDS = {"id2label", "label2id", "quantization_config", FIELD}  # what is inside is named by users, or is no config
 
 
 def load_config(folder: Path, *, trust_remote_code: bool) -> JsonObject:
@@ -59,7 +60,9 @@ def check_counts(path: Path, config: Mapping[str, object]) -> None:
 
 def _check_quantization(folder: Path, entry: object) -> None:
     scheme = entry.get("quant_method", "unnamed") if isinstance(entry, dict) else entry
-    if entry and scheme != "moeify":
+    if scheme == FIELD:
+        raise CheckpointError(f"{folder} cannot be read: {OLDER_FORMAT}")
+    if entry:
         raise CheckpointError(
             f"{folder} is quantized (scheme: {scheme}) and cannot be converted: dequantize it first, "
             "or start from the checkpoint before quantization"

@@ -11,7 +11,7 @@ from moeify.contract.outputs import ASK, COEFFICIENT, RouterOutputs
 from moeify.contract.stock_experts import offer_stock_experts
 from moeify.layers import MoELayer
 from moeify.layers.implementations import OURS
-from moeify.plan import Plan
+from moeify.plan import ASK_FOR_MOEIFY, Plan
 
 
 def keep_contract(model: nn.Module, layers: Mapping[str, MoELayer]) -> None:
@@ -78,6 +78,7 @@ def _entries(plan: Plan) -> dict[str, Any]:
         "moe_intermediate_size": plan.sites[0].intermediate // config.granularity,
         ASK: False,
         COEFFICIENT: config.aux_loss,
+        "experts_implementation": ASK_FOR_MOEIFY,  # of a part too, which can be loaded by itself
     }
 
 

@@ -7,18 +7,20 @@ the up projection (2I with a gate).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.integrations import moe
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 
 from moeify.kernels import ops
 from moeify.kernels.activations import ACTIVATIONS
 from moeify.layers.experts import unfused
-from moeify.layers.implementations import OURS
+from moeify.layers.implementations import OURS, is_quantized
 from moeify.measure import probe, recognize
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ def stock_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
         top_k_index: (T, K) int64; an id past the last expert counts nothing.
         top_k_weights: (T, K).
     """
+    if is_quantized(self.down_proj):
+        return _own_forward(self)(self, hidden_states, top_k_index, top_k_weights)
     stacks = stacked_weights(self)
     name = _activation_name(self)
     if name is not None:
@@ -50,6 +54,21 @@ def offer_stock_experts() -> None:
     """Add `stock_experts` to the implementations that transformers knows by name."""
     if OURS not in moe.ALL_EXPERTS_FUNCTIONS:
         moe.ALL_EXPERTS_FUNCTIONS.register(OURS, stock_experts)
+        ALL_FP8_EXPERTS_FUNCTIONS.register(OURS, _fp8_experts)
+
+
+def _fp8_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Leave experts that were quantized to FP8 to transformers' default for them."""
+    none_TK = (top_k_index < 0) | (top_k_index >= self.num_experts)  # it reads the weights of every id
+    ids_TK, weights_TK = top_k_index.masked_fill(none_TK, 0), top_k_weights.masked_fill(none_TK, 0)
+    out_TH: Tensor = ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, ids_TK, weights_TK)
+    return out_TH
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Tensor]:
+    """Return the forward of a class of experts as it was before it asked for implementations: the loop of "eager"."""
+    forward: Callable[..., Tensor] = inspect.unwrap(type(module).forward)
+    return forward
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
 
-from torch import nn
+from torch import fx, nn
 from torch.optim import Optimizer
 
 from moeify.config import MoEConfig
@@ -55,25 +56,34 @@ def convert(
     check_replaceable(model, plan)
     state = None if optimizer is None else DenseState(optimizer, model, plan)
     rehearse(dense, plan)
-    _replace(model, dense, plan)
+    put_layers(model, plan, dense.regions)
     if state is not None:
         state.move_to(model)
-    remember_plan(model, plan)
+    _tell_config(model, plan)
     return model
 
 
-def _replace(model: nn.Module, dense: Dense, plan: Plan) -> None:
-    """Put the layers in place and fill them; dense weights are let go as soon as their experts have them."""
+def put_layers(model: nn.Module, plan: Plan, regions: Mapping[tuple[str, ...], fx.GraphModule]) -> None:
+    """Put the layers of a plan in place and fill them, if the model has values.
+
+    Dense weights are let go as soon as their experts have them.
+
+    Args:
+        model: The model that the plan was made for.
+        plan: What to replace.
+        regions: Captured activations by the names of the projections' parameters; needed for custom ones.
+    """
     weights = {name: attrgetter(name)(model) for site in plan.sites for name in site.reads}
-    restructure(model, plan, dense.regions)
-    prefer_ours(model, plan)
+    restructure(model, plan, regions)
     for site in plan.sites:
-        fill_layer(model.get_submodule(site.path), layer_tensors(site, plan.config), weights.__getitem__)
+        if not weights[site.down.parameter].is_meta:
+            fill_layer(model.get_submodule(site.path), layer_tensors(site, plan.config), weights.__getitem__)
         for name in site.parameters:
             del weights[name]
 
 
-def remember_plan(model: nn.Module, plan: Plan) -> None:
+def _tell_config(model: nn.Module, plan: Plan) -> None:
     """Write a plan into a transformers model's config, so that `save_pretrained` makes a moeify checkpoint."""
     if hasattr(getattr(model, "config", None), "to_json_string"):
+        prefer_ours(model, plan)
         remember(model.config, plan)

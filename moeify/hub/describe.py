@@ -11,8 +11,9 @@ from moeify.contract.found import find_layers
 from moeify.conversion.cost import model_cost
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.summary import Summary, summarize
-from moeify.hub.registration import FORMAT, register
+from moeify.hub.registration import register
 from moeify.hub.structure import load_structure
+from moeify.plan import stored_plan
 
 
 def describe(source: Source, config: MoEConfig, example_inputs: Mapping[str, Any] | None = None) -> Summary:
@@ -26,8 +27,7 @@ def describe(source: Source, config: MoEConfig, example_inputs: Mapping[str, Any
     Raises:
         MoeifyError: Its model cannot be built, or a dense one not be traced.
     """
-    entry = source.config.get("quantization_config")
-    if not isinstance(entry, Mapping) or entry.get("quant_method") != FORMAT:
+    if stored_plan(source.config) is None:
         return summarize(DenseCheckpoint(source, example_inputs), config)
     register()
     model = load_structure(source)

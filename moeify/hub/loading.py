@@ -14,6 +14,7 @@ from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
 from moeify.hub.registration import register
 from moeify.hub.stored import present
+from moeify.plan import FIELD, Plan, stored_plan
 from moeify.pretrained import load_generation_config, load_model
 from moeify.tracing.skeleton import config_of, model_class
 
@@ -98,10 +99,9 @@ def _keep_first_layers(config: PreTrainedConfig, layers: FirstLayers) -> None:
     changed["num_hidden_layers"] = count
     if fields.get("mlp_only_layers"):  # numbers of layers, not one entry per layer
         changed["mlp_only_layers"] = [number for number in fields["mlp_only_layers"] if number < count]
-    entry = getattr(config, "quantization_config", None)
-    if entry:
-        sites = [site for site in entry["plan"]["sites"] if layers.keeps(site["path"])]
-        changed["quantization_config"] = {**entry, "plan": {**entry["plan"], "sites": sites}}
+    if (entry := stored_plan(fields)) is not None:
+        plan = Plan.from_dict(entry).renamed(lambda path: path if layers.keeps(path) else None)
+        changed[FIELD] = {**fields[FIELD], "plan": plan.to_dict()}
     for name, value in changed.items():
         setattr(config, name, value)
 

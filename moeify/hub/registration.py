@@ -1,98 +1,143 @@
 """Tell transformers about moeify: checkpoints in moeify format load with `from_pretrained`.
 
-transformers lets a checkpoint's `quantization_config` name a class that rebuilds the model before weights are loaded.
-That is what a converted model needs, so the moeify format uses it: the config holds the plan, and this module puts the
-`SparseMoE` layers in place on the meta device. The config also asks for the experts implementation "moeify", because
-of an unknown quantization method transformers only warns: without `register` it stops, instead of loading half a model.
+A checkpoint in moeify format is that of its dense class: same `model_type`, same `architectures`. Its config holds the
+plan besides, in a field of its own, so that the slot for quantization stays free. Whatever makes a model from such a
+config (`from_pretrained`, `from_config`, the class itself) calls the class's `__new__`; that is where `register` has
+the layers of the plan put in place. Where it was not called, transformers stops at an unknown implementation of
+experts, whose name says what to do.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NoReturn, cast
 
-from torch import nn
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moeify.contract.linearize import linearize
+from moeify.contract.model import remember
 from moeify.contract.stock_experts import offer_stock_experts
 from moeify.conversion.dense import Dense
-from moeify.conversion.module import remember_plan
-from moeify.conversion.restructure import restructure
+from moeify.conversion.module import put_layers
 from moeify.errors import CheckpointError
-from moeify.plan import Plan
-
-FORMAT = "moeify"
-
-
-class MoeifyFormat(QuantizationConfigMixin):
-    """The entry in a checkpoint's config: the plan, as data."""
-
-    def __init__(self, plan: dict[str, Any], **_: Any) -> None:
-        self.quant_method: Any = FORMAT
-        self.plan = plan
+from moeify.layers.implementations import OURS
+from moeify.plan import ASK_FOR_MOEIFY, FIELD, LINEAR, OLDER_FORMAT, Plan, stored_plan
 
 
-class MoeifyLoader(HfQuantizer):
-    """Rebuilds the layers before the weights are loaded; afterwards the model is an ordinary one."""
+class OlderFormat(QuantizationConfigMixin):
+    """A plan in the place of a quantization, which transformers would pass over: refused."""
 
-    quantization_config: MoeifyFormat
-
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        plan = self.plan_for(model)
-        custom = any(site.activation == "custom" for site in plan.sites)
-        regions = Dense(model).regions if custom else {}
-        if kept := plan.config.router.kept_in_float32:
-            untyped: Any = model
-            untyped._keep_in_fp32_modules_strict = {*(untyped._keep_in_fp32_modules_strict or ()), *kept}
-        return restructure(model, plan, regions)
-
-    def postprocess_model(self, model: nn.Module, **_: Any) -> nn.Module:
-        """Leave an ordinary model that trains and saves, with the plan in its config."""
-        plan = self.plan_for(model)
-        untyped: Any = self
-        untyped.remove_quantization_config(model)
-        remember_plan(model, plan)
-        return model
-
-    def plan_for(self, model: nn.Module) -> Plan:
-        """Return the plan in the names of the model that is loaded, which may have a head where the saved one had none.
+    @classmethod
+    def from_dict(cls, *_: object, **__: object) -> NoReturn:
+        """Refuse it.
 
         Raises:
-            CheckpointError: The model has none of the FFNs that were converted.
+            CheckpointError: Always.
         """
-        saved = Plan.from_dict(self.quantization_config.plan)
-        names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-
-        def rename(name: str) -> str | None:
-            return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), None)
-
-        plan = saved.renamed(rename)
-        if not plan.sites:
-            raise CheckpointError(f"{type(model).__name__} has no {saved.sites[0].path}: the checkpoint is not its own")
-        return plan
-
-    def is_serializable(self) -> bool:
-        """Saving is transformers' own."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Every weight is a plain parameter."""
-        return True
+        raise CheckpointError(f"the checkpoint cannot be loaded: {OLDER_FORMAT}")
 
 
-def register() -> None:
+def register(check: Callable[[Plan], None] | None = None) -> None:
     """Make `from_pretrained` read moeify checkpoints and `experts_implementation="moeify"` use our operator.
 
     Calling it again changes nothing.
+
+    Args:
+        check: Is called with the plan of each model before it is made, and may raise.
     """
-    if FORMAT not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(FORMAT)(MoeifyLoader)
-        register_quantization_config(FORMAT)(MoeifyFormat)
+
+    def new(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> PreTrainedModel:
+        return _new(check, cls, *args, **kwargs)
+
+    untyped: Any = PreTrainedModel
+    untyped.__new__ = staticmethod(new)
+    AUTO_QUANTIZATION_CONFIG_MAPPING[FIELD] = OlderFormat
     offer_stock_experts()
+
+
+def _new(
+    check: Callable[[Plan], None] | None, cls: type[PreTrainedModel], *args: Any, **kwargs: Any
+) -> PreTrainedModel:
+    """Make an empty model, whose `__init__` also puts the layers of the plan in place if its config has one."""
+    made: Any = cls
+    config = next((value for value in (*args[:1], kwargs.get("config")) if isinstance(value, PreTrainedConfig)), None)
+    plan = None if config is None else stored_plan(vars(config))
+    if plan is not None and check is not None:
+        check(Plan.from_dict(plan))
+    if plan is not None or (config is not None and config._experts_implementation == ASK_FOR_MOEIFY):
+        made = _rebuilding(made)
+    return cast("PreTrainedModel", object.__new__(made))
+
+
+@cache
+def _rebuilding(cls: type[Any]) -> type[Any]:
+    """Return a subclass that makes a model of the class `cls` from the config of a converted one."""
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        entry: Any = vars(config).get(FIELD)
+        plan = _take_plan(cls, config)  # the models inside this one are made from the same config, and stay dense
+        asked = config._experts_implementation
+        config._experts_implementation = OURS  # whatever it is, the dense class would refuse it
+        try:
+            cls.__init__(self, config, *args, **kwargs)
+        finally:
+            setattr(config, FIELD, entry)
+        self.__class__ = cls
+        _rebuild(self, plan)
+        if entry.get(LINEAR):
+            linearize(self)
+        if asked not in {None, ASK_FOR_MOEIFY}:
+            self.set_experts_implementation(asked)
+
+    body = {"__init__": init, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), body)
+
+
+def _take_plan(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Plan:
+    """Take the plan out of a config.
+
+    Raises:
+        CheckpointError: There is none: the config is a part of that of a converted model.
+        ConfigError: It is damaged, or another version of moeify wrote it.
+    """
+    entry = stored_plan(vars(config))
+    if entry is None:
+        raise CheckpointError(
+            f"this config of a {cls.__name__} belongs to a converted model and has no plan of its own: load the whole "
+            "model and take the part"
+        )
+    plan = Plan.from_dict(entry)
+    delattr(config, FIELD)
+    return plan
+
+
+def _rebuild(model: PreTrainedModel, saved: Plan) -> None:
+    """Put the layers of a plan into a model, which may have a head where the saved one had none.
+
+    Raises:
+        CheckpointError: The model has none of the FFNs that were converted.
+    """
+    plan = _renamed(model, saved)
+    custom = any(site.activation == "custom" for site in plan.sites)
+    regions = Dense(model).regions if custom else {}
+    if kept := plan.config.router.kept_in_float32:
+        untyped: Any = model
+        untyped._keep_in_fp32_modules_strict = {*(untyped._keep_in_fp32_modules_strict or ()), *kept}
+    put_layers(model, plan, regions)
+    remember(model.config, plan)
+
+
+def _renamed(model: PreTrainedModel, saved: Plan) -> Plan:
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def rename(name: str) -> str | None:
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), None)
+
+    plan = saved.renamed(rename)
+    if not plan.sites:
+        raise CheckpointError(f"{type(model).__name__} has no {saved.sites[0].path}: the checkpoint is not its own")
+    return plan

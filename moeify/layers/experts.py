@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moeify.kernels import ops
 from moeify.kernels.activations import ACTIVATIONS
 from moeify.kernels.layout import routing_layout
-from moeify.layers.implementations import OURS, compute
+from moeify.layers.implementations import LOOP, OURS, compute, is_quantized
 
 
 def unfused(
@@ -136,6 +136,8 @@ class Experts(nn.Module):
             RefusedError: The implementation that the model's config names cannot compute these experts.
         """
         chosen = getattr(self.config, "_experts_implementation", None) or OURS
+        if chosen.startswith(OURS) and is_quantized(self.down_proj):
+            chosen = LOOP
         if not chosen.startswith(OURS):  # an export has a name of its own for ours
             return compute(self, chosen, hidden_states, top_k_index, top_k_weights)
         if self.region is None and not (self.training and self.dropout):

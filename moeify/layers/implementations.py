@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moeify.errors import RefusedError, first_line
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 
 OURS, LOOP = "moeify", "eager"
 _OTHERS = f"call set_experts_implementation with {OURS!r} or {LOOP!r}, which compute all"
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Return whether a weight is a tensor of a kind of its own (torchao's), which only plain operations take."""
+    return is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"
 
 
 def compute(experts: Experts, name: str, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype
 from moeify.errors import CheckpointError, MoeifyError, first_line, told_as
 from moeify.files.json_text import JsonObject
+from moeify.plan import stored_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -82,7 +83,8 @@ def build_on_meta(config: JsonObject) -> PreTrainedModel:
         MoeifyError: transformers cannot build the configuration, or its model is converted already.
     """
     cls = model_class(config)
-    if entry := config.get("quantization_config"):
+    entry = stored_plan(config)
+    if entry is not None or config.get("quantization_config"):
         raise MoeifyError(f"this {cls.__name__} {_converted(entry)}; start from the dense checkpoint")
     built = config_of(config)
     # Whatever stops transformers, the config is what the user can change.
@@ -92,10 +94,10 @@ def build_on_meta(config: JsonObject) -> PreTrainedModel:
         return cast("PreTrainedModel", model.eval())
 
 
-def _converted(entry: object) -> str:
+def _converted(plan: object) -> str:
     """Say what the plan in a config has made of the model."""
-    match entry:
-        case {"plan": {"sites": [*sites], "config": {"experts": int(experts), "top_k": int(top_k)}}}:
+    match plan:
+        case {"sites": [*sites], "config": {"experts": int(experts), "top_k": int(top_k)}}:
             return f"is converted already: {len(sites)} of its FFNs are {experts} experts, top-{top_k}"
         case _:
             return "is converted already, or quantized, and the plan in its config is damaged"

@@ -74,11 +74,13 @@ class FineTuning:
 
 
 def _set_dropout(layer: FoundLayer, dropout: float) -> None:
-    experts = [inner for part in layer.experts for inner in part.modules() if isinstance(inner, Experts)]
-    if not experts:
+    modules = [inner for part in (*layer.experts, *layer.shared) for inner in part.modules()]
+    stacks = [getattr(inner, "stacked", inner) for inner in modules]  # of experts as linears, which ask it
+    ours = [stack for stack in stacks if isinstance(stack, Experts)]
+    if not ours:
         raise RefusedError(f"the experts of {layer.path} have no dropout: use a recipe whose expert_dropout is None")
-    for inner in (*experts, *(shared for shared in layer.shared if isinstance(shared, Experts))):
-        inner.dropout = dropout
+    for stack in ours:
+        stack.dropout = dropout
 
 
 @dataclass(frozen=True)

@@ -137,4 +137,4 @@ def _whole_plan() -> str:
     from tests.fuzz.sources import source
 
     record = json.loads((source("moeify") / "config.json").read_text())
-    return json.dumps(record["quantization_config"]["plan"])
+    return json.dumps(record["moeify"]["plan"])

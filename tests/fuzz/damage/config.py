@@ -13,7 +13,7 @@ NAMES = (
     "num_labels", "id2label", "return_dict", "output_hidden_states", "attn_implementation", "use_cache", "layer_types",
     "rope_scaling", "rope_parameters", "sliding_window", "head_dim", "hidden_act", "pretraining_tp", "is_decoder",
     "transformers_weights", "text_config", "num_hidden_layers", "intermediate_size", "hidden_size", "vocab_size",
-    "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+    "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "moeify", "experts_implementation",
 )  # fmt: skip
 ARCHITECTURES = (
     "LlamaModel", "LlamaForSequenceClassification", "MistralForCausalLM", "GPT2Model", "BertForMaskedLM", "pipeline",

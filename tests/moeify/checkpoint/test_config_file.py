@@ -21,6 +21,7 @@ from moeify.files.limits import CONFIG_BYTES, CONFIG_VALUES, EXPERTS, HEADS, LAB
         ("{}", "names no model_type"),
         ('{"model_type": "llama", "auto_map": {}}', "--trust-remote-code"),
         ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', r"quantized \(scheme: gptq\)"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "moeify"}}', "rename the field"),
         ('{"model_type": "llama", "quantization_config": {"bits": 4}}', r"quantized \(scheme: unnamed\)"),
     ],
 )
@@ -32,7 +33,7 @@ def test_a_config_that_is_refused(tmp_path: Path, text: str | None, message: str
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", [{"auto_map": {}}, {"quantization_config": {"quant_method": "moeify"}}])
+@pytest.mark.parametrize("field", [{"auto_map": {}}, {"moeify": {"plan": {"n_layers": 10**12}}}])
 def test_a_config_that_is_accepted(tmp_path: Path, field: dict[str, Any]) -> None:
     config = {"model_type": "llama", **field}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, replace_with_fp8_linear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from moeify.contract.stock_experts import stock_experts, through_moeify
@@ -101,3 +103,33 @@ def test_a_model_that_is_not_from_transformers_stays_as_it_is() -> None:
     before = set(ALL_EXPERTS_FUNCTIONS)
     with through_moeify(nn.Linear(2, 3)):
         assert set(ALL_EXPERTS_FUNCTIONS) == before
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_of_a_kind_that_only_plain_operations_take_go_through_the_loop(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model: Any = MODELS[name]().eval()
+    experts = next(module for path, module in model.named_modules() if path.endswith(".experts"))
+    x, ids, weights = torch.randn(4, 36), torch.randint(0, 5, (4, 2)), torch.rand(4, 2)
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        expected = experts(x, ids, weights)
+        monkeypatch.setattr("moeify.contract.stock_experts.is_quantized", lambda weight: weight is experts.down_proj)
+        monkeypatch.setattr("moeify.contract.stock_experts.stacked_weights", None)
+        with through_moeify(model):
+            assert torch.equal(experts(x, ids, weights), expected)
+
+
+def test_experts_in_fp8_are_computed_by_the_default_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setitem(ALL_FP8_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda *given: seen.extend(given[1:]))
+    model: Any = MODELS["mixtral"]().eval()
+    with through_moeify(model):
+        config = FineGrainedFP8Config(weight_block_size=(4, 4))
+        replace_with_fp8_linear(model, ["lm_head"], config)
+        x, ids, weights = torch.randn(2, 36), torch.tensor([[4, 5], [-1, 2]]), torch.rand(2, 2)
+        model.model.layers[0].mlp.experts(x, ids, weights)
+    assert seen[0] is x and seen[1].tolist() == [[4, 0], [0, 2]]
+    assert seen[2].tolist() == [[weights[0, 0].item(), 0], [0, weights[1, 1].item()]]

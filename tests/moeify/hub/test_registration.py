@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,10 @@ from safetensors.torch import load_file
 
 import moeify
 from moeify.config import MoEConfig
+from moeify.errors import CheckpointError, MoeifyError
 from moeify.measure import TOLERANCE
 from tests.moeify import tiny
+from tests.moeify.contract import architectures
 
 
 def test_stock_models_take_our_experts_by_name_after_register(tmp_path: Path) -> None:
@@ -41,7 +45,7 @@ def test_a_checkpoint_of_a_model_with_a_head_loads_without_it_and_the_other_way_
     base.save_pretrained(tmp_path / "base")
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
-    assert again.config.quantization_config["plan"] == full.config.quantization_config["plan"]
+    assert again.config.moeify == full.config.moeify
 
 
 @pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}])
@@ -76,10 +80,99 @@ def test_loading_in_another_dtype_casts_every_weight(tmp_path: Path) -> None:
         assert torch.equal(loaded.state_dict()[name], expected), name
 
 
-def test_without_register_transformers_stops(tmp_path: Path) -> None:
+LOADERS = {
+    "whole": "transformers.AutoModelForCausalLM.from_pretrained({folder!r})",
+    "base": "transformers.AutoModel.from_pretrained({folder!r})",
+    "class": "transformers.LlamaForCausalLM.from_pretrained({folder!r})",
+    "config": "transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained({folder!r}))",
+    "without register": "import moeify; transformers.AutoModelForCausalLM.from_pretrained({folder!r})",
+}
+
+
+@pytest.mark.parametrize("way", LOADERS)
+def test_a_transformers_without_moeify_stops_and_says_what_to_do(tmp_path: Path, way: str) -> None:
     model: Any = moeify.convert(tiny.build("llama"), MoEConfig(experts=3, top_k=2))
     model.save_pretrained(tmp_path)
-    program = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    program = f"import transformers; {LOADERS[way].format(folder=str(tmp_path))}"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert 'experts_implementation="moeify"` is not supported' in result.stderr.strip().split("\n")[-1]
+    assert "pip install moeify, then: import moeify; moeify.register()" in result.stderr.strip().split("\n")[-1]
+
+
+def test_a_part_of_a_converted_model_does_not_load_dense(tmp_path: Path) -> None:
+    tf: Any = transformers
+    model: Any = moeify.convert(architectures.build("llava"), MoEConfig(experts=3, top_k=2), "language_model")
+    model.save_pretrained(tmp_path)
+    moeify.register()
+    with pytest.raises(CheckpointError, match="belongs to a converted model"):
+        tf.LlamaForCausalLM.from_pretrained(tmp_path)
+    whole = tf.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    found, expected = (each(**architectures.inputs("llava")).logits.detach() for each in (whole, model))
+    assert tiny.relative(found, expected) < TOLERANCE["float32"]
+
+
+def test_a_model_that_is_made_from_the_config_has_the_layers_with_values() -> None:
+    tf: Any = transformers
+    model: Any = moeify.convert(tiny.build("t5"), MoEConfig(experts=3, top_k=2))
+    moeify.register()
+    for config in (model.config, copy.deepcopy(model.config)):
+        made = tf.AutoModelForSeq2SeqLM.from_config(config)
+        assert type(made) is type(model) and made.config.moeify == model.config.moeify
+        assert {n: v.shape for n, v in made.state_dict().items()} == {n: v.shape for n, v in model.state_dict().items()}
+        assert all(value.abs().max() > 0 for name, value in made.state_dict().items() if "experts." in name)
+
+
+def test_every_implementation_that_can_be_set_can_be_loaded_with(tmp_path: Path) -> None:
+    model: Any = moeify.convert(architectures.build("llama"), MoEConfig(experts=3, top_k=2))
+    model.save_pretrained(tmp_path)
+    moeify.register()
+    for name in ("eager", "batched_mm", "grouped_mm", "moeify"):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation=name)
+        assert set(loaded.get_experts_implementation().values()) == {name}
+
+
+def test_a_dense_model_is_made_as_ever() -> None:
+    moeify.register()
+    made = tiny.build("llama")
+    assert not hasattr(made.config, "moeify") and not any("experts" in name for name in made.state_dict())
+
+
+def test_the_older_form_of_the_format_is_refused_and_loads_once_the_field_has_its_new_name(tmp_path: Path) -> None:
+    tf: Any = transformers
+    model: Any = moeify.convert(tiny.build("llama"), MoEConfig(experts=3, top_k=2))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    older = {"quant_method": "moeify", "plan": config.pop("moeify")["plan"]}
+    config["experts_implementation"] = "moeify"
+    path.write_text(json.dumps(config | {"quantization_config": older}))
+    moeify.register()
+    for options in ({}, {"quantization_config": tf.BitsAndBytesConfig(load_in_8bit=True)}):
+        for load in (tf.AutoModelForCausalLM.from_pretrained, moeify.load):
+            with pytest.raises(CheckpointError, match="rename the field quantization_config of its config"):
+                load(tmp_path, **options)
+    path.write_text(json.dumps(config | {"moeify": older}))
+    loaded = moeify.load(tmp_path)
+    assert torch.equal(tiny.logits(loaded, "llama"), tiny.logits(model, "llama"))
+    assert loaded.config.moeify == model.config.moeify
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"moeify": 99}, "the plan has version 99, and this moeify reads 2: update moeify"),
+        ({"moeify": 1}, "the plan has version 1, and this moeify reads 2: make it again"),
+        (5, "not a JSON object"),
+    ],
+)
+def test_another_version_of_the_format_is_refused(tmp_path: Path, plan: object, message: str) -> None:
+    tf: Any = transformers
+    model: Any = moeify.convert(tiny.build("llama"), MoEConfig(experts=3, top_k=2))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"moeify": {"plan": plan}}))
+    moeify.register()
+    for load in (tf.AutoModelForCausalLM.from_pretrained, moeify.load):
+        with pytest.raises(MoeifyError, match=message) as caught:
+            load(tmp_path)
+        assert "\n" not in str(caught.value)
