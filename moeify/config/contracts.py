@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from moeify.config.settings import MoEConfig
 
+_SHORT = {"F16", "BF16"}
+
 
 @dataclass(frozen=True)
 class StartValue:
@@ -22,13 +24,20 @@ class StartValue:
 
     Attributes:
         shape: Its shape.
-        dtype: Its own dtype, as safetensors spells it; None for the dtype of the weights that the layer replaces.
+        dtype: Its own dtype, as safetensors spells it; None for that of the weights that the layer replaces.
         build: Compute it, on the CPU.
+        short: Whether it is stored in 16 bits if those weights are. What a router learns is not: steps of an optimizer
+            that are small beside a weight are lost in bfloat16, and all of them are at usual rates.
     """
 
     shape: tuple[int, ...]
     dtype: str | None
     build: Callable[[], Tensor]
+    short: bool = False
+
+    def stored(self, weights: str) -> str:
+        """Return the dtype in which it is stored beside weights of another."""
+        return self.dtype or ("F32" if weights in _SHORT and not self.short else weights)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,6 @@ class RouterChoice(Choice):
         keeps_capacity: It keeps to the capacity itself: the layer drops no choices.
         mixes_tokens: Experts take mixtures of tokens: the layer is a `SoftMoE`.
         has_logits: Tokens have logits for experts, which are learnt.
-        kept_in_float32: Tensors of the router that stay float32 whatever the dtype of the model.
         builds: Makes the module, called with the router, the hidden size, the settings and a `torch.zeros`.
     """
 
@@ -60,7 +68,6 @@ class RouterChoice(Choice):
     keeps_capacity: ClassVar[bool] = False
     mixes_tokens: ClassVar[bool] = False
     has_logits: ClassVar[bool] = True
-    kept_in_float32: ClassVar[tuple[str, ...]] = ()
     builds: ClassVar[Callable[..., Any]]
 
     @property
@@ -83,9 +90,10 @@ class RouterChoice(Choice):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Any:
-        """Return the router's module, a `moeify.routers.base.RouterModule`, with zero weights."""
+        """Return the router's module, a `moeify.routers.base.RouterModule`, with zero weights, at least in float32."""
         import torch
 
+        dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         return type(self).builds(self, hidden, config, partial(torch.zeros, device=device, dtype=dtype))
 
     def start(self, config: MoEConfig, hidden: int, path: str) -> dict[str, StartValue]:

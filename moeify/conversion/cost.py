@@ -82,7 +82,7 @@ def moe_cost(dense: DenseCheckpoint, plan: Plan) -> Cost:
 
 
 class _Change(NamedTuple):
-    """A tensor more or less: parameters, the share of them that one token meets, or the bytes of a buffer."""
+    """A tensor more or less: parameters, the share of them that one token meets, or bytes besides theirs."""
 
     size: int = 0
     met: Fraction = Fraction(1)
@@ -93,6 +93,7 @@ class _Change(NamedTuple):
 def _changes(dense: DenseCheckpoint, plan: Plan) -> Iterator[_Change]:
     met = Fraction(plan.config.top_k, plan.config.experts)
     for site in plan.sites:
+        dtype = dense.info(site.down.parameter).dtype
         yield from (_of_dense(read(dense.model, name), -1) for name in site.reads)
         for tensor in stored_tensors(plan, site):
             size, start = prod(tensor.shape), tensor.start
@@ -101,7 +102,8 @@ def _changes(dense: DenseCheckpoint, plan: Plan) -> Iterator[_Change]:
             elif start is not None and start.dtype is not None:  # a parameter has the dtype of the dense weights
                 yield _Change(nbytes=size * ITEMSIZE[start.dtype])
             elif start is not None:
-                yield _Change(size, is_matrix=len(start.shape) == 2)
+                longer = ITEMSIZE[start.stored(dtype)] - ITEMSIZE[dtype]
+                yield _Change(size, is_matrix=len(start.shape) == 2, nbytes=size * longer)
             else:
                 is_matrix = tensor.blocks[0].columns is not None
                 yield _Change(size, met if tensor.routed else Fraction(1), is_matrix)

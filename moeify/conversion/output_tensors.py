@@ -99,7 +99,7 @@ class _Outputs:
             return self.copied(self.dense.names.of[tensor.copied], tensor.name)
         dtype = widest([self.stored_dtype(self.dense.info(name)) for name in tensor.sources or [site.down.parameter]])
         if tensor.start is not None:
-            build, dtype = tensor.start.build, tensor.start.dtype or dtype
+            build, dtype = tensor.start.build, tensor.start.stored(dtype)
             return OutTensor(tensor.name, dtype, tensor.shape, (lambda: build().to(torch_dtype(dtype)),))
         return OutTensor(tensor.name, dtype, tensor.shape, tuple(self.piece(block, dtype) for block in tensor.blocks))
 

@@ -7,7 +7,7 @@ source that fails one is refused with that condition, never converted into somet
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -49,7 +49,7 @@ Start: TypeAlias = Callable[[str, Site, MoEConfig], StartValue]
 
 def router(name: str, site: Site, config: MoEConfig) -> StartValue:
     """Start a router's weight."""
-    return config.router.start(config, site.hidden, site.path)["weight"]
+    return replace(config.router.start(config, site.hidden, site.path)["weight"], short=True)
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ _SHARED_SIZE = 128  # of the shared expert that qwen2_moe insists on; ours outpu
 def _idle_rows(name: str, site: Site, config: MoEConfig) -> StartValue:
     """Start a projection of the shared expert with random values, ready to be trained."""
     shape = (_SHARED_SIZE, site.hidden)
-    return StartValue(shape, None, lambda: router_init(shape, config.seed, name))
+    return StartValue(shape, None, lambda: router_init(shape, config.seed, name), short=True)
 
 
 def _zeros(*shape: int) -> StartValue:
-    return StartValue(shape, None, lambda: torch.zeros(shape))
+    return StartValue(shape, None, lambda: torch.zeros(shape), short=True)
 
 
 def _tensors(moe: str, gate: str, up: str, down: str) -> dict[str, ExpertWeight | Start]:

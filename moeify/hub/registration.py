@@ -9,6 +9,7 @@ experts, whose name says what to do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NoReturn, cast
@@ -123,9 +124,9 @@ def _rebuild(model: PreTrainedModel, saved: Plan) -> None:
     plan = _renamed(model, saved)
     custom = any(site.activation == "custom" for site in plan.sites)
     regions = Dense(model).regions if custom else {}
-    if kept := plan.config.router.kept_in_float32:
-        untyped: Any = model
-        untyped._keep_in_fp32_modules_strict = {*(untyped._keep_in_fp32_modules_strict or ()), *kept}
+    untyped: Any = model
+    routers = {rf"{re.escape(site.path)}\.router" for site in plan.sites}
+    untyped._keep_in_fp32_modules_strict = {*(untyped._keep_in_fp32_modules_strict or ()), *routers}
     put_layers(model, plan, regions)
     remember(model.config, plan)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moeify.config import MoEConfig
 from moeify.config.contracts import RouterChoice, StartValue
-from moeify.routing.logits import jitter_inputs, router_init, router_logits
+from moeify.routing.logits import at_least_fp32, jitter_inputs, router_init, router_logits
 from moeify.routing.record import NO_CONTEXT, Routing, RoutingContext
 
 __all__ = ["LinearRouter", "Router", "RouterModule", "StartValue", "Zeros", "drawn"]
@@ -33,7 +33,7 @@ class Router(RouterChoice):
 
 
 class RouterModule(nn.Module):
-    """What an MoE layer takes for its router.
+    """What an MoE layer takes for its router; it stays in float32 whatever dtype the model is moved to.
 
     Args:
         config: The settings; the layer takes them from here.
@@ -45,6 +45,12 @@ class RouterModule(nn.Module):
 
     def update_bias(self, counts_E: Tensor) -> None:
         """Move the selection bias, where the router has one, by how many tokens chose each expert, (E,)."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RouterModule:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for tensor in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
+            tensor.data = at_least_fp32(tensor.data) if tensor.is_floating_point() else tensor.data
+        return self
 
 
 class LinearRouter(RouterModule):

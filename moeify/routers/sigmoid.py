@@ -5,7 +5,6 @@ Shape suffixes: T tokens, E experts, G groups of E/G experts each, K choices per
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -137,11 +136,6 @@ class SigmoidRouter(LinearRouter):
         counts_E = counts_E.to(self.selection_bias.device)
         self.selection_bias.copy_(updated_bias(self.selection_bias, counts_E, self.options.bias_rate))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmoidRouter:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.selection_bias = self.selection_bias.float()  # its steps of 1e-3 would be lost in bfloat16
-        return self
-
 
 @dataclass(frozen=True)
 class Sigmoid(Router):
@@ -156,7 +150,6 @@ class Sigmoid(Router):
 
     builds = SigmoidRouter
     selects_by_more = True
-    kept_in_float32 = ("selection_bias",)
 
     n_group: Count = 1
     topk_group: Count = 1

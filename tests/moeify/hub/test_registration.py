@@ -69,14 +69,14 @@ def _contents(folder: Path) -> tuple[dict[str, bytes], dict[str, torch.Tensor]]:
     return {file.name: file.read_bytes() for file in others}, weights
 
 
-def test_loading_in_another_dtype_casts_every_weight(tmp_path: Path) -> None:
+def test_loading_in_another_dtype_casts_every_weight_but_the_routers(tmp_path: Path) -> None:
     tf: Any = transformers
     model: Any = moeify.convert(tiny.build("bert"), MoEConfig(experts=3, top_k=2))
     model.save_pretrained(tmp_path)
     moeify.register()
     loaded = tf.AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, value in model.state_dict().items():
-        expected = value.bfloat16() if value.is_floating_point() else value
+        expected = value.bfloat16() if value.is_floating_point() and ".router." not in name else value
         assert torch.equal(loaded.state_dict()[name], expected), name
 
 

@@ -58,10 +58,11 @@ def test_start_values_are_the_state_dict_and_come_from_seed_and_path(name: str) 
     config = CONFIGS[name]
     router = config.router.module(13, config, dtype=torch.bfloat16)
     start = config.router.start(config, 13, "layers.0.mlp")
-    kinds = {None: torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
-    expected = {key: (value.shape, kinds[value.dtype]) for key, value in start.items()}
+    kinds = {"F32": torch.float32, "I64": torch.int64}
+    expected = {key: (value.shape, kinds[value.stored("BF16")]) for key, value in start.items()}
     assert {key: (tuple(value.shape), value.dtype) for key, value in router.state_dict().items()} == expected
-    assert tuple(key for key, value in start.items() if value.dtype == "F32") == config.router.kept_in_float32
+    moved = {key: value.dtype for key, value in router.to(torch.float16).state_dict().items()}
+    assert moved == {key: dtype for key, (_, dtype) in expected.items()}
     again, elsewhere = (config.router.start(config, 13, path) for path in ("layers.0.mlp", "layers.1.mlp"))
     for key, value in start.items():
         built = value.build()
