@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from transformers import TrainerCallback
 
+from moeify.contract.stock_loss import StockLoss
 from moeify.contract.track import Tracking
 from moeify.training.bias import update_selection_bias
 from moeify.training.layers_of import track_routing
@@ -23,7 +24,8 @@ class RoutingCallback(TrainerCallback):
 
     `trainer.add_callback(moeify.RoutingCallback(trainer))`. It works with every Trainer of transformers and TRL, and
     logs to every place that the trainer reports to. It also moves the selection biases after each optimizer step, and
-    scales attached losses by the accumulation steps and the gradient scaler, as the trainer scales its own loss.
+    scales attached losses by the accumulation steps and the gradient scaler, as the trainer scales its own loss. MoE
+    models of transformers' own are asked for their balancing loss in training, and it counts once per step.
 
     Logged, over the last forward pass and averaged over layers: `moe_load_max` and `moe_load_min`, the shares of the
     busiest and the idlest expert; `moe_entropy`, in nats; `moe_dropped`, the share of choices that were dropped;
@@ -36,20 +38,20 @@ class RoutingCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, *, layers: bool = False) -> None:
         self.trainer, self.layers = trainer, layers
-        self._tracking: Tracking | None = None
+        self._hooks: list[Tracking | StockLoss] = []
 
     @property
     def _model(self) -> nn.Module:
         return cast("nn.Module", self.trainer.model)
 
     def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        """Look at the layers of transformers from the first step on."""
-        self._tracking = track_routing(self._model)
+        """Look at the layers of transformers, and balance them, from the first step on."""
+        self._hooks = [track_routing(self._model), *StockLoss.on(self._model)]
 
     def on_train_end(self, args: object, state: object, control: object, **kwargs: object) -> None:
         """Leave the model as it was."""
-        if self._tracking is not None:
-            self._tracking.remove()
+        for hooks in self._hooks:
+            hooks.remove()
 
     def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
         """Scale attached losses as the trainer scales its loss; the last step of an epoch may have fewer batches."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,10 +34,28 @@ class SameText(torch.utils.data.Dataset[dict[str, Any]]):
         return {"input_ids": ids, "labels": ids}
 
 
-def router_updates(rows: int, batch: int, steps: int, folder: str, *, callback: bool = False) -> dict[str, Tensor]:
+def converted() -> Any:
+    return moeify.convert(tiny.build("llama"), CONFIG)
+
+
+def native() -> Any:
+    torch.manual_seed(0)
+    config = tf.MixtralConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=24, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=5, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    return tf.MixtralForCausalLM(config)
+
+
+def router_updates(
+    rows: int, batch: int, steps: int, folder: str, *, callback: bool = False, make: Callable[[], Any] = converted
+) -> dict[str, Tensor]:
     """Train for one epoch by plain gradient descent; return how far the routers moved."""
-    model: Any = moeify.convert(tiny.build("llama"), CONFIG)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if "router" in name}
+    model = make()
+    before = {
+        n: p.detach().clone() for n, p in model.named_parameters() if "router" in n or n.endswith("mlp.gate.weight")
+    }
+    assert before
     arguments = tf.TrainingArguments(
         output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=steps, num_train_epochs=1,
         learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, save_strategy="no", use_cpu=True,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from moeify.measure import TOLERANCE
 from tests.moeify import tiny
-from tests.moeify.training.accumulate import router_updates
+from tests.moeify.training.accumulate import converted, native, router_updates
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -25,11 +27,16 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert tiny.relative(found[name], update) <= 100 * TOLERANCE["float32"], name
 
 
-@pytest.mark.parametrize("callback", [False, True])
-def test_micro_batches_and_a_short_last_accumulation(callback: bool, tmp_path: Path) -> None:
-    whole = router_updates(20, 16, 1, str(tmp_path))
+@pytest.mark.parametrize(("make", "callback"), [(converted, False), (converted, True), (native, True)])
+def test_micro_batches_and_a_short_last_accumulation(make: Callable[[], Any], callback: bool, tmp_path: Path) -> None:
+    whole = router_updates(20, 16, 1, str(tmp_path), make=make, callback=make is native)
     for batch, steps in ((8, 2), (4, 4)):  # the second step has fewer
-        assert_equal(router_updates(20, batch, steps, str(tmp_path), callback=callback), whole)
+        assert_equal(router_updates(20, batch, steps, str(tmp_path), callback=callback, make=make), whole)
+
+
+def test_the_callback_balances_native_models(tmp_path: Path) -> None:
+    plain, balanced = (router_updates(16, 16, 1, str(tmp_path), callback=c, make=native) for c in (False, True))
+    assert any(not torch.equal(balanced[name], update) for name, update in plain.items())
 
 
 def test_two_ranks(tmp_path: Path) -> None:
