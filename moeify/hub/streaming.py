@@ -8,7 +8,7 @@ and make room for empty ones when it has run.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 
 def load_streamed(
-    source: Source, change: Callable[[nn.Module], None], *, unused: bool = False, whole: bool = False, **kwargs: Any
+    source: Source,
+    change: Callable[[nn.Module], None],
+    *,
+    unused: bool = False,
+    whole: bool = False,
+    without: Collection[str] = (),
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load a checkpoint in float32, the layers of safetensors files when they run, a GGUF file as a whole.
 
@@ -38,6 +44,7 @@ def load_streamed(
         change: What is done to the weights of a module after they were loaded.
         unused: Leave tensors out that the model has no place for.
         whole: Load the layers at once too.
+        without: Paths of modules in the layers that will not run, so that their tensors stay where they are.
         kwargs: For `from_pretrained`.
 
     Returns:
@@ -55,15 +62,18 @@ def load_streamed(
     layers = () if whole else _layers(structure)
     of_layer: dict[str, list[str]] = {path: [] for path in layers}
     at_once: list[str] = []
-    for name, place in ({stored: place for place, stored in names.of.items()} | names.merged).items():
+    place_of = {stored: place for place, stored in names.of.items()} | names.merged
+    for name, place in place_of.items():
         path = next((path for path in layers if place.startswith(f"{path}.")), None)
         (at_once if path is None else of_layer[path]).append(name)
+    idle = tuple(f"{path}." for path in without)
     absent = {name: Absent(source.info(name)) for stored in of_layer.values() for name in stored}
     options = {"config": config_of(source.config), "state_dict": absent | present(source, at_once), **kwargs}
     model = load_strictly(model_class(source.config), None, dtype=torch.float32, **options)
     change(model)
     for path, stored in of_layer.items():
-        _load_when_run(model, path, partial(present, source, stored), source.path, change)
+        read = [name for name in stored if not place_of[name].startswith(idle)] if idle else stored
+        _load_when_run(model, path, partial(present, source, read), source.path, change)
     return model, names.unused if unused else ()
 
 
