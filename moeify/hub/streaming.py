@@ -44,7 +44,7 @@ def load_streamed(
         change: What is done to the weights of a module after they were loaded.
         unused: Leave tensors out that the model has no place for.
         whole: Load the layers at once too.
-        without: Paths of modules in the layers that will not run, so that their tensors stay where they are.
+        without: Paths of modules in the layers that do not run; looked at whenever a layer runs.
         kwargs: For `from_pretrained`.
 
     Returns:
@@ -66,15 +66,20 @@ def load_streamed(
     for name, place in place_of.items():
         path = next((path for path in layers if place.startswith(f"{path}.")), None)
         (at_once if path is None else of_layer[path]).append(name)
-    idle = tuple(f"{path}." for path in without)
     absent = {name: Absent(source.info(name)) for stored in of_layer.values() for name in stored}
     options = {"config": config_of(source.config), "state_dict": absent | present(source, at_once), **kwargs}
     model = load_strictly(model_class(source.config), None, dtype=torch.float32, **options)
     change(model)
     for path, stored in of_layer.items():
-        read = [name for name in stored if not place_of[name].startswith(idle)] if idle else stored
-        _load_when_run(model, path, partial(present, source, read), source.path, change)
+        places = {name: place_of[name] for name in stored}
+        _load_when_run(model, path, partial(_present_but, without, source, places), source.path, change)
     return model, names.unused if unused else ()
+
+
+def _present_but(without: Collection[str], source: Source, places: Mapping[str, str]) -> dict[str, Present]:
+    """Return stored tensors by their names on disk, but those whose place is in a module that does not run."""
+    idle = tuple(f"{path}." for path in without)
+    return present(source, [name for name, place in places.items() if not place.startswith(idle)])
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, ...]:

@@ -8,21 +8,25 @@ Shape legend: B sequences, L positions, H hidden size, K choices per token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
-from moeify.layers.implementations import LOOP, OURS
+from moeify.layers.implementations import LOOP
 from moeify.measure import name_of, row_difference, without_shared_nan
 from moeify.proving.report import LayerReport
 
 _POSITIONS = 64  # of each sequence, the last ones: what a layer is computed on
 _SUM = 5  # decimals of what the weights of a token's experts sum to
+_ROUNDING = 1e-6  # of such a sum in float32
 
 Chains: TypeAlias = Mapping[str, Sequence[str]]
 """The modules of each dense FFN in the order in which they run, by the path of the MoE layer."""
@@ -34,13 +38,15 @@ class Call:
 
     Attributes:
         x: Its input, (B, L, H) or any other shape, the last positions.
-        wide: What it gives in float64 for x; None if it does not run in float64.
+        wide: What it gives for x in float64; None if it does not run in it.
+        narrowed: Whether something in it computes in another dtype all the same.
         y: What it gave, for all positions.
         own: What it gave for x.
     """
 
     x: Tensor
     wide: Tensor | None
+    narrowed: bool
     y: Tensor
     own: Tensor
 
@@ -100,25 +106,20 @@ class _Recorder:
             return  # not an FFN: it has the name of one
         self.busy = True
         try:
-            wide = _in_float64(self._run, self.chain, _last(x))
+            wide, narrowed, chained = _last(x), False, True
+            for module in self.chain:
+                found, narrow = _in_float64(module, wide)
+                wide, narrowed, chained = wide if found is None else found, narrowed or narrow, chained and found is not None
         finally:
             self.busy = False
-        self.calls.append(Call(_last(x), wide, y, _last(y)))
-
-    def _run(self, x: Tensor) -> Tensor | None:
-        for module in self.chain:
-            found = _first(_widened(module, x))
-            if found is None:
-                return None
-            x = found
-        return x
+        self.calls.append(Call(_last(x), wide if chained else None, narrowed, y, _last(y)))
 
 
 @contextmanager
-def comparing(moe: nn.Module, calls: Calls) -> Iterator[dict[str, _Comparer]]:
+def comparing(moe: nn.Module, calls: Calls) -> Iterator[dict[str, Comparer]]:
     """Compare the layers of an MoE with recorded calls while it runs."""
     with ExitStack() as hooks:
-        comparers = {path: _Comparer(moe.get_submodule(path), list(found)) for path, found in calls.items()}
+        comparers = {path: Comparer(moe.get_submodule(path), list(found)) for path, found in calls.items()}
         for comparer in comparers.values():
             layer = comparer.layer
             hooks.callback(layer.register_forward_pre_hook(comparer.before, with_kwargs=True).remove)
@@ -127,7 +128,7 @@ def comparing(moe: nn.Module, calls: Calls) -> Iterator[dict[str, _Comparer]]:
 
 
 @dataclass
-class _Comparer:
+class Comparer:
     """The hooks at one MoE layer.
 
     Attributes:
@@ -167,27 +168,23 @@ class _Comparer:
         return output.masked_fill(nan, torch.nan) if nan is not None and isinstance(output, Tensor) else None
 
     def _compare(self, call: Call) -> tuple[float, str]:
-        expected, result = call.wide, None
+        expected, result, dtype = call.wide, None, "float64"
         if expected is not None:
-            with _stock_loop(self.layer), _exact_weights(self.layer):
-                result = _in_float64(lambda x: _first(_widened(self.layer, x)), [self.layer], call.x)
+            with _as_a_loop(self.layer), _exact_weights(self.layer) as seen:
+                result, _ = _in_float64(self.layer, call.x)  # a stock router narrows
+            dtype = "float32" if call.narrowed or not seen else dtype
         if expected is None or result is None:
-            expected, result = call.own, _first(self.layer(call.x))
+            expected, result, dtype = call.own, _first(self.layer(call.x)), name_of(call.own.dtype)
         if result is None or result.shape != expected.shape:
-            return float("nan"), name_of(expected.dtype)
-        return row_difference(*without_shared_nan(result, expected)), name_of(expected.dtype)
+            return math.nan, dtype
+        return row_difference(*without_shared_nan(result, expected)), dtype
 
 
-def reports(comparers: Mapping[str, _Comparer]) -> tuple[LayerReport, ...]:
+def reports(comparers: Mapping[str, Comparer]) -> tuple[LayerReport, ...]:
     """Return the worst call of each layer."""
     worst = {path: max(comparer.found, key=lambda found: (found[0] != found[0], found[0]))
              for path, comparer in comparers.items() if comparer.found}  # fmt: skip
     return tuple(LayerReport(path, *found) for path, found in worst.items())
-
-
-def can_answer(comparers: Mapping[str, _Comparer]) -> bool:
-    """Return whether there are layers, and all of them give nothing beside a tensor: then `answering` can replace them."""
-    return bool(comparers) and all(comparer.plain and comparer.found for comparer in comparers.values())
 
 
 @contextmanager
@@ -224,54 +221,92 @@ def _last(x: Tensor) -> Tensor:
     return x[:, -_POSITIONS:].clone() if x.dim() == 3 else x.clone()
 
 
-def _widened(module: nn.Module, x: Tensor) -> object:
-    """Call a module with float64 in the place of its parameters and buffers."""
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    return functional_call(module, {name: t.double() for name, t in tensors if t.is_floating_point()}, (x,))
+class _Widening(TorchFunctionMode):
+    """Float64 wherever a float64 tensor meets others: weights are widened one at a time, while they are used.
+
+    Attributes:
+        narrowed: Whether a function has made another dtype of float64.
+    """
+
+    narrowed = False
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or not any(_is_wide(value) for value in (*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        result = func(*map(_widened, args), **{key: _widened(value) for key, value in kwargs.items()})
+        self.narrowed |= isinstance(result, Tensor) and result.is_floating_point() and not _is_wide(result)
+        return result
 
 
-def _in_float64(run: Callable[[Tensor], Tensor | None], modules: Sequence[nn.Module], x: Tensor) -> Tensor | None:
-    """Return what a function of some modules gives for x in float64, or None if they do not compute in it."""
-    try:
-        y = run(x.double())
-    except (RuntimeError, TypeError, ValueError):  # a kernel or a device without it
-        return None
-    return y if y is not None and y.dtype == torch.float64 else None
+def _is_wide(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float64
+
+
+def _widened(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _in_float64(module: nn.Module, x: Tensor) -> tuple[Tensor | None, bool]:
+    """Return what a module gives for x in float64, and whether it narrows; None if it does not compute in float64."""
+
+    def run(call: Callable[[Tensor], object]) -> tuple[Tensor | None, bool]:
+        try:
+            with _Widening() as widening:
+                y = _first(call(x.double()))
+        except (RuntimeError, TypeError, ValueError):  # a kernel or a device without it
+            return None, True
+        return y if _is_wide(y) else None, widening.narrowed
+
+    found, narrowed = run(module)
+    if found is not None:
+        return found, narrowed
+    tensors = (*module.named_parameters(), *module.named_buffers())  # it casts tokens to the dtype of its weights
+    return run(lambda wide: functional_call(module, {name: _widened(tensor) for name, tensor in tensors}, (wide,)))
 
 
 @contextmanager
-def _stock_loop(layer: nn.Module) -> Iterator[None]:
-    """Let experts of transformers run as a loop: its other implementations want 32 bits at most."""
-    config: Any = getattr(layer.get_submodule("experts"), "config", None)
-    chosen = getattr(config, "_experts_implementation", None)
-    if chosen is None or chosen.startswith(OURS):
+def _as_a_loop(layer: nn.Module) -> Iterator[None]:
+    """Let stacked experts run one by one: the other implementations want their weights in the dtype of the tokens."""
+    experts: Any = layer.get_submodule("experts")
+    if not hasattr(experts, "config"):
         yield
         return
-    config._experts_implementation = LOOP
+    config, experts.config = experts.config, SimpleNamespace(_experts_implementation=LOOP)
     try:
         yield
     finally:
-        config._experts_implementation = chosen
+        experts.config = config
 
 
 @contextmanager
-def _exact_weights(layer: nn.Module) -> Iterator[None]:
+def _exact_weights(layer: nn.Module) -> Iterator[list[Tensor]]:
     """Take the rounding out of the weights of a token's experts: stock routers compute them in float32 whatever comes.
 
-    What they sum to is taken as the number of a few decimals that it is up to this rounding, such as 1.
+    What they sum to is taken as the number of a few decimals that it is up to this rounding, such as 1. Yields the
+    weights that were seen; none if the experts are not called as transformers calls them, with ids and weights.
     """
+    seen: list[Tensor] = []
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if len(args) != 3 or not isinstance(args[2], Tensor) or not args[2].is_floating_point():
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any] | None:
+        weights = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
             return None
-        weights_TK = args[2].double()
+        seen.append(weights)
+        weights_TK = weights.double()
         sum_T1 = weights_TK.sum(-1, keepdim=True)
         meant_T1 = sum_T1.round(decimals=_SUM)
-        close_T1 = (sum_T1 - meant_T1).abs() <= 1e-6 * meant_T1
-        return (*args[:2], torch.where(close_T1, weights_TK * (meant_T1 / sum_T1), weights_TK))
+        close_T1 = (sum_T1 - meant_T1).abs() <= _ROUNDING * meant_T1
+        exact_TK = torch.where(close_T1, weights_TK * (meant_T1 / sum_T1), weights_TK)
+        if "top_k_weights" in kwargs:
+            return args, {**kwargs, "top_k_weights": exact_TK}
+        return (*args[:2], exact_TK, *args[3:]), kwargs
 
-    handle = layer.get_submodule("experts").register_forward_pre_hook(before)
+    handle = layer.get_submodule("experts").register_forward_pre_hook(before, with_kwargs=True)
     try:
-        yield
+        yield seen
     finally:
         handle.remove()

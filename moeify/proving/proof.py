@@ -21,7 +21,7 @@ from moeify.errors import VerificationError
 from moeify.hub.loading import FirstLayers, load_first_layers
 from moeify.measure import fill_inputs, relative_difference, without_shared_nan
 from moeify.plan import Plan
-from moeify.proving.layers import answering, can_answer, chains_of, comparing, recording, reports
+from moeify.proving.layers import Calls, Comparer, answering, chains_of, comparing, recording, reports
 from moeify.proving.report import VerifyReport, compare
 from moeify.tracing.inputs import candidate_inputs
 
@@ -50,15 +50,35 @@ def verify(
         expected = run(dense, arguments)
     with comparing(moe, calls) as comparers:
         result = run(moe, arguments)
-    outside = None
-    if can_answer(comparers):
-        with answering(moe, calls):
-            outside = difference_outside(run(moe, arguments), expected)
+    outside = difference_outside(moe, comparers, calls, arguments, expected)
     return compare(expected, result, exact=exact, layers=reports(comparers), outside=outside)
 
 
-def difference_outside(result: Tensor, expected: Tensor) -> float:
-    """Return the relative difference of the logits of an MoE whose layers answered what the dense FFNs gave."""
+def difference_outside(
+    moe: nn.Module,
+    comparers: Mapping[str, Comparer],
+    calls: Calls,
+    arguments: Mapping[str, object],
+    expected: Tensor,
+) -> float | None:
+    """Return the relative difference of the logits of an MoE whose layers answer what the dense FFNs gave.
+
+    Args:
+        moe: The MoE.
+        comparers: What `comparing` found in its layers.
+        calls: What the dense FFNs gave.
+        arguments: Of the forward.
+        expected: What the dense model gives.
+
+    Returns:
+        None if there are no such layers, or one of them gives more than a tensor.
+    """
+    if not comparers or not all(comparer.plain and comparer.found for comparer in comparers.values()):
+        return None
+    with answering(moe, calls):
+        result = run(moe, arguments)
+    if result.shape != expected.shape:
+        return None  # `compare` says so
     return relative_difference(*without_shared_nan(result, expected))
 
 

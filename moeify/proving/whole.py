@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from moeify.errors import ConfigError
 from moeify.hub.streaming import load_streamed
 from moeify.hub.structure import load_structure
 from moeify.pretrained import load_tokenizer
-from moeify.proving.layers import answering, can_answer, chains_of, comparing, recording, reports
+from moeify.proving.layers import Calls, Chains, chains_of, comparing, recording, reports
 from moeify.proving.proof import difference_outside, plainly, random_inputs, round_weights, run
 from moeify.proving.record import read_promise
 from moeify.proving.report import VerifyReport, compare
@@ -28,6 +27,7 @@ from moeify.tracing.skeleton import build_on_meta
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_Result = TypeVar("_Result")
 _MAX_TOKENS = 512  # of a text
 
 
@@ -50,18 +50,9 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
     ids = None if text is None else _token_ids(moe, text)
     with open_source(moe) as converted:
         with open_source(dense) as source:
-            wanted = chains_of(_structure(converted))
-            before = _run(source, partial(_inputs, ids), promise.cast_to, partial(recording, chains=wanted), unused=True)
+            before = _run_dense(source, partial(_inputs, ids), promise.cast_to, chains_of(_structure(converted)))
             altered = () if promise.plan is None else altered_tensors(source, converted, promise.plan, promise.cast_to)
-        again: dict[str, Any] = {"inputs": lambda _: before.inputs, "cast_to": None, **plainly(converted)}
-        after = _run(converted, around=partial(comparing, calls=before.kept), **again)
-        outside = None
-        if can_answer(after.kept):
-            answered = _run(converted, around=partial(answering, calls=before.kept), without=tuple(after.kept), **again)
-            outside = difference_outside(answered.logits, before.logits)
-    report = compare(
-        before.logits, after.logits, exact=promise.exact, layers=reports(after.kept), outside=outside
-    )
+        report = _run_moe(converted, before, promise.exact)
     return replace(report, unused=before.unused, altered=altered, passed=report.passed and not altered)
 
 
@@ -71,34 +62,46 @@ def _structure(moe: Source) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What went into a model, what came out, what was kept meanwhile, and stored tensors that it has no place for."""
+class _Dense:
+    """What went into the dense model, what came out, what its FFNs did, and tensors that it has no place for."""
 
     inputs: dict[str, object]
     logits: Tensor
-    kept: Any
+    calls: Calls
     unused: tuple[str, ...]
 
 
-def _run(
-    source: Source,
-    inputs: Callable[[PreTrainedModel], dict[str, object]],
-    cast_to: str | None,
-    around: Callable[[nn.Module], AbstractContextManager[Any]],
-    **kwargs: Any,
-) -> _Run:
-    """Load a model, run it with something around it and forget it."""
-
-    def attempt(**options: bool) -> _Run:
-        model, unused = load_streamed(source, partial(round_weights, dtype=cast_to), **options, **kwargs)
+def _run_dense(
+    source: Source, inputs: Callable[[PreTrainedModel], dict[str, object]], cast_to: str | None, chains: Chains
+) -> _Dense:
+    def attempt(**options: bool) -> _Dense:
+        model, unused = load_streamed(source, partial(round_weights, dtype=cast_to), unused=True, **options)
         arguments = inputs(model)
-        with around(model) as kept:
+        with recording(model, chains) as calls:
             logits = run(model, arguments).cpu()  # what has no values cannot move to the CPU
-        return _Run(arguments, logits, kept, unused)
+        return _Dense(arguments, logits, calls, unused)
 
+    return _whole_if_needed(attempt)
+
+
+def _run_moe(source: Source, dense: _Dense, exact: bool) -> VerifyReport:
+    def attempt(**options: bool) -> VerifyReport:
+        idle: set[str] = set()
+        model, _ = load_streamed(source, lambda _: None, without=idle, **options, **plainly(source))
+        with comparing(model, dense.calls) as comparers:
+            logits = run(model, dense.inputs).cpu()
+        idle.update(comparers)
+        outside = difference_outside(model, comparers, dense.calls, dense.inputs, dense.logits)
+        return compare(dense.logits, logits, exact=exact, layers=reports(comparers), outside=outside)
+
+    return _whole_if_needed(attempt)
+
+
+def _whole_if_needed(attempt: Callable[..., _Result]) -> _Result:
+    """Load a model, run it and forget it; load it whole if it reads a weight of a layer outside of that layer."""
     try:
         return attempt()
-    except RuntimeError:  # torch's, of a model that reads a weight of a layer outside of that layer
+    except RuntimeError:  # torch's, of a tensor without values
         return attempt(whole=True)
     finally:
         gc.collect()  # the hooks of its layers know the model, so it would stay
