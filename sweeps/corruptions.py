@@ -23,9 +23,9 @@ from moeify.proving.whole import verify_checkpoints
 tf: Any = transformers
 Tensors = dict[str, Tensor]
 COPY, NOISE, CUT = MoEConfig(4, 2), MoEConfig(4, 2, method="noise"), MoEConfig(8, 4, granularity=2)
-_SIZES = {"hidden_size": 36, "intermediate_size": 58, "num_hidden_layers": 3, "num_attention_heads": 3, "vocab_size": 101,
+_SIZES = {"hidden_size": 36, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 3, "vocab_size": 101,
           "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-_GPT2 = {"n_layer": 3, "n_embd": 36, "n_inner": 58, "n_head": 3, "vocab_size": 101, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2 = {"n_layer": 3, "n_embd": 36, "n_inner": 64, "n_head": 3, "vocab_size": 101, "bos_token_id": 1, "eos_token_id": 2}
 EXPERT = "model.layers.1.{}.experts.{}.{}.weight"
 
 
@@ -151,13 +151,13 @@ def build(source: str, **extra: object) -> Any:
     return model
 
 
-def convert(model: Any, folder: Path, config: MoEConfig) -> tuple[Path, Path]:
-    """Save a dense model and convert its checkpoint, in files of two layers each."""
+def convert(model: Any, folder: Path, config: MoEConfig, shard_size: int = 10**9) -> tuple[Path, Path]:
+    """Save a dense model and convert its checkpoint."""
     dense, moe = folder / "dense", folder / "moe"
     model.save_pretrained(dense)
     with open_source(dense) as source:
         opened = DenseCheckpoint(source)
-        convert_checkpoint(opened, plan_checkpoint(opened, config), Output(moe, shard_size=10**5 if False else 10**9))
+        convert_checkpoint(opened, plan_checkpoint(opened, config), Output(moe, shard_size))
     return dense, moe
 
 
@@ -167,7 +167,7 @@ def make(name: str, folder: Path) -> tuple[Path, Path]:
     lost = {field: value for field, value in corruption.extra if str(field).endswith("_bias")}
     kept = {field: value for field, value in corruption.extra if field not in lost}
     model = build(corruption.source, **kept)
-    dense, moe = convert(model, folder, corruption.config)
+    dense, moe = convert(model, folder, corruption.config, 10**5 if corruption.damage is _lose_shard else 10**9)
     corruption.damage(moe)
     if lost:
         richer = build(corruption.source, **lost)
