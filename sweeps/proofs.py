@@ -129,7 +129,9 @@ def page(record: Mapping[str, Any]) -> str:
     """Return the document."""
     right, wrong = record["right"], record["wrong"]
     refused = sum(row["refused"] for row in right.values())
-    missed = [name for name, row in wrong.items() if None in list(row.values())[: 1 if CORRUPTIONS[name].by_plan else 2]]
+    missed = [
+        name for name, row in wrong.items() if None in list(row.values())[: 1 if CORRUPTIONS[name].by_plan else 2]
+    ]
     lines = [
         "# The proof, proved", "",
         "How a proof works is told in [verify.md](verify.md). Written by `python -m sweeps.proofs`.", "",

@@ -9,24 +9,19 @@ Shape legend: B sequences, L positions, H hidden size, K choices per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
-from moeify.layers.implementations import LOOP
 from moeify.measure import name_of, row_difference, without_shared_nan
 from moeify.proving.report import LayerReport
+from moeify.proving.wide import as_a_loop, exact_weights, first_tensor, in_float64, rounded_to
 
 _POSITIONS = 64  # of each sequence, the last ones: what a layer is computed on
-_SUM = 5  # decimals of what the weights of a token's experts sum to
-_ROUNDING = 1e-6  # of such a sum in float32
 
 Chains: TypeAlias = Mapping[str, Sequence[str]]
 """The modules of each dense FFN in the order in which they run, by the path of the MoE layer."""
@@ -42,6 +37,7 @@ class Call:
         narrowed: Whether something in it computes in another dtype all the same.
         y: What it gave, for all positions.
         own: What it gave for x.
+        size: How many values its parameters have.
     """
 
     x: Tensor
@@ -49,6 +45,7 @@ class Call:
     narrowed: bool
     y: Tensor
     own: Tensor
+    size: int
 
 
 Calls: TypeAlias = dict[str, list[Call]]
@@ -101,18 +98,23 @@ class _Recorder:
             self.x = _input(args, kwargs)
 
     def after(self, _: nn.Module, args: object, output: object) -> None:
-        x, y = self.x, _first(output)
+        x, y = self.x, first_tensor(output)
         if self.busy or x is None or y is None or x.shape != y.shape:
             return  # not an FFN: it has the name of one
         self.busy = True
         try:
             wide, narrowed, chained = _last(x), False, True
             for module in self.chain:
-                found, narrow = _in_float64(module, wide)
-                wide, narrowed, chained = wide if found is None else found, narrowed or narrow, chained and found is not None
+                found, narrow = in_float64(module, wide)
+                wide, narrowed, chained = (
+                    wide if found is None else found,
+                    narrowed or narrow,
+                    chained and found is not None,
+                )
         finally:
             self.busy = False
-        self.calls.append(Call(_last(x), wide if chained else None, narrowed, y, _last(y)))
+        size = sum(parameter.numel() for module in self.chain for parameter in module.parameters())
+        self.calls.append(Call(_last(x), wide if chained else None, narrowed, y, _last(y), size))
 
 
 @contextmanager
@@ -170,11 +172,11 @@ class Comparer:
     def _compare(self, call: Call) -> tuple[float, str]:
         expected, result, dtype = call.wide, None, "float64"
         if expected is not None:
-            with _as_a_loop(self.layer), _exact_weights(self.layer) as seen:
-                result, _ = _in_float64(self.layer, call.x)  # a stock router narrows
-            dtype = "float32" if call.narrowed or not seen else dtype
+            with as_a_loop(self.layer), exact_weights(self.layer) as seen:
+                result, _ = in_float64(self.layer, call.x)  # a stock router narrows
+            dtype = "float32" if call.narrowed or not seen else rounded_to(self.layer, call.size) or dtype
         if expected is None or result is None:
-            expected, result, dtype = call.own, _first(self.layer(call.x)), name_of(call.own.dtype)
+            expected, result, dtype = call.own, first_tensor(self.layer(call.x)), name_of(call.own.dtype)
         if result is None or result.shape != expected.shape:
             return math.nan, dtype
         return row_difference(*without_shared_nan(result, expected)), dtype
@@ -207,106 +209,9 @@ def answering(moe: nn.Module, calls: Calls) -> Iterator[None]:
 
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the activation that a module was called with."""
-    return _first((*args, *kwargs.values())[:1])
-
-
-def _first(output: object) -> Tensor | None:
-    """Return a module's output, without what it gives beside it."""
-    value = output[0] if isinstance(output, tuple | list) and output else output
-    return value if isinstance(value, Tensor) else None
+    return first_tensor((*args, *kwargs.values())[:1])
 
 
 def _last(x: Tensor) -> Tensor:
     """Return the last positions, which are those that token ids and masks are cut to as well."""
     return x[:, -_POSITIONS:].clone() if x.dim() == 3 else x.clone()
-
-
-class _Widening(TorchFunctionMode):
-    """Float64 wherever a float64 tensor meets others: weights are widened one at a time, while they are used.
-
-    Attributes:
-        narrowed: Whether a function has made another dtype of float64.
-    """
-
-    narrowed = False
-
-    def __torch_function__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__")
-        if in_place or not any(_is_wide(value) for value in (*args, *kwargs.values())):
-            return func(*args, **kwargs)
-        result = func(*map(_widened, args), **{key: _widened(value) for key, value in kwargs.items()})
-        self.narrowed |= isinstance(result, Tensor) and result.is_floating_point() and not _is_wide(result)
-        return result
-
-
-def _is_wide(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float64
-
-
-def _widened(value: object) -> object:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _in_float64(module: nn.Module, x: Tensor) -> tuple[Tensor | None, bool]:
-    """Return what a module gives for x in float64, and whether it narrows; None if it does not compute in float64."""
-
-    def run(call: Callable[[Tensor], object]) -> tuple[Tensor | None, bool]:
-        try:
-            with _Widening() as widening:
-                y = _first(call(x.double()))
-        except (RuntimeError, TypeError, ValueError):  # a kernel or a device without it
-            return None, True
-        return y if _is_wide(y) else None, widening.narrowed
-
-    found, narrowed = run(module)
-    if found is not None:
-        return found, narrowed
-    tensors = (*module.named_parameters(), *module.named_buffers())  # it casts tokens to the dtype of its weights
-    return run(lambda wide: functional_call(module, {name: _widened(tensor) for name, tensor in tensors}, (wide,)))
-
-
-@contextmanager
-def _as_a_loop(layer: nn.Module) -> Iterator[None]:
-    """Let stacked experts run one by one: the other implementations want their weights in the dtype of the tokens."""
-    experts: Any = layer.get_submodule("experts")
-    if not hasattr(experts, "config"):
-        yield
-        return
-    config, experts.config = experts.config, SimpleNamespace(_experts_implementation=LOOP)
-    try:
-        yield
-    finally:
-        experts.config = config
-
-
-@contextmanager
-def _exact_weights(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Take the rounding out of the weights of a token's experts: stock routers compute them in float32 whatever comes.
-
-    What they sum to is taken as the number of a few decimals that it is up to this rounding, such as 1. Yields the
-    weights that were seen; none if the experts are not called as transformers calls them, with ids and weights.
-    """
-    seen: list[Tensor] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any] | None:
-        weights = kwargs.get("top_k_weights", args[2] if len(args) > 2 else None)
-        if not isinstance(weights, Tensor) or not weights.is_floating_point():
-            return None
-        seen.append(weights)
-        weights_TK = weights.double()
-        sum_T1 = weights_TK.sum(-1, keepdim=True)
-        meant_T1 = sum_T1.round(decimals=_SUM)
-        close_T1 = (sum_T1 - meant_T1).abs() <= _ROUNDING * meant_T1
-        exact_TK = torch.where(close_T1, weights_TK * (meant_T1 / sum_T1), weights_TK)
-        if "top_k_weights" in kwargs:
-            return args, {**kwargs, "top_k_weights": exact_TK}
-        return (*args[:2], exact_TK, *args[3:]), kwargs
-
-    handle = layer.get_submodule("experts").register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        handle.remove()

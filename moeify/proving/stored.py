@@ -59,7 +59,9 @@ def altered_tensors(dense: Source, moe: Source, plan: Plan, cast_to: str | None)
                 return False
         return start == found.numel()
 
-    return tuple(tensor.name for tensor in output_tensors(checkpoint, plan, cast_to, lambda _: None) if not same(tensor))
+    return tuple(
+        tensor.name for tensor in output_tensors(checkpoint, plan, cast_to, lambda _: None) if not same(tensor)
+    )
 
 
 def _same_values(held: Tensor, expected: Tensor) -> bool:
