@@ -86,7 +86,11 @@ def _swap(first: str, second: str) -> Callable[[Tensors], None]:
 
 
 def _each(*changes: Callable[[Tensors], None]) -> Callable[[Path], None]:
-    return on_tensors(lambda tensors: [change(tensors) for change in changes] and None)
+    def change_all(tensors: Tensors) -> None:
+        for change in changes:
+            change(tensors)
+
+    return on_tensors(change_all)
 
 
 def _mixtral(expert: int, weight: str) -> str:
@@ -109,7 +113,8 @@ def _scale_one(name: str) -> Callable[[Path], None]:
 
 
 def _add(name: str) -> Callable[[Path], None]:
-    return on_tensors(lambda tensors: tensors[name].add_(1e-3))
+    """Return a damage that adds a thousandth to all values of a tensor."""
+    return on_tensors(lambda tensors: tensors.update({name: tensors[name] + 1e-3}))
 
 
 def _lose_shard(folder: Path) -> None:

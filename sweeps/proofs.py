@@ -128,26 +128,39 @@ def refusals(name: str) -> dict[str, str | None]:
 def page(record: Mapping[str, Any]) -> str:
     """Return the document."""
     right, wrong = record["right"], record["wrong"]
-    refused = sum(row["refused"] for row in right.values())
-    missed = [
-        name for name, row in wrong.items() if None in list(row.values())[: 1 if CORRUPTIONS[name].by_plan else 2]
-    ]
-    lines = [
-        "# The proof, proved", "",
-        "How a proof works is told in [verify.md](verify.md). Written by `python -m sweeps.proofs`.", "",
-        f"Right conversions: {sum(row['inputs'] for row in right.values()):,} random inputs, {refused} refused.",
-        "*layer* is the largest difference of any layer from its dense FFN, *outside* what is left when every layer",
-        "answers with what the dense FFN gave, *logits* the difference of the whole in float32. *above* counts the proofs",
-        f"whose logits differ by more than {TOLERANCE['float32']:.0e}: rounding alone, which a gate on logits would refuse.",
-        "", "| model | becomes | inputs | refused | layer | outside | logits | above |", "|---|---|--:|--:|---|---|---|--:|",
-        *(f"| {name} | {row['target']} | {row['inputs']} | {row['refused']} | {row['layer']:.1e} | {row['outside']:.1e} | "
-          f"{row['whole']:.1e} | {row['above']} |" for name, row in right.items()),
-        "", f"Wrong conversions: {len(wrong)} kinds, {len(missed)} not refused. Where only the stored tensors can show it",
-        "(a method that promises no equality, or a router that may choose as it likes), the second column is empty.", "",
-        "| what is wrong | why it is refused | without moeify.json |", "|---|---|---|",
-        *(f"| {name} | {row['with the plan'] or 'not refused'} | {row['without'] or ''} |" for name, row in wrong.items()),
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    inputs, refused = (sum(row[what] for row in right.values()) for what in ("inputs", "refused"))
+    text = f"""# The proof, proved
+
+How a proof works is told in [verify.md](verify.md). Written by `python -m sweeps.proofs`.
+
+Right conversions: {inputs:,} random inputs, {refused} refused. *layer* is the largest difference of any layer from its dense
+FFN, in float64. *outside* is what is left of a difference when every layer answers with what the dense FFN gave, and
+*logits* is the difference of the whole, both in float32. *above* counts the proofs whose logits differ by more than
+{TOLERANCE["float32"]:.0e} by rounding alone, which a gate on logits would refuse.
+
+| model | becomes | inputs | refused | layer | outside | logits | above |
+|---|---|--:|--:|---|---|---|--:|
+"""
+    for name, row in right.items():
+        numbers = " | ".join(f"{row[what]:.1e}" for what in ("layer", "outside", "whole"))
+        text += f"| {name} | {row['target']} | {row['inputs']} | {row['refused']} | {numbers} | {row['above']} |\n"
+    text += f"""
+Wrong conversions: {len(wrong)} kinds, {len(missed(wrong))} not refused. The second reason is that of the numbers alone, without
+moeify.json. It is empty where only the stored tensors can show what is wrong: the method promises no equality, or
+the router of equal experts may choose as it likes.
+
+| what is wrong | why it is refused | without moeify.json |
+|---|---|---|
+"""
+    for name, row in wrong.items():
+        text += f"| {name} | {row['with the plan'] or 'not refused'} | {row['without'] or ''} |\n"
+    return text
+
+
+def missed(wrong: Mapping[str, Mapping[str, str | None]]) -> list[str]:
+    """Return the corruptions that are not refused where they must be."""
+    return [name for name, row in wrong.items()
+            if not row["with the plan"] or not (row["without"] or CORRUPTIONS[name].by_plan)]  # fmt: skip
 
 
 def main() -> None:

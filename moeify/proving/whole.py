@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,8 @@ class _Dense:
 def _run_dense(
     source: Source, inputs: Callable[[PreTrainedModel], dict[str, object]], cast_to: str | None, chains: Chains
 ) -> _Dense:
-    def attempt(**options: bool) -> _Dense:
-        model, unused = load_streamed(source, partial(round_weights, dtype=cast_to), unused=True, **options)
+    def attempt(whole: bool) -> _Dense:
+        model, unused = load_streamed(source, partial(round_weights, dtype=cast_to), unused=True, whole=whole)
         arguments = inputs(model)
         with recording(model, chains) as calls:
             logits = run(model, arguments).cpu()  # what has no values cannot move to the CPU
@@ -85,9 +85,10 @@ def _run_dense(
 
 
 def _run_moe(source: Source, dense: _Dense, exact: bool) -> VerifyReport:
-    def attempt(**options: bool) -> VerifyReport:
+    def attempt(whole: bool) -> VerifyReport:
         idle: set[str] = set()
-        model, _ = load_streamed(source, lambda _: None, without=idle, **options, **plainly(source))
+        options: dict[str, Any] = {"whole": whole, "without": idle, **plainly(source)}
+        model, _ = load_streamed(source, lambda _: None, **options)
         with comparing(model, dense.calls) as comparers:
             logits = run(model, dense.inputs).cpu()
         idle.update(comparers)
@@ -97,12 +98,12 @@ def _run_moe(source: Source, dense: _Dense, exact: bool) -> VerifyReport:
     return _whole_if_needed(attempt)
 
 
-def _whole_if_needed(attempt: Callable[..., _Result]) -> _Result:
+def _whole_if_needed(attempt: Callable[[bool], _Result]) -> _Result:
     """Load a model, run it and forget it; load it whole if it reads a weight of a layer outside of that layer."""
     try:
-        return attempt()
+        return attempt(False)
     except RuntimeError:  # torch's, of a tensor without values
-        return attempt(whole=True)
+        return attempt(True)
     finally:
         gc.collect()  # the hooks of its layers know the model, so it would stay
 
