@@ -1,4 +1,4 @@
-"""Wrong conversions that must be refused: small models converted as they should be, and then damaged in one way each."""
+"""Wrong conversions, which a proof must refuse: small models that were converted and then damaged in one way each."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from moeify.proving.whole import verify_checkpoints
 tf: Any = transformers
 Tensors = dict[str, Tensor]
 COPY, NOISE, CUT = MoEConfig(4, 2), MoEConfig(4, 2, method="noise"), MoEConfig(8, 4, granularity=2)
-_SIZES = {"hidden_size": 36, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 3, "vocab_size": 101,
-          "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+_SIZES = {"hidden_size": 36, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 3,
+          "vocab_size": 101, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 _GPT2 = {
     "n_layer": 3,
     "n_embd": 36,
@@ -140,11 +140,13 @@ CORRUPTIONS: dict[str, Corruption] = {
     "bias of attention": Corruption("qwen2", COPY, _add("model.layers.1.self_attn.q_proj.bias")),
     "lost shard": Corruption("llama", COPY, _lose_shard),
     "one weight by 1e-3": Corruption("llama", COPY, _scale_one(_mixtral(2, "w2"))),
-    "one weight by 1e-3, last layer": Corruption("qwen3", COPY, _scale_one("model.layers.2.mlp.experts.1.gate_proj.weight")),
+    "one weight by 1e-3, last layer": Corruption(
+        "qwen3", COPY, _scale_one("model.layers.2.mlp.experts.1.gate_proj.weight")),
     "one weight of attention by 1e-3": Corruption("llama", COPY, _scale_one("model.layers.1.self_attn.v_proj.weight")),
     "permuted attention": Corruption("llama", COPY, _rows("model.layers.1.self_attn.q_proj.weight")),
     "another epsilon": Corruption("llama", COPY, on_config(rms_norm_eps=1e-5)),
-    "another rotation": Corruption("llama", COPY, on_config(rope_parameters={"rope_theta": 5e5, "rope_type": "default"})),
+    "another rotation": Corruption(
+        "llama", COPY, on_config(rope_parameters={"rope_theta": 5e5, "rope_type": "default"})),
     "sliding window lost": Corruption(
         "mistral", COPY, on_config(sliding_window=None), extra=(("sliding_window", 4),)),
     "biases of attention lost": Corruption("llama", COPY, lambda _: None, extra=(("attention_bias", True),)),

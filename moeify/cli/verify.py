@@ -24,8 +24,8 @@ def verify(dense: Path, moe: Path, text: BinaryIO | None, as_json: bool) -> None
     """Compare every MoE layer of MOE with its dense FFN in DENSE, and the logits; exit 1 above tolerance.
 
     A layer and its FFN get the same input, and compute in float64; the logits are those of float32. Where moeify.json
-    lies beside MOE, its stored tensors must be what that plan makes of DENSE. Every tensor of MOE must have its place, and every place of both models its tensor. A few layers are in memory at a
-    time; of a GGUF file, all.
+    lies beside MOE, its stored tensors must be what that plan makes of DENSE. Every tensor of MOE must have its place,
+    and every place of both models its tensor. A few layers are in memory at a time; of a GGUF file, all.
     """
     from moeify.cli import display
     from moeify.cli.quiet import without_bars

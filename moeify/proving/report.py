@@ -90,10 +90,9 @@ class VerifyReport:
     def failure(self) -> str:
         """Return in one line what is wrong when the proof has not passed."""
         if self.altered:
-            count = len(self.altered)
             return (
-                f"{count} stored tensor{'s are' if count > 1 else ' is'} not what moeify.json makes of the dense model, "
-                f"first {self.altered[0]}: convert again, or remove moeify.json to hold the MoE to equality"
+                f"stored tensors that are not what moeify.json makes of the dense model: {len(self.altered)}, first "
+                f"{self.altered[0]}; convert again, or remove moeify.json to hold the MoE to equality"
             )
         if self.tolerance is not None and self.layers and not all(layer.exact for layer in self.layers):
             worst = max(self.layers, key=_badness)

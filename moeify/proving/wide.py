@@ -73,11 +73,8 @@ def in_float64(module: nn.Module, x: Tensor) -> tuple[Tensor | None, bool]:
     if found is not None:
         return found, narrowed
     tensors = (*module.named_parameters(), *module.named_buffers())  # it casts tokens to the dtype of its weights
-    return run(
-        lambda wide: functional_call(
-            module, {name: t.double() if t.is_floating_point() else t for name, t in tensors}, (wide,)
-        )
-    )
+    weights = {name: t.double() if t.is_floating_point() else t for name, t in tensors}
+    return run(lambda wide: functional_call(module, weights, (wide,)))
 
 
 def rounded_to(layer: nn.Module, size: int) -> str | None:

@@ -38,9 +38,16 @@ def test_json_is_one_document_with_the_promised_fields(pair: tuple[Path, Path]) 
         "top1_agreement",
         "tolerance",
         "passed",
+        "layers",
+        "outside",
+        "nan",
         "unused",
+        "altered",
     }
-    assert report["passed"] and report["relative"] < report["tolerance"] == 1e-5
+    assert report["passed"] and report["relative"] < report["tolerance"] == 1e-3
+    assert [layer["name"] for layer in report["layers"]] == [f"model.layers.{number}.mlp" for number in range(3)]
+    assert all(layer["dtype"] == "float64" and layer["relative"] < 1e-12 for layer in report["layers"])
+    assert report["outside"] < 1e-6
 
 
 def test_one_changed_weight_is_exit_code_1(pair: tuple[Path, Path]) -> None:
@@ -51,7 +58,12 @@ def test_one_changed_weight_is_exit_code_1(pair: tuple[Path, Path]) -> None:
     save_file(tensors, path, {"format": "pt"})
     result = verify(*pair)
     assert result.exit_code == 1
-    assert "Error: the MoE differs" in result.stderr
+    assert "not what moeify.json makes of the dense model: 3, first model.layers.0" in result.stderr
+    (pair[1] / "moeify.json").unlink()
+    result = verify(*pair)
+    assert result.exit_code == 1
+    assert "Error: model.layers.0.mlp differs from its dense FFN by" in result.stderr
+    assert "3 layers, the worst model.layers.0.mlp" in result.stdout
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])

@@ -92,3 +92,16 @@ def test_layers_are_loaded_at_once_where_that_is_asked_for(tmp_path: Path) -> No
     with open_source(tiny.save(tiny.build("llama"), tmp_path / "src")) as source:
         model, _ = load_streamed(source, leave, whole=True)
     assert not empty_layers(model)
+
+
+def test_what_does_not_run_is_not_read(tmp_path: Path) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    idle: set[str] = set()
+    with open_source(src) as source:
+        model, _ = load_streamed(source, leave, without=idle)
+        logits = tiny.logits(model, "llama")
+        idle.add("model.layers.1.mlp")
+        with pytest.raises(RuntimeError, match="meta"):
+            tiny.logits(model, "llama")
+        idle.clear()
+        assert tiny.logits(model, "llama").equal(logits)
