@@ -24,7 +24,8 @@ tf: Any = transformers
 Tensors = dict[str, Tensor]
 COPY, NOISE, CUT = MoEConfig(4, 2), MoEConfig(4, 2, method="noise"), MoEConfig(8, 4, granularity=2)
 _SIZES = {"hidden_size": 36, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 3,
-          "vocab_size": 101, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+          "vocab_size": 101, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1,
+          "eos_token_id": 2}  # fmt: skip
 _GPT2 = {
     "n_layer": 3,
     "n_embd": 36,

@@ -133,10 +133,10 @@ def page(record: Mapping[str, Any]) -> str:
 
 How a proof works is told in [verify.md](verify.md). Written by `python -m sweeps.proofs`.
 
-Right conversions: {inputs:,} random inputs, {refused} refused. *layer* is the largest difference of any layer from its
-dense FFN, in float64. *outside* is what is left of a difference when every layer answers with what the dense FFN gave, and
-*logits* is the difference of the whole, both in float32. *above* counts the proofs whose logits differ by more than
-{TOLERANCE["float32"]:.0e} by rounding alone, which a gate on logits would refuse.
+Right conversions: {inputs:,} random inputs, {refused} refused. *layer* is the largest difference of a layer from
+its dense FFN, in float64. *outside* is what is left of a difference when every layer answers with what the
+dense FFN gave, and *logits* is the difference of the whole, both in float32. *above* counts the proofs whose
+logits differ by more than {TOLERANCE["float32"]:.0e} by rounding alone, which a gate on logits would refuse.
 
 | model | becomes | inputs | refused | layer | outside | logits | above |
 |---|---|--:|--:|---|---|---|--:|
@@ -146,8 +146,8 @@ dense FFN, in float64. *outside* is what is left of a difference when every laye
         text += f"| {name} | {row['target']} | {row['inputs']} | {row['refused']} | {numbers} | {row['above']} |\n"
     text += f"""
 Wrong conversions: {len(wrong)} kinds, {len(missed(wrong))} not refused. The second reason is that of the numbers
-alone, without moeify.json. It is empty where only the stored tensors can show what is wrong: the method promises no equality, or
-the router of equal experts may choose as it likes.
+alone, without moeify.json. It is empty where only the stored tensors can show what is wrong: the method
+promises no equality, or the router of equal experts may choose as it likes.
 
 | what is wrong | why it is refused | without moeify.json |
 |---|---|---|
