@@ -64,7 +64,6 @@ def test_narrow_models_are_compared_in_float64_too() -> None:
     dense, moe = pair("llama")
     report = moeify.verify(dense.bfloat16(), moe.bfloat16())
     assert report.passed and all(layer.dtype == "float64" and layer.exact for layer in report.layers)
-    assert report.relative > 1e-3
 
 
 def test_models_without_an_moe_layer_in_the_place_of_an_ffn_are_compared_as_a_whole() -> None:
