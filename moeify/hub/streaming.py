@@ -60,20 +60,24 @@ def load_streamed(
     structure = load_structure(source, unused=unused, **kwargs)
     names = stored_names(structure, source.tensors)
     layers = () if whole else _layers(structure)
-    of_layer: dict[str, list[str]] = {path: [] for path in layers}
-    at_once: list[str] = []
-    place_of = {stored: place for place, stored in names.of.items()} | names.merged
-    for name, place in place_of.items():
-        path = next((path for path in layers if place.startswith(f"{path}.")), None)
-        (at_once if path is None else of_layer[path]).append(name)
-    absent = {name: Absent(source.info(name)) for stored in of_layer.values() for name in stored}
+    at_once, of_layer = _by_layer({stored: place for place, stored in names.of.items()} | names.merged, layers)
+    absent = {name: Absent(source.info(name)) for places in of_layer.values() for name in places}
     options = {"config": config_of(source.config), "state_dict": absent | present(source, at_once), **kwargs}
     model = load_strictly(model_class(source.config), None, dtype=torch.float32, **options)
     change(model)
-    for path, stored in of_layer.items():
-        places = {name: place_of[name] for name in stored}
+    for path, places in of_layer.items():
         _load_when_run(model, path, partial(_present_but, without, source, places), source.path, change)
     return model, names.unused if unused else ()
+
+
+def _by_layer(places: Mapping[str, str], layers: Collection[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Return the places of stored tensors outside of all layers, and those in each layer by its path."""
+    of_layer: dict[str, dict[str, str]] = {path: {} for path in layers}
+    at_once: dict[str, str] = {}
+    for name, place in places.items():
+        path = next((path for path in layers if place.startswith(f"{path}.")), None)
+        (at_once if path is None else of_layer[path])[name] = place
+    return at_once, of_layer
 
 
 def _present_but(without: Collection[str], source: Source, places: Mapping[str, str]) -> dict[str, Present]:

@@ -6,7 +6,7 @@ the rest: every expert, in every layer, and all that a conversion copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -39,29 +39,27 @@ def altered_tensors(dense: Source, moe: Source, plan: Plan, cast_to: str | None)
 
     @lru_cache(maxsize=_PIECES)
     def value(part: SourceRows | Compute) -> Tensor:
-        return dense.read(part.source_name) if isinstance(part, SourceRows) else part()
+        if not isinstance(part, SourceRows):
+            return part()
+        whole = dense.read(part.source_name)
+        return whole if part.rows is None else whole[slice(*part.rows)]
 
-    def pieces(tensor: OutTensor) -> Iterator[Tensor]:
-        for part in tensor.parts:
-            rows = part.rows if isinstance(part, SourceRows) else None
-            piece = value(SourceRows(part.source_name) if isinstance(part, SourceRows) else part)
-            yield piece if rows is None else piece[slice(*rows)]
+    expected = output_tensors(checkpoint, plan, cast_to, lambda _: None)
+    return tuple(tensor.name for tensor in expected if not _is_stored(tensor, moe, value))
 
-    def same(tensor: OutTensor) -> bool:
-        stored = moe.tensors.get(tensor.name)
-        if stored is None or stored.shape != tensor.shape:
+
+def _is_stored(tensor: OutTensor, moe: Source, value: Callable[[SourceRows | Compute], Tensor]) -> bool:
+    """Return whether a checkpoint holds a tensor, one part after the other."""
+    stored = moe.tensors.get(tensor.name)
+    if stored is None or stored.shape != tensor.shape:
+        return False
+    found, start = moe.read(tensor.name).flatten(), 0
+    for part in tensor.parts:
+        piece = value(part).flatten()
+        if not _same_values(found[start : start + piece.numel()], piece):
             return False
-        found, start = moe.read(tensor.name).flatten(), 0
-        for piece in pieces(tensor):
-            held = found[start : start + piece.numel()]
-            start += piece.numel()
-            if not _same_values(held, piece.flatten()):
-                return False
-        return start == found.numel()
-
-    return tuple(
-        tensor.name for tensor in output_tensors(checkpoint, plan, cast_to, lambda _: None) if not same(tensor)
-    )
+        start += piece.numel()
+    return start == found.numel()
 
 
 def _same_values(held: Tensor, expected: Tensor) -> bool:

@@ -110,3 +110,18 @@ def test_a_text_is_read_no_further_than_needed_and_must_be_utf8(tmp_path: Path) 
     (tmp_path / "short").write_bytes(b"ab\xc3")
     with (tmp_path / "short").open("rb") as file, pytest.raises(ConfigError, match=r"short is not UTF-8"):
         _start(file)
+
+
+@pytest.mark.parametrize("target", ["auto", "moeify"])
+def test_nan_where_the_dense_model_gives_nan_too_is_a_warning(pair: tuple[Path, Path], target: str) -> None:
+    tensors = load_file(pair[0] / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(torch.nan)
+    save_file(tensors, pair[0] / "model.safetensors", {"format": "pt"})
+    moe = pair[1].with_name("nan")
+    arguments = ["convert", str(pair[0]), str(moe), "--experts", "3", "--top-k", "2", "--to", target]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "logits are NaN in both models, at the same places" in result.stderr
+    verified = verify(pair[0], moe)
+    assert verified.exit_code == 0 and "logits are NaN in both models" in verified.stderr
+    assert verify(pair[0], pair[1]).exit_code == 1

@@ -29,12 +29,14 @@ class Casting(nn.Module):
         self.inner = linear()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.to(self.inner.weight.dtype))
+        y: Tensor = self.inner(x.to(self.inner.weight.dtype))
+        return y
 
 
 class Narrow(Casting):
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.float()).to(x.dtype)
+        y: Tensor = self.inner(x.float())
+        return y.to(x.dtype)
 
 
 class Failing(Casting):
