@@ -238,7 +238,7 @@ def test_routers_presets_and_fields_reach_the_checkpoint(src: Path, tmp_path: Pa
     expected = MoEConfig.deepseek_v3(6, 3, granularity=3, shared_experts=1, seed=5, attach_losses=True,
                                      router={"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.0})  # fmt: skip
     assert MoEConfig.from_dict(config) == expected and expected.exact
-    assert "relative" in result.output and "tolerance 1e-05" in result.output
+    assert "relative" in result.output and "tolerance 1e-03" in result.output
 
 
 @pytest.mark.parametrize(
