@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from moeify.hub.loading import load
     from moeify.hub.registration import register
     from moeify.plan import Plan
-    from moeify.proving.proof import VerifyReport, verify
+    from moeify.proving.proof import verify
+    from moeify.proving.report import VerifyReport
     from moeify.training.bias import attach_bias_update, update_selection_bias
     from moeify.training.callback import RoutingCallback
     from moeify.training.control import freeze, param_groups, set_capacity
@@ -39,7 +40,7 @@ _HOME = {
     "OnnxReport": "export.report",
     "Plan": "plan",
     "RoutingCallback": "training.callback",
-    "VerifyReport": "proving.proof",
+    "VerifyReport": "proving.report",
     "attach_bias_update": "training.bias",
     "aux_loss": "training.losses",
     "convert": "conversion.module",

@@ -21,14 +21,28 @@ TOLERANCE: dict[str, float] = {
 }
 """The largest relative difference that passes, by the name of the dtype."""
 
+WHOLE_TOLERANCE: dict[str, float] = {
+    "float64": 1e-9,
+    "float32": 1e-2,
+    "bfloat16": 5e-1,
+    "float16": 1e-1,
+}
+"""The same for what a whole model gives, where every layer was held to `TOLERANCE`: rounding piles up over depth."""
+
 _SAME = 2e-6  # a function may hold constants that were rounded to float32
 _REACH = 12.0  # beyond it every activation that has a name is linear or constant in float32
+_LEAST = 1e-3  # of the largest value: a row that cancels out is measured by this
 _GOLDEN = (5**0.5 - 1) / 2
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
     """Return the largest relative difference that passes for results in `dtype`."""
-    return TOLERANCE[str(dtype).removeprefix("torch.")]
+    return TOLERANCE[name_of(dtype)]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name under which the tables have a dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def relative_difference(result: Tensor, expected: Tensor) -> float:
@@ -50,6 +64,32 @@ def relative_difference(result: Tensor, expected: Tensor) -> float:
     wanted = expected.detach().double()
     difference = (result.detach().to(wanted.device).double() - wanted).abs().max().item()
     return difference / (wanted.abs().max().item() or 1.0)
+
+
+def row_difference(result: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of a row (the last dimension) relative to the largest value there, in float64.
+
+    Of a row that nearly cancels out, relative to a thousandth of the largest value of all. One token with huge values
+    cannot hide what is wrong with the others, as it does in `relative_difference`.
+
+    Args:
+        result: (…, H).
+        expected: The same shape.
+    """
+    if not expected.numel():
+        return 0.0
+    wanted = expected.detach().double()
+    difference = (result.detach().to(wanted.device).double() - wanted).abs().amax(-1)
+    size = wanted.abs().amax(-1)
+    size = size.clamp(min=_LEAST * size.max().item())
+    return (difference / size.where(size > 0, 1)).max().item()
+
+
+def without_shared_nan(result: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both with 0 where both are NaN, or both infinite with the same sign."""
+    found = result.detach().to(expected.device)
+    same = (found.isnan() & expected.isnan()) | (found.isinf() & (found == expected))
+    return found.masked_fill(same, 0), expected.detach().masked_fill(same, 0)
 
 
 def top1_agreement(result: Tensor, expected: Tensor) -> float:

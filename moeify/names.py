@@ -50,3 +50,9 @@ def _span(numbers: Sequence[str]) -> str:
         else:
             runs.append([value])
     return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs) + "}"
+
+
+def left_out(names: Sequence[str]) -> str:
+    """Return a note on stored tensors that the dense model has no place for."""
+    which = f"{folded(names)}; it is" if len(names) == 1 else f"{len(names)} tensors ({folded(names)}); they are"
+    return f"note: the dense model has no place for {which} left out"

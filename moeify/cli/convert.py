@@ -74,14 +74,14 @@ class _Options:
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
 @click.option("--strict", is_flag=True, help="Refuse weights that hold NaN or Inf instead of warning.")
-@click.option("--no-verify", is_flag=True, help="Do not compare logits with the dense model.")
+@click.option("--no-verify", is_flag=True, help="Do not compare the MoE with the dense model.")
 @example_inputs_option
 @source_options
 def convert(src: str, dst: Path | None, **typed: Any) -> None:
     """Convert the dense checkpoint SRC into an MoE checkpoint DST.
 
     SRC is a folder in Hugging Face layout, a GGUF file, or a hub id; it is never changed. DST appears whole or not at
-    all, after its logits were compared with those of SRC on a slice of the layers.
+    all, after the first of its layers were compared with those of SRC, and the logits of that slice.
     """
     from moeify.checkpoint.source import open_source
     from moeify.conversion.dense import DenseCheckpoint
@@ -145,6 +145,7 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
 
     from moeify.cli import display
     from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint
+    from moeify.names import left_out
 
     console, dtype = display.stderr(), _DTYPES.get(options.dtype or "")
     what = f"{len(plan.sites)} FFNs become {plan.config.experts} experts, top-{plan.config.top_k}"
@@ -166,7 +167,7 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
         total=lambda nbytes: progress.update(task, total=nbytes),
         written=lambda nbytes: progress.advance(task, nbytes),
         nonfinite=nonfinite,
-        unused=lambda names: console.print(display.left_out(names)),
+        unused=lambda names: console.print(left_out(names)),
         check=check,
     )
     try:
@@ -196,7 +197,9 @@ def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, options: _Options, 
         if options.no_verify:
             return None
         report = verify_slice(dense, folder, plan, cast_to=_DTYPES.get(options.dtype or ""))
+    for line in report.warnings():
+        console.print(line)
     console.print(f"verified on a slice: {report.summary()}")
     if not report.passed:
-        raise VerificationError(f"the MoE differs from the dense model: {report.summary()}; nothing was written")
+        raise VerificationError(f"{report.failure()}; nothing was written")
     return report.to_dict()

@@ -85,12 +85,6 @@ def wrapped(texts: Iterable[str], width: int, most: int | None = None) -> list[s
     ]
 
 
-def left_out(names: Sequence[str]) -> str:
-    """Return a note on stored tensors that the dense model has no place for."""
-    which = f"{folded(names)}; it is" if len(names) == 1 else f"{len(names)} tensors ({folded(names)}); they are"
-    return f"note: the dense model has no place for {which} left out"
-
-
 def fit(sections: Iterable[Sequence[str]], most: int) -> list[str]:
     """Return sections of lines, with empty lines between them, cut to a number of lines, the longest ones first."""
     kept = [list(section) for section in sections if section]

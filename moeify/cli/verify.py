@@ -21,10 +21,11 @@ from moeify.files.reading import exists
 @click.option("--text", type=click.File("rb"), help="Run on the start of this text instead of random token ids.")
 @json_option
 def verify(dense: Path, moe: Path, text: BinaryIO | None, as_json: bool) -> None:
-    """Compare the logits of DENSE and MOE in float32; exit 1 above tolerance.
+    """Compare every MoE layer of MOE with its dense FFN in DENSE, and the logits; exit 1 above tolerance.
 
-    Every tensor of MOE must have its place, and every place of both models its tensor. A few layers are in memory at a
-    time; of a GGUF file, all.
+    A layer and its FFN get the same input, and compute in float64; the logits are those of float32. Where moeify.json
+    lies beside MOE, its stored tensors must be what that plan makes of DENSE. Every tensor of MOE must have its place,
+    and every place of both models its tensor. A few layers are in memory at a time; of a GGUF file, all.
     """
     from moeify.cli import display
     from moeify.cli.quiet import without_bars
@@ -35,14 +36,14 @@ def verify(dense: Path, moe: Path, text: BinaryIO | None, as_json: bool) -> None
             raise CheckpointError(f"{path} does not exist: give two model folders (DENSE may be a GGUF file)")
     with without_bars():
         report = verify_checkpoints(dense, moe, text=None if text is None else _start(text))
-    if report.unused:
-        display.stderr().print(display.left_out(report.unused))
+    for line in report.warnings():
+        display.stderr().print(line)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
         display.stdout().print(report.summary())
     if not report.passed:
-        raise VerificationError("the MoE differs from the dense model by more than the tolerance")
+        raise VerificationError(report.failure())
 
 
 def _start(text: BinaryIO) -> str:

@@ -8,7 +8,7 @@ and make room for empty ones when it has run.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 
 def load_streamed(
-    source: Source, change: Callable[[nn.Module], None], *, unused: bool = False, whole: bool = False, **kwargs: Any
+    source: Source,
+    change: Callable[[nn.Module], None],
+    *,
+    unused: bool = False,
+    whole: bool = False,
+    without: Collection[str] = (),
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Load a checkpoint in float32, the layers of safetensors files when they run, a GGUF file as a whole.
 
@@ -38,6 +44,7 @@ def load_streamed(
         change: What is done to the weights of a module after they were loaded.
         unused: Leave tensors out that the model has no place for.
         whole: Load the layers at once too.
+        without: Paths of modules in the layers that do not run; looked at whenever a layer runs.
         kwargs: For `from_pretrained`.
 
     Returns:
@@ -53,18 +60,30 @@ def load_streamed(
     structure = load_structure(source, unused=unused, **kwargs)
     names = stored_names(structure, source.tensors)
     layers = () if whole else _layers(structure)
-    of_layer: dict[str, list[str]] = {path: [] for path in layers}
-    at_once: list[str] = []
-    for name, place in ({stored: place for place, stored in names.of.items()} | names.merged).items():
-        path = next((path for path in layers if place.startswith(f"{path}.")), None)
-        (at_once if path is None else of_layer[path]).append(name)
-    absent = {name: Absent(source.info(name)) for stored in of_layer.values() for name in stored}
+    at_once, of_layer = _by_layer({stored: place for place, stored in names.of.items()} | names.merged, layers)
+    absent = {name: Absent(source.info(name)) for places in of_layer.values() for name in places}
     options = {"config": config_of(source.config), "state_dict": absent | present(source, at_once), **kwargs}
     model = load_strictly(model_class(source.config), None, dtype=torch.float32, **options)
     change(model)
-    for path, stored in of_layer.items():
-        _load_when_run(model, path, partial(present, source, stored), source.path, change)
+    for path, places in of_layer.items():
+        _load_when_run(model, path, partial(_present_but, without, source, places), source.path, change)
     return model, names.unused if unused else ()
+
+
+def _by_layer(places: Mapping[str, str], layers: Collection[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Return the places of stored tensors outside of all layers, and those in each layer by its path."""
+    of_layer: dict[str, dict[str, str]] = {path: {} for path in layers}
+    at_once: dict[str, str] = {}
+    for name, place in places.items():
+        path = next((path for path in layers if place.startswith(f"{path}.")), None)
+        (at_once if path is None else of_layer[path])[name] = place
+    return at_once, of_layer
+
+
+def _present_but(without: Collection[str], source: Source, places: Mapping[str, str]) -> dict[str, Present]:
+    """Return stored tensors by their names on disk, but those whose place is in a module that does not run."""
+    idle = tuple(f"{path}." for path in without)
+    return present(source, [name for name, place in places.items() if not place.startswith(idle)])
 
 
 def _layers(model: PreTrainedModel) -> tuple[str, ...]:

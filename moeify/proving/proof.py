@@ -1,4 +1,4 @@
-"""The proof of a conversion: the dense model and the MoE run on the same inputs, and their logits are compared.
+"""The proof of a conversion: every MoE layer is held to its dense FFN on equal inputs, and the logits are compared.
 
 `verify` compares two models, and `verify_slice` the first layers of two checkpoints, so that the memory does not grow
 with the depth.
@@ -6,10 +6,9 @@ with the depth.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,57 +19,26 @@ from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import VerificationError
 from moeify.hub.loading import FirstLayers, load_first_layers
-from moeify.measure import fill_inputs, relative_difference, tolerance_of, top1_agreement
+from moeify.measure import fill_inputs, relative_difference, without_shared_nan
 from moeify.plan import Plan
+from moeify.proving.layers import Calls, Comparer, answering, chains_of, comparing, recording, reports
+from moeify.proving.report import VerifyReport, compare
 from moeify.tracing.inputs import candidate_inputs
 
 _CONVERTED_LAYERS = 2  # in the slice that is compared
 _NUMBERED = re.compile(r"(?P<stack>(?:[^.]+\.)*?)(?P<number>\d+)\.")
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """What was measured.
-
-    Attributes:
-        max_abs_diff: Largest absolute difference between two logits.
-        max_abs_logit: Largest absolute logit of the dense model.
-        relative: Their ratio.
-        top1_agreement: Share of positions at which both models rank the same logit first.
-        tolerance: Largest relative difference that passes; None if the method promises none.
-        passed: Whether the promise holds.
-        unused: Names of the dense checkpoint's tensors that its model has no place for, which were left out.
-    """
-
-    max_abs_diff: float
-    max_abs_logit: float
-    relative: float
-    top1_agreement: float
-    tolerance: float | None
-    passed: bool
-    unused: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the fields as plain data."""
-        return asdict(self)
-
-    def summary(self) -> str:
-        """Return one line for people."""
-        promise = "no exactness promised" if self.tolerance is None else f"tolerance {self.tolerance:.0e}"
-        return (
-            f"relative difference {self.relative:.2e} ({promise}), largest {self.max_abs_diff:.2e} "
-            f"of {self.max_abs_logit:.3g}, top-1 agreement {self.top1_agreement:.2%}"
-        )
-
-
 def verify(
     dense: nn.Module, moe: nn.Module, inputs: Mapping[str, object] | None = None, *, exact: bool = True
 ) -> VerifyReport:
-    """Run both models on the same inputs and compare their logits, or their first output if they have no head.
+    """Run both models on the same inputs: compare every MoE layer with its dense FFN on equal inputs, and the logits.
+
+    Without logits, the first output is compared; without an MoE layer in a dense FFN's place, the logits alone.
 
     Args:
         dense: The model before the conversion.
-        moe: The model after it, in the same dtype; the tolerance is that of the dtype.
+        moe: The model after it, in the same dtype.
         inputs: Keyword arguments of both forwards; None makes random ones for a transformers model.
         exact: Whether the method promises equality.
 
@@ -78,34 +46,40 @@ def verify(
         VerificationError: The outputs have different shapes.
     """
     arguments = random_inputs(dense) if inputs is None else inputs
-    return compare(*(run(model, arguments) for model in (dense, moe)), exact=exact)
+    with recording(dense, chains_of(moe)) as calls:
+        expected = run(dense, arguments)
+    with comparing(moe, calls) as comparers:
+        result = run(moe, arguments)
+    outside = difference_outside(moe, comparers, calls, arguments, expected)
+    return compare(expected, result, exact=exact, layers=reports(comparers), outside=outside)
 
 
-def compare(expected: Tensor, result: Tensor, *, exact: bool, unused: tuple[str, ...] = ()) -> VerifyReport:
-    """Compare the logits of a dense model and of its MoE.
+def difference_outside(
+    moe: nn.Module,
+    comparers: Mapping[str, Comparer],
+    calls: Calls,
+    arguments: Mapping[str, object],
+    expected: Tensor,
+) -> float | None:
+    """Return the relative difference of the logits of an MoE whose layers answer what the dense FFNs gave.
 
     Args:
+        moe: The MoE.
+        comparers: What `comparing` found in its layers.
+        calls: What the dense FFNs gave.
+        arguments: Of the forward.
         expected: What the dense model gives.
-        result: What the MoE gives, in the same dtype.
-        exact: Whether the method promises equality.
-        unused: For the report.
 
-    Raises:
-        VerificationError: They have different shapes.
+    Returns:
+        None if there are no such layers, or one of them gives more than a tensor.
     """
-    if expected.shape != result.shape:
-        raise VerificationError(f"the dense model gives {tuple(expected.shape)}, the MoE {tuple(result.shape)}")
-    tolerance = tolerance_of(expected.dtype) if exact else None
-    relative = relative_difference(result, expected)
-    return VerifyReport(
-        max_abs_diff=(result.double() - expected.double()).abs().max().item(),
-        max_abs_logit=expected.double().abs().max().item(),
-        relative=relative,
-        top1_agreement=top1_agreement(result, expected),
-        tolerance=tolerance,
-        passed=math.isfinite(relative) and (tolerance is None or relative <= tolerance),
-        unused=unused,
-    )
+    if not comparers or not all(comparer.plain and comparer.found for comparer in comparers.values()):
+        return None
+    with answering(moe, calls):
+        result = run(moe, arguments)
+    if result.shape != expected.shape:
+        return None  # `compare` says so
+    return relative_difference(*without_shared_nan(result, expected))
 
 
 def plainly(moe: Source) -> dict[str, str]:
@@ -164,11 +138,30 @@ def round_weights(model: nn.Module, dtype: str | None) -> None:
 
 
 def random_inputs(model: nn.Module, examples: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Return inputs for a transformers model; `examples` on the meta device are filled, None guesses their shapes."""
+    """Return inputs for a transformers model, special tokens first where they are random token ids.
+
+    Args:
+        model: The model.
+        examples: Those on the meta device are filled; None guesses their shapes.
+    """
     config = getattr(model, "config", None)
-    vocab_size = getattr(config and config.get_text_config(), "vocab_size", None) or 2
+    text_config = config and config.get_text_config()
+    vocab_size = getattr(text_config, "vocab_size", None) or 2
     examples = next(candidate_inputs(model)) if examples is None else examples
-    return fill_inputs(examples, torch.Generator().manual_seed(0), range(vocab_size))
+    filled = fill_inputs(examples, torch.Generator().manual_seed(0), range(vocab_size))
+    special = torch.tensor([token for token in _special_tokens(text_config) if token < vocab_size], dtype=torch.long)
+    for name, example in examples.items():
+        ids = filled[name]
+        if name.endswith("input_ids") and isinstance(example, Tensor) and example.is_meta and isinstance(ids, Tensor):
+            ids[..., : len(special)] = special[: ids.shape[-1]]
+    return filled
+
+
+def _special_tokens(config: object) -> list[int]:
+    """Return the ids of the tokens that begin, end and fill up a text, as a config names them."""
+    named = [getattr(config, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
+    ids = [token for value in named for token in (value if isinstance(value, list) else [value])]
+    return [token for token in dict.fromkeys(ids) if isinstance(token, int) and token >= 0]
 
 
 @torch.no_grad()

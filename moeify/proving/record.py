@@ -12,7 +12,7 @@ from moeify.errors import CheckpointError, ConfigError, first_line
 from moeify.files.json_text import read_json_object
 from moeify.files.limits import PLAN_BYTES
 from moeify.files.reading import exists
-from moeify.plan import VERSION
+from moeify.plan import VERSION, Plan
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,12 @@ class Promise:
     Attributes:
         exact: Whether it must compute what the dense model does.
         cast_to: safetensors name of the dtype that the output was told to store, if any.
+        plan: What was converted, and how.
     """
 
     exact: bool = True  # others' MoEs are held to equality
     cast_to: str | None = None
+    plan: Plan | None = None
 
 
 def read_promise(moe: Path) -> Promise:
@@ -44,7 +46,8 @@ def read_promise(moe: Path) -> Promise:
         cast_to = record.get("cast_to")
         if cast_to is not None and not (cast_to in ITEMSIZE and torch_dtype(cast_to).is_floating_point):
             raise ConfigError(f"cast_to is {cast_to!r}, expected null or a dtype such as BF16")
-        return Promise(MoEConfig.from_dict(record.get("config", {})).exact, cast_to)
+        plan = Plan.from_dict(record) if "sites" in record else None
+        return Promise(MoEConfig.from_dict(record.get("config", {})).exact, cast_to, plan)
     except (TypeError, ConfigError) as error:
         raise CheckpointError(
             f"{file} cannot be used ({first_line(error)}): convert again, or remove it to hold the MoE to equality"

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeify.checkpoint.source import Source, open_source
 from moeify.errors import ConfigError
 from moeify.hub.streaming import load_streamed
+from moeify.hub.structure import load_structure
 from moeify.pretrained import load_tokenizer
-from moeify.proving.proof import VerifyReport, compare, plainly, random_inputs, round_weights, run
+from moeify.proving.layers import Calls, Chains, chains_of, comparing, recording, reports
+from moeify.proving.proof import difference_outside, plainly, random_inputs, round_weights, run
 from moeify.proving.record import read_promise
+from moeify.proving.report import VerifyReport, compare
+from moeify.proving.stored import altered_tensors
+from moeify.tracing.skeleton import build_on_meta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_Result = TypeVar("_Result")
 _MAX_TOKENS = 512  # of a text
 
 
 def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> VerifyReport:
-    """Compare the logits of two checkpoints in float32.
+    """Compare two checkpoints: layers on equal inputs in float64, logits in float32, and stored tensors with the plan.
 
     If the conversion was told to store another dtype, the dense weights are rounded to it first: the proof is about the
     conversion, not about the rounding that was asked for.
@@ -42,36 +48,62 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
     """
     promise = read_promise(moe)
     ids = None if text is None else _token_ids(moe, text)
-    with open_source(dense) as source:
-        before = _run(source, partial(_inputs, ids), promise.cast_to, unused=True)
-    with open_source(moe) as source:
-        after = _run(source, lambda _: before.inputs, None, **plainly(source))
-    return compare(before.logits, after.logits, exact=promise.exact, unused=before.unused)
+    with open_source(moe) as converted:
+        with open_source(dense) as source:
+            before = _run_dense(source, partial(_inputs, ids), promise.cast_to, chains_of(_structure(converted)))
+            altered = () if promise.plan is None else altered_tensors(source, converted, promise.plan, promise.cast_to)
+        report = _run_moe(converted, before, promise.exact)
+    return replace(report, unused=before.unused, altered=altered, passed=report.passed and not altered)
+
+
+def _structure(moe: Source) -> nn.Module:
+    """Return a model of the MoE's layers without weights; in moeify format, with its plan."""
+    return build_on_meta(moe.config) if "quantization_config" not in moe.config else load_structure(moe)
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What went into a model, what came out, and the names of stored tensors that it has no place for."""
+class _Dense:
+    """What went into the dense model, what came out, what its FFNs did, and tensors that it has no place for."""
 
     inputs: dict[str, object]
     logits: Tensor
+    calls: Calls
     unused: tuple[str, ...]
 
 
-def _run(
-    source: Source, inputs: Callable[[PreTrainedModel], dict[str, object]], cast_to: str | None, **kwargs: Any
-) -> _Run:
-    """Load a model, run it and forget it."""
-
-    def attempt(**options: bool) -> _Run:
-        model, unused = load_streamed(source, partial(round_weights, dtype=cast_to), **options, **kwargs)
+def _run_dense(
+    source: Source, inputs: Callable[[PreTrainedModel], dict[str, object]], cast_to: str | None, chains: Chains
+) -> _Dense:
+    def attempt(whole: bool) -> _Dense:
+        model, unused = load_streamed(source, partial(round_weights, dtype=cast_to), unused=True, whole=whole)
         arguments = inputs(model)
-        return _Run(arguments, run(model, arguments).cpu(), unused)  # what has no values cannot move to the CPU
+        with recording(model, chains) as calls:
+            logits = run(model, arguments).cpu()  # what has no values cannot move to the CPU
+        return _Dense(arguments, logits, calls, unused)
 
+    return _whole_if_needed(attempt)
+
+
+def _run_moe(source: Source, dense: _Dense, exact: bool) -> VerifyReport:
+    def attempt(whole: bool) -> VerifyReport:
+        idle: set[str] = set()
+        options: dict[str, Any] = {"whole": whole, "without": idle, **plainly(source)}
+        model, _ = load_streamed(source, lambda _: None, **options)
+        with comparing(model, dense.calls) as comparers:
+            logits = run(model, dense.inputs).cpu()
+        idle.update(comparers)
+        outside = difference_outside(model, comparers, dense.calls, dense.inputs, dense.logits)
+        return compare(dense.logits, logits, exact=exact, layers=reports(comparers), outside=outside)
+
+    return _whole_if_needed(attempt)
+
+
+def _whole_if_needed(attempt: Callable[[bool], _Result]) -> _Result:
+    """Load a model, run it and forget it; load it whole if it reads a weight of a layer outside of that layer."""
     try:
-        return attempt()
-    except RuntimeError:  # torch's, of a model that reads a weight of a layer outside of that layer
-        return attempt(whole=True)
+        return attempt(False)
+    except RuntimeError:  # torch's, of a tensor without values
+        return attempt(True)
     finally:
         gc.collect()  # the hooks of its layers know the model, so it would stay
 

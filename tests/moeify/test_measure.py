@@ -14,14 +14,17 @@ from torch import Tensor
 
 from moeify.measure import (
     TOLERANCE,
+    WHOLE_TOLERANCE,
     fill,
     fill_inputs,
     probe,
     recognize,
     relative_difference,
+    row_difference,
     same_values,
     tolerance_of,
     top1_agreement,
+    without_shared_nan,
 )
 
 NAN, INF = math.nan, math.inf
@@ -63,6 +66,23 @@ def test_tensors_of_different_shapes_are_not_compared() -> None:
         relative_difference(torch.ones(2), torch.ones(2, 1))
 
 
+def test_a_row_is_measured_by_its_own_largest_value_unless_it_cancels_out() -> None:
+    expected = torch.tensor([[1000.0, 0.0], [2.0, -4.0], [0.5, 0.0]])
+    off = torch.tensor([[0.0, 0.1], [1.0, 0.0], [0.0, 0.0]])
+    assert row_difference(expected + off, expected) == 0.25
+    assert row_difference(expected + torch.tensor([[0.0], [0.0], [1.0]]), expected) == 1.0  # 1000 * 1e-3, not 0.5
+    assert row_difference(torch.full((2, 2), 3.0), torch.zeros(2, 2)) == 3.0
+    assert row_difference(torch.zeros(0, 2), torch.zeros(0, 2)) == 0.0
+    assert math.isnan(row_difference(expected * NAN, expected))
+
+
+def test_what_is_nan_or_infinite_in_both_does_not_count() -> None:
+    result, expected = torch.tensor([NAN, INF, INF, NAN, 1.0]), torch.tensor([NAN, INF, -INF, 1.0, NAN])
+    found, wanted = without_shared_nan(result, expected)
+    assert found[:2].tolist() == wanted[:2].tolist() == [0.0, 0.0]
+    assert [math.isfinite(value) for value in (found - wanted)[2:]] == [False] * 3
+
+
 def test_top1_counts_rows() -> None:
     expected = torch.eye(4).reshape(2, 2, 4)
     result = expected.clone()
@@ -73,7 +93,7 @@ def test_top1_counts_rows() -> None:
 
 @pytest.mark.parametrize("name", TOLERANCE)
 def test_every_dtype_has_a_tolerance(name: str) -> None:
-    assert tolerance_of(getattr(torch, name)) == TOLERANCE[name]
+    assert tolerance_of(getattr(torch, name)) == TOLERANCE[name] < WHOLE_TOLERANCE[name]
 
 
 def test_probes_fill_the_range_and_differ_by_seed() -> None:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from moeify.names import fold, folded
+from moeify.names import fold, folded, left_out
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,10 @@ def test_nothing_is_lost_and_nothing_added() -> None:
     for _ in range(50):
         names = rng.sample(every, rng.randrange(1, len(every)))
         assert sorted(itertools.chain.from_iterable(map(spread, fold(names)))) == sorted(names)
+
+
+def test_what_is_left_out_is_one_line() -> None:
+    assert left_out(["h.0.bias"]) == "note: the dense model has no place for h.0.bias; it is left out"
+    names = [f"h.{i}.attn.{leaf}" for i in range(12) for leaf in ("bias", "masked_bias")]
+    which = "24 tensors (h.{0..11}.attn.bias, h.{0..11}.attn.masked_bias)"
+    assert left_out(names) == f"note: the dense model has no place for {which}; they are left out"

@@ -70,11 +70,14 @@ def test_convert_verifies_and_says_what_it_did(src: Path, tmp_path: Path) -> Non
     result = convert(src, tmp_path / "moe", *BASE)
     assert result.exit_code == 0, result.output
     assert "llama → mixtral: 3 FFNs become 3 experts, top-2" in result.stderr
-    assert "verified on a slice: relative difference" in result.stderr
+    assert "verified on a slice: 2 layers, the worst model.layers." in result.stderr
     assert result.stdout == ""
     assert (tmp_path / "moe/tokenizer.json").read_text() == "{}"
     record = json.loads((tmp_path / "moe/moeify.json").read_text())
-    assert record["verification"]["passed"] and record["verification"]["relative"] < 1e-5
+    proof = record["verification"]
+    assert proof["passed"] and proof["relative"] < 1e-5
+    assert [layer["name"] for layer in proof["layers"]] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert all(layer["relative"] < 1e-12 and layer["dtype"] == "float64" for layer in proof["layers"])
 
 
 def test_a_narrower_dtype_is_proved_against_the_rounded_weights(src: Path, tmp_path: Path) -> None:
@@ -143,11 +146,6 @@ def test_nonfinite_weights_warn_and_are_refused_when_strict(src: Path, tmp_path:
     result = convert(src, tmp_path / "moe", *BASE, "--no-verify")
     assert result.exit_code == 0 and f"warning: {name} holds NaN or Inf" in result.stderr
     assert name in refused(src, *BASE, "--strict", dst=tmp_path / "strict")
-
-
-def test_a_dense_model_that_computes_nan_proves_nothing(src: Path) -> None:
-    edit_weights(src, **{"model.norm.weight": torch.full((tiny.HIDDEN,), torch.nan)})
-    assert "differs from the dense model" in refused(src)
 
 
 def test_quantised_checkpoints_say_which_scheme(src: Path) -> None:
@@ -240,7 +238,7 @@ def test_routers_presets_and_fields_reach_the_checkpoint(src: Path, tmp_path: Pa
     expected = MoEConfig.deepseek_v3(6, 3, granularity=3, shared_experts=1, seed=5, attach_losses=True,
                                      router={"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.0})  # fmt: skip
     assert MoEConfig.from_dict(config) == expected and expected.exact
-    assert "relative" in result.output and "tolerance 1e-05" in result.output
+    assert "relative" in result.output and "tolerance 1e-02" in result.output
 
 
 @pytest.mark.parametrize(

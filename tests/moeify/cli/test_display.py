@@ -52,13 +52,6 @@ def test_equal_moe_layers_are_one_line() -> None:
     assert lines == [f"model.layers.{{0..2}}.mlp (3 layers): {about}"]
 
 
-def test_what_is_left_out_is_one_line() -> None:
-    assert display.left_out(["h.0.bias"]) == "note: the dense model has no place for h.0.bias; it is left out"
-    names = [f"h.{i}.attn.{leaf}" for i in range(12) for leaf in ("bias", "masked_bias")]
-    which = "24 tensors (h.{0..11}.attn.bias, h.{0..11}.attn.masked_bias)"
-    assert display.left_out(names) == f"note: the dense model has no place for {which}; they are left out"
-
-
 def test_texts_are_wrapped_and_cut() -> None:
     assert display.wrapped(["one two three", "four"], 9) == ["one two", "  three", "four"]
     assert display.wrapped(["one two three four", "five"], 9, 1) == ["one two …", "five"]

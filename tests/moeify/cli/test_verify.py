@@ -38,9 +38,16 @@ def test_json_is_one_document_with_the_promised_fields(pair: tuple[Path, Path]) 
         "top1_agreement",
         "tolerance",
         "passed",
+        "layers",
+        "outside",
+        "nan",
         "unused",
+        "altered",
     }
-    assert report["passed"] and report["relative"] < report["tolerance"] == 1e-5
+    assert report["passed"] and report["relative"] < report["tolerance"] == 1e-2
+    assert [layer["name"] for layer in report["layers"]] == [f"model.layers.{number}.mlp" for number in range(3)]
+    assert all(layer["dtype"] == "float64" and layer["relative"] < 1e-12 for layer in report["layers"])
+    assert report["outside"] < 1e-6
 
 
 def test_one_changed_weight_is_exit_code_1(pair: tuple[Path, Path]) -> None:
@@ -51,7 +58,12 @@ def test_one_changed_weight_is_exit_code_1(pair: tuple[Path, Path]) -> None:
     save_file(tensors, path, {"format": "pt"})
     result = verify(*pair)
     assert result.exit_code == 1
-    assert "Error: the MoE differs" in result.stderr
+    assert "not what moeify.json makes of the dense model: 3, first model.layers.0" in result.stderr
+    (pair[1] / "moeify.json").unlink()
+    result = verify(*pair)
+    assert result.exit_code == 1
+    assert "Error: model.layers.0.mlp differs from its dense FFN by" in result.stderr
+    assert "3 layers, the worst model.layers.0.mlp" in result.stdout
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
@@ -98,3 +110,18 @@ def test_a_text_is_read_no_further_than_needed_and_must_be_utf8(tmp_path: Path) 
     (tmp_path / "short").write_bytes(b"ab\xc3")
     with (tmp_path / "short").open("rb") as file, pytest.raises(ConfigError, match=r"short is not UTF-8"):
         _start(file)
+
+
+@pytest.mark.parametrize("target", ["auto", "moeify"])
+def test_nan_where_the_dense_model_gives_nan_too_is_a_warning(pair: tuple[Path, Path], target: str) -> None:
+    tensors = load_file(pair[0] / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(torch.nan)
+    save_file(tensors, pair[0] / "model.safetensors", {"format": "pt"})
+    moe = pair[1].with_name("nan")
+    arguments = ["convert", str(pair[0]), str(moe), "--experts", "3", "--top-k", "2", "--to", target]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "logits are NaN in both models, at the same places" in result.stderr
+    verified = verify(pair[0], moe)
+    assert verified.exit_code == 0 and "logits are NaN in both models" in verified.stderr
+    assert verify(pair[0], pair[1]).exit_code == 1

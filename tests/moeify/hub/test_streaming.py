@@ -11,8 +11,10 @@ from torch import nn
 
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
+from moeify.hub import streaming
 from moeify.hub.loading import load
 from moeify.hub.streaming import _layers, load_streamed
+from moeify.pretrained import load_tensors
 from tests.moeify import tiny
 from tests.moeify.checkpoint.make_gguf import write_gpt2
 
@@ -92,3 +94,24 @@ def test_layers_are_loaded_at_once_where_that_is_asked_for(tmp_path: Path) -> No
     with open_source(tiny.save(tiny.build("llama"), tmp_path / "src")) as source:
         model, _ = load_streamed(source, leave, whole=True)
     assert not empty_layers(model)
+
+
+def test_what_does_not_run_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    idle: set[str] = set()
+    read: list[str] = []
+
+    def spy(model: Any, tensors: Any, path: Path) -> None:
+        read.extend(tensors)
+        load_tensors(model, tensors, path)
+
+    monkeypatch.setattr(streaming, "load_tensors", spy)
+    with open_source(src) as source:
+        model: Any = load_streamed(source, leave, without=idle)[0]
+        tiny.logits(model, "llama")
+        everything = {*read}
+        read.clear()
+        idle.add("model.layers.1.mlp")
+        model.model.layers[1].mlp.forward = lambda x: x
+        tiny.logits(model, "llama")
+    assert everything - {*read} == {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}

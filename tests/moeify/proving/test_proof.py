@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,31 @@ def test_a_method_that_promises_nothing_is_measured_and_passes() -> None:
     assert report.passed and report.tolerance is None and report.relative == 1
 
 
-def test_nan_never_passes() -> None:
-    nan = torch.full((1, 2), torch.nan)
-    assert not moeify.verify(Constant(torch.ones(1, 2)), Constant(nan), {}).passed
-    assert not moeify.verify(Constant(nan), Constant(nan), {}, exact=False).passed
+def test_nan_passes_only_where_the_dense_model_gives_it_too() -> None:
+    nan, half = torch.full((1, 2), torch.nan), torch.tensor([[torch.nan, 1.0]])
+    for dense, moe in ((torch.ones(1, 2), nan), (half, nan), (nan, half), (torch.ones(1, 2), half)):
+        assert not moeify.verify(Constant(dense), Constant(moe), {}).passed
+        assert not moeify.verify(Constant(dense), Constant(moe), {}, exact=False).passed
+    report = moeify.verify(Constant(half), Constant(half), {})
+    assert report.passed and report.nan == 1 and report.max_abs_logit == 1
+
+
+def test_special_tokens_stand_first_among_random_ones() -> None:
+    ids = proof.random_inputs(tiny.build("llama"))["input_ids"]
+    assert isinstance(ids, torch.Tensor) and ids[:, :3].tolist() == [[1, 2, 0]] * 2
+    assert (ids[:, 3:] > 2).any()
+    given = torch.tensor([[7, 8, 9, 10]])
+    assert proof.random_inputs(tiny.build("llama"), {"input_ids": given})["input_ids"] is given
+
+
+def test_what_is_wrong_outside_of_the_layers_is_refused_whatever_the_method() -> None:
+    dense: Any = tiny.build("llama")
+    moe: Any = moeify.convert(copy.deepcopy(dense), MoEConfig(3, 2, method="noise"))
+    report = moeify.verify(dense, moe, exact=False)
+    assert report.passed and report.outside is not None and report.outside < 1e-6 < report.relative
+    moe.model.layers[1].self_attn.v_proj.weight.data[0, 0] += 0.1
+    report = moeify.verify(dense, moe, exact=False)
+    assert not report.passed and "outside of its MoE layers" in report.failure()
 
 
 def test_other_shapes_are_an_error() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from moeify.config import MoEConfig
 from moeify.errors import CheckpointError
-from moeify.plan import VERSION
+from moeify.plan import VERSION, Plan
 from moeify.proving.record import Promise, read_promise
 
 CONFIG = MoEConfig(3, 2).to_dict()
@@ -27,6 +27,11 @@ def test_the_method_says_whether_the_model_is_exact(tmp_path: Path) -> None:
 
 def test_a_model_of_others_is_held_to_equality(tmp_path: Path) -> None:
     assert read_promise(tmp_path) == Promise(exact=True, cast_to=None)
+
+
+def test_the_plan_is_read_where_there_is_one(tmp_path: Path) -> None:
+    plan = Plan("llama", MoEConfig(3, 2), ())
+    assert promise(tmp_path, **plan.to_dict()).plan == plan
 
 
 @pytest.mark.parametrize(
