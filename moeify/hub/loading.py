@@ -71,12 +71,15 @@ class FirstLayers:
         return not (name.startswith(self.stack) and number.isdigit() and int(number) >= self.count)
 
 
-def load_first_layers(source: Source, layers: FirstLayers | None, **kwargs: Any) -> PreTrainedModel:
+def load_first_layers(
+    source: Source, layers: FirstLayers | None, *, unused: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """Load the first layers of a checkpoint in float32, with everything before and after the stack.
 
     Args:
         source: The opened checkpoint.
         layers: The layers to keep; None loads all.
+        unused: Let tensors through that the model has no place for.
         kwargs: For `from_pretrained`.
 
     Raises:
@@ -86,7 +89,8 @@ def load_first_layers(source: Source, layers: FirstLayers | None, **kwargs: Any)
     if layers is not None:
         _keep_first_layers(config, layers)
     tensors = {name: source.read(name) for name in source.tensors if layers is None or layers.keeps(name)}
-    return load_strictly(cls, None, config=config, state_dict=tensors, dtype=torch.float32, **kwargs)
+    given = {"config": config, "state_dict": tensors, "dtype": torch.float32, **kwargs}
+    return load_strictly(cls, None, unused=unused, **given)
 
 
 def _keep_first_layers(config: PreTrainedConfig, layers: FirstLayers) -> None:

@@ -104,7 +104,7 @@ def verify_slice(dense: DenseCheckpoint, moe: Path, plan: Plan, *, cast_to: str 
     after = _first_layers(dense, plan)
     before = None if after is None else replace(after, stack=_stack_on_disk(dense, plan))
     with open_source(moe) as converted:
-        dense_model = load_first_layers(dense.source, before)
+        dense_model = load_first_layers(dense.source, before, unused=True)  # as they were left out of the MoE
         moe_model = load_first_layers(converted, after, **plainly(converted))
     round_weights(dense_model, cast_to)
     return verify(dense_model, moe_model, random_inputs(dense_model, dense.example_inputs), exact=plan.config.exact)
@@ -154,7 +154,9 @@ def random_inputs(model: nn.Module, examples: Mapping[str, object] | None = None
         ids = filled[name]
         if name.endswith("input_ids") and isinstance(example, Tensor) and example.is_meta and isinstance(ids, Tensor):
             ids[..., : len(special)] = special[: ids.shape[-1]]
-    return filled
+    if "SequenceClassification" in type(model).__name__ and getattr(text_config, "pad_token_id", None) is None:
+        return {name: value[:1] if isinstance(value, Tensor) else value for name, value in filled.items()}
+    return filled  # a classifier looks for the end of each text, and without padding it takes one text at a time
 
 
 def _special_tokens(config: object) -> list[int]:
