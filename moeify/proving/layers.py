@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.measure import name_of, row_difference, without_shared_nan
+from moeify.plan import stored_plan
 from moeify.proving.report import LayerReport
 from moeify.proving.wide import as_a_loop, exact_weights, first_tensor, in_float64, rounded_to
 
@@ -57,11 +58,11 @@ def chains_of(moe: nn.Module) -> Chains:
     Args:
         moe: A model whose MoE layers hold a module `experts`, as transformers has them; it may have no weights.
     """
-    entry: Any = getattr(getattr(moe, "config", None), "quantization_config", None)
-    sites = entry["plan"]["sites"] if isinstance(entry, dict) and "plan" in entry else []
-    bypassed = {site["path"]: site["bypassed"] for site in sites}
-    layers = (path for path, module in moe.named_modules() if path and _is_moe(module))
-    return {path: (*bypassed.get(path, ()), path) for path in layers}
+    plan: Any = stored_plan(vars(getattr(moe, "config", object)))
+    sites = {} if plan is None else {site["path"]: site for site in plan["sites"]}
+    layers = [path for path, module in moe.named_modules() if path and _is_moe(module)]
+    in_blocks = {path for path, site in sites.items() if site.get("handing")}  # no modules in a row: the logits tell
+    return {path: (*sites.get(path, {}).get("bypassed", ()), path) for path in layers if path not in in_blocks}
 
 
 def _is_moe(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def difference_outside(
     return relative_difference(*without_shared_nan(result, expected))
 
 
-def plainly(moe: Source) -> dict[str, str]:
+def plainly(moe: Source) -> dict[str, Any]:
     """Return how to load an MoE so that its experts run with any width: transformers' default wants whole 16 bytes."""
     return {} if "experts_implementation" in moe.config else {"experts_implementation": "eager"}
 

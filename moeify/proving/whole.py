@@ -16,6 +16,7 @@ from moeify.checkpoint.source import Source, open_source
 from moeify.errors import ConfigError
 from moeify.hub.streaming import load_streamed
 from moeify.hub.structure import load_structure
+from moeify.plan import stored_plan
 from moeify.pretrained import load_tokenizer
 from moeify.proving.layers import Calls, Chains, chains_of, comparing, recording, reports
 from moeify.proving.proof import difference_outside, plainly, random_inputs, round_weights, run
@@ -58,7 +59,7 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
 
 def _structure(moe: Source) -> nn.Module:
     """Return a model of the MoE's layers without weights; in moeify format, with its plan."""
-    return build_on_meta(moe.config) if "quantization_config" not in moe.config else load_structure(moe)
+    return build_on_meta(moe.config) if stored_plan(moe.config) is None else load_structure(moe)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import moeify
 from moeify.config import MoEConfig
+from moeify.measure import TOLERANCE
 from moeify.proving.layers import answering, chains_of, comparing, recording, reports
 from moeify.proving.proof import run
 from tests.moeify import tiny
@@ -110,3 +112,20 @@ def test_rows_of_nan_go_around_a_layer_whose_router_would_refuse_them() -> None:
     assert report.passed and report.nan > 0
     moe.model.layers[2].mlp.experts.down_proj.data.mul_(1.001)
     assert not moeify.verify(dense, moe, {"input_ids": torch.tensor([[3, 1, 2], [7, 1, 2]])}).passed
+
+
+def test_ffns_that_a_block_computes_itself_are_told_by_the_logits() -> None:
+    torch.manual_seed(0)
+    config = transformers.XLNetConfig(vocab_size=tiny.VOCABULARY, d_model=24, n_layer=2, n_head=2, d_inner=40)
+    dense: Any = transformers.XLNetLMHeadModel(config).eval()
+    moe = moeify.convert(copy.deepcopy(dense), MoEConfig(3, 2))
+    assert chains_of(moe) == {}
+    inputs = {"input_ids": torch.arange(24).reshape(2, 12)}
+    report = moeify.verify(dense, moe, inputs)
+    assert report.passed and not report.layers and report.tolerance == TOLERANCE["float32"]
+
+
+def test_ffns_of_several_modules_are_found_by_the_plan() -> None:
+    moe = moeify.convert(tiny.build("bert"), MoEConfig(3, 2))
+    layer = "bert.encoder.layer.0"
+    assert chains_of(moe)[f"{layer}.output.dense"] == (f"{layer}.intermediate", f"{layer}.output.dense")
