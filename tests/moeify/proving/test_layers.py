@@ -117,7 +117,8 @@ def test_rows_of_nan_go_around_a_layer_whose_router_would_refuse_them() -> None:
 def test_ffns_that_a_block_computes_itself_are_told_by_the_logits() -> None:
     torch.manual_seed(0)
     config = transformers.XLNetConfig(vocab_size=tiny.VOCABULARY, d_model=24, n_layer=2, n_head=2, d_inner=40)
-    dense: Any = transformers.XLNetLMHeadModel(config).eval()
+    tf: Any = transformers
+    dense = tf.XLNetLMHeadModel(config).eval()
     moe = moeify.convert(copy.deepcopy(dense), MoEConfig(3, 2))
     assert chains_of(moe) == {}
     inputs = {"input_ids": torch.arange(24).reshape(2, 12)}
