@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moeify.plan import Plan
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_BEFORE_TRAINING = "\nbefore training set model.config.output_router_logits = True, or nothing balances it"
 _LARGEST = 10**15  # bytes of a file: a larger number is a slip
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -177,9 +178,8 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     except KeyboardInterrupt as stop:
         hint = ": run again with --resume to go on" if can_resume(dst) else ""
         raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop
-    console.print(f"written to {dst}")
-    if plan.target != "moeify" and plan.config.aux_loss:
-        console.print("before training set model.config.output_router_logits = True, or nothing balances it")
+    native = plan.target != "moeify" and plan.config.aux_loss
+    console.print(f"written to {dst}{_BEFORE_TRAINING if native else ''}")
 
 
 def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, options: _Options, console: Console) -> object:

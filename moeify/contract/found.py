@@ -124,7 +124,7 @@ def find_layers(model: nn.Module) -> dict[str, FoundLayer]:
 
 def _ours(path: str, layer: MoELayer, config: Any) -> FoundLayer:
     settings, shared = layer.config, layer.shared_expert
-    down = next(p for name, p in layer.experts.named_parameters() if name.endswith("down_proj"))
+    hidden = getattr(layer.experts, "hidden_dim", 0) or _columns(layer.router)
     return FoundLayer(
         path=path,
         router=layer.router,
@@ -132,8 +132,8 @@ def _ours(path: str, layer: MoELayer, config: Any) -> FoundLayer:
         shared=() if shared is None else (shared,),
         num_experts=settings.experts,
         top_k=settings.top_k,
-        hidden=down.shape[-2],
-        intermediate=down.shape[-1],
+        hidden=hidden,
+        intermediate=_smallest_matrix(layer.experts, settings.experts) // hidden,
         state=layer,
         config=config,
     )

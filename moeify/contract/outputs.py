@@ -53,7 +53,9 @@ class RouterOutputs:
         model.register_forward_pre_hook(hooks, with_kwargs=True)
         model.register_forward_hook(hooks.add, with_kwargs=True, always_call=True)
 
-    def __call__(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def __call__(
+        self, model: nn.Module, args: object, kwargs: Mapping[str, object]
+    ) -> tuple[object, dict[str, object]]:
         """Take the request out of the arguments, which the model does not know.
 
         Raises:
@@ -77,7 +79,7 @@ class RouterOutputs:
                 layer.defers_losses = self.wanted or self.attaches
         return args, given
 
-    def add(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+    def add(self, model: nn.Module, args: object, kwargs: object, output: object) -> object:
         """Add what the routers computed, and the loss of it; None is the output of a model that failed."""
         del args, kwargs
         layers = _layers(model).values() if self.leads or self.wanted else ()
@@ -89,7 +91,7 @@ class RouterOutputs:
             return _with_gradients(output, layers, self.share)
         return None  # it stays
 
-    def _with_router_outputs(self, model: nn.Module, output: ModelOutput, layers: Iterable[MoELayer]) -> Any:
+    def _with_router_outputs(self, model: nn.Module, output: ModelOutput, layers: Iterable[MoELayer]) -> object:
         kind = type(output)
         if kind not in self.kinds:
             self.kinds[kind] = with_router_outputs(kind)
@@ -111,11 +113,11 @@ class RouterOutputs:
 def with_router_outputs(kind: type[ModelOutput]) -> type[ModelOutput]:
     """Return a kind of output with the fields `aux_loss` and `router_logits` besides its own."""
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    added = [(name, Any, None) for name in _ADDED if name not in known]
+    added = [(name, object, None) for name in _ADDED if name not in known]
     return make_dataclass(f"Moe{kind.__name__}", added, bases=(kind,)) if added else kind
 
 
-def _with_gradients(output: Any, layers: Iterable[MoELayer], share: Tensor | float) -> Any:
+def _with_gradients(output: Any, layers: Iterable[MoELayer], share: Tensor | float) -> object:
     """Let backward through the loss in an output add the gradients of the layers' losses."""
     total = summed_losses(layer for layer in layers if layer.config.attach_losses)
     loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
@@ -129,19 +131,21 @@ def _with_gradients(output: Any, layers: Iterable[MoELayer], share: Tensor | flo
     return output
 
 
-def _has_labels(given: Mapping[str, Any]) -> bool:
+def _has_labels(given: Mapping[str, object]) -> bool:
     """Whether the model is called for a loss."""
     names = (name for name, value in given.items() if value is not None and value is not False)
     return any("label" in name or name in {"start_positions", "return_loss"} for name in names)
 
 
-def share_of_step(model: Any, given: Mapping[str, Any]) -> Tensor | float:
+def share_of_step(model: Any, given: Mapping[str, object]) -> Tensor | float:
     """Return the part of `num_items_in_batch` that the labels of this pass are, counted as the Trainer does."""
     total, shifted, labels = (given.get(name) for name in ("num_items_in_batch", "shift_labels", "labels"))
     causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
     if shifted is None and isinstance(labels, Tensor):
         shifted = labels[..., 1:] if causal and not model.config.is_encoder_decoder else labels
-    return 1.0 if total is None or shifted is None else shifted.ne(-100).sum() / total
+    if not isinstance(shifted, Tensor) or not isinstance(total, Tensor | int):
+        return 1.0
+    return shifted.ne(-100).sum() / total
 
 
 def _refuse_without_logits(layers: Mapping[str, MoELayer]) -> None:

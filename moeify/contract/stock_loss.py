@@ -33,7 +33,7 @@ class StockLoss:
         """Hook what adds the loss of its layers, in a model or wrapped in it."""
         return [cls(module) for module in model.modules() if adds_loss(module)]
 
-    def ask(self, model: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def ask(self, model: Any, args: object, kwargs: Mapping[str, object]) -> tuple[object, dict[str, object]]:
         """Ask for the loss, and weigh it."""
         given = dict(kwargs)
         if model.training and given.get("labels") is not None:
@@ -41,7 +41,7 @@ class StockLoss:
             model.router_aux_loss_coef = self.coefficient * share_of_step(model, given)
         return args, given
 
-    def restore(self, model: Any, *_: Any) -> None:
+    def restore(self, model: Any, *_: object) -> None:
         """Leave the coefficient as it was."""
         model.router_aux_loss_coef = self.coefficient
 

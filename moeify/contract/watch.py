@@ -58,7 +58,7 @@ class Watch:
         self.eval_capacity_factor: Fraction | None = None
         self._names: tuple[str, str] | None = None
         self._hooks: list[RemovableHandle] = []
-        self._routed: tuple[Any, ...] = ()
+        self._routed: tuple[object, ...] = ()
         self._seen: _Pass | None = None
         self._scoring: str | None = None
 
@@ -97,18 +97,18 @@ class Watch:
         scores_TE = scores_of(seen.logits_TE, self._scoring or "softmax")
         weights_TK = scores_TE.gather(-1, seen.expert_ids_TK) if seen.weights_TK is None else seen.weights_TK
         routing = Routing(seen.expert_ids_TK, weights_TK, seen.logits_TE, scores_TE)
-        return ForwardRecord(routing, seen.mask_T, seen.sequences, seen.dropped)
+        return ForwardRecord(routing, seen.mask_T, seen.sequences, dropped=seen.dropped)
 
     def losses(self) -> dict[str, Tensor]:
         """Return the losses of the last forward pass, without coefficients, on the scale of transformers' losses."""
         return {} if (record := self.record) is None else {"balance": stock_losses([record])["balance"]}
 
-    def hear(self, router: nn.Module, args: Any, output: Any) -> None:
+    def hear(self, router: nn.Module, args: object, output: object) -> None:
         """Keep what the router returned: a forward hook."""
         del router, args
         self._routed = tuple(output) if isinstance(output, tuple | list) else (output,)
 
-    def see(self, experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def see(self, experts: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
         """Keep what goes to the experts, and hold it to the capacity: a forward pre-hook."""
         routed, self._routed = self._routed, ()
         logits_TE = self._logits(routed)
@@ -128,7 +128,7 @@ class Watch:
             self._seen = _Pass(logits_TE, ids_TK, weights_TK, mask_T, sequences, dropped)
         return args, kwargs
 
-    def _choices(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    def _choices(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[Tensor | None, Tensor | None]:
         """Return the choices and weights (T, K) that the experts are called with, where they are called with such."""
         if self._names is None:
             return None, None
@@ -138,7 +138,7 @@ class Watch:
         of_experts = ids.shape[-1] == self.num_experts != self.top_k  # a mask of experts, not their numbers
         return (None, None) if of_experts else (ids, weights)
 
-    def _weights(self, routed: tuple[Any, ...], ids_TK: Tensor) -> Tensor | None:
+    def _weights(self, routed: tuple[object, ...], ids_TK: Tensor) -> Tensor | None:
         """Return the weights (T, K) that a router gives for each choice or for each expert, if it does."""
         for place, given in enumerate(routed):
             if place == self.logits_at or not isinstance(given, Tensor) or not given.is_floating_point():
@@ -149,9 +149,9 @@ class Watch:
                 return given.reshape(-1, self.num_experts).gather(-1, ids_TK)
         return None
 
-    def _logits(self, routed: tuple[Any, ...]) -> Tensor | None:
+    def _logits(self, routed: tuple[object, ...]) -> Tensor | None:
         if self.logits_at is not None and self.logits_at < len(routed):
-            found: Tensor = routed[self.logits_at]
+            found: Any = routed[self.logits_at]
             return found.reshape(-1, found.shape[-1])
         wide = (
             t for t in routed if isinstance(t, Tensor) and t.is_floating_point() and t.shape[-1] == self.num_experts
@@ -176,7 +176,7 @@ class Watch:
         capacity = expert_capacity(ids_TK.shape[0], self.num_experts, ids_TK.shape[-1], factor)
         return drop_overflow(ids_TK, logits_TE, capacity)
 
-    def _dropped_by_router(self, routed: tuple[Any, ...], mask_T: Tensor | None) -> Tensor | None:
+    def _dropped_by_router(self, routed: tuple[object, ...], mask_T: Tensor | None) -> Tensor | None:
         """Return how many first choices a router with a capacity of its own dropped: it returns a mask of the kept."""
         masks = (t for t in routed if isinstance(t, Tensor) and not t.is_floating_point())
         kept = next((mask for mask in masks if mask.dim() and mask.shape[-1] == self.num_experts), None)
@@ -187,8 +187,8 @@ class Watch:
         return lost_T.sum()
 
     def _replaced(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], weights_TK: Tensor
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        self, args: tuple[object, ...], kwargs: Mapping[str, object], weights_TK: Tensor
+    ) -> tuple[tuple[object, ...], Mapping[str, object]]:
         """Return the arguments of the experts with other weights."""
         assert self._names is not None
         if len(args) > 2:

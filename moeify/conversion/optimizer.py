@@ -131,11 +131,12 @@ def _is_sorted(parameters: Sequence[Tensor], places: Mapping[int, int]) -> bool:
 
 def _check_takes_stacks(optimizer: Optimizer) -> None:
     """Let another optimizer of its kind try a step on a parameter of three dimensions."""
-    kind, stack = type(optimizer), nn.Parameter(torch.zeros(2, 2, 2))
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    kind, stack = type(inner), nn.Parameter(torch.zeros(2, 2, 2))
     stack.grad = torch.zeros_like(stack)
-    accepted = inspect.signature(kind).parameters.keys() & optimizer.defaults.keys()
+    accepted = inspect.signature(kind).parameters.keys() & inner.defaults.keys()
     try:
-        kind([stack], **{name: optimizer.defaults[name] for name in accepted}).step()
+        kind([stack], **{name: inner.defaults[name] for name in accepted}).step()
     except (ValueError, RuntimeError) as error:
         raise RefusedError(
             f"{kind.__name__} cannot train experts, which are stacked in three dimensions ({first_line(error)}): give "

@@ -1,4 +1,4 @@
-"""How a layer reads an FFN's input where the code of the block around it cannot be told to give it.
+"""How a layer reads its FFN's input where the block around it computes the FFN itself.
 
 A block that computes its FFN itself (`self.down(F.gelu(self.up(x)))`) goes on doing so: the up projection's place keeps
 `x` for the layer in the down projection's place, and what the block computes between the two is not used. A compiler

@@ -137,7 +137,8 @@ def test_a_converted_model_keeps_dtype_and_mode() -> None:
     moeify.convert(model, CONFIG)
     layer = layers_of(model)[0]
     assert layer.training
-    assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+    kinds = {(name.startswith("router."), p.dtype) for name, p in layer.named_parameters()}
+    assert kinds == {(False, torch.bfloat16), (True, torch.float32)}
 
 
 def test_repr_shows_what_was_done() -> None:

@@ -47,7 +47,8 @@ def test_layers_keep_device_dtype_and_mode() -> None:
     restructured(model, "0,1")
     first, second = (model.get_submodule(f"model.layers.{i}.mlp") for i in (0, 1))
     assert isinstance(first, SparseMoE) and first.training and not second.training
-    assert {(p.device.type, p.dtype) for p in first.parameters()} == {("meta", torch.bfloat16)}
+    assert {(p.device.type, p.dtype) for p in first.experts.parameters()} == {("meta", torch.bfloat16)}
+    assert {(p.device.type, p.dtype) for p in first.router.parameters()} == {("meta", torch.float32)}
     assert not isinstance(model.get_submodule("model.layers.2.mlp"), SparseMoE)
 
 

@@ -129,7 +129,7 @@ def test_every_family_names_a_class_of_transformers_and_sources_it_knows(family:
 
 def test_an_architecture_that_transformers_lacks_is_named() -> None:
     with pytest.raises(MoeifyError, match="does not know NoneSuchForCausalLM"):
-        build_on_meta({"model_type": "nonesuch", "architectures": ["NoneSuchForCausalLM"]})
+        build_on_meta({"model_type": "llama", "architectures": ["NoneSuchForCausalLM"]})
     with pytest.raises(MoeifyError, match="does not know the model type 'nonesuch'"):
         build_on_meta({"model_type": "nonesuch"})
     with pytest.raises(MoeifyError, match="cannot be built"):

@@ -54,7 +54,8 @@ def test_shards_are_narrower_than_the_ffn() -> None:
 def test_it_lies_where_the_dense_weights_lie() -> None:
     like = torch.zeros(1, dtype=torch.bfloat16, device="meta")
     layer = build_layer(GLU, MoEConfig(4, 2), None, like)
-    assert {(p.dtype, p.device.type) for p in layer.parameters()} == {(torch.bfloat16, "meta")}
+    assert {(p.dtype, p.device.type) for p in layer.experts.parameters()} == {(torch.bfloat16, "meta")}
+    assert {(p.dtype, p.device.type) for p in layer.router.parameters()} == {(torch.float32, "meta")}
 
 
 @pytest.mark.parametrize(("config", "inside"), [(MoEConfig(4, 2), 0.5), (MoEConfig(4, 2, expert_dropout=0.1), 0.1)])

@@ -21,7 +21,7 @@ from moeify.measure import TOLERANCE
 from tests.moeify import tiny
 from tests.moeify.planning.test_placement import Convolutions, Gate, Spread
 
-CONFIG = MoEConfig(experts=3, top_k=2)
+CONFIG = MoEConfig(experts=3, top_k=2, aux_loss=0.0)
 X = torch.linspace(-1, 1, 2 * 5 * 12).reshape(2, 5, 12)
 
 

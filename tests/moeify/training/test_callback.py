@@ -72,7 +72,7 @@ def test_layers_of_transformers_are_watched_while_training_lasts() -> None:
     logged: list[dict[str, float]] = []
     trainer: Any = SimpleNamespace(
         model=model,
-        args=SimpleNamespace(gradient_accumulation_steps=1),
+        current_gradient_accumulation_steps=1,
         accelerator=SimpleNamespace(scaler=None),
         log=logged.append,
     )
