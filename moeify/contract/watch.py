@@ -152,7 +152,8 @@ class Watch:
     def _logits(self, routed: tuple[object, ...]) -> Tensor | None:
         if self.logits_at is not None and self.logits_at < len(routed):
             found: Any = routed[self.logits_at]
-            return found.reshape(-1, found.shape[-1])
+            logits_TE: Tensor = found.reshape(-1, found.shape[-1])
+            return logits_TE
         wide = (
             t for t in routed if isinstance(t, Tensor) and t.is_floating_point() and t.shape[-1] == self.num_experts
         )
