@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moeify.checkpoint.source import Source, open_source
-from moeify.errors import ConfigError
+from moeify.errors import ConfigError, VerificationError, told_as
 from moeify.hub.streaming import load_streamed
 from moeify.pretrained import load_tokenizer
 from moeify.proving.proof import VerifyReport, compare, plainly, random_inputs, round_weights, run
@@ -39,6 +39,7 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
     Raises:
         CheckpointError: A tensor of either is missing, one of the MoE is unexpected, or its record is damaged.
         ConfigError: The text has no tokens, or the model takes none.
+        VerificationError: A model does not run on these inputs.
     """
     promise = read_promise(moe)
     ids = None if text is None else _token_ids(moe, text)
@@ -68,10 +69,13 @@ def _run(
         arguments = inputs(model)
         return _Run(arguments, run(model, arguments).cpu(), unused)  # what has no values cannot move to the CPU
 
+    what = f"{source.path} does not run on what both models are given: give a dense model and the MoE that was made of it"
     try:
-        return attempt()
-    except RuntimeError:  # torch's, of a model that reads a weight of a layer outside of that layer
-        return attempt(whole=True)
+        with told_as(what, VerificationError):
+            try:
+                return attempt()
+            except RuntimeError:  # torch's, of a model that reads a weight of a layer outside of that layer
+                return attempt(whole=True)
     finally:
         gc.collect()  # the hooks of its layers know the model, so it would stay
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,6 +53,10 @@ def _save(model: Any, folder: Path, **options: Any) -> None:
     model.save_pretrained(folder, **options)
 
 
+def _tiny(name: str, folder: Path) -> None:
+    tiny.save(tiny.build(name), folder)
+
+
 def _pickle(folder: Path) -> None:
     llama(folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -70,6 +74,7 @@ def _onnx(path: Path) -> None:
 _MAKERS: dict[str, Callable[[Path], None]] = {
     "llama": llama,
     "gpt2": gpt2,
+    **{name: partial(_tiny, name) for name in ("bert", "t5", "phi3")},
     "sharded": lambda folder: llama(folder, max_shard_size="6KB"),
     "pickle": _pickle,
     "moeify": lambda folder: _converted(folder, "moeify"),
