@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,11 +56,12 @@ def recover(work: WorkFolder) -> None:
     """Undo the swap in which a run was killed; if everything had its place, forget what is left of that run.
 
     Raises:
-        CheckpointError: What the killed run was replacing cannot be put back, because something new stands there.
+        CheckpointError: What the killed run was replacing cannot be put back, because something new stands there; or
+            its journal is not as moeify writes it.
         OSError: Something cannot be moved or deleted.
     """
-    placing = work.journal().get("placing")
-    if not isinstance(placing, dict):
+    placing = _placing(work)
+    if not placing:
         return
     last = list(placing)[-1]
     if os.path.lexists(work.old):
@@ -71,6 +73,14 @@ def recover(work: WorkFolder) -> None:
         if os.path.lexists(tree):
             shutil.rmtree(tree)
     work.start_journal()
+
+
+def _placing(work: WorkFolder) -> dict[str, int]:
+    """Return what a swap has begun to place: inodes by name, each that of the output or begins with it."""
+    placing, own = work.journal().get("placing", {}), re.compile(rf"{re.escape(work.target.name)}[^/\0]*")
+    if isinstance(placing, dict) and all(map(own.fullmatch, placing)):
+        return placing
+    raise CheckpointError(f"{work.lock} is damaged: look at {work.path}, and remove it yourself")
 
 
 def _undo(work: WorkFolder, placing: dict[str, int]) -> None:

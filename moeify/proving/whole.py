@@ -69,7 +69,9 @@ def _run(
         arguments = inputs(model)
         return _Run(arguments, run(model, arguments).cpu(), unused)  # what has no values cannot move to the CPU
 
-    what = f"{source.path} does not run on what both models are given: give a dense model and the MoE that was made of it"
+    what = (
+        f"{source.path} does not run on what both models are given: give a dense model and the MoE that was made of it"
+    )
     try:
         with told_as(what, VerificationError):
             try:

@@ -44,7 +44,7 @@ def verify_text(rng: Random, src: Path) -> list[str]:
     texts = ("w1 w2 w3", "w1 " * 9999, "", " \n", "unknown", "\x1b[1m", "\u202e é 模型 \0")
     (src.parent / "text.txt").write_text(rng.choice(texts))
     if rng.random() < 0.2:
-        rng.choice((files.flip, files.in_its_place))(rng, src.parent / "text.txt")
+        rng.choice((files.append, files.in_its_place))(rng, src.parent / "text.txt")
     return [*verify(rng, src), "--text", "text.txt"]
 
 

@@ -58,7 +58,7 @@ class Case:
 _LOADS_ONLY = 0.96  # of exports
 
 
-def _whole(rng: Random, src: Path) -> str:
+def whole(rng: Random, src: Path) -> str:
     return "whole"
 
 
@@ -88,16 +88,16 @@ GROUPS = {
     "pickle": Group(("pickle",), (pickles.payload, pickles.odd_state, pickles.damaged, pickles.old_format),
                     (do.convert_pickle,), 20),
     "side files": Group(("llama",), (side.tokenizer, side.beside), (do.convert, do.convert, do.export), 15),
-    "texts": Group(("mixtral", "moeify"), (side.tokenizer, side.tokenizer, _whole), (do.verify_text,), 15),
-    "places": Group(("llama",), (_whole,), (do.odd_places,), 30),
-    "options": Group(("llama",), (_whole,), (do.odd_options, do.odd_options, do.odd_export), 30),
-    "plans": Group(("llama",), (_whole,), (do.odd_plan,), 20),
-    "example inputs": Group(("llama",), (_whole,), (do.odd_inputs,), 20),
+    "texts": Group(("mixtral", "moeify"), (side.tokenizer, side.tokenizer, whole), (do.verify_text,), 15),
+    "places": Group(("llama",), (whole,), (do.odd_places,), 30),
+    "options": Group(("llama",), (whole,), (do.odd_options, do.odd_options, do.odd_export), 30),
+    "plans": Group(("llama",), (whole,), (do.odd_plan,), 20),
+    "example inputs": Group(("llama",), (whole,), (do.odd_inputs,), 20),
     "moe": Group(("moeify", "mixtral"), (safetensors.bits, safetensors.cut, safetensors.header_entry,
                                          safetensors.tensors, safetensors.place, side.record, side.plan_in_config,
                                          side.other_plan, side.other_plan,
                                          *_CONFIG), (do.verify, do.verify, do.verify, do.export), 25),
-    "moe again": Group(("moeify", "mixtral"), (_whole, side.record, side.other_plan, safetensors.tensors,
+    "moe again": Group(("moeify", "mixtral"), (whole, side.record, side.other_plan, safetensors.tensors,
                                                config.fields), (do.again,), 20),
     "leftovers": Group(("llama",), (leftovers.work, leftovers.work, leftovers.journal, leftovers.planted),
                        (do.go_on,), 20),
@@ -111,10 +111,12 @@ def make_case(seed: int, group: str, number: int, work: Path) -> Case:
     name = f"{group}:{number}"
     rng = Random(f"{seed} {name}")
     kind = GROUPS[group]
-    whole = rng.choice(kind.sources)
+    name_of_source = rng.choice(kind.sources)
     (work / "foreign.txt").write_text("a file of somebody else")
     (work / ".dst.other").mkdir()
-    source = copy_of(whole, work)
+    source = copy_of(name_of_source, work)
     damage = rng.choice(kind.damages)(rng, source)
     arguments = rng.choice(kind.commands)(rng, source)
-    return Case(name, f"{whole}: {damage}", source, arguments, arguments[0] == "export" and rng.random() < _LOADS_ONLY)
+    return Case(
+        name, f"{name_of_source}: {damage}", source, arguments, arguments[0] == "export" and rng.random() < _LOADS_ONLY
+    )

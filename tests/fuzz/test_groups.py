@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from tests.fuzz.groups import GROUPS, make_case
+from tests.fuzz.groups import GROUPS, make_case, whole
 from tests.fuzz.judge import State, state_of
 from tests.fuzz.sources import copy_of
 
@@ -28,11 +28,12 @@ def test_a_case_is_the_same_again(group: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("group", [name for name, group in GROUPS.items() if len(group.damages) > 1])
 def test_every_damage_changes_something(group: str, tmp_path: Path) -> None:
     kind = GROUPS[group]
-    for number, damage in enumerate(dict.fromkeys(kind.damages)):
+    for number, damage in enumerate(dict.fromkeys(damage for damage in kind.damages if damage is not whole)):
         changed = 0
         for again in range(4):  # a choice may be what was there
             work = tmp_path / f"{number}-{again}"
             work.mkdir()
+            (work / "foreign.txt").touch()
             source = copy_of(kind.sources[0], work)
             before = state_of(work)
             assert damage(Random(again), source)

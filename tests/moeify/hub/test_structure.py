@@ -94,9 +94,7 @@ def test_a_conversion_whose_output_would_not_load_leaves_nothing(tmp_path: Path,
 
 
 @pytest.mark.parametrize("target", ["auto", "moeify"])
-def test_no_memory_is_taken_for_what_a_damaged_config_asks_for(
-    target: str, tmp_path: Path
-) -> None:
+def test_no_memory_is_taken_for_what_a_damaged_config_asks_for(target: str, tmp_path: Path) -> None:
     folder = output(tmp_path, "llama", target)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2**40}))
