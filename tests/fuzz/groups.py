@@ -100,7 +100,7 @@ GROUPS = {
     "moe again": Group(("moeify", "mixtral"), (whole, side.record, side.other_plan, safetensors.tensors,
                                                config.fields), (do.again,), 20),
     "leftovers": Group(("llama",), (leftovers.work, leftovers.work, leftovers.journal, leftovers.planted),
-                       (do.go_on,), 20),
+                       (do.go_on,), 10),
     "code": Group(("llama", "llama.gguf"), (code.planted,), (do.convert_trusted, do.inspect, do.export), 20),
     "onnx": Group(("decoder.onnx",), (onnx.entries, onnx.states, onnx.graph, onnx.damaged), (do.run,), 40),
 }  # fmt: skip
@@ -111,12 +111,11 @@ def make_case(seed: int, group: str, number: int, work: Path) -> Case:
     name = f"{group}:{number}"
     rng = Random(f"{seed} {name}")
     kind = GROUPS[group]
-    name_of_source = rng.choice(kind.sources)
+    kind_of_input = rng.choice(kind.sources)
     (work / "foreign.txt").write_text("a file of somebody else")
     (work / ".dst.other").mkdir()
-    source = copy_of(name_of_source, work)
+    source = copy_of(kind_of_input, work)
     damage = rng.choice(kind.damages)(rng, source)
     arguments = rng.choice(kind.commands)(rng, source)
-    return Case(
-        name, f"{name_of_source}: {damage}", source, arguments, arguments[0] == "export" and rng.random() < _LOADS_ONLY
-    )
+    loads_only = arguments[0] == "export" and rng.random() < _LOADS_ONLY
+    return Case(name, f"{kind_of_input}: {damage}", source, arguments, loads_only)
