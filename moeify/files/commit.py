@@ -56,8 +56,7 @@ def recover(work: WorkFolder) -> None:
     """Undo the swap in which a run was killed; if everything had its place, forget what is left of that run.
 
     Raises:
-        CheckpointError: What the killed run was replacing cannot be put back, because something new stands there; or
-            its journal is not as moeify writes it.
+        CheckpointError: What the killed run was replacing cannot be put back, because something new stands there.
         OSError: Something cannot be moved or deleted.
     """
     placing = _placing(work)
@@ -76,11 +75,9 @@ def recover(work: WorkFolder) -> None:
 
 
 def _placing(work: WorkFolder) -> dict[str, int]:
-    """Return what a swap has begun to place: inodes by name, each that of the output or begins with it."""
-    placing, own = work.journal().get("placing", {}), re.compile(rf"{re.escape(work.target.name)}[^/\0]*")
-    if isinstance(placing, dict) and all(map(own.fullmatch, placing)):
-        return placing
-    raise CheckpointError(f"{work.lock} is damaged: look at {work.path}, and remove it yourself")
+    """Return what a swap has begun to place, inodes by name; nothing where the journal has names of other files."""
+    placing, own = work.journal().get("placing"), re.compile(rf"{re.escape(work.target.name)}[^/\0]*")
+    return placing if isinstance(placing, dict) and all(map(own.fullmatch, placing)) else {}
 
 
 def _undo(work: WorkFolder, placing: dict[str, int]) -> None:

@@ -166,9 +166,8 @@ def test_a_journal_that_no_run_has_written_moves_nothing(placing: object, tmp_pa
     lock.write_text(json.dumps({"placing": placing}) + "\n")
     (lock.parent / "old").mkdir()
     before = tree(tmp_path)
-    with pytest.raises(CheckpointError, match=r"lock is damaged: look at .*, and remove it yourself"):
-        case.check(folder)
-    assert tree(tmp_path) == before
+    case.check(folder)
+    assert tree(tmp_path) == {name: data for name, data in before.items() if "moeify-partial" not in name}
 
 
 @each_case
