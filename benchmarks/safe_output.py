@@ -43,7 +43,7 @@ def commands(old: Path, work: Path) -> dict[str, list[Command]]:
     export = ("export", work / "small-moe", work / "onnx/model.onnx")
     found = {}
     for task, arguments in {"convert": convert, "export": export}.items():
-        out = arguments[2] if task != "export" else work / "onnx"
+        out = work / {"convert": "moe", "export": "onnx"}[task]
         ways = {"before": (old, _PLAIN), "now, no fsync": (ROOT, _SHIM), "now": (ROOT, _PLAIN)}
         found[task] = [
             Command(f"{task}: {way}", ("env", f"PYTHONPATH={root}", sys.executable, "-c", program, *arguments), out)

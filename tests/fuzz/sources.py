@@ -32,7 +32,8 @@ def llama(folder: Path, **options: Any) -> None:
                             num_attention_heads=2, num_key_value_heads=1, vocab_size=WORDS, max_position_embeddings=64,
                             pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
     _save(tf.LlamaForCausalLM(config), folder, **options)
-    (folder / "tokenizer.json").write_text(WORD_LEVEL % ", ".join(f'"w{i}": {i}' for i in range(WORDS)))
+    words = json.loads(WORD_LEVEL % ", ".join(f'"w{i}": {i}' for i in range(WORDS)))
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], **words}))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"})
     )

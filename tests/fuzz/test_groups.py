@@ -7,15 +7,22 @@ from random import Random
 
 import pytest
 
+from tests.fuzz.driver import execute
 from tests.fuzz.groups import GROUPS, make_case, whole
 from tests.fuzz.judge import State, state_of
-from tests.fuzz.sources import copy_of
+from tests.fuzz.sources import copy_of, source
 
 
 def made(seed: int, group: str, number: int, folder: Path) -> tuple[str, State]:
     folder.mkdir()
     case = make_case(seed, group, number, folder)
     return str(case).replace(str(folder), ""), state_of(folder)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "moeify"])
+def test_what_is_damaged_was_whole(name: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("w1 w2 w3")
+    assert execute(["verify", str(source("llama")), str(source(name)), "--text", "text"], tmp_path).stderr == ""
 
 
 @pytest.mark.parametrize("group", ["safetensors header", "config", "gguf", "places", "moe", "onnx"])

@@ -44,7 +44,7 @@ def plan_in_config(rng: Random, src: Path) -> str:
 
 
 _MODULES = ("", "model", "lm_head", "model.layers.0", "model.layers.0.self_attn", "model.layers.9.mlp", "x\nError: y")
-_ROUTERS = ("hash", "soft", "expert_choice", "gshard", {"name": "sigmoid"}, {}, "no such", None)
+_ROUTERS: tuple[object, ...] = ("hash", "soft", "expert_choice", "gshard", {"name": "sigmoid"}, {}, "no such", None)
 
 
 def other_plan(rng: Random, src: Path) -> str:
