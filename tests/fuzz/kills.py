@@ -175,7 +175,7 @@ def _again(task: Task, rng: random.Random, *, whole: bool) -> str:
 def race_once(folder: Path, rng: random.Random, new: Digest) -> tuple[str, str]:
     """Let two runs write one output; return how they ended, and what is wrong."""
     shutil.rmtree(folder / "dst", ignore_errors=True)
-    arguments = ("convert", "src", "dst", *OPTIONS[:4])
+    arguments = ("convert", "src", "dst", *OPTIONS)
     with TemporaryDirectory() as there:
         first = start(arguments, folder, Path(there, "0"))
         time.sleep(rng.random() * 0.3)
@@ -185,7 +185,7 @@ def race_once(folder: Path, rng: random.Random, new: Digest) -> tuple[str, str]:
     good = sorted(codes) == [0, 1] and [len(said) for said in errors] == [int(code > 0) for code in codes]
     if not good or digest(folder, "dst") != new:
         return "torn", f"{codes} {errors}"
-    return "one whole output, one refusal" if "another run" in str(errors) else "one after the other", ""
+    return f"one refused, {'at work' if 'another run' in str(errors) else 'afterwards'}", ""
 
 
 def timed(arguments: tuple[str, ...], folder: Path) -> float:
@@ -252,7 +252,7 @@ def races(count: int, seed: int) -> tuple[Counter[str], list[str]]:
     with TemporaryDirectory(prefix="races-") as there:
         folder = Path(there)
         shutil.copytree(source("llama"), folder / "src")
-        run(("convert", "src", "dst", *OPTIONS[:4]), folder)
+        run(("convert", "src", "dst", *OPTIONS), folder)
         new = digest(folder, "dst")
         for number in range(count):
             ended, problem = race_once(folder, rng, new)
