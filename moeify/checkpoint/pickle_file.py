@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moeify.checkpoint.folder import note_file
 from moeify.checkpoint.tensor_info import TensorInfo, dtype_name
 from moeify.errors import CheckpointError, first_line
-from moeify.files.reading import check_unchanged, opened, state_of
+from moeify.files.reading import check_size, check_unchanged, state_of
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +55,7 @@ class PickleFiles:
 def _load(file: Path) -> dict[object, object]:
     import torch
 
-    with opened(file):
-        pass  # refuses what is no regular file
+    check_size(file, None)  # torch maps it
     try:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from moeify.checkpoint.safetensors_file import encode_header, tensor_bytes
 from moeify.checkpoint.shards import Compute, OutTensor, Shard, SourceRows, plan_shards
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import Span, TensorInfo, dtype_name
+from moeify.errors import CheckpointError
+from moeify.files.reading import read_bytes
 from moeify.files.staging import RESUME_RECORD
 
 _KEPT_PARTS = 4  # gate, up and down of one FFN, and one more
@@ -111,8 +114,9 @@ def _describe(part: SourceRows | Compute) -> list[object]:
 
 def _keep_shards(folder: Path, fingerprint: str, shards: Iterable[Shard]) -> None:
     """Keep the shards of an interrupted run if it followed the same plan, and remove everything else."""
-    record = folder / RESUME_RECORD
-    same = record.is_file() and record.read_text() == fingerprint
+    same = False
+    with suppress(CheckpointError):
+        same = read_bytes(folder / RESUME_RECORD, len(fingerprint)) == fingerprint.encode()
     kept = {shard.name for shard in shards} if same else set()
     for old in folder.iterdir():
         if old.is_dir() and not old.is_symlink():

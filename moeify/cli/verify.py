@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 from codecs import getincrementaldecoder
 from pathlib import Path
-from typing import BinaryIO
 
 import click
 
 from moeify.cli.options import json_option
 from moeify.errors import CheckpointError, ConfigError, VerificationError
 from moeify.files.limits import TEXT_BYTES
-from moeify.files.reading import exists
+from moeify.files.reading import exists, opened
 
 
 @click.command()
 @click.argument("dense", type=click.Path(path_type=Path))
 @click.argument("moe", type=click.Path(path_type=Path))
-@click.option("--text", type=click.File("rb"), help="Run on the start of this text instead of random token ids.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Run on the start of this file instead of random token ids."
+)
 @json_option
-def verify(dense: Path, moe: Path, text: BinaryIO | None, as_json: bool) -> None:
+def verify(dense: Path, moe: Path, text: Path | None, as_json: bool) -> None:
     """Compare every MoE layer of MOE with its dense FFN in DENSE, and the logits; exit 1 above tolerance.
 
     A layer and its FFN get the same input, and compute in float64; the logits are those of float32. Where moeify.json
@@ -46,10 +47,11 @@ def verify(dense: Path, moe: Path, text: BinaryIO | None, as_json: bool) -> None
         raise VerificationError(report.failure())
 
 
-def _start(text: BinaryIO) -> str:
+def _start(text: Path) -> str:
     """Read as much of a text as could be needed."""
-    start = text.read(TEXT_BYTES)
+    with opened(text) as file:
+        start = file.read(TEXT_BYTES)
     try:
         return getincrementaldecoder("utf-8")().decode(start, final=len(start) < TEXT_BYTES)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--text {text.name} is not UTF-8 ({error.reason}): convert it, or give another") from error
+        raise ConfigError(f"--text {text} is not UTF-8 ({error.reason}): convert it, or give another") from error

@@ -6,6 +6,7 @@ from typing import Any
 
 import transformers
 
+from moeify.errors import CheckpointError, told_as
 from moeify.families.table import Config, Family
 from moeify.plan import Plan
 
@@ -22,13 +23,19 @@ def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict
         plan: What is converted.
         dense: The dense config, defaults filled in: two classes may have different ones.
         dtype: Name of the torch dtype that the weights are stored in.
+
+    Raises:
+        CheckpointError: Transformers does not take a value of the dense config for a field of this format.
     """
     config_class = getattr(transformers, family.architecture).config_class
     known = config_class().to_dict()
+    strange = known.keys() - transformers.AutoConfig.for_model(dense["model_type"]).to_dict().keys()
+    dense = {key: value for key, value in dense.items() if key not in strange}  # the dense class did not read them
     dropped = _OWN | (_DENSE_ONLY - known.keys())
     carried = {key: value for key, value in dense.items() if key not in dropped}
     added = family.fields(plan, dense)
-    data: dict[str, Any] = config_class(**{**carried, **added}).to_dict()
+    with told_as(f"config.json does not make a config of {family.model_type}", CheckpointError):
+        data: dict[str, Any] = config_class(**{**carried, **added}).to_dict()
     generic = transformers.PreTrainedConfig().to_dict()
     concise = {key: value for key, value in data.items() if not (key in generic and generic[key] == value)}
     return {

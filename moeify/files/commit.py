@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,8 +59,8 @@ def recover(work: WorkFolder) -> None:
         CheckpointError: What the killed run was replacing cannot be put back, because something new stands there.
         OSError: Something cannot be moved or deleted.
     """
-    placing = work.journal().get("placing")
-    if not isinstance(placing, dict):
+    placing = _placing(work)
+    if not placing:
         return
     last = list(placing)[-1]
     if os.path.lexists(work.old):
@@ -71,6 +72,12 @@ def recover(work: WorkFolder) -> None:
         if os.path.lexists(tree):
             shutil.rmtree(tree)
     work.start_journal()
+
+
+def _placing(work: WorkFolder) -> dict[str, int]:
+    """Return what a swap has begun to place, inodes by name; nothing where the journal has names of other files."""
+    placing, own = work.journal().get("placing"), re.compile(rf"{re.escape(work.target.name)}[^/\0]*")
+    return placing if isinstance(placing, dict) and all(map(own.fullmatch, placing)) else {}
 
 
 def _undo(work: WorkFolder, placing: dict[str, int]) -> None:

@@ -44,8 +44,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
-def check_size(path: Path, limit: int) -> None:
-    """Check a regular file that another library reads as a whole (see `opened`)."""
+def check_size(path: Path, limit: int | None) -> None:
+    """Check that what another library will open is a regular file within a limit (see `opened`)."""
     with opened(path, limit):
         pass
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeify.errors import CheckpointError
+from moeify.errors import CheckpointError, first_line
 from moeify.files.commit import recover, swap
 from moeify.files.json_text import read_json_object
 from moeify.files.limits import CONFIG_BYTES
@@ -188,7 +188,8 @@ def _resolved(path: str | Path) -> Path:
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             target.lstat()  # a name that is too long shows here, before there is anything to tidy up
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no such user, what no name can hold
-        raise CheckpointError(f"{str(path)!r} cannot be the name of an output ({error}): choose another") from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise CheckpointError(f"{str(path)!r} cannot be the name of an output ({reason}): choose another") from error
     if not target.name:
         raise CheckpointError(f"{target} cannot be written: choose a folder in it")
     return target

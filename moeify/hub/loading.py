@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from moeify.checkpoint.source import Source, open_source
 from moeify.errors import CheckpointError
 from moeify.hub.registration import register
-from moeify.hub.stored import present
+from moeify.hub.stored import Absent, present
 from moeify.plan import FIELD, Plan, stored_plan
 from moeify.pretrained import load_generation_config, load_model
 from moeify.tracing.skeleton import config_of, model_class
@@ -46,11 +47,38 @@ def load_sparingly(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     with open_source(path) as source:
         cls, config, tensors = model_class(source.config), config_of(source.config), present(source, source.tensors)
-    if not tensors:
-        return load(path, dtype=dtype)  # GGUF
+        if not tensors:
+            return load(path, dtype=dtype)  # GGUF
+        load_structure(source)  # before memory is taken for what may be missing
     model = load_strictly(cls, None, config=config, state_dict=tensors, dtype=dtype)
     load_generation_config(model, path)
     return model
+
+
+def load_structure(source: Source, *, unused: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """Load a model whose weights are on the meta device; transformers renames and merges them as ever.
+
+    Args:
+        source: The opened checkpoint; no tensor is read.
+        unused: Let tensors through that the model has no place for.
+        kwargs: For `from_pretrained`.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected, or of another shape or kind.
+    """
+    cls, tensors = model_class(source.config), {name: Absent(info) for name, info in source.tensors.items()}
+    options = {"config": config_of(source.config), "state_dict": tensors, "dtype": torch.float32, **kwargs}
+    with _WithoutValues():
+        return load_strictly(cls, None, unused=unused, **options)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Makes what transformers gives to missing tensors empty, too: a damaged config may ask for any size."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty_like else {})})
 
 
 @dataclass(frozen=True)

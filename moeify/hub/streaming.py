@@ -18,9 +18,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moeify.checkpoint.source import Source
-from moeify.hub.loading import load, load_strictly
+from moeify.hub.loading import load, load_strictly, load_structure
 from moeify.hub.stored import Absent, Present, present
-from moeify.hub.structure import load_structure
 from moeify.pretrained import load_tensors
 from moeify.tracing.skeleton import config_of, model_class, stored_names
 

@@ -1,36 +1,12 @@
-"""A checkpoint as transformers would load it, but without values: whether every tensor has its place is known then."""
+"""Whether a written checkpoint would load: every tensor of it is held to its place, and none is read."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
-
-from moeify.checkpoint.source import Source, open_source
+from moeify.checkpoint.source import open_source
 from moeify.errors import CheckpointError
-from moeify.hub.loading import load_strictly
-from moeify.hub.stored import Absent
-from moeify.tracing.skeleton import config_of, model_class
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-def load_structure(source: Source, *, unused: bool = False, **kwargs: Any) -> PreTrainedModel:
-    """Load a model whose weights are on the meta device; transformers renames and merges them as ever.
-
-    Args:
-        source: The opened checkpoint; no tensor is read.
-        unused: Let tensors through that the model has no place for.
-        kwargs: For `from_pretrained`.
-
-    Raises:
-        CheckpointError: A tensor is missing, unexpected, or of another shape or kind.
-    """
-    cls, tensors = model_class(source.config), {name: Absent(info) for name, info in source.tensors.items()}
-    options = {"config": config_of(source.config), "state_dict": tensors, "dtype": torch.float32, **kwargs}
-    return load_strictly(cls, None, unused=unused, **options)
+from moeify.hub.loading import load_structure
 
 
 def check_output(folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.checkpoint.source import Source, open_source
-from moeify.errors import ConfigError
+from moeify.errors import ConfigError, VerificationError, told_as
 from moeify.hub.streaming import load_streamed
 from moeify.hub.structure import load_structure
 from moeify.plan import stored_plan
@@ -46,6 +46,7 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
     Raises:
         CheckpointError: A tensor of either is missing, one of the MoE is unexpected, or its record is damaged.
         ConfigError: The text has no tokens, or the model takes none.
+        VerificationError: A model does not run on these inputs.
     """
     promise = read_promise(moe)
     ids = None if text is None else _token_ids(moe, text)
@@ -101,10 +102,13 @@ def _run_moe(source: Source, dense: _Dense, exact: bool) -> VerifyReport:
 
 def _whole_if_needed(attempt: Callable[[bool], _Result]) -> _Result:
     """Load a model, run it and forget it; load it whole if it reads a weight of a layer outside of that layer."""
+    what = "the models do not run on what both are given: give a dense model and the MoE that was made of it"
     try:
-        return attempt(False)
-    except RuntimeError:  # torch's, of a tensor without values
-        return attempt(True)
+        with told_as(what, VerificationError):
+            try:
+                return attempt(False)
+            except RuntimeError:  # torch's, of a tensor without values
+                return attempt(True)
     finally:
         gc.collect()  # the hooks of its layers know the model, so it would stay
 

@@ -45,7 +45,13 @@ def write(seed: int, results: dict[str, list[Result]]) -> None:
         for group, found in results.items()
     }
     wrong = [one.report(seed) for found in results.values() for one in found if not one.right]
-    RECORD.write_text(json.dumps({"seed": seed, "cases": counts, "wrong": wrong}, indent=1, ensure_ascii=True) + "\n")
+    keep({"seed": seed, "cases": counts, "wrong": wrong})
+
+
+def keep(entries: dict[str, object]) -> None:
+    """Put entries into the record; the others stay as they are."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    RECORD.write_text(json.dumps({**record, **entries}, indent=1, ensure_ascii=True) + "\n")
 
 
 def again(seed: int, name: str) -> int:

@@ -36,11 +36,50 @@ def convert_trusted(rng: Random, src: Path) -> list[str]:
 
 def verify(rng: Random, src: Path) -> list[str]:
     """Compare the damaged MoE with what it was made of."""
-    return ["verify", str(_whole_llama()), src.name, *rng.choice(([], ["--json"]))]
+    return ["verify", str(_whole("llama")), src.name, *rng.choice(([], ["--json"]))]
+
+
+def verify_text(rng: Random, src: Path) -> list[str]:
+    """Compare them on a text, through the tokenizer beside the MoE."""
+    texts = ("w1 w2 w3", "w1 " * 9999, "", " \n", "unknown", "\x1b[1m", "\u202e é 模型 \0")
+    (src.parent / "text.txt").write_text(rng.choice(texts))
+    if rng.random() < 0.2:
+        rng.choice((files.append, files.in_its_place))(rng, src.parent / "text.txt")
+    return [*verify(rng, src), "--text", "text.txt"]
+
+
+def verify_dense(rng: Random, src: Path) -> list[str]:
+    """Compare a damaged dense model with what was made of it when it was whole."""
+    return ["verify", src.name, str(_whole("mixtral"))]
 
 
 def export(rng: Random, src: Path) -> list[str]:
     return ["export", src.name, "out.onnx"]
+
+
+def export_dense(rng: Random, src: Path) -> list[str]:
+    """An export that converts on the way, or not."""
+    return [*export(rng, src), *rng.choice(([], BASE))]
+
+
+def again(rng: Random, src: Path) -> list[str]:
+    """An MoE where a dense model is expected."""
+    return rng.choice((["convert", src.name, DST, *BASE], ["inspect", src.name], ["verify", src.name, src.name],
+                       ["verify", src.name, str(_whole("mixtral"))], ["export", src.name, "out.onnx", *BASE],
+                       ["convert", src.name, src.name, *BASE, "--overwrite"]))  # fmt: skip
+
+
+def go_on(rng: Random, src: Path) -> list[str]:
+    """A conversion where an interrupted one left its files."""
+    way = rng.choice((["--resume"], ["--resume"], ["--resume", "--overwrite"], [], ["--overwrite"], ["--dry-run"]))
+    return ["convert", src.name, DST, *BASE, "--shard-size", "9000", *way]
+
+
+def odd_export(rng: Random, src: Path) -> list[str]:
+    """Settings of an export that nobody means."""
+    words = ("", "x", "[/b]", "a\nb", "cuda", "portable", "int4", "int3", "float16", "__class__", "9" * 5000, "-1")
+    option = rng.choice(("--target", "--quantize", "--dtype", "--layers", "--experts", "--set", "--preset"))
+    return [*export(rng, src), *rng.choice(([], BASE)), option, rng.choice(words)]
 
 
 def run(rng: Random, src: Path) -> list[str]:
@@ -106,12 +145,19 @@ def odd_places(rng: Random, src: Path) -> list[str]:
     (work / "folder.gguf").mkdir()
     (work / "model").symlink_to(name)
     (work / "file").write_text("x")
+    (work / "sink").symlink_to("nowhere")
+    (work / "beside").symlink_to(".dst.other")
+    (work / "empty").mkdir()
     sources = (long, "~nosuchuser", "~nosuchuser/x", "pipe", "loop", "dangling.gguf", "folder.gguf", "model", "file",
                "/dev/null", "/dev/zero", "/proc/self", ".", "", "a/b/c", "[/b]", "\udcff", "x" * 5000, "/",
-               f"{name}/config.json", f"{name}/../{name}")  # fmt: skip
+               f"{name}/config.json", f"{name}/../{name}", "~", "-", "--", "a\nb", f"{name}/", "d/" * 2500, "é 模型",
+               "hf://x/y", "http://x/y", "x/y@z", "beside", "empty", ".dst.other", "/proc/self/fd")  # fmt: skip
     targets = (long, "y" * 250, "y" * 235, "~nosuchuser/x", "pipe", "loop", "file", "/dev/null", "/dev/null/x", name,
                f"{name}/moe", "model/moe", "n1/n2/n3", "x[/b]", "\udcff", "a\nb", ".", "..", "", "é 模型", "file/x",
-               "/proc/x", "./dst/", "dst/../dst")  # fmt: skip
+               "/proc/x", "./dst/", "dst/../dst", "dst/", "~", f"~/{name}", "-", "--", "--help", "/", "//", f"{name}/",
+               f"{name}/config.json", f"{name}/config.json/x", f"{name}/../{name}", "d/" * 2500 + "x", "sink", "sink/x",
+               "beside", "beside/x", "empty", ".dst.moeify-partial", ".dst.other", "foreign.txt", "/dev/stdout",
+               "x\x1b[1m", "\u202ex", "con", "a" * 255, "é" * 127, " ", "/sys/x", "/dev/fd/1")  # fmt: skip
     options = [*BASE, *rng.choice(([], ["--overwrite"], ["--no-verify"], ["--resume"], ["--dry-run"]))]
     match rng.choice(("src", "dst", "dst", "inspect", "export", "verify", "run")):
         case "src":
@@ -127,14 +173,12 @@ def odd_places(rng: Random, src: Path) -> list[str]:
     return ["run", rng.choice(sources), "--prompt", "w1"]
 
 
-def _whole_llama() -> Path:
+def _whole(name: str) -> Path:
     from tests.fuzz.sources import source
 
-    return source("llama")
+    return source(name)
 
 
 def _whole_plan() -> str:
-    from tests.fuzz.sources import source
-
-    record = json.loads((source("moeify") / "config.json").read_text())
+    record = json.loads((_whole("moeify") / "config.json").read_text())
     return json.dumps(record["moeify"]["plan"])

@@ -111,6 +111,8 @@ def _in_child(arguments: list[str], work: Path, said: Path, loads_only: bool) ->
             signal.signal(number, signal.SIG_DFL)
         torch.set_num_threads(1)  # the parent's pool of threads is not here
         os.chdir(work)
+        if arguments[0] in ("convert", "inspect", "verify"):  # ONNX Runtime, of the others, writes into it
+            os.environ["HOME"] = str(work)
         if loads_only:
             pipeline.export = _loaded  # type: ignore[assignment]
         code = _run(arguments, said)

@@ -10,7 +10,7 @@ from random import Random
 
 from tests.fuzz import commands as do
 from tests.fuzz.commands import Command
-from tests.fuzz.damage import code, config, gguf, index, onnx, pickles, safetensors, side
+from tests.fuzz.damage import code, config, gguf, index, leftovers, onnx, pickles, safetensors, side
 from tests.fuzz.sources import copy_of
 
 Damage = Callable[[Random, Path], str]
@@ -58,12 +58,12 @@ class Case:
 _LOADS_ONLY = 0.96  # of exports
 
 
-def _whole(rng: Random, src: Path) -> str:
+def whole(rng: Random, src: Path) -> str:
     return "whole"
 
 
-_CONVERT = (do.convert, do.convert, do.convert, do.inspect)
-_FOLDERS = ("llama", "llama", "gpt2")
+_CONVERT = (do.convert, do.convert, do.convert, do.inspect, do.verify_dense, do.export_dense)
+_FOLDERS = ("llama", "llama", "gpt2", "bert", "t5", "phi3")
 _CONFIG = (
     config.fields,
     config.named,
@@ -78,23 +78,29 @@ GROUPS = {
     "safetensors bytes": Group(_FOLDERS, (safetensors.bits, safetensors.bits, safetensors.cut, safetensors.length,
                                           safetensors.place), _CONVERT, 30),
     "safetensors header": Group(_FOLDERS, (safetensors.header_text, safetensors.header_values,
-                                           safetensors.header_entry), _CONVERT, 30),
+                                           safetensors.header_entry, safetensors.layout), _CONVERT, 30),
     "tensors": Group(_FOLDERS, (safetensors.tensors,), _CONVERT, 25),
-    "index and shards": Group(("sharded",), (index.shard_names, index.values, index.text, index.place, index.shard,
-                                             index.shards), _CONVERT, 30),
+    "index and shards": Group(("sharded",), (index.shard_names, index.aliased, index.values, index.text, index.place,
+                                             index.shard, index.shards), _CONVERT, 30),
     "config": Group(_FOLDERS, _CONFIG, _CONVERT, 40),
     "gguf": Group(("llama.gguf",), (gguf.counts, gguf.metadata, gguf.metadata, gguf.tensor, gguf.tensor, gguf.bits,
-                                    gguf.cut, gguf.place), _CONVERT, 40),
+                                    gguf.cut, gguf.place, gguf.tokenizer, gguf.tokenizer), _CONVERT, 45),
     "pickle": Group(("pickle",), (pickles.payload, pickles.odd_state, pickles.damaged, pickles.old_format),
                     (do.convert_pickle,), 20),
     "side files": Group(("llama",), (side.tokenizer, side.beside), (do.convert, do.convert, do.export), 15),
-    "places": Group(("llama",), (_whole,), (do.odd_places,), 30),
-    "options": Group(("llama",), (_whole,), (do.odd_options,), 30),
-    "plans": Group(("llama",), (_whole,), (do.odd_plan,), 20),
-    "example inputs": Group(("llama",), (_whole,), (do.odd_inputs,), 20),
+    "texts": Group(("mixtral", "moeify"), (side.tokenizer, side.tokenizer, whole), (do.verify_text,), 15),
+    "places": Group(("llama",), (whole,), (do.odd_places,), 30),
+    "options": Group(("llama",), (whole,), (do.odd_options, do.odd_options, do.odd_export), 30),
+    "plans": Group(("llama",), (whole,), (do.odd_plan,), 20),
+    "example inputs": Group(("llama",), (whole,), (do.odd_inputs,), 20),
     "moe": Group(("moeify", "mixtral"), (safetensors.bits, safetensors.cut, safetensors.header_entry,
                                          safetensors.tensors, safetensors.place, side.record, side.plan_in_config,
+                                         side.other_plan, side.other_plan,
                                          *_CONFIG), (do.verify, do.verify, do.verify, do.export), 25),
+    "moe again": Group(("moeify", "mixtral"), (whole, side.record, side.other_plan, safetensors.tensors,
+                                               config.fields), (do.again,), 20),
+    "leftovers": Group(("llama",), (leftovers.work, leftovers.work, leftovers.journal, leftovers.planted),
+                       (do.go_on,), 10),
     "code": Group(("llama", "llama.gguf"), (code.planted,), (do.convert_trusted, do.inspect, do.export), 20),
     "onnx": Group(("decoder.onnx",), (onnx.entries, onnx.states, onnx.graph, onnx.damaged), (do.run,), 40),
 }  # fmt: skip
@@ -105,10 +111,11 @@ def make_case(seed: int, group: str, number: int, work: Path) -> Case:
     name = f"{group}:{number}"
     rng = Random(f"{seed} {name}")
     kind = GROUPS[group]
-    whole = rng.choice(kind.sources)
+    kind_of_input = rng.choice(kind.sources)
     (work / "foreign.txt").write_text("a file of somebody else")
     (work / ".dst.other").mkdir()
-    source = copy_of(whole, work)
+    source = copy_of(kind_of_input, work)
     damage = rng.choice(kind.damages)(rng, source)
     arguments = rng.choice(kind.commands)(rng, source)
-    return Case(name, f"{whole}: {damage}", source, arguments, arguments[0] == "export" and rng.random() < _LOADS_ONLY)
+    loads_only = arguments[0] == "export" and rng.random() < _LOADS_ONLY
+    return Case(name, f"{kind_of_input}: {damage}", source, arguments, loads_only)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from moeify.cli.quiet import DEBUG
 from tests.fuzz.damage.code import MARKER
+from tests.fuzz.damage.leftovers import WORK_FOLDER
 from tests.fuzz.driver import GROWTH, Outcome
 
 HANDLED, UNFORESEEN, ACCEPTED = "handled", "unforeseen", "accepted"
-RIGHT = (HANDLED, UNFORESEEN, ACCEPTED)
-WRONG = ("traceback", "hang", "memory", "killed", "not one line", "left behind", "lost or changed", "code ran",
-         "broken output")  # fmt: skip
+RIGHT = (HANDLED, ACCEPTED)
+WRONG = ("traceback", UNFORESEEN, "hang", "memory", "killed", "not one line", "left behind", "lost or changed",
+         "code ran", "broken output")  # fmt: skip
 _READ = 10 * 2**20  # bytes of a file that are compared
 _NOISE = re.compile(r"Traceback|Warning\b|\[transformers\]|Exception ignored|panicked|site-packages|^\[[WE]:?\d*")
 _NO_MEMORY = re.compile(r"MemoryError|can't allocate memory|Cannot allocate memory|bad_alloc", re.IGNORECASE)
@@ -79,12 +80,16 @@ def _files(outcome: Outcome, before: State, after: State, targets: tuple[str, ..
 
     def allowed(name: str) -> bool:
         parts = Path(name).parts
+        if WORK_FOLDER in parts and "foreign" not in name:  # what an interrupted run left is moeify's own
+            return name in before
         return outcome.code == 0 and any(parts[: len(Path(one).parts)] == Path(one).parts for one in targets)
 
     changed = [name for name in before if after.get(name) != before[name] and not allowed(name)]
     if changed:
         return "lost or changed", ", ".join(changed)[:200]
     left = [name for name in after if name not in before and not allowed(name)]
+    if outcome.code == 0 and targets:
+        left += [name for name in after if WORK_FOLDER in Path(name).parts]
     return ("left behind", ", ".join(left)[:200]) if left else None
 
 

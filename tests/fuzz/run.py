@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -86,9 +87,10 @@ def _targets(case: Case) -> tuple[str, ...]:
     command, *rest = case.arguments
     if command not in ("convert", "export") or len(rest) < 2 or "--dry-run" in rest:
         return ()
-    target = Path("work", rest[1])
+    above = os.path.realpath(case.source.parent.parent)
+    target = Path(os.path.relpath(os.path.realpath(case.source.parent / rest[1]), above))
     parents = tuple(str(parent) for parent in target.parents if parent.name not in ("", "work", ".."))
-    return (str(target), f"{target}.data", *parents) if ".." not in target.parts else ("work/dst",)
+    return (str(target), f"{target}.data", *parents)
 
 
 def table(results: dict[str, list[Result]]) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +32,8 @@ def llama(folder: Path, **options: Any) -> None:
                             num_attention_heads=2, num_key_value_heads=1, vocab_size=WORDS, max_position_embeddings=64,
                             pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)  # fmt: skip
     _save(tf.LlamaForCausalLM(config), folder, **options)
-    (folder / "tokenizer.json").write_text(WORD_LEVEL % ", ".join(f'"w{i}": {i}' for i in range(WORDS)))
+    words = json.loads(WORD_LEVEL % ", ".join(f'"w{i}": {i}' for i in range(WORDS)))
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], **words}))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"})
     )
@@ -53,6 +54,10 @@ def _save(model: Any, folder: Path, **options: Any) -> None:
     model.save_pretrained(folder, **options)
 
 
+def _tiny(name: str, folder: Path) -> None:
+    tiny.save(tiny.build(name), folder)
+
+
 def _pickle(folder: Path) -> None:
     llama(folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -70,6 +75,7 @@ def _onnx(path: Path) -> None:
 _MAKERS: dict[str, Callable[[Path], None]] = {
     "llama": llama,
     "gpt2": gpt2,
+    **{name: partial(_tiny, name) for name in ("bert", "t5", "phi3")},
     "sharded": lambda folder: llama(folder, max_shard_size="6KB"),
     "pickle": _pickle,
     "moeify": lambda folder: _converted(folder, "moeify"),

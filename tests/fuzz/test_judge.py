@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.damage.code import MARKER
+from tests.fuzz.damage.leftovers import WORK_FOLDER
 from tests.fuzz.driver import Outcome
 from tests.fuzz.judge import State, judge, state_of
 
@@ -31,7 +32,6 @@ def outcome_of(outcome: Outcome, after: State, before: State = BEFORE) -> str:
         (DONE, MADE, "accepted"),
         (REFUSED, BEFORE, "handled"),
         (WRONG_USAGE, BEFORE, "handled"),
-        (NET, BEFORE, "unforeseen"),
     ],
 )
 def test_what_is_right(outcome: Outcome, after: State, word: str) -> None:
@@ -41,6 +41,7 @@ def test_what_is_right(outcome: Outcome, after: State, word: str) -> None:
 @pytest.mark.parametrize(
     ("outcome", "word"),
     [
+        (NET, "unforeseen"),
         (replace(REFUSED, code=-7, signal=signal.SIGBUS), "killed"),
         (replace(REFUSED, code=-14, signal=signal.SIGALRM), "hang"),
         (replace(REFUSED, code=-24, signal=signal.SIGXCPU), "hang"),
@@ -78,6 +79,16 @@ def test_what_is_wrong_with_the_end_of_a_process(outcome: Outcome, word: str) ->
 )
 def test_what_is_wrong_with_the_files(outcome: Outcome, after: State, word: str) -> None:
     assert outcome_of(outcome, after) == word
+
+
+def test_what_an_interrupted_run_left_may_go_and_must_go_in_the_end() -> None:
+    left = {f"work/{WORK_FOLDER}": "folder", f"work/{WORK_FOLDER}/lock": "1"}
+    assert outcome_of(REFUSED, BEFORE, {**BEFORE, **left}) == "handled"
+    assert outcome_of(REFUSED, {**BEFORE, **left}, {**BEFORE, **left}) == "handled"
+    assert outcome_of(DONE, MADE, {**BEFORE, **left}) == "accepted"
+    assert outcome_of(DONE, {**MADE, **left}, {**BEFORE, **left}) == "left behind"
+    foreign = {**BEFORE, **left, f"work/{WORK_FOLDER}/foreign.txt": "2"}
+    assert outcome_of(REFUSED, BEFORE, foreign) == "lost or changed"
 
 
 def test_an_old_output_may_be_replaced_and_not_lost() -> None:

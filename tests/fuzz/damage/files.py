@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from tempfile import gettempdir
 
 HUGE = 3 * 2**30
 
@@ -75,6 +78,13 @@ def _sparse(path: Path) -> None:
     os.utime(path, (0, 0))  # the same in every run
 
 
+def _socket(path: Path) -> None:
+    short = Path(gettempdir(), f"fuzz-socket-{os.getpid()}")  # a socket's path has a hundred bytes at most
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(short))
+    shutil.move(short, path)
+
+
 def in_its_place(rng: Random, path: Path) -> str:
     """Something that is no regular file of its own, or an absurd one."""
     path.unlink(missing_ok=True)
@@ -88,6 +98,7 @@ def in_its_place(rng: Random, path: Path) -> str:
         "a link to a secret beside": lambda: path.symlink_to(path.parent.parent / "foreign.txt"),
         "3 GB of nothing": lambda: _sparse(path),
         "an empty file": path.touch,
+        "a socket": lambda: _socket(path),
         "no file": lambda: None,
     }
     name = rng.choice(list(made))

@@ -150,6 +150,42 @@ def tensor(rng: Random, path: Path) -> str:
     return f"{name} {said}"
 
 
+def array(kind: int, values: list[bytes], count: int | None = None) -> tuple[int, bytes]:
+    return ARRAY, struct.pack("<IQ", kind, len(values) if count is None else count) + b"".join(values)
+
+
+def tokenizer(rng: Random, path: Path) -> str:
+    """A tokenizer in the metadata; one part of it is wrong, or none."""
+    made, words = whole(), [f"w{i}" for i in range(WORDS)]
+    kind = rng.choice(("llama", "gpt2", "bert", "t5", "rwkv", "no such", ""))
+    entries = {
+        "model": (STRING, text(kind)),
+        "tokens": array(STRING, [text(word) for word in words]),
+        "scores": array(F32, [struct.pack("<f", -i) for i in range(WORDS)]),
+        "token_type": array(5, [struct.pack("<i", 1) for _ in range(WORDS)]),
+        "merges": array(STRING, [text("w 0"), text("w 1")]),
+        "bos_token_id": u32(1), "eos_token_id": u32(2), "unknown_token_id": u32(0),
+    }  # fmt: skip
+    odd = (
+        u32(rng.choice((0, WORDS, 2**31, 2**32 - 1))), (F32, struct.pack("<f", float("inf"))), (7, b"\7"),
+        (STRING, text(rng.choice(("", "x", "{% for i in x %}", "\ud800")))), array(STRING, [text("a\nb\x1b[1m")] * 3),
+        array(STRING, []), array(STRING, [text("w0")] * WORDS), array(STRING, [text("")] * WORDS),
+        array(STRING, [struct.pack("<Q", 2) + b"\xff\xfe"] * WORDS), array(STRING, [text("w0")], 2**40),
+        array(F32, [struct.pack("<f", float("nan"))] * WORDS), array(5, [struct.pack("<i", -(2**31))] * WORDS),
+    )  # fmt: skip
+    part = rng.choice((*entries, "chat_template", "pre", "add_bos_token", "padding_token_id"))
+    if part in entries and rng.random() < 0.3:
+        del entries[part]
+        said = "missing"
+    else:
+        entries[part] = rng.choice(odd)
+        said = f"{entries[part][0]}: {entries[part][1][:24].hex()}"
+    made.metadata |= {f"tokenizer.{part}" if part == "chat_template" else f"tokenizer.ggml.{part}": value
+                      for part, value in entries.items()}  # fmt: skip
+    path.write_bytes(made.bytes())
+    return f"tokenizer {kind!r} with {part} {said}"
+
+
 def bits(rng: Random, path: Path) -> str:
     start, stop = rng.choice(((0, 24), (24, 400), (0, 1500), (0, None)))
     return files.flip(rng, path, start, stop)

@@ -13,6 +13,7 @@ INDEX = "model.safetensors.index.json"
 NAMES = (
     "..", ".", "", "../outside.safetensors", "/etc/passwd", "a/b.safetensors", "a\0b.safetensors", "x" * 300,
     "\ud800.safetensors", "[/b]\n.safetensors", "model-00009-of-00009.safetensors", "config.json", "~/x", "C:\\x",
+    "./model-00001-of-00002.safetensors", "/dev/stdin", "/proc/self/mem", "MODEL.safetensors", " ", "a\u202eb",
 )  # fmt: skip
 
 
@@ -24,6 +25,21 @@ def shard_names(rng: Random, src: Path) -> str:
     data["weight_map"][name] = file
     path.write_text(json.dumps(data))
     return f"the index says that {name} is in {file[:40]!r}"
+
+
+def aliased(rng: Random, src: Path) -> str:
+    """A shard is in the index under a second name, which is a file too."""
+    path = src / INDEX
+    data = json.loads(path.read_text())
+    held = rng.choice(sorted(set(data["weight_map"].values())))
+    other = rng.choice(("other.safetensors", "model-00000-of-00002.safetensors", "./" + held, "x/../" + held))
+    if "/" not in other:
+        (os.link if rng.random() < 0.5 else os.symlink)(src / held, src / other)
+    moved = [name for name, shard in data["weight_map"].items() if shard == held]
+    for name in moved[: rng.randint(1, len(moved))]:
+        data["weight_map"][name] = other
+    path.write_text(json.dumps(data))
+    return f"{held} is in the index as {other} too"
 
 
 def values(rng: Random, src: Path) -> str:

@@ -98,6 +98,38 @@ def header_entry(rng: Random, src: Path) -> str:
     return f"{path.name}: {name} with {change}"
 
 
+def layout(rng: Random, src: Path) -> str:
+    """A header that parses, and whose parts do not lie as they should."""
+    path = file_of(rng, src)
+    header, body = _split(path)
+    name = rng.choice([name for name in header if name != "__metadata__"])
+    said = rng.choice(("gap", "later", "empty", "shared", "twice", "padded", "metadata", "unsorted", "large metadata"))
+    match said:
+        case "gap" | "later":
+            size = rng.choice((1, 8, 4096))
+            for entry in header.values():
+                if "data_offsets" in entry and (said == "later" or entry["data_offsets"][0] > 0):
+                    entry["data_offsets"] = [place + size for place in entry["data_offsets"]]
+            body = b"\0" * size + body
+        case "empty":
+            shape = rng.choice(([0], [0, 2**62], [2**40, 0], [0] * 65, [0] * 64))
+            header[rng.choice(("none", "model.layers.0.mlp.none", ""))] = {"dtype": "F32", "shape": shape,
+                                                                           "data_offsets": [0, 0]}  # fmt: skip
+        case "shared":
+            header["again"] = header[name]
+        case "metadata":
+            header["__metadata__"] = rng.choice(({"format": 1}, {"format": "tf"}, {"x": {"y": ""}}, [], "pt"))
+        case "large metadata":
+            header["__metadata__"] = {str(i): "x" * 100 for i in range(100_000)}
+        case "unsorted":
+            header = dict(rng.sample([*header.items()], len(header)))
+    raw = json.dumps(header)
+    if said == "twice":
+        raw = f'{{"{name}": {json.dumps(header[name])}, {raw[1:]}'
+    _join(path, raw.encode() + b" " * (5_000_000 if said == "padded" else 0), body)
+    return f"{path.name}: {said}"
+
+
 def tensors(rng: Random, src: Path) -> str:
     """A well-formed file that holds other tensors than the model has."""
     path = file_of(rng, src)

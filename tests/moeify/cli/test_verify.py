@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from moeify.cli import main
 from moeify.cli.verify import _start
 from moeify.config import MoEConfig
-from moeify.errors import ConfigError
+from moeify.errors import CheckpointError, ConfigError
 from moeify.files.limits import TEXT_BYTES
 from tests.moeify import tiny
 
@@ -104,12 +105,13 @@ def test_a_damaged_record_is_one_line(pair: tuple[Path, Path]) -> None:
 def test_a_text_is_read_no_further_than_needed_and_must_be_utf8(tmp_path: Path) -> None:
     long = tmp_path / "long"
     long.write_bytes("ä".encode() * TEXT_BYTES + b"\xff")
-    with long.open("rb") as file:
-        assert _start(file) == "ä" * (TEXT_BYTES // 2)
-        assert file.tell() == TEXT_BYTES
+    assert _start(long) == "ä" * (TEXT_BYTES // 2)
     (tmp_path / "short").write_bytes(b"ab\xc3")
-    with (tmp_path / "short").open("rb") as file, pytest.raises(ConfigError, match=r"short is not UTF-8"):
-        _start(file)
+    with pytest.raises(ConfigError, match=r"short is not UTF-8"):
+        _start(tmp_path / "short")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="pipe cannot be read: it is a pipe"):
+        _start(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("target", ["auto", "moeify"])

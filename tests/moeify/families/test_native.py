@@ -8,6 +8,7 @@ import transformers
 
 from moeify.config import MoEConfig
 from moeify.conversion.dense import Dense
+from moeify.errors import CheckpointError
 from moeify.families.native import native_config
 from moeify.families.table import FAMILIES
 from moeify.planning.make_plan import make_plan
@@ -36,6 +37,16 @@ def test_what_the_dense_config_says_of_itself_stays_behind() -> None:
     data = config_for("mixtral", "llama", pretraining_tp=3, _name_or_path="dense")
     assert {"mlp_bias", "attention_bias", "pretraining_tp", "_name_or_path"}.isdisjoint(data)
     assert data["tie_word_embeddings"] is True
+
+
+def test_a_field_that_only_the_moe_class_reads_is_not_carried_over() -> None:
+    assert config_for("mixtral", "llama", sliding_window=3, num_local_experts=99)["sliding_window"] is None
+    assert config_for("mixtral", "mistral", sliding_window=3)["sliding_window"] == 3
+
+
+def test_a_value_that_transformers_does_not_take_is_told_in_one_line() -> None:
+    with pytest.raises(CheckpointError, match=r"does not make a config of mixtral \(.*sliding_window"):
+        config_for("mixtral", "mistral", sliding_window="x")
 
 
 def test_rotary_settings_are_written_for_older_engines_too() -> None:

@@ -6,6 +6,7 @@ The outputs are a folder, and a graph with its data file, each where nothing sta
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,6 +150,24 @@ def test_a_kill_while_an_earlier_kill_is_put_in_order_loses_nothing(pair: bool, 
             assert case.seen(folder) in (case.old, case.new), (at, again)
             if not came_so_far:
                 break
+
+
+@pytest.mark.parametrize("placing", [{"../foreign": 0}, {"out": 0, "foreign": 0}, {"out\0": 0}, {"": 0}, [], 3])
+def test_a_journal_that_no_run_has_written_moves_nothing(placing: object, tmp_path: Path) -> None:
+    case = Case(pair=False, overwrite=True)
+    folder = tmp_path / "folder"
+    case.prepare(folder)
+    for foreign in (tmp_path / "foreign", folder / "foreign"):
+        foreign.write_bytes(b"foreign")
+    lock = folder / ".out.moeify-partial/lock"
+    lock.parent.mkdir(0o700)
+    if isinstance(placing, dict):
+        placing = dict.fromkeys(placing, (tmp_path / "foreign").stat().st_ino)
+    lock.write_text(json.dumps({"placing": placing}) + "\n")
+    (lock.parent / "old").mkdir()
+    before = tree(tmp_path)
+    case.check(folder)
+    assert tree(tmp_path) == {name: data for name, data in before.items() if "moeify-partial" not in name}
 
 
 @each_case

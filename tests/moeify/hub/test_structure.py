@@ -13,7 +13,8 @@ from moeify.checkpoint.source import Source, open_source
 from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.errors import CheckpointError
-from moeify.hub.structure import check_output, load_structure
+from moeify.hub.loading import load_sparingly, load_structure
+from moeify.hub.structure import check_output
 from tests.moeify import tiny
 
 Tensors = dict[str, torch.Tensor]
@@ -90,3 +91,15 @@ def test_a_conversion_whose_output_would_not_load_leaves_nothing(tmp_path: Path,
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1 and name in result.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize("target", ["auto", "moeify"])
+def test_no_memory_is_taken_for_what_a_damaged_config_asks_for(target: str, tmp_path: Path) -> None:
+    folder = output(tmp_path, "llama", target)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 2**40}))
+    refused = pytest.raises(CheckpointError, match=r"mismatched tensor .*instead of \[1099511627776, 36\]")
+    with open_source(folder) as source, refused:
+        load_structure(source)
+    with refused:
+        load_sparingly(folder, torch.float32)

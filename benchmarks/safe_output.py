@@ -1,0 +1,105 @@
+"""What safe outputs cost: `moeify convert` and `moeify export` against the commit before the room moeify/files.
+
+    python -m benchmarks.safe_output --old FOLDER
+
+FOLDER is a checkout of the older commit (`git worktree add --detach FOLDER b1d242f`). A checkpoint of random weights is
+converted, and a smaller one exported, by turns, on one thread: by the older code, by this code, and by this code with
+`os.fsync` switched off, which the older code did not call. The table is printed, and written beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from benchmarks.measure import Command, Run, measure
+
+HERE = Path(__file__)
+ROOT = HERE.parents[1]
+OPTIONS = ("--experts", "3", "--top-k", "2", "--shard-size", "50MB")
+_SHIM = "import os; os.fsync = lambda _: None; from moeify.cli import main; main()"
+_PLAIN = "from moeify.cli import main; main()"
+
+
+def make_source(dst: Path, layers: int, hidden: int) -> Path:
+    """A dense checkpoint, made in a process of its own."""
+    shape = ("--layers", str(layers), "--hidden", str(hidden))
+    subprocess.run([sys.executable, HERE.with_name("make_checkpoint.py"), "llama-1b", dst, *shape], check=True)
+    return dst
+
+
+def commands(old: Path, work: Path) -> dict[str, list[Command]]:
+    """The three ways of each task, by the task's name."""
+    convert = ("convert", make_source(work / "dense", 2, 1024), work / "moe", *OPTIONS)
+    smaller = make_source(work / "smaller", 4, 512)
+    subprocess.run([sys.executable, "-m", "moeify", "convert", smaller, work / "small-moe", *OPTIONS], check=True)
+    export = ("export", work / "small-moe", work / "onnx/model.onnx")
+    found = {}
+    for task, arguments in {"convert": convert, "export": export}.items():
+        out = work / {"convert": "moe", "export": "onnx"}[task]
+        ways = {"before": (old, _PLAIN), "now, no fsync": (ROOT, _SHIM), "now": (ROOT, _PLAIN)}
+        found[task] = [
+            Command(f"{task}: {way}", ("env", f"PYTHONPATH={root}", sys.executable, "-c", program, *arguments), out)
+            for way, (root, program) in ways.items()
+        ]
+    return found
+
+
+def turns(ways: list[Command], rounds: int) -> dict[str, list[Run]]:
+    """Run the ways of a task by turns, in a random order."""
+    runs: dict[str, list[Run]] = {way.name: [] for way in ways}
+    for number in range(rounds + 1):
+        for way in random.sample(ways, len(ways)):
+            run = measure(way)
+            if number:  # the first round fills the caches
+                runs[way.name].append(run)
+    return runs
+
+
+def rows(runs: dict[str, list[Run]]) -> list[str]:
+    """The medians of the ways of a task, with the ratios to the first."""
+    found, base = [], next(iter(runs.values()))
+    for name, of_way in runs.items():
+        cpu, wall = (median(getattr(run, what) for run in of_way) for what in ("cpu_seconds", "seconds"))
+        first = median(run.cpu_seconds for run in base), median(run.seconds for run in base)
+        ratio = median(run.cpu_seconds / other.cpu_seconds for run, other in zip(of_way, base, strict=True))
+        task, _, way = name.partition(": ")
+        found.append(f"| {task} | {way} | {len(of_way)} | {of_way[0].out_bytes / 1e6:.0f} MB | {cpu:.2f} | "
+                     f"{cpu / first[0]:.3f} | {ratio:.3f} | {wall:.2f} | {wall / first[1]:.3f} |")  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """Run and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", type=Path, required=True, help="a checkout of the older commit")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
+    asked = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    head = ["git", "-C", asked.old, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    with tempfile.TemporaryDirectory(dir=asked.work) as work:
+        tasks = commands(asked.old.resolve(), Path(work)).values()
+        found = [row for ways in tasks for row in rows(turns(ways, asked.rounds))]
+    report = "\n".join((
+        "# What safe outputs cost\n",
+        f"`moeify` on one thread of {platform.machine()}, a machine with other work; {commit} is before. "
+        "Seconds, medians; the first ratio is of the medians, the second the median of the ratios of a round.",
+        f"Made by `python -m benchmarks.safe_output --old FOLDER --rounds {asked.rounds}`.\n",
+        "| task | way | runs | written | CPU time | ratio | by rounds | wall time | ratio |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|", *found, "",
+    ))  # fmt: skip
+    HERE.with_suffix(".md").write_text(report)
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
