@@ -13,14 +13,16 @@ from moeify.plan import Plan, Site
 
 # Whoever holds parameters or compiled code of the model inside would go on using the dense FFNs.
 _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+_ADAPTED = {"PeftModel", "BaseTunerLayer"}  # of PEFT
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
           "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
-_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_PARAMETER_ADAPTED = {"PeftModel", "BaseTunerLayer"}  # of PEFT
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _WEIGHTS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def check_convertible(model: nn.Module) -> None:
-    """Refuse a model that is wrapped, converted already, quantized or offloaded; it need not be traced for that.
+    """Refuse a model that is wrapped, adapted, converted already, quantized or offloaded; it need not be traced for that.
 
     Raises:
         RefusedError: It is.
@@ -33,6 +35,10 @@ def check_convertible(model: nn.Module) -> None:
             raise RefusedError(f"{where} is wrapped ({wrapper}): convert the model inside, then wrap it")
         if isinstance(module, MoELayer):
             raise RefusedError(f"{where} is converted already: convert the dense model, with all layers at once")
+        if kinds & _ADAPTED:
+            raise RefusedError(
+                f"{where} has adapters of PEFT: merge the adapters first (model.merge_and_unload()), and convert that"
+            )
         if hasattr(module, "_hf_hook"):
             raise RefusedError(
                 f"{where} is moved between devices by accelerate: load the model without offloading and convert it then"

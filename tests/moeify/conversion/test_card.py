@@ -23,6 +23,8 @@ from moeify.conversion.dense import DenseCheckpoint
 from moeify.files.limits import CARD_BYTES, YAML_BYTES
 from tests.moeify import tiny
 
+CONFIG = MoEConfig(4, 2)
+
 
 class Strict(yaml.SafeLoader):
     """YAML's safe loader, which takes no key twice."""
@@ -51,7 +53,7 @@ def convert(src: Path, dst: Path, *arguments: object) -> str:
     return card
 
 
-def card_of(src: Path, config: MoEConfig = MoEConfig(4, 2), target: str = "auto", **arguments: Any) -> str:
+def card_of(src: Path, config: MoEConfig = CONFIG, target: str = "auto", **arguments: Any) -> str:
     with open_source(src) as source:
         dense = DenseCheckpoint(source)
         return model_card(dense, plan_checkpoint(dense, config, target=target), "moe", **arguments)
