@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -61,14 +60,15 @@ def _metadata(source: Source) -> ModelCardData:
     """Return the front matter: ours, and of the source's what stays true of the MoE."""
     card = source_metadata(source)
     base = _hub_id(source.path) or [word for word in _words(card.get("base_model")) if _HUB_ID.fullmatch(word)] or None
-    kept: dict[str, Any] = {field: next(iter(_words(card.get(field))), None)
-                            for field in ("license", "license_name", "license_link", "pipeline_tag")}  # fmt: skip
     return ModelCardData(
         base_model=base,
         language=_words(card.get("language")) or None,
         library_name="transformers",
+        license=_word(card.get("license")),
+        license_name=_word(card.get("license_name")),
+        license_link=_word(card.get("license_link")),
+        pipeline_tag=_word(card.get("pipeline_tag")),
         tags=[*_TAGS, *(tag for tag in _words(card.get("tags")) if tag not in _TAGS)],
-        **kept,
     )
 
 
@@ -89,6 +89,10 @@ def _words(value: object) -> list[str]:
     values = value if isinstance(value, list) else [value]
     texts = [text for text in values if isinstance(text, str) and text.isprintable() and 0 < len(text) <= _WORD]
     return list(dict.fromkeys(texts))[:_WORDS]
+
+
+def _word(value: object) -> str | None:
+    return next(iter(_words(value)), None)
 
 
 def _hub_id(path: Path) -> str | None:
@@ -133,7 +137,7 @@ def _proof(verification: object, *, exact: bool) -> str:
     return f"{promise if exact else jump} Measured when it was written:\n\n{measured}"
 
 
-def _leaves(record: Mapping[Any, object], before: str = "") -> Iterator[tuple[str, object]]:
+def _leaves(record: Mapping[object, object], before: str = "") -> Iterator[tuple[str, object]]:
     """Yield the numbers and words of a record, those of records inside it too, but no lists."""
     for key, value in record.items():
         name = f"{before}{str(key).replace('_', ' ')}"

@@ -16,13 +16,12 @@ _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "Full
 _ADAPTED = {"PeftModel", "BaseTunerLayer"}  # of PEFT
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
           "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
-_PARAMETER_ADAPTED = {"PeftModel", "BaseTunerLayer"}  # of PEFT
-_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _WEIGHTS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def check_convertible(model: nn.Module) -> None:
-    """Refuse a model that is wrapped, adapted, converted already, quantized or offloaded; it need not be traced for that.
+    """Refuse a model that is wrapped, adapted, converted already, quantized or offloaded, before it is traced.
 
     Raises:
         RefusedError: It is.

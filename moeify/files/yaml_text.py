@@ -6,8 +6,6 @@ somebody asks for a number.
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
 
 from moeify.files.limits import YAML_BYTES
@@ -36,7 +34,7 @@ def parse_yaml(raw: bytes) -> object:
 class _Loader(yaml.BaseLoader):
     """PyYAML's loader that makes texts of all scalars, and knows no merge keys; a key may not be there twice."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, object]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, object]:
         found: dict[str, object] = super().construct_mapping(node, deep)
         if len(found) < len(node.value):
             raise yaml.MarkedYAMLError(problem="a key is there twice", problem_mark=node.start_mark)

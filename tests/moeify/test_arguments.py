@@ -20,7 +20,7 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "convert a path": (lambda: untyped.convert(Path("x"), CONFIG), "moeify.load('x') makes one of a folder"),
     "config": (
         lambda: untyped.convert(nn.Linear(2, 2), {"experts": 4}),
-        "config is a dict: .* MoEConfig\\(\\*\\*config",
+        "config is a dict: .*MoEConfig\\(\\*\\*",
     ),
     "a word": (lambda: untyped.convert(nn.Linear(2, 2), "switch"), "config is a str: expected a moeify.MoEConfig"),
     "verify": (lambda: untyped.verify("a", "b"), "dense is a str: expected a torch.nn.Module"),
