@@ -23,7 +23,7 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()  # the balancing loss comes with it
         optimizer.step()
-    busiest = max(float(stats.load.max()) for stats in moeify.routing_stats(model).values())
+    busiest = max(max(stats.load) for stats in moeify.routing_stats(model).values())
     after = common.evaluate(model, tokenizer)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

@@ -7,6 +7,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
+from moeify.arguments import check_model
 from moeify.errors import RefusedError
 from moeify.layers import MoELayer
 from moeify.plan import Plan, Site
@@ -25,7 +26,9 @@ def check_convertible(model: nn.Module) -> None:
 
     Raises:
         RefusedError: It is.
+        ConfigError: It is no model.
     """
+    check_model(model)
     for path, module in model.named_modules():
         where = path or type(model).__name__
         kinds = {kind.__name__ for kind in type(module).__mro__}

@@ -31,7 +31,7 @@ def parse_yaml(raw: bytes) -> object:
     return found
 
 
-class _Loader(yaml.BaseLoader):
+class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # PyYAML has no types
     """PyYAML's loader that makes texts of all scalars, and knows no merge keys; a key may not be there twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, object]:
