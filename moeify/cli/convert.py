@@ -99,7 +99,7 @@ def convert(src: str, dst: Path | None, **typed: Any) -> None:
             _show(dense, plan)
 
 
-def _check_usage(dst: Path | None, options: _Options, settings: dict[str, Any]) -> None:
+def _check_usage(dst: Path | None, options: _Options, settings: dict[str, object]) -> None:
     """Refuse what does not go together, before minutes of work."""
     if dst is None and not options.dry_run:
         raise click.UsageError("DST is missing: where should the MoE be written? (--dry-run needs none)")

@@ -12,7 +12,7 @@ from moeify.config.choice import words
 from moeify.config.presets import PRESETS
 from moeify.errors import ConfigError
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 _OPTIONS = {"experts", "top_k", "method", "granularity", "shared_experts", "router", "seed"}
 _FIELDS = ", ".join(field for field in MoEConfig.__dataclass_fields__ if field not in _OPTIONS)
