@@ -12,6 +12,8 @@ from moeify.passes.matching.cut import Cut
 from moeify.passes.matching.projection import Projection
 from moeify.passes.matching.region import region_parameters
 
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -128,9 +130,12 @@ class Inspection:
     refused: tuple[Refusal, ...]
 
     def reasons(self) -> dict[str, list[str]]:
-        """Return the names of what was refused for each reason, without the numbers that tell equal nodes apart."""
+        """Return the names of what was refused for each reason, without the numbers that tell equal nodes apart.
+
+        Parts of attentions, which every transformer has, come last.
+        """
         alike: dict[str, tuple[str, list[str]]] = {}
         for refusal in self.refused:
             reason = re.sub(r"`([^`]*?)_\d+`", r"`\1`", refusal.reason)
             alike.setdefault(re.sub(r"\d+", "", reason), (reason, []))[1].append(refusal.name)
-        return dict(alike.values())
+        return dict(sorted(alike.values(), key=lambda found: bool(_ATTENTION.search(" ".join((found[0], *found[1]))))))

@@ -25,7 +25,7 @@ LAYERS = (
     "layers",
     "methods routers",
     "checkpoint routing",
-    "plan",
+    "arguments plan",
     "config pretrained",
     "files measure runtime",
     "errors kernels names seeding",

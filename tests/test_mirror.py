@@ -12,7 +12,7 @@ LIBRARY = ("moeify", "passes", "kernels")
 COVERED_BY = {
     "moeify/__init__.py": "tests/test_packaging.py",
     "moeify/cli/__init__.py": "tests/moeify/cli/test_convert.py",
-    "moeify/cli/options.py": "tests/moeify/cli/test_convert.py",
+    "moeify/cli/options.py": "tests/moeify/cli/test_usage.py",
     "moeify/methods/__init__.py": "tests/moeify/config/test_choice.py",
     "moeify/routers/__init__.py": "tests/moeify/config/test_choice.py",
 }

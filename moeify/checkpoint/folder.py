@@ -14,6 +14,7 @@ from moeify.files.reading import is_file, list_folder
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+CARD = "README.md"  # of the dense model: it is read, and not copied
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 _NAME_BYTES = 255  # of a file's name, on every usual file system

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moeify.checkpoint.config_file import load_config
 from moeify.checkpoint.folder import (
+    CARD,
     CONFIG,
     PICKLE,
     SAFETENSORS,
@@ -133,20 +134,23 @@ class Source:
         self._stored.close()
 
 
-def open_source(src: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Source:
+def open_source(
+    src: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False, revision: str | None = None
+) -> Source:
     """Open a checkpoint and check its headers; no tensor is read.
 
     Args:
         src: A model folder in Hugging Face layout, a GGUF file or a folder with exactly one, or a hub id.
         allow_pickle: Also accept `pytorch_model.bin`, with torch's `weights_only` guard.
         trust_remote_code: Accept a config that names Python code in the folder; the code is not run here.
+        revision: Branch, tag or commit of a hub id; None for its main branch.
 
     Raises:
         CheckpointError: One line that says what is wrong with the checkpoint and what to do.
     """
     path = user_path(src)
     if not exists(path) and not is_file(path):  # the second says why it cannot be known
-        path = _download(src, allow_pickle)
+        path = _download(src, allow_pickle, revision)
     if is_folder(path):
         return _open_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     if path.suffix != ".gguf":
@@ -196,16 +200,17 @@ def _find_pickles(folder: Path, ggufs: Sequence[Path], allow_pickle: bool) -> di
     return shards
 
 
-def _download(src: str | Path, allow_pickle: bool) -> Path:
+def _download(src: str | Path, allow_pickle: bool, revision: str | None) -> Path:
     if isinstance(src, Path) or not _HUB_ID.fullmatch(src) or src.endswith((".gguf", ".safetensors", ".bin")):
         raise CheckpointError(f"{src} does not exist: give a model folder, a .gguf file or a hub id")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    wanted = [CONFIG, "model*.safetensors", index_name(SAFETENSORS), *SIDE_FILES]
+    wanted = [CONFIG, CARD, "model*.safetensors", index_name(SAFETENSORS), *SIDE_FILES]
     if allow_pickle:
         wanted += ["pytorch_model*.bin", index_name(PICKLE)]
     try:
-        return Path(snapshot_download(src, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(src, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
         reason = first_line(error)
-        raise CheckpointError(f"{src} is not a folder here and cannot be downloaded from the hub: {reason}") from error
+        where = f"is not a folder here, not in the hub's cache {constants.HF_HUB_CACHE}"
+        raise CheckpointError(f"{src} {where}, and cannot be downloaded from the hub: {reason}") from error

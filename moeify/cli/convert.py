@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeify.cli.options import example_inputs_option, source_options
+from moeify.cli.options import LAYERS, Dtype, Size, command_line, example_inputs_option, source_options
+from moeify.cli.recipe import recipe_option, recipe_text
 from moeify.cli.settings import config_from, config_options
 from moeify.errors import CheckpointError, VerificationError
+from moeify.families.table import FAMILIES, check_target
 from moeify.files.staging import can_resume, check_folder
+from moeify.planning.selection import check_selection
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,22 +25,6 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _BEFORE_TRAINING = "\nbefore training set model.config.output_router_logits = True, or nothing balances it"
-_LARGEST = 10**15  # bytes of a file: a larger number is a slip
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes such as 5GB or 500MB."""
-
-    name = "size"
-
-    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse the text."""
-        found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?B)?", str(value).upper(), re.ASCII)
-        size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-        if not 1 <= size <= _LARGEST:
-            self.fail(f"{value!r} is not a size: write 5GB, 500MB or a number of bytes", param, ctx)
-        return size
 
 
 @dataclass(frozen=True)
@@ -51,6 +37,7 @@ class _Options:
     plan_file: Path | None
     dry_run: bool
     as_json: bool
+    as_yaml: bool
     shard_size: int
     resume: bool
     overwrite: bool
@@ -64,13 +51,21 @@ class _Options:
 @click.command()
 @click.argument("src")
 @click.argument("dst", required=False, type=click.Path(path_type=Path))
+@recipe_option
 @config_options
-@click.option("--layers", default="all", show_default=True, help="all, every:N, last:N, first:N, 0,3-7, or a regex.")
-@click.option("--to", "target", default="auto", show_default=True, help="auto, moeify, or a native family.")
-@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="Store floating-point tensors in this dtype.")
+@click.option("--layers", default="all", show_default=True, help=f"{LAYERS}.")
+@click.option(
+    "--to",
+    "target",
+    default="auto",
+    show_default=True,
+    help=f"auto, moeify, or a native family of transformers: {', '.join(FAMILIES)}.",
+)
+@click.option("--dtype", type=Dtype(_DTYPES), help="Store floating-point tensors in this dtype.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, dir_okay=False), help="Do what a saved plan says.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its cost; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for --plan.")
+@click.option("--yaml", "as_yaml", is_flag=True, help="With --dry-run: print these options as YAML, for --config.")
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of the output.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
@@ -84,13 +79,13 @@ def convert(src: str, dst: Path | None, **typed: Any) -> None:
     SRC is a folder in Hugging Face layout, a GGUF file, or a hub id; it is never changed. DST appears whole or not at
     all, after the first of its layers were compared with those of SRC, and the logits of that slice.
     """
-    from moeify.checkpoint.source import open_source
-    from moeify.conversion.dense import DenseCheckpoint
-    from moeify.tracing.given_inputs import read_inputs
-
     options = _Options(**{field.name: typed.pop(field.name) for field in fields(_Options)})
     _check_usage(dst, options, typed)
     config = None if options.plan_file else config_from(typed)
+    from moeify.checkpoint.source import open_source  # wrong usage is said before torch is loaded
+    from moeify.conversion.dense import DenseCheckpoint
+    from moeify.tracing.given_inputs import read_inputs
+
     inputs = None if options.example_inputs is None else read_inputs(options.example_inputs)
     with open_source(src, allow_pickle=options.allow_pickle, trust_remote_code=options.trust_remote_code) as source:
         dense = DenseCheckpoint(source, inputs)
@@ -99,19 +94,25 @@ def convert(src: str, dst: Path | None, **typed: Any) -> None:
             _write(dense, plan, dst, options)
         elif options.as_json:
             click.echo(plan.to_json(), nl=False)
+        elif options.as_yaml:
+            click.echo(recipe_text(click.get_current_context()), nl=False)
         else:
             _show(dense, plan)
 
 
-def _check_usage(dst: Path | None, options: _Options, settings: dict[str, Any]) -> None:
+def _check_usage(dst: Path | None, options: _Options, settings: dict[str, object]) -> None:
     """Refuse what does not go together, before minutes of work."""
     if dst is None and not options.dry_run:
         raise click.UsageError("DST is missing: where should the MoE be written? (--dry-run needs none)")
     if options.as_json and not options.dry_run:
         raise click.UsageError("--json goes with --dry-run: the plan of a conversion is kept in DST/moeify.json")
+    if options.as_yaml and (options.as_json or not options.dry_run):
+        raise click.UsageError("--yaml goes with --dry-run and without --json")
     given = [name for name, value in settings.items() if value not in (None, ())]
     if options.plan_file and given:
         raise click.UsageError(f"{given[0]} goes without --plan: the plan says how to convert")
+    check_target(options.target)
+    check_selection(options.layers)
     if dst is not None and not options.dry_run:
         check_folder(dst, overwrite=options.overwrite)
 
@@ -173,7 +174,7 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     )
     try:
         with progress:
-            output = Output(dst, options.shard_size, dtype, options.overwrite, options.resume)
+            output = Output(dst, options.shard_size, dtype, options.overwrite, options.resume, command_line())
             convert_checkpoint(dense, plan, output, callbacks)
     except KeyboardInterrupt as stop:
         hint = ": run again with --resume to go on" if can_resume(dst) else ""

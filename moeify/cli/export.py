@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeify.cli.options import json_option
+from moeify.cli.options import LAYERS, Dtype, json_option
 from moeify.cli.settings import config_from, config_options
 from moeify.errors import CheckpointError
 from moeify.export.targets import FLOATS, TARGETS, quantizations
@@ -29,9 +29,9 @@ _DTYPES = ", ".join(f"{target.default_dtype} for {target.name}" for target in TA
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--target", default="cpu", show_default=True, help=f"{_TARGETS}.")
 @click.option("--quantize", help=f"Store the experts' weights in {' or '.join(quantizations())}.")
-@click.option("--dtype", type=click.Choice(FLOATS), help=f"[default: {_DTYPES}]")
+@click.option("--dtype", type=Dtype(FLOATS), help=f"[default: {_DTYPES}]")
 @config_options
-@click.option("--layers", default="all", show_default=True, help="Which FFNs become experts, with --experts.")
+@click.option("--layers", default="all", show_default=True, help=f"With --experts: {LAYERS}.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 @json_option
 def export(

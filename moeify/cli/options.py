@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import shlex
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 import click
 
 Command = TypeVar("Command", bound=Callable[..., object])
+COMMAND = "moeify.command"  # where click's context keeps what was typed
+
+
+def command_line() -> str:
+    """Return the command that is running, as a shell reads it; `--resume` makes no other output and is left out."""
+    typed = click.get_current_context().meta[COMMAND]
+    return shlex.join(["moeify", *(word for word in typed if word != "--resume")])
 
 
 def source_options(command: Command) -> Command:
@@ -28,3 +37,37 @@ example_inputs_option = click.option(
 )
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, nothing else on stdout.")
+
+LAYERS = "all, every:N, last:N, first:N, 0,3-7, or a regex on the paths that moeify inspect shows"
+
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_LARGEST = 10**15  # bytes of a file: a larger number is a slip
+_UNITS = {"": 1, "B": 1, **{f"{prefix}{unit}": base**power for unit, base in (("B", 1000), ("IB", 1024))
+                            for power, prefix in enumerate("KMGT", start=1)}}  # fmt: skip
+
+
+class Dtype(click.Choice[str]):
+    """A dtype by torch's name for it, or the short name that people use."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        names = tuple(names)
+        super().__init__([*names, *(short for short, name in _SHORT.items() if name in names)])
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return torch's name."""
+        found = super().convert(value, param, ctx)
+        return _SHORT.get(found, found)
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes such as 5GB or 500MB."""
+
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse the text."""
+        found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?I?B)?", str(value).upper(), re.ASCII)
+        size = int(float(found[1]) * _UNITS.get(found[2] or "", 0)) if found else 0
+        if not 1 <= size <= _LARGEST:
+            self.fail(f"{value!r} is not a size: write 5GB, 500MB, 10GiB or a number of bytes", param, ctx)
+        return size

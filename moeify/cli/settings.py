@@ -12,10 +12,20 @@ from moeify.config.choice import words
 from moeify.config.presets import PRESETS
 from moeify.errors import ConfigError
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
+_OPTIONS = {"experts", "top_k", "method", "granularity", "shared_experts", "router", "seed"}
+_FIELDS = ", ".join(field for field in MoEConfig.__dataclass_fields__ if field not in _OPTIONS)
 _METHODS, _ROUTERS = (", ".join(words(f"moeify.{package}")) for package in ("methods", "routers"))
-_WORDS = {"true": True, "false": False, "none": None}
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
+RECIPE_SETTINGS = "moeify.set"  # where click's context keeps what a recipe sets
+
+
+def _with_recipe(ctx: click.Context, _: click.Parameter, typed: tuple[str, ...]) -> tuple[str, ...]:
+    """Add what a recipe sets and nobody typed."""
+    names = {text.partition("=")[0] for text in typed}
+    kept = (text for text in ctx.meta.get(RECIPE_SETTINGS, ()) if text.partition("=")[0] not in names)
+    return (*kept, *typed)
 
 
 def config_options(command: F) -> F:
@@ -30,8 +40,10 @@ def config_options(command: F) -> F:
             click.option("--preset", type=click.Choice(PRESETS), help="Start from the settings of a paper."),
             click.option("--router", help=f"What chooses experts: {_ROUTERS}.  [default: {MoEConfig.router}]"),
             click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE",
-                         help="Any other field of MoEConfig, or an option of the router or the method, such as "
-                              "z_loss=1e-3, router.bias_rate=1e-3, method.share=0.3; may be repeated."),
+                         callback=_with_recipe,
+                         help="Another field of MoEConfig, or an option of the router or the method, such as "
+                              "z_loss=1e-3, router.bias_rate=1e-3, method.share=0.3; may be repeated. The fields are "
+                              f"{_FIELDS}."),
             click.option("--seed", type=int, help="Start of all random numbers.  [default: 0]"),
         )
     ):  # fmt: skip
@@ -72,10 +84,10 @@ def _add_setting(typed: dict[str, Any], text: str) -> None:
         key = option
     if key in into:
         raise ConfigError(f"{name} is given twice: once is enough")
-    into[key] = _value(value)
+    into[key] = value_of(value)
 
 
-def _value(text: str) -> object:
+def value_of(text: str) -> object:
     """Read a truth value, None, or a number; anything else is a word."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]

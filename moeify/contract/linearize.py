@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
     WeightTransform,
 )
 
+from moeify.arguments import check_model
 from moeify.errors import RefusedError
 from moeify.layers import Experts
 from moeify.layers.linear_experts import DOWN, GATE, UP, LinearExperts
@@ -54,6 +55,7 @@ def linearize(model: Model) -> Model:
     Raises:
         RefusedError: There are no stacked experts, or they are sharded or quantized.
     """
+    check_model(model)
     found = {path: module for path, module in model.named_modules() if _is_stacked(module)}
     if not found:
         raise RefusedError(f"{type(model).__name__} has no stacked experts: convert it first, or it is linear already")
@@ -85,6 +87,7 @@ def stack(model: Model) -> Model:
     Raises:
         RefusedError: Nothing is linear, or a projection is no `nn.Linear` any more.
     """
+    check_model(model)
     found = {path: module for path, module in model.named_modules() if isinstance(module, LinearExperts)}
     if not found:
         raise RefusedError(f"{type(model).__name__} has no linear experts: there is nothing to stack")

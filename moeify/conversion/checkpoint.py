@@ -13,12 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moeify.checkpoint.folder import CARD
 from moeify.checkpoint.safetensors_file import encode_header
 from moeify.checkpoint.shards import OutTensor, plan_shards
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.checkpoint.writer import write_checkpoint
 from moeify.config import MoEConfig
 from moeify.contract.model import describe
+from moeify.conversion.card import model_card
+from moeify.conversion.cost import least_bytes
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.output_tensors import output_tensors
 from moeify.conversion.refusals import check_convertible
@@ -26,7 +29,7 @@ from moeify.conversion.rehearsal import rehearse
 from moeify.errors import ConfigError
 from moeify.families.native import native_config
 from moeify.families.table import FAMILIES, MOEIFY, choose_target
-from moeify.files.staging import staged_folder
+from moeify.files.staging import check_space, staged_folder
 from moeify.plan import Plan
 from moeify.planning.make_plan import make_plan, plan_sites
 
@@ -43,6 +46,7 @@ class Output:
         dtype: The safetensors name of the dtype to store floating-point tensors in; None keeps the source's.
         overwrite: Replace `folder` if it is a model folder.
         resume: Go on where an interrupted run stopped.
+        command: The command that asked for it, for the model card.
     """
 
     folder: Path
@@ -50,6 +54,7 @@ class Output:
     dtype: str | None = None
     overwrite: bool = False
     resume: bool = False
+    command: str | None = None
 
 
 def _ignore(_: object) -> None: ...
@@ -135,6 +140,7 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
         CheckpointError: The source lacks a tensor or changes meanwhile, or the output cannot be written.
     """
     source, dtype = dense.source, output.dtype
+    check_space(output.folder, least_bytes(dense, plan, dtype))  # at once: listing millions of tensors takes minutes
     tensors = list(output_tensors(dense, plan, dtype, callbacks.unused))
     total = sum(_file_bytes(shard.tensors) for shard in plan_shards(tensors, output.shard_size))
     callbacks.total(total)
@@ -154,6 +160,7 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
         _write_json(folder / "config.json", output_config(dense, plan, dtype))
         proof = callbacks.check(folder)
         _write_json(folder / PLAN_FILE, {**plan.to_dict(), "cast_to": dtype, "verification": proof})
+        (folder / CARD).write_text(model_card(dense, plan, output.folder.name, proof, output.command), "utf-8")
         source.check_unchanged()
 
 

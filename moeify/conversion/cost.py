@@ -81,6 +81,22 @@ def moe_cost(dense: DenseCheckpoint, plan: Plan) -> Cost:
     )
 
 
+def least_bytes(dense: DenseCheckpoint, plan: Plan, dtype: str | None = None) -> int:
+    """Return the bytes of the experts' weights alone, from the plan: no tensor is listed.
+
+    Args:
+        dense: The dense checkpoint.
+        plan: What is converted.
+        dtype: The safetensors name of the dtype to store them in; None for the source's.
+    """
+    copies = Fraction(plan.config.experts, plan.config.granularity)
+    total = 0
+    for site in plan.sites:
+        rows = sum(len(range(up.start, up.stop, up.step)) for up in site.ups) + site.intermediate
+        total += rows * site.hidden * ITEMSIZE[dtype or dense.info(site.down.parameter).dtype]
+    return int(copies * total)
+
+
 class _Change(NamedTuple):
     """A tensor more or less: parameters, the share of them that one token meets, or bytes besides theirs."""
 

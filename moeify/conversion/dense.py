@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 from transformers import PreTrainedModel
 
+from moeify.arguments import check_model
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import TensorInfo
 from moeify.passes.ffn import Inspection
@@ -97,6 +98,8 @@ def find_ffns(model: nn.Module, example_inputs: Inputs | None = None) -> Inspect
     """Find the dense FFNs of a model, and say of everything that looks like one why it is not (see `Dense`).
 
     Raises:
+        ConfigError: It is no model.
         MoeifyError: The model cannot be traced.
     """
+    check_model(model)
     return Dense(model, example_inputs).inspection

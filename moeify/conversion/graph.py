@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from moeify.arguments import check_config
 from moeify.config import MoEConfig
 from moeify.conversion.layout import fill_layer, layer_tensors
 from moeify.conversion.restructure import read
-from moeify.errors import MoeifyError, RefusedError
+from moeify.errors import ConfigError, MoeifyError, RefusedError
 from moeify.passes.base import copy_graph
 from moeify.passes.ffn import Inspection
 from moeify.passes.find_ffn import find_ffns_in
@@ -49,9 +50,10 @@ def convert_graph(
 
     Raises:
         RefusedError: No FFN was found.
-        ConfigError: The selection matches nothing.
+        ConfigError: The selection matches nothing, or an argument is of another kind.
         MoeifyError: A graph of `symbolic_trace` came without inputs.
     """
+    check_config(config)
     dense = _aten(graph, example_inputs)
     found = find_ffns_in(dense)
     _refuse_blocks(dense, found)
@@ -64,6 +66,11 @@ def convert_graph(
 
 def _aten(graph: torch.export.ExportedProgram | fx.GraphModule, example_inputs: Inputs | None) -> fx.GraphModule:
     """Return an ATen graph of our own that shares the parameters, in the mode that it was traced in."""
+    if not isinstance(graph, torch.export.ExportedProgram | fx.GraphModule):
+        raise ConfigError(
+            f"graph is a {type(graph).__name__}: expected an exported program: pass torch.export.export(model, args), "
+            "or convert the model in place by moeify.convert"
+        )
     if isinstance(graph, torch.export.ExportedProgram):
         found = graph.module(check_guards=False)
     elif any("val" in node.meta for node in graph.graph.nodes if node.op == "call_function"):

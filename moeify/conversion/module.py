@@ -8,6 +8,7 @@ from operator import attrgetter
 from torch import fx, nn
 from torch.optim import Optimizer
 
+from moeify.arguments import check_config
 from moeify.config import MoEConfig
 from moeify.contract.model import prefer_ours, remember
 from moeify.conversion.dense import Dense
@@ -45,11 +46,11 @@ def convert(
         The same model. `repr` shows the new layers.
 
     Raises:
-        RefusedError: No FFN was found, or one cannot be replaced without changing something else, or the optimizer's
-            state cannot follow.
+        RefusedError: No FFN was found, one cannot be replaced alone, or the optimizer's state cannot follow.
         MoeifyError: The model cannot be traced.
-        ConfigError: The selection matches nothing.
+        ConfigError: The selection matches nothing, or an argument is of another kind.
     """
+    check_config(config)
     check_convertible(model)
     dense = Dense(model, example_inputs)
     plan = make_plan(model, dense.graph_module, dense.inspection, config, layers)

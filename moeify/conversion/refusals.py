@@ -7,12 +7,14 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
+from moeify.arguments import check_model
 from moeify.errors import RefusedError
 from moeify.layers import MoELayer
 from moeify.plan import Plan, Site
 
 # Whoever holds parameters or compiled code of the model inside would go on using the dense FFNs.
 _WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+_ADAPTED = {"PeftModel", "BaseTunerLayer"}  # of PEFT
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
           "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")  # fmt: skip
 _PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -20,11 +22,13 @@ _WEIGHTS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def check_convertible(model: nn.Module) -> None:
-    """Refuse a model that is wrapped, converted already, quantized or offloaded; it need not be traced for that.
+    """Refuse a model that is wrapped, adapted, converted already, quantized or offloaded, before it is traced.
 
     Raises:
         RefusedError: It is.
+        ConfigError: It is no model.
     """
+    check_model(model)
     for path, module in model.named_modules():
         where = path or type(model).__name__
         kinds = {kind.__name__ for kind in type(module).__mro__}
@@ -33,6 +37,10 @@ def check_convertible(model: nn.Module) -> None:
             raise RefusedError(f"{where} is wrapped ({wrapper}): convert the model inside, then wrap it")
         if isinstance(module, MoELayer):
             raise RefusedError(f"{where} is converted already: convert the dense model, with all layers at once")
+        if kinds & _ADAPTED:
+            raise RefusedError(
+                f"{where} has adapters of PEFT: merge the adapters first (model.merge_and_unload()), and convert that"
+            )
         if hasattr(module, "_hf_hook"):
             raise RefusedError(
                 f"{where} is moved between devices by accelerate: load the model without offloading and convert it then"

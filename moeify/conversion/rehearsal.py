@@ -11,6 +11,7 @@ from moeify.errors import MoeifyError, RefusedError, first_line
 from moeify.layers import MoELayer
 from moeify.layers.model_inputs import ModelInputs
 from moeify.plan import Plan
+from moeify.planning.placement import GRAPH_INSTEAD
 from moeify.tracing.exporting import run_without_values
 from moeify.tracing.inputs import candidate_inputs
 from moeify.tracing.trace import UNTRACED, Inputs, meta_twin, trace
@@ -69,4 +70,4 @@ def _check_training(twin: nn.Module, dense: Dense) -> None:
 
 def _refusal(reason: str) -> RefusedError:
     why = reason.split("; pass example_inputs")[0]  # that advice is for a caller of `trace`
-    return RefusedError(f"the converted model does not run ({why}); convert the graph instead")
+    return RefusedError(f"the converted model does not run ({why}); {GRAPH_INSTEAD}")

@@ -48,6 +48,9 @@ def export_onnx(
         VerificationError: the graph gave other results than PyTorch.
         CheckpointError: the file cannot be written.
     """
+    from moeify.arguments import check_model  # loads torch, which checking a request does without
+
+    check_model(model)
     dtypes = {(p.dtype.itemsize, str(p.dtype)) for p in model.parameters() if p.is_floating_point()}
     _, narrowest = min(dtypes, default=(4, "torch.float32"))
     request = check_request(Path(path), target, quantize, narrowest.removeprefix("torch."), overwrite=overwrite)

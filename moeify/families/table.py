@@ -10,13 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-import torch
-
 from moeify.config import MoEConfig
 from moeify.config.contracts import StartValue
 from moeify.errors import ConfigError, RefusedError
 from moeify.plan import Plan, Site
-from moeify.routing.logits import router_init
 
 Config = Mapping[str, Any]
 
@@ -79,7 +76,6 @@ _UNSAID = (
     "router", "capacity_factor", "eval_capacity_factor", "shared_experts", "balance", "divide_loss_by_top_k",
     "balance_level", "z_loss", "attach_losses", "jitter", "expert_dropout",
 )  # fmt: skip
-_DEFAULTS = MoEConfig(1, 1)
 
 _LANGUAGE_MODEL = Condition(
     lambda config: all(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ()),
@@ -139,11 +135,15 @@ _SHARED_SIZE = 128  # of the shared expert that qwen2_moe insists on; ours outpu
 
 def _idle_rows(name: str, site: Site, config: MoEConfig) -> StartValue:
     """Start a projection of the shared expert with random values, ready to be trained."""
+    from moeify.routing.logits import router_init  # the command line lists the families, and needs no torch for that
+
     shape = (_SHARED_SIZE, site.hidden)
     return StartValue(shape, None, lambda: router_init(shape, config.seed, name), short=True)
 
 
 def _zeros(*shape: int) -> StartValue:
+    import torch
+
     return StartValue(shape, None, lambda: torch.zeros(shape), short=True)
 
 
@@ -200,6 +200,17 @@ def layer_number(site: Site) -> int:
     return next(int(part) for part in site.path.split(".") if part.isdigit())
 
 
+def check_target(wanted: str) -> None:
+    """Check the word for a format (see `choose_target`).
+
+    Raises:
+        ConfigError: There is no such format.
+    """
+    words = ("auto", MOEIFY, *FAMILIES)
+    if wanted not in words:
+        raise ConfigError(f"--to {wanted}: expected {', '.join(words)}")
+
+
 def choose_target(plan: Plan, config: Config, wanted: str) -> str:
     """Return the checkpoint format to write.
 
@@ -212,12 +223,11 @@ def choose_target(plan: Plan, config: Config, wanted: str) -> str:
         ConfigError: There is no such family.
         RefusedError: The wanted family would not be exact; the message says which condition fails.
     """
+    check_target(wanted)
     if wanted == MOEIFY:
         return MOEIFY
     if wanted == "auto":
         return next((name for name, family in FAMILIES.items() if not why_not(family, plan, config)), MOEIFY)
-    if wanted not in FAMILIES:
-        raise ConfigError(f"--to {wanted}: expected auto, moeify, {', '.join(FAMILIES)}")
     reason = why_not(FAMILIES[wanted], plan, config)
     if reason:
         raise RefusedError(f"--to {wanted} would not be exact for this {plan.model_type}: {reason}")
@@ -240,9 +250,10 @@ def why_not(family: Family, plan: Plan, config: Config) -> str | None:
         return f"{dense} of its layers stay dense, and every layer of {family.model_type} is an MoE"
     if not plan.config.renormalize and not family.any_layer:
         return f"{family.model_type} always renormalizes the weights of the chosen experts"
+    defaults = MoEConfig(1, 1)
     for field in _UNSAID:
         value = getattr(plan.config, field)
-        if value != getattr(_DEFAULTS, field):
+        if value != getattr(defaults, field):
             said = getattr(value, "name", value)  # a router's word, and not all of its options
             return f"{family.model_type} has no place for {field} = {said!r}; moeify format holds it"
     return None

@@ -8,6 +8,8 @@ INDEX_BYTES = 128_000_000  # largest: 17 MB, 180,000 tensors of an MoE with 384 
 HEADER_BYTES = 100_000_000  # largest: 25 MB, the same in one file; the safetensors library has this limit too
 PLAN_BYTES = 64_000_000  # largest: 0.2 MB, 126 layers
 INPUTS_BYTES = 64_000_000  # example inputs; largest: a few values for each of 100,000 tokens
+CARD_BYTES = 8_000_000  # a README.md; largest: about 1 MB
+YAML_BYTES = 200_000  # a recipe, or the front matter of a README.md; largest: about 100,000, of results
 SIDE_FILE_BYTES = 256_000_000  # largest: 33 MB, the tokenizer.json of 262,000 tokens
 
 JSON_DEPTH = 64  # largest: about 8, a config of several models with rotary settings

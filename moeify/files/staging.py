@@ -99,6 +99,17 @@ def check_folder(dst: str | Path, *, overwrite: bool) -> None:
         _check_folder(target, overwrite=overwrite)
 
 
+def check_space(dst: str | Path, nbytes: int) -> None:
+    """Check before any work that there is space for an output folder of at least so many bytes.
+
+    Raises:
+        CheckpointError: There is not.
+    """
+    target = _resolved(dst)
+    with _explained(target, (target.name,)):
+        _check_space(WorkFolder(target).new / target.name, target, nbytes)
+
+
 def check_file(path: str | Path, *, overwrite: bool, companion: str = "") -> None:
     """Check the place of an output file before any work, and put in order what a killed run left there.
 
@@ -243,8 +254,9 @@ def _check_file(target: Path, names: Sequence[str], *, overwrite: bool) -> None:
 
 
 def _check_space(folder: Path, target: Path, nbytes: int) -> None:
-    missing = nbytes - sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    free = shutil.disk_usage(folder).free
+    kept = folder.iterdir() if folder.is_dir() else ()
+    missing = nbytes - sum(path.stat().st_size for path in kept if path.is_file())
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if missing > free:
         raise CheckpointError(
             f"not enough space on the disk of {target.parent}: {missing / 1e6:,.0f} MB are needed, "

@@ -11,8 +11,8 @@ from moeify.contract.found import find_layers
 from moeify.conversion.cost import model_cost
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.summary import Summary, summarize
+from moeify.hub.loading import load_structure
 from moeify.hub.registration import register
-from moeify.hub.structure import load_structure
 from moeify.plan import stored_plan
 
 

@@ -27,16 +27,16 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint: dense, native MoE or in moeify format; every tensor must have its place.
 
     Args:
-        path: A model folder or a GGUF file.
-        kwargs: For `from_pretrained` (`dtype`, `device_map`, …).
+        path: A model folder, a GGUF file, or a hub id, which is looked for in the hub's cache and then downloaded.
+        kwargs: For `from_pretrained` (`dtype`, `device_map`, `revision`, …).
 
     Raises:
-        CheckpointError: A tensor is missing, unexpected or of another shape, where transformers would only log it.
+        CheckpointError: A tensor is missing, unexpected or of another shape, where transformers would only log it; or
+            there is no such model.
     """
-    path = Path(path)
-    with open_source(path) as source:
+    with open_source(path, revision=kwargs.pop("revision", None)) as source:
         cls = model_class(source.config)
-    return load_strictly(cls, path, **kwargs)
+    return load_strictly(cls, source.path, **kwargs)
 
 
 def load_sparingly(path: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -22,6 +22,8 @@ from moeify.passes.matching.operators import TRANSPARENT, has, op_name
 from moeify.passes.matching.projection import Projection
 from moeify.passes.matching.region import region_parameters
 
+GRAPH_INSTEAD = "convert the graph instead: moeify.convert_graph(torch.export.export(model, args), config)"
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -135,7 +137,7 @@ class Placer:
         for name, path in held.items():
             if path not in paths or path == ffn.name:
                 raise RefusedError(f"{ffn.name or 'the model'}: its activation reads {name}, which no module of the "
-                                   "activation holds; convert the graph instead")  # fmt: skip
+                                   "activation holds; " + GRAPH_INSTEAD)  # fmt: skip
         return tuple(dict.fromkeys(held.values()))
 
     def _leaf(self, projection: Projection, ffn: FFN) -> str:
@@ -144,9 +146,7 @@ class Placer:
         work = [n for n in self._work(stack[-1] if stack else "") if not has(n, TRANSPARENT)]
         if not stack or len(work) != len(ffn.calls) * len(own):
             where = ffn.name or "the model"
-            raise RefusedError(
-                f"{where}: its projection `{projection.node.name}` is not a module; convert the graph instead"
-            )
+            raise RefusedError(f"{where}: its projection `{projection.node.name}` is not a module; {GRAPH_INSTEAD}")
         return stack[-1]
 
     def _work(self, path: str) -> list[fx.Node]:
@@ -162,12 +162,12 @@ def _check_handing(ffn: FFN) -> None:
             if flow.shape(up.source) != flow.shape(call.down.node):
                 raise RefusedError(
                     f"{where}: `{call.down.node.name}` has another shape than what `{up.node.name}` reads; "
-                    "convert the graph instead"
+                    f"{GRAPH_INSTEAD}"
                 )
     order = sorted((p.node, number) for number, call in enumerate(ffn.calls) for p in (*call.ups, call.down))
     numbers = [number for _, number in order]
     if numbers != sorted(numbers):
-        raise RefusedError(f"{where}: its block calls it again before it is done; convert the graph instead")
+        raise RefusedError(f"{where}: its block calls it again before it is done; {GRAPH_INSTEAD}")
 
 
 def _transparent_inputs(source: fx.Node) -> list[fx.Node]:

@@ -24,26 +24,38 @@ def select_layers(spec: str, paths: Sequence[str]) -> list[int]:
     Raises:
         ConfigError: The selection is malformed or matches nothing.
     """
+    check_selection(spec)
     numbers = range(len(paths))
     chosen: Sequence[int] = numbers
     if counted := _COUNTED.fullmatch(spec):
-        word, text = counted.groups()
-        size = _number(text) if text.isascii() and text.isdigit() else 0
-        if size < 1:
-            raise ConfigError(f"layers {spec[:_SHOWN]!r}: expected a positive number after the colon")
+        word, size = counted[1], _number(counted[2])
         chosen = {"every": numbers[size - 1 :: size], "last": numbers[-size:], "first": numbers[:size]}[word]
     elif _NUMBERS.fullmatch(spec):
         chosen = sorted({number for part in spec.split(",") for number in _range(part, len(paths))})
     elif spec != "all":
-        try:
-            chosen = [number for number, path in enumerate(paths) if re.search(spec, path)]
-        except (re.error, RecursionError, OverflowError) as error:
-            shown = f"layers {spec[:_SHOWN]!r}"
-            raise ConfigError(f"{shown} is not a selection and not a regular expression: {error}") from error
+        chosen = [number for number, path in enumerate(paths) if re.search(spec, path)]
     if not chosen:
         example = f"{paths[0]} … {paths[-1]}" if paths else "none"
         raise ConfigError(f"layers {spec[:_SHOWN]!r} selects none of the {len(paths)} FFNs ({example})")
     return list(chosen)
+
+
+def check_selection(spec: str) -> None:
+    """Check what can be checked of a selection without a model.
+
+    Raises:
+        ConfigError: It is malformed.
+    """
+    shown = f"layers {spec[:_SHOWN]!r}"
+    if counted := _COUNTED.fullmatch(spec):
+        text = counted[2]
+        if not (text.isascii() and text.isdigit() and _number(text) >= 1):
+            raise ConfigError(f"{shown}: expected a positive number after the colon")
+    elif is_pattern(spec):
+        try:
+            re.compile(spec)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"{shown} is not a selection and not a regular expression: {error}") from error
 
 
 def is_pattern(spec: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeify.arguments import check_model
 from moeify.checkpoint.source import Source, open_source
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.conversion.dense import DenseCheckpoint
@@ -45,7 +46,10 @@ def verify(
 
     Raises:
         VerificationError: The outputs have different shapes.
+        ConfigError: One of them is no model.
     """
+    check_model(dense, "dense")
+    check_model(moe, "moe")
     arguments = random_inputs(dense) if inputs is None else inputs
     with recording(dense, chains_of(moe)) as calls:
         expected = run(dense, arguments)

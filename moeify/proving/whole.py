@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from moeify.checkpoint.source import Source, open_source
 from moeify.errors import ConfigError, VerificationError, told_as
+from moeify.hub.loading import load_structure
 from moeify.hub.streaming import load_streamed
-from moeify.hub.structure import load_structure
 from moeify.plan import stored_plan
 from moeify.pretrained import load_tokenizer
 from moeify.proving.layers import Calls, Chains, chains_of, comparing, recording, reports

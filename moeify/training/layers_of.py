@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from moeify.arguments import check_model
 from moeify.contract.found import FoundLayer, find_layers
 from moeify.contract.track import Tracking, track
 from moeify.errors import MoeifyError
@@ -15,7 +16,9 @@ def layers_of(model: nn.Module) -> dict[str, FoundLayer]:
 
     Raises:
         MoeifyError: There is none.
+        ConfigError: It is no model.
     """
+    check_model(model)
     found = find_layers(model)
     if not found:
         raise MoeifyError(f"{type(model).__name__} has no MoE layer: convert it first")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeify.arguments import check_model
 from moeify.contract.found import FoundLayer
 from moeify.contract.outputs import ASK, COEFFICIENT, RouterOutputs
 from moeify.contract.watch import stock_losses
@@ -39,6 +40,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         MoeifyError: No layer has run yet, or a layer that is trained ran without gradients.
         ConfigError: The model adds the loss to its own already, or its config has no coefficient.
     """
+    check_model(model)
     first = next(model.parameters())
     total = torch.zeros((), dtype=torch.float32, device=first.device)
     if not any(_asks(layer) for layer in layers_of(model).values()):

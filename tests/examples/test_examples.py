@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from tests.moeify import tiny
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRAINING = sorted(path.parent.name for path in EXAMPLES.glob("*/run.py"))
+RECIPES = sorted(path.stem for path in EXAMPLES.glob("recipes/*.py") if path.stem != "common")
 NOT_RUN = {
     "onnx/cuda_graph.py": "needs a GPU and onnxruntime-gpu",
+    "recipes/common.py": "no program: what the recipes share",
     "small_lm.py": "no program: what the training examples share",
 }
 
@@ -45,6 +48,22 @@ def test_a_training_example_runs(
     assert len(table) == 2 + rows_of_one_seed(written)
     assert not re.search(r"\bnan\b|\binf\b", "\n".join(table))
     assert files() == before
+
+
+@pytest.mark.filterwarnings("ignore")  # of other libraries about each other
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains(name: str, tmp_path: Path) -> None:
+    """The converted model has the dense one's loss; what is saved, and what is resumed, is what was trained."""
+    command = [sys.executable, "-W", "ignore", "-m", f"examples.recipes.{name}", "--fast", "--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = {words: float(number) for words, number in re.findall(r"([a-z][a-z ]*):? (\d+\.\d+)", done.stdout)}
+    same = {"loop": ("loss: dense", "converted"), "fsdp2": ("two steps more", "resumed in a new model")}
+    if name in same:
+        first, second = (said[words.removeprefix("loss: ")] for words in same[name])
+        assert first == pytest.approx(second, abs=2e-4)
+    if "loaded again" in said:
+        assert said["loaded again"] == pytest.approx(said.get("trained", said.get("tuned")), abs=2e-4)
 
 
 def rows_of_one_seed(lines: list[str]) -> int:
@@ -79,7 +98,8 @@ def test_an_exported_model_generates_without_moeify(
 
 def test_every_program_is_run_or_its_reason_is_given() -> None:
     programs = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py")}
-    assert programs == {f"{name}/run.py" for name in TRAINING} | {"onnx/generate.py"} | set(NOT_RUN)
+    run_here = {f"{name}/run.py" for name in TRAINING} | {f"recipes/{name}.py" for name in RECIPES}
+    assert programs == run_here | {"onnx/generate.py"} | set(NOT_RUN)
 
 
 def test_the_overview_names_every_example() -> None:

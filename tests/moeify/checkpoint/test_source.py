@@ -146,20 +146,21 @@ def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no connection\nand a long story")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    assert "nobody/nothing is not a folder here and cannot be downloaded from the hub: no connection" in refusal(
-        "nobody/nothing"
-    )
+    reason = refusal("nobody/nothing")
+    assert reason.startswith("nobody/nothing is not a folder here, not in the hub's cache ")
+    assert reason.endswith(", and cannot be downloaded from the hub: no connection")
 
 
 def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    def download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
+    def download(repo_id: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append([*allow_patterns, revision])
         return str(write_model(tmp_path))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert open_source("nobody/something").path == tmp_path
+    assert open_source("nobody/something", revision="v1").path == tmp_path
+    assert asked[0].pop() == "v1"
     assert not any("bin" in pattern for pattern in asked[0])
 
 

@@ -9,7 +9,7 @@ import moeify
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import plan_checkpoint
-from moeify.conversion.cost import Cost, dense_cost, moe_cost
+from moeify.conversion.cost import Cost, dense_cost, least_bytes, moe_cost
 from moeify.conversion.dense import DenseCheckpoint
 from tests.moeify import tiny
 
@@ -79,3 +79,13 @@ def test_active_parameters_of_shards_with_biases(tmp_path: Path) -> None:
 def test_a_native_checkpoint_costs_what_the_same_layers_cost_in_moeify_format(tmp_path: Path) -> None:
     src = tiny.save(tiny.build("llama"), tmp_path / "src")
     assert costs(src, CONFIG, "mixtral") == costs(src, CONFIG, "moeify")
+
+
+@pytest.mark.parametrize(("name", "granularity"), [("llama", 1), ("llama", 3), ("phi3", 1), ("gpt2", 1)])
+def test_the_least_that_is_written_is_the_experts(name: str, granularity: int, tmp_path: Path) -> None:
+    config = MoEConfig(6, 3, granularity=granularity)
+    with open_source(tiny.save(tiny.build(name), tmp_path / "src")) as source:
+        dense = DenseCheckpoint(source)
+        plan = plan_checkpoint(dense, config, target="moeify")
+        least = 6 // granularity * (2 + (name != "gpt2")) * tiny.HIDDEN * tiny.INTERMEDIATE * tiny.LAYERS
+        assert (least_bytes(dense, plan), least_bytes(dense, plan, "BF16")) == (4 * least, 2 * least)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import Callbacks, check_plan, plan_checkpoint
 from moeify.conversion.dense import Dense, DenseCheckpoint
-from moeify.errors import ConfigError, RefusedError
+from moeify.errors import CheckpointError, ConfigError, RefusedError
 from moeify.plan import Plan
 from tests.moeify import tiny
 
@@ -22,6 +23,18 @@ CONFIG = MoEConfig(experts=3, top_k=2)
 
 class Stopped(KeyboardInterrupt):
     """Stands for a signal."""
+
+
+def test_a_disk_that_is_too_small_is_known_from_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listed(*_: object) -> None:
+        raise AssertionError("tensors were listed before the space was looked at")
+
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    monkeypatch.setattr(applier, "output_tensors", listed)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(CheckpointError, match="not enough space on the disk"):
+        tiny.convert_files(src, tmp_path / "some/moe", MoEConfig(500, 2))
+    assert list(tmp_path.iterdir()) == [src]
 
 
 @pytest.mark.parametrize("shard_size", [10**9, 60_000, 1])

@@ -32,6 +32,23 @@ def test_every_format_loads_in_evaluation_mode(tmp_path: Path, target: str) -> N
     assert tiny.relative(tiny.logits(model, "llama"), tiny.logits(dense, "llama")) < TOLERANCE["float32"]
 
 
+def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    dense = tiny.build("llama")
+    kept = tmp_path / "hub/models--org--name"
+    tiny.save(dense, kept / "snapshots/0123")
+    (kept / "refs").mkdir()
+    (kept / "refs/main").write_text("0123")
+    model = moeify.load("org/name", dtype=torch.float32)
+    assert torch.equal(tiny.logits(model, "llama"), tiny.logits(dense, "llama"))
+    for name, revision in (("org/other", None), ("org/name", "v2")):
+        with pytest.raises(CheckpointError, match=f"{name} is not a folder here, not in the hub's cache {tmp_path}"):
+            moeify.load(name, revision=revision)
+    with pytest.raises(CheckpointError, match="no/such/folder does not exist: give a model folder"):
+        moeify.load("no/such/folder")
+
+
 def drop(tensors: dict[str, torch.Tensor]) -> None:
     del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
 
