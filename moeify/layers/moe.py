@@ -206,6 +206,7 @@ class SparseMoE(MoELayer):
             return
         wrong_TE = ~torch.isfinite(logits_TE if mask_T is None else logits_TE[mask_T])
         if wrong_TE.any():
+            self.dispatcher.abandon(logits_TE.device)
             raise MoeifyError(
                 f"{self.path or 'an MoE layer'}: {int(wrong_TE.any(-1).sum())} of {len(wrong_TE)} tokens have a router "
                 "logit that is NaN or infinite; look for what made the activations or the router's weight so"
