@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from moeify.export.report import OnnxReport
     from moeify.hub.loading import load
     from moeify.hub.registration import register
+    from moeify.parallel.clipping import clip_grad_norm_
+    from moeify.parallel.saving import save
+    from moeify.parallel.shard import parallelize
     from moeify.plan import Plan
     from moeify.proving.proof import VerifyReport, verify
     from moeify.training.bias import attach_bias_update, update_selection_bias
@@ -42,6 +45,7 @@ _HOME = {
     "VerifyReport": "proving.proof",
     "attach_bias_update": "training.bias",
     "aux_loss": "training.losses",
+    "clip_grad_norm_": "parallel.clipping",
     "convert": "conversion.module",
     "convert_graph": "conversion.graph",
     "export_onnx": "export.onnx_file",
@@ -49,9 +53,11 @@ _HOME = {
     "freeze": "training.control",
     "linearize": "contract.linearize",
     "load": "hub.loading",
+    "parallelize": "parallel.shard",
     "param_groups": "training.control",
     "register": "hub.registration",
     "routing_stats": "training.stats",
+    "save": "parallel.saving",
     "scale_attached_losses": "training.losses",
     "set_capacity": "training.control",
     "stack": "contract.linearize",
@@ -72,6 +78,7 @@ __all__ = [
     "VerifyReport",
     "attach_bias_update",
     "aux_loss",
+    "clip_grad_norm_",
     "convert",
     "convert_graph",
     "export_onnx",
@@ -80,10 +87,12 @@ __all__ = [
     "linearize",
     "load",
     "methods",
+    "parallelize",
     "param_groups",
     "register",
     "routers",
     "routing_stats",
+    "save",
     "scale_attached_losses",
     "set_capacity",
     "stack",

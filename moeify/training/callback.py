@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from moeify.contract.track import Tracking
@@ -25,7 +26,7 @@ class RoutingCallback(TrainerCallback):
     logs to every place that the trainer reports to. It also moves the selection biases after each optimizer step, and
     scales attached losses by the accumulation steps and the gradient scaler, as the trainer scales its own loss.
 
-    Logged, over the last forward pass and averaged over layers: `moe_load_max` and `moe_load_min`, the shares of the
+    Logged, over the last forward pass of all ranks and averaged over layers: `moe_load_max` and `moe_load_min`, the shares of the
     busiest and the idlest expert; `moe_entropy`, in nats; `moe_dropped`, the share of choices that were dropped;
     `moe_idle`, experts without a token, summed over layers; `moe_balance` and `moe_z`, the losses without coefficients.
 
@@ -66,7 +67,8 @@ class RoutingCallback(TrainerCallback):
     ) -> None:
         """Log beside the training loss; what is logged here has no loss, so it does not call itself."""
         if logs and "loss" in logs:
-            self.trainer.log(summary(routing_stats(self._model), each=self.layers))
+            group = dist.group.WORLD if dist.is_initialized() else None  # every rank logs, and the first one writes
+            self.trainer.log(summary(routing_stats(self._model, group), each=self.layers))
 
 
 def summary(stats: dict[str, LayerStats], *, each: bool = False) -> dict[str, float]:
