@@ -97,7 +97,7 @@ class Watch:
         scores_TE = scores_of(seen.logits_TE, self._scoring or "softmax")
         weights_TK = scores_TE.gather(-1, seen.expert_ids_TK) if seen.weights_TK is None else seen.weights_TK
         routing = Routing(seen.expert_ids_TK, weights_TK, seen.logits_TE, scores_TE)
-        return ForwardRecord(routing, seen.mask_T, seen.sequences, seen.dropped)
+        return ForwardRecord(routing, seen.mask_T, seen.sequences, dropped=seen.dropped)
 
     def losses(self) -> dict[str, Tensor]:
         """Return the losses of the last forward pass, without coefficients, on the scale of transformers' losses."""

@@ -36,8 +36,8 @@ def check_agreement(model: nn.Module, problem: MoeifyError | None) -> None:
             first, other = (found.get(name, "missing") for found in (everyone[0], theirs))
             if first != other:
                 raise ConfigError(
-                    f"rank 0 and rank {rank} differ in {name} ({first} and {other}): make the same model on every rank, "
-                    "with the same settings, and the same seed or checkpoint"
+                    f"rank 0 and rank {rank} differ in {name} ({first} and {other}): make the same model on "
+                    "every rank, with the same settings, and the same seed or checkpoint"
                 )
 
 

@@ -33,7 +33,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     for parameter in model.parameters():
         if parameter.grad is not None:
             groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
-    norms = [_whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups.values()]
+    norms = [
+        _whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups.values()
+    ]
     if not norms:
         return torch.zeros(())
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))

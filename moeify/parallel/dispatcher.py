@@ -4,8 +4,8 @@ Choices are sorted by expert, and ranks own experts in a row, so each rank gets 
 the tokens of all ranks. An expert then adds up in the order in which one process would: its gradients are equal to the
 last bit. The owner multiplies by the weight, so that the sender keeps no results for backward.
 
-Shape legend: T tokens, H hidden size, K choices per token, S = T·K choices in the experts' order, P of them kept, R rows
-received, n ranks, e experts on each.
+Shape legend: T tokens, H hidden size, K choices per token, S = T·K choices in the experts' order, P of them kept,
+R rows received, n ranks, e experts on each.
 """
 
 from __future__ import annotations

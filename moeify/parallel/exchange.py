@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -73,11 +73,15 @@ class Link:
         return got
 
 
+class _Context(Protocol):
+    back: tuple[Link, Sequence[int], Sequence[int]]
+
+
 class _Exchange(torch.autograd.Function):
     """Backward sends the gradients the same ways back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, link: Link, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, link: Link, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         ctx.back = link, received, sent
         got = x.new_empty((sum(received), *x.shape[1:]))
         with link.told():
@@ -85,6 +89,6 @@ class _Exchange(torch.autograd.Function):
         return got
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         link, sent, received = ctx.back
         return link.exchange(grad, sent, received), None, None, None

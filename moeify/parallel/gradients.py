@@ -6,7 +6,7 @@ mean over ranks from DDP or FSDP. So the experts' are divided by n here, whateve
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,14 +34,14 @@ class LocalWeights:
         experts.register_forward_pre_hook(self._show)
         experts.register_forward_hook(self._hide, always_call=True)
 
-    def _show(self, experts: nn.Module, args: tuple[Any, ...]) -> None:
+    def _show(self, experts: nn.Module, args: tuple[object, ...]) -> None:
         """Put plain tensors where attributes are looked up before parameters are: every implementation reads them."""
         for module in experts.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module.__dict__[name] = self._seen(parameter, managed=isinstance(experts, FSDPModule))
 
-    def _hide(self, experts: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def _hide(self, experts: nn.Module, args: tuple[object, ...], output: object) -> None:
         for module in experts.modules():
             for name in module._parameters:
                 module.__dict__.pop(name, None)
@@ -66,16 +66,22 @@ class LocalWeights:
         return seen
 
 
+class _Context(Protocol):
+    count: int
+    group: dist.ProcessGroup | None
+    path: str
+
+
 class _Mean(torch.autograd.Function):
     """The tensor itself; its gradient is summed over a group, if there is one, and divided by a count."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int, group: dist.ProcessGroup | None, path: str) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, count: int, group: dist.ProcessGroup | None, path: str) -> Tensor:
         ctx.count, ctx.group, ctx.path = count, group, path
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         grad = grad / ctx.count
         if ctx.group is not None:
             with told_as(f"{ctx.path}: rank {dist.get_rank()} could not add its gradients to those of the other ranks"):

@@ -68,5 +68,12 @@ def ranks_of(mesh: object) -> Ranks:
             "data-parallel dimensions only"
         )
     copies_nM = torch.movedim(root.mesh, dims.index(EP), 0).flatten(1) if root.ndim > 1 else root.mesh[:, None]
-    copies = dist.new_subgroups_by_enumeration(copies_nM.tolist())[0] if copies_nM.shape[1] > 1 else None
-    return Ranks(mesh, mesh.get_group(), copies)
+    return Ranks(mesh, mesh.get_group(), _group_of(copies_nM.tolist()))
+
+
+def _group_of(each: list[list[int]]) -> dist.ProcessGroup | None:
+    """Make a group of each list of ranks, and return this rank's; None if they have one rank each."""
+    if len(each[0]) == 1:
+        return None
+    groups = {dist.get_rank() in ranks: dist.new_group(ranks) for ranks in each}
+    return groups[True]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ class NoiseOfRank:
     """
 
     def __init__(self) -> None:
-        self._fork: Any = None
+        self._fork: AbstractContextManager[None] | None = None
 
     def attach(self, layer: nn.Module) -> None:
         """Do so in each training forward pass of a layer."""
@@ -33,7 +33,7 @@ class NoiseOfRank:
         self._fork.__enter__()
         torch.manual_seed(seed + dist.get_rank())
 
-    def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def _leave(self, layer: nn.Module, args: tuple[object, ...], output: object) -> None:
         if self._fork is not None:
             fork, self._fork = self._fork, None
             fork.__exit__(None, None, None)

@@ -148,7 +148,7 @@ def _write(model: PreTrainedModel, tensors: dict[str, Tensor], ask: Callable[[in
 
 def _write_config(model: PreTrainedModel, folder: Path) -> None:
     config = copy.deepcopy(model.config)
-    own = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # FSDP makes a class of its own
+    own = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # FSDP made one
     config.architectures = [own.__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.save_pretrained(folder)

@@ -29,11 +29,12 @@ class StepCounts:
 
     Attributes:
         counts_E: Choices of each expert, int64.
-        tokens: Tokens of a rank in this forward pass, on average, () float; None on one rank.
+        weight: The tokens of this rank by those of a rank on average, in this forward pass, () float: so much does this
+            rank count in the mean over ranks, that each token counts as in one process. None on one rank.
     """
 
     counts_E: Tensor
-    tokens: Tensor | None = None
+    weight: Tensor | None = None
 
 
 def layer_losses(
@@ -80,7 +81,7 @@ def step_counts(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None) -
     tokens = counts_E.new_tensor([routing.scores_TE.shape[0]]) if mask_T is None else mask_T.sum().view(1)
     together = torch.cat([counts_E, tokens])
     dist.all_reduce(together)
-    return StepCounts(together[:-1], together[-1] / dist.get_world_size())
+    return StepCounts(together[:-1], tokens[0].double() * dist.get_world_size() / together[-1].clamp(min=1))
 
 
 def _counted(routing: Routing, config: MoEConfig) -> Tensor:
@@ -100,15 +101,15 @@ def _balance(
             return deepseek_sequence_loss(routing.scores_TE, config.top_k, mask_T=mask_T, sequences=sequences)
         case "cv2":
             return _variation(routing, config, mask_T)
-    return load_balancing_loss(
+    loss = load_balancing_loss(
         routing.scores_TE,
         _counted(routing, config),
         divide_by_top_k=config.divide_loss_by_top_k,
         mask_T=mask_T,
         sequences=sequences if config.balance_level == "sequence" else 1,
         counts_E=None if step is None else step.counts_E,
-        mean_tokens=None if step is None else step.tokens,
     )
+    return loss if step is None or step.weight is None else loss * step.weight.to(loss.dtype)
 
 
 def _variation(routing: Routing, config: MoEConfig, mask_T: Tensor | None) -> Tensor:

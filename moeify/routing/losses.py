@@ -16,9 +16,7 @@ from torch import Tensor
 from moeify.errors import ConfigError
 
 
-def expert_counts(
-    expert_ids_TK: Tensor, experts: int, *, mask_T: Tensor | None = None
-) -> Tensor:
+def expert_counts(expert_ids_TK: Tensor, experts: int, *, mask_T: Tensor | None = None) -> Tensor:
     """Count how many tokens chose each expert.
 
     Args:
@@ -40,7 +38,6 @@ def load_balancing_loss(
     mask_T: Tensor | None = None,
     sequences: int = 1,
     counts_E: Tensor | None = None,
-    mean_tokens: Tensor | None = None,
 ) -> Tensor:
     """Return E * sum_e f_e P_e: f_e the share of tokens that chose e, P_e the mean score of e (Switch Transformer).
 
@@ -55,9 +52,8 @@ def load_balancing_loss(
         mask_T: (T,) bool, False for padding.
         sequences: B, which divides T: the mean of the losses of each sequence, without sequences of padding alone.
         counts_E: (E,) choices of all tokens of the step, other micro-batches and ranks included (`expert_counts`), used
-            for f instead of the counts of these tokens. P stays local: averaging gradients over ranks is right then.
-        mean_tokens: (), with `counts_E`, the tokens of a rank on average: a rank with more of them than others then
-            counts for more in the average over ranks, as each of its tokens would in one process.
+            for f instead of the counts of these tokens. P stays local: averaging gradients over ranks is right then,
+            if they have equally many tokens.
 
     Returns:
         () in the dtype of scores_TE.
@@ -74,8 +70,6 @@ def load_balancing_loss(
         share_BE = counts_E.to(mean_BE.dtype) / counts_E.sum().clamp(min=1)
     loss_B = scores_TE.shape[-1] * (share_BE * mean_BE).sum(-1)
     loss = loss_B.sum() / (tokens_B1 > 0).sum().clamp(min=1)
-    if mean_tokens is not None:
-        loss = loss * (tokens_B1.sum() / mean_tokens.clamp(min=1e-6))
     return loss if divide_by_top_k else top_k * loss
 
 
