@@ -75,5 +75,5 @@ def _group_of(each: list[list[int]]) -> dist.ProcessGroup | None:
     """Make a group of each list of ranks, and return this rank's; None if they have one rank each."""
     if len(each[0]) == 1:
         return None
-    groups = {dist.get_rank() in ranks: dist.new_group(ranks) for ranks in each}
+    groups: dict[bool, dist.ProcessGroup] = {dist.get_rank() in ranks: dist.new_group(ranks) for ranks in each}
     return groups[True]

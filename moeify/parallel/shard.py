@@ -58,7 +58,7 @@ def parallelize(model: ModelT, mesh: DeviceMesh) -> ModelT:
         NoiseOfRank().attach(layer)
         layer.dispatcher = ExpertParallel(link, layer.config.experts // ranks.size, widest)
     ignored = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
     return model
 
 

@@ -28,7 +28,8 @@ class RoutingCallback(TrainerCallback):
 
     Logged, over the last forward pass of all ranks and averaged over layers: `moe_load_max` and `moe_load_min`, the
     shares of the busiest and the idlest expert; `moe_entropy`, in nats; `moe_dropped`, the share of choices that were
-    dropped; `moe_idle`, experts without a token, summed over layers; `moe_balance` and `moe_z`, the losses without coefficients.
+    dropped; `moe_idle`, experts without a token, summed over layers; `moe_balance` and `moe_z`, the losses without
+    coefficients.
 
     Args:
         trainer: The trainer.

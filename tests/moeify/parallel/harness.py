@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[3]
-SECONDS = 90
+SECONDS = 200
 Case = Callable[[int, int], None]
 
 
@@ -75,7 +75,7 @@ def _end(child: int) -> None:
 
 def _rank(module: str, rank: int, world: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    timeout = datetime.timedelta(seconds=30)
+    timeout = datetime.timedelta(seconds=60)
     meet = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timeout)
     for case in cases(module):
