@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from moeify.export.report import OnnxReport
     from moeify.hub.loading import load
     from moeify.hub.registration import register
+    from moeify.parallel.clipping import clip_grad_norm_
+    from moeify.parallel.saving import save
+    from moeify.parallel.shard import parallelize
     from moeify.plan import Plan
     from moeify.proving.proof import verify
     from moeify.proving.report import VerifyReport
@@ -43,6 +46,7 @@ _HOME = {
     "VerifyReport": "proving.report",
     "attach_bias_update": "training.bias",
     "aux_loss": "training.losses",
+    "clip_grad_norm_": "parallel.clipping",
     "convert": "conversion.module",
     "convert_graph": "conversion.graph",
     "export_onnx": "export.onnx_file",
@@ -50,9 +54,11 @@ _HOME = {
     "freeze": "training.control",
     "linearize": "contract.linearize",
     "load": "hub.loading",
+    "parallelize": "parallel.shard",
     "param_groups": "training.control",
     "register": "hub.registration",
     "routing_stats": "training.stats",
+    "save": "parallel.saving",
     "scale_attached_losses": "training.losses",
     "set_capacity": "training.control",
     "stack": "contract.linearize",
@@ -73,6 +79,7 @@ __all__ = [
     "VerifyReport",
     "attach_bias_update",
     "aux_loss",
+    "clip_grad_norm_",
     "convert",
     "convert_graph",
     "export_onnx",
@@ -81,10 +88,12 @@ __all__ = [
     "linearize",
     "load",
     "methods",
+    "parallelize",
     "param_groups",
     "register",
     "routers",
     "routing_stats",
+    "save",
     "scale_attached_losses",
     "set_capacity",
     "stack",

@@ -19,7 +19,7 @@ LAYERS = (
     "export",
     "proving",
     "hub",
-    "conversion training",
+    "conversion parallel training",
     "planning",
     "contract families passes tracing",
     "layers",

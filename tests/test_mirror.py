@@ -13,6 +13,10 @@ COVERED_BY = {
     "moeify/__init__.py": "tests/test_packaging.py",
     "moeify/cli/__init__.py": "tests/moeify/cli/test_convert.py",
     "moeify/cli/options.py": "tests/moeify/cli/test_usage.py",
+    "moeify/parallel/agreement.py": "tests/moeify/parallel/test_shard.py",
+    "moeify/parallel/gradients.py": "tests/moeify/parallel/test_shard.py",
+    "moeify/parallel/mesh.py": "tests/moeify/parallel/test_shard.py",
+    "moeify/parallel/noise.py": "tests/moeify/parallel/test_shard.py",
     "moeify/methods/__init__.py": "tests/moeify/config/test_choice.py",
     "moeify/routers/__init__.py": "tests/moeify/config/test_choice.py",
 }

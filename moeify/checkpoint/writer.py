@@ -68,7 +68,7 @@ def write_checkpoint(
     for shard in shards:
         writer.write(shard, dst_dir)
     if len(shards) > 1:
-        _write_index(dst_dir, shards)
+        write_index(dst_dir, shards)
 
 
 def _check_parts(source: Source, tensor: OutTensor) -> None:
@@ -125,7 +125,8 @@ def _keep_shards(folder: Path, fingerprint: str, shards: Iterable[Shard]) -> Non
             old.unlink()
 
 
-def _write_index(folder: Path, shards: Sequence[Shard]) -> None:
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """Write which file holds which tensor."""
     index = {
         "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
         "weight_map": {tensor.name: shard.name for shard in shards for tensor in shard.tensors},

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moeify.routing.record import Routing
@@ -39,6 +40,9 @@ class Dispatcher(Protocol):
     def combine(self, y_RH: Tensor, sent: Sent) -> Tensor:
         """Return the sum of each token's results, (T, H), from what the experts made of `sent`, (R, H)."""
 
+    def abandon(self, device: torch.device) -> None:
+        """Say, instead of dispatching, that the layer stops here with an error: others may be waiting."""
+
 
 class LocalDispatcher:
     """All experts are on this device: tokens stay where they are, and the experts sum over their choices."""
@@ -50,3 +54,6 @@ class LocalDispatcher:
     def combine(self, y_RH: Tensor, sent: Sent) -> Tensor:
         """Hand on the results."""
         return y_RH
+
+    def abandon(self, device: torch.device) -> None:
+        """Do nothing: nobody waits."""

@@ -15,7 +15,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from moeify.routing.balance import weighted_sum
+from moeify.routing.balance import StepCounts, weighted_sum
 from moeify.routing.record import Routing
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ForwardRecord:
         routing: The router's choice, before capacity.
         mask_T: (T,) bool, False for padding; None when all tokens are real.
         sequences: B; the tokens are B sequences in a row.
-        counts_E: Choices in this step so far, on all ranks; None unless the balancing loss asks for them.
+        step: Choices in this step so far, on all ranks; None unless the balancing loss asks for them.
         dropped: Number of dropped choices, () int64; None without a limit.
         trained: Whether a gradient has come back to the router's weights.
         balanced: Whether one has come to the losses, or is sure to.
@@ -44,7 +44,7 @@ class ForwardRecord:
     routing: Routing
     mask_T: Tensor | None
     sequences: int
-    counts_E: Tensor | None = None
+    step: StepCounts | None = None
     dropped: Tensor | None = None
     trained: bool = False
     balanced: bool = False

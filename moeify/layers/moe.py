@@ -19,7 +19,7 @@ from moeify.layers.forward_record import ForwardRecord
 from moeify.layers.model_inputs import ModelInputs, exporting
 from moeify.routers.base import RouterModule
 from moeify.routing.attach_loss import attach_loss
-from moeify.routing.balance import layer_losses, step_counts, weighted_sum
+from moeify.routing.balance import StepCounts, layer_losses, step_counts, weighted_sum
 from moeify.routing.capacity import drop_overflow, exact_factor, expert_capacity
 from moeify.routing.losses import expert_counts
 from moeify.routing.record import Routing, RoutingContext
@@ -74,7 +74,7 @@ class MoELayer(nn.Module):
         self.record: ForwardRecord | None = None
         # Not a buffer: DistributedDataParallel would overwrite every rank's counts with the first one's.
         self.counts_E: Tensor | None = None
-        self._step: tuple[int, Tensor] | None = None  # of the level "global": the weight's version, and the counts
+        self._step: tuple[int, StepCounts] | None = None  # of the level "global": the weight's version, and the counts
 
     def set_capacity(self, *, train: float | Fraction | None, evaluation: float | Fraction | None) -> None:
         """Change the limits.
@@ -104,7 +104,7 @@ class MoELayer(nn.Module):
             self.config,
             mask_T=record.mask_T,
             sequences=max(record.sequences, 1),
-            counts_E=record.counts_E,
+            step=record.step,
         )
 
     def extra_repr(self) -> str:
@@ -167,20 +167,20 @@ class SparseMoE(MoELayer):
         ids_TK, dropped = drop_overflow(ids_TK, routing.scores_TE, capacity, order=config.drop_order)
         return replace(routing, expert_ids_TK=ids_TK), dropped
 
-    def _counts_of_step(self, routing: Routing, mask_T: Tensor | None) -> Tensor | None:
+    def _counts_of_step(self, routing: Routing, mask_T: Tensor | None) -> StepCounts | None:
         """Count choices on all ranks, and add those of the earlier micro-batches of the same optimizer step."""
         if not self.training or exporting():
             return None
         if in_backward() and self._step is not None:
             return self._step[1]
-        counts_E = step_counts(routing, self.config, mask_T=mask_T)
-        if counts_E is None or torch.compiler.is_compiling():
-            return counts_E
+        step = step_counts(routing, self.config, mask_T=mask_T)
+        if step is None or torch.compiler.is_compiling():
+            return step
         weight = next(self.router.parameters())
         if self._step is not None and weight.grad is not None and self._step[0] == weight._version:
-            counts_E = counts_E + self._step[1]
-        self._step = weight._version, counts_E
-        return counts_E
+            step = replace(step, counts_E=step.counts_E + self._step[1].counts_E)
+        self._step = weight._version, step
+        return step
 
     def _attach(self, routing: Routing, record: ForwardRecord) -> Routing:
         loss = weighted_sum(self._losses(record), self.config, self.loss_share)
@@ -206,6 +206,7 @@ class SparseMoE(MoELayer):
             return
         wrong_TE = ~torch.isfinite(logits_TE if mask_T is None else logits_TE[mask_T])
         if wrong_TE.any():
+            self.dispatcher.abandon(logits_TE.device)
             raise MoeifyError(
                 f"{self.path or 'an MoE layer'}: {int(wrong_TE.any(-1).sum())} of {len(wrong_TE)} tokens have a router "
                 "logit that is NaN or infinite; look for what made the activations or the router's weight so"

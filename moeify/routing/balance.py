@@ -5,6 +5,9 @@ Shape legend: T tokens, E experts, K choices per token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,8 +23,22 @@ from moeify.routing.losses import (
 from moeify.routing.record import Routing
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """What the level "global" knows of all ranks.
+
+    Attributes:
+        counts_E: Choices of each expert, int64.
+        weight: The tokens of this rank by those of a rank on average, in this forward pass, () float: so much does this
+            rank count in the mean over ranks, that each token counts as in one process. None on one rank.
+    """
+
+    counts_E: Tensor
+    weight: Tensor | None = None
+
+
 def layer_losses(
-    routing: Routing, config: MoEConfig, *, mask_T: Tensor | None, sequences: int, counts_E: Tensor | None = None
+    routing: Routing, config: MoEConfig, *, mask_T: Tensor | None, sequences: int, step: StepCounts | None = None
 ) -> dict[str, Tensor]:
     """Return the losses that the settings ask for, by name, without their coefficients.
 
@@ -30,14 +47,14 @@ def layer_losses(
         config: The settings.
         mask_T: (T,) bool, False for padding.
         sequences: B, which divides T.
-        counts_E: What `step_counts` gave, for the level "global".
+        step: What `step_counts` gave, for the level "global".
 
     Returns:
         "balance", "z", or both, or none; each () in the dtype of the scores.
     """
     losses = {}
     if config.aux_loss:
-        losses["balance"] = _balance(routing, config, mask_T, sequences, counts_E)
+        losses["balance"] = _balance(routing, config, mask_T, sequences, step)
     if config.z_loss:
         clean_TE = routing.logits_TE if routing.clean_logits_TE is None else routing.clean_logits_TE
         losses["z"] = z_loss(clean_TE, mask_T=mask_T)
@@ -51,15 +68,20 @@ def weighted_sum(losses: dict[str, Tensor], config: MoEConfig, share: float = 1.
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def step_counts(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None) -> Tensor | None:
-    """Return how often the level "global" sees each expert chosen on all ranks, (E,) int64, or None at other levels.
+def step_counts(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None) -> StepCounts | None:
+    """Return how often the level "global" sees each expert chosen on all ranks, or None at other levels.
 
     All ranks must call it.
     """
     if config.balance_level != "global" or config.balance not in {"topk", "first_choice"}:
         return None
-    group = dist.group.WORLD if dist.is_initialized() else None
-    return expert_counts(_counted(routing, config), config.experts, mask_T=mask_T, group=group)
+    counts_E = expert_counts(_counted(routing, config), config.experts, mask_T=mask_T)
+    if not dist.is_initialized():
+        return StepCounts(counts_E)
+    tokens = counts_E.new_tensor([routing.scores_TE.shape[0]]) if mask_T is None else mask_T.sum().view(1)
+    together = torch.cat([counts_E, tokens])
+    dist.all_reduce(together)
+    return StepCounts(together[:-1], tokens[0].double() * dist.get_world_size() / together[-1].clamp(min=1))
 
 
 def _counted(routing: Routing, config: MoEConfig) -> Tensor:
@@ -72,21 +94,22 @@ def _counted(routing: Routing, config: MoEConfig) -> Tensor:
 
 
 def _balance(
-    routing: Routing, config: MoEConfig, mask_T: Tensor | None, sequences: int, counts_E: Tensor | None
+    routing: Routing, config: MoEConfig, mask_T: Tensor | None, sequences: int, step: StepCounts | None
 ) -> Tensor:
     match config.balance:
         case "deepseek":
             return deepseek_sequence_loss(routing.scores_TE, config.top_k, mask_T=mask_T, sequences=sequences)
         case "cv2":
             return _variation(routing, config, mask_T)
-    return load_balancing_loss(
+    loss = load_balancing_loss(
         routing.scores_TE,
         _counted(routing, config),
         divide_by_top_k=config.divide_loss_by_top_k,
         mask_T=mask_T,
         sequences=sequences if config.balance_level == "sequence" else 1,
-        counts_E=counts_E,
+        counts_E=None if step is None else step.counts_E,
     )
+    return loss if step is None or step.weight is None else loss * step.weight.to(loss.dtype)
 
 
 def _variation(routing: Routing, config: MoEConfig, mask_T: Tensor | None) -> Tensor:

@@ -11,30 +11,23 @@ Shape suffixes: T tokens, E experts, K choices per token, B sequences (of T/B to
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moeify.errors import ConfigError
 
 
-def expert_counts(
-    expert_ids_TK: Tensor, experts: int, *, mask_T: Tensor | None = None, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def expert_counts(expert_ids_TK: Tensor, experts: int, *, mask_T: Tensor | None = None) -> Tensor:
     """Count how many tokens chose each expert.
 
     Args:
         expert_ids_TK: (T, K) int64; E is not counted.
         experts: E.
         mask_T: (T,) bool, False for padding.
-        group: Sums over its ranks, which must all call.
 
     Returns:
         (E,) int64.
     """
-    counts_E = _counts_per_sequence(expert_ids_TK, experts, mask_T, sequences=1)[0]
-    if group is not None:
-        dist.all_reduce(counts_E, group=group)
-    return counts_E
+    return _counts_per_sequence(expert_ids_TK, experts, mask_T, sequences=1)[0]
 
 
 def load_balancing_loss(
@@ -59,7 +52,8 @@ def load_balancing_loss(
         mask_T: (T,) bool, False for padding.
         sequences: B, which divides T: the mean of the losses of each sequence, without sequences of padding alone.
         counts_E: (E,) choices of all tokens of the step, other micro-batches and ranks included (`expert_counts`), used
-            for f instead of the counts of these tokens. P stays local: averaging gradients over ranks is right then.
+            for f instead of the counts of these tokens. P stays local: averaging gradients over ranks is right then,
+            if they have equally many tokens.
 
     Returns:
         () in the dtype of scores_TE.

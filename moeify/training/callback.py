@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from moeify.contract.stock_loss import StockLoss
@@ -27,9 +28,10 @@ class RoutingCallback(TrainerCallback):
     scales attached losses by the accumulation steps and the gradient scaler, as the trainer scales its own loss. MoE
     models of transformers' own are asked for their balancing loss in training, and it counts once per step.
 
-    Logged, over the last forward pass and averaged over layers: `moe_load_max` and `moe_load_min`, the shares of the
-    busiest and the idlest expert; `moe_entropy`, in nats; `moe_dropped`, the share of choices that were dropped;
-    `moe_idle`, experts without a token, summed over layers; `moe_balance` and `moe_z`, the losses without coefficients.
+    Logged, over the last forward pass of all ranks and averaged over layers: `moe_load_max` and `moe_load_min`, the
+    shares of the busiest and the idlest expert; `moe_entropy`, in nats; `moe_dropped`, the share of choices that were
+    dropped; `moe_idle`, experts without a token, summed over layers; `moe_balance` and `moe_z`, the losses without
+    coefficients.
 
     Args:
         trainer: The trainer.
@@ -68,7 +70,8 @@ class RoutingCallback(TrainerCallback):
     ) -> None:
         """Log beside the training loss; what is logged here has no loss, so it does not call itself."""
         if logs and "loss" in logs:
-            self.trainer.log(summary(routing_stats(self._model), each=self.layers))
+            group = dist.group.WORLD if dist.is_initialized() else None  # every rank logs, and the first one writes
+            self.trainer.log(summary(routing_stats(self._model, group), each=self.layers))
 
 
 def summary(stats: dict[str, LayerStats], *, each: bool = False) -> dict[str, float]:

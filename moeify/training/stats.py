@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
 from moeify.contract.found import FoundLayer
 from moeify.errors import MoeifyError
@@ -24,7 +25,7 @@ class LayerStats:
         load: Each expert's share of all choices, before capacity; they sum to 1. Balanced is 1 / experts.
         entropy: Mean entropy of a token's probabilities over the experts, in nats; log(experts) is undecided.
         dropped: Choices above an expert's capacity.
-        losses: The layer's losses by name, without coefficients.
+        losses: The layer's losses by name, without coefficients; the mean over ranks.
     """
 
     tokens: int
@@ -40,34 +41,43 @@ class LayerStats:
 
 
 @torch.no_grad()
-def routing_stats(model: nn.Module) -> dict[str, LayerStats]:
+def routing_stats(model: nn.Module, group: dist.ProcessGroup | None = None) -> dict[str, LayerStats]:
     """Return what each MoE layer did in the last forward pass, by the layer's path; waits for the device.
 
     transformers' own layers are seen from the first call on, or from `moeify.track_routing(model)` on.
+
+    Args:
+        model: Any model with MoE layers, wrapped or not.
+        group: Ranks to sum over, which must all call; `torch.distributed.group.WORLD` for all, None for this rank.
 
     Raises:
         MoeifyError: No layer has run, or a layer's router logits hold a NaN; the layer is named.
     """
     layers = ran_layers(model, "routing_stats")
-    return {path: _stats(layer, layer.record) for path, layer in layers.items() if layer.record is not None}
+    return {path: _stats(layer, layer.record, group) for path, layer in layers.items() if layer.record is not None}
 
 
-def _stats(layer: FoundLayer, record: ForwardRecord) -> LayerStats:
-    scores_TE, ids_TK, mask_T = record.routing.scores_TE, record.routing.expert_ids_TK, record.mask_T
-    counts = expert_counts(ids_TK, scores_TE.shape[-1], mask_T=mask_T).tolist()
-    entropy = _mean_entropy(scores_TE if mask_T is None else scores_TE[mask_T])
-    if entropy != entropy:
+def _stats(layer: FoundLayer, record: ForwardRecord, group: dist.ProcessGroup | None) -> LayerStats:
+    scores_TE, mask_T, losses = record.routing.scores_TE, record.mask_T, layer.losses()
+    counts_E = expert_counts(record.routing.expert_ids_TK, scores_TE.shape[-1], mask_T=mask_T)
+    scores_TE = scores_TE if mask_T is None else scores_TE[mask_T]
+    entropy = -torch.xlogy(scores_TE, scores_TE).sum()
+    dropped = 0 if record.dropped is None else int(record.dropped)
+    numbers = [len(scores_TE), dropped, float(entropy), *map(float, losses.values()), *counts_E.tolist()]
+    ranks = 1
+    if group is not None:
+        together = torch.tensor(numbers, dtype=torch.float64, device=scores_TE.device)
+        dist.all_reduce(together, group=group)
+        numbers, ranks = together.tolist(), dist.get_world_size(group)
+    tokens, dropped, total, *values = numbers
+    if total != total:
         raise MoeifyError(f"{layer.path}: its router logits hold a NaN; look for what made its input or its weight NaN")
+    counts = values[len(losses) :]
     return LayerStats(
-        tokens=scores_TE.shape[0] if mask_T is None else int(mask_T.sum()),
-        choices=sum(counts),
+        tokens=int(tokens),
+        choices=int(sum(counts)),
         load=tuple(count / max(sum(counts), 1) for count in counts),
-        entropy=entropy,
-        dropped=0 if record.dropped is None else int(record.dropped),
-        losses={name: float(loss) for name, loss in layer.losses().items()},
+        entropy=total / max(tokens, 1),
+        dropped=int(dropped),
+        losses={name: value / ranks for name, value in zip(losses, values, strict=False)},
     )
-
-
-def _mean_entropy(scores_TE: Tensor) -> float:
-    entropy_T = -torch.xlogy(scores_TE, scores_TE).sum(-1)
-    return float(entropy_T.sum() / max(len(entropy_T), 1))

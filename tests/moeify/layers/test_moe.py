@@ -260,11 +260,11 @@ def test_the_global_level_counts_the_micro_batches_of_a_step_and_no_others() -> 
     for _ in range(2):
         for x, expected in zip(halves, (counts[0], counts[0] + counts[1]), strict=True):
             torch.autograd.backward(call(layer, x).sum() + sum(layer.losses().values()))
-            assert torch.equal(layer.record.counts_E, expected)
+            assert torch.equal(layer.record.step.counts_E, expected)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
     call(layer.eval(), halves[1])
-    assert layer.record.counts_E is None
+    assert layer.record.step is None
 
 
 def test_the_share_of_a_layer_scales_its_attached_losses() -> None:

@@ -30,8 +30,8 @@ def routed(seed: int = 0) -> Routing:
 
 
 def balance(config: MoEConfig, routing: Routing) -> Tensor:
-    counts_E = step_counts(routing, config, mask_T=MASK)
-    return layer_losses(routing, config, mask_T=MASK, sequences=3, counts_E=counts_E)["balance"]
+    step = step_counts(routing, config, mask_T=MASK)
+    return layer_losses(routing, config, mask_T=MASK, sequences=3, step=step)["balance"]
 
 
 @pytest.mark.parametrize("divide", [True, False])

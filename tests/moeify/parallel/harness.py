@@ -1,0 +1,96 @@
+"""Runs functions `case_*` of a test module on several ranks: one process imports torch, forks, and all cases run.
+
+`python -m tests.moeify.parallel.harness MODULE WORLD FOLDER`
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[3]
+SECONDS = 200
+Case = Callable[[int, int], None]
+
+
+def cases(module: str) -> list[str]:
+    """The names of the cases in a module, in its order."""
+    return [name for name in vars(import_module(module)) if name.startswith("case_")]
+
+
+@functools.cache
+def outcomes(module: str, world: int) -> dict[str, str]:
+    """What went wrong in each case, on the first rank where something did; empty where nothing did."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tests.moeify.parallel.harness", module, str(world), folder]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+        found = {}
+        for case in cases(module):
+            reports = [Path(folder, f"{case}.{rank}") for rank in range(world)]
+            texts = [report.read_text() if report.exists() else "it did not run" for report in reports]
+            failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+            found[case] = "\n".join([*failed, done.stderr]) if failed else ""
+        return found
+
+
+def run(module: str, world: int, folder: Path) -> None:
+    """Fork the ranks and wait for them."""
+    torch.set_num_threads(1)
+    import_module(module)
+    children = []
+    for rank in range(world):
+        if not (child := os.fork()):
+            try:
+                _rank(module, rank, world, folder)
+            finally:
+                sys.stderr.flush()
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        _end(child)
+
+
+def _end(child: int) -> None:
+    until = time.monotonic() + SECONDS
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return
+        time.sleep(0.02)
+
+
+def _rank(module: str, rank: int, world: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    timeout = datetime.timedelta(seconds=60)
+    meet = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timeout)
+    for case in cases(module):
+        report = ""
+        try:
+            getattr(import_module(module), case)(rank, world)
+        except SystemExit:
+            (folder / f"{case}.{rank}").write_text("")
+            return  # the case ends this rank on purpose
+        except BaseException:
+            report = traceback.format_exc()
+        (folder / f"{case}.{rank}").write_text(report)
+        if report:
+            return  # the other ranks may be anywhere: what follows would say nothing
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
