@@ -13,7 +13,7 @@ from moeify.contract.found import FoundLayer, find_layers
 from moeify.conversion.cost import Cost, dense_cost, moe_cost
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import MoeifyError, RefusedError
-from moeify.families.table import choose_target
+from moeify.families.table import fit_target
 from moeify.passes.ffn import Inspection
 from moeify.plan import Plan
 from moeify.planning.make_plan import make_plan
@@ -80,5 +80,5 @@ def summarize(dense: DenseCheckpoint, config: MoEConfig, layers: str = "all", ta
         if not found:
             raise
         return replace(seen, obstacle=str(error))
-    plan = replace(plan, target=choose_target(plan, dense.config, target))
+    plan = fit_target(plan, dense.config, target)
     return replace(seen, plan=plan, moe=moe_cost(dense, plan))
