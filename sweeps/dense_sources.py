@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-_LAYERS = 4
+_LAYERS = 2
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": _LAYERS, "num_attention_heads": 4,
           "num_key_value_heads": 2, "vocab_size": 101, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
           "max_position_embeddings": 512}  # fmt: skip
@@ -50,7 +50,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("seed_oss", {"head_dim": 8}),
     "seed_oss no bias": ("seed_oss", {"head_dim": 8, "attention_bias": False}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": _LAYERS + 1}),
-    "smollm3 NoPE": ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
+    "smollm3 NoPE": ("smollm3", {"no_rope_layers": [1, 0]}),
     "phi3": ("phi3", {}),
     "phi3 window": ("phi3", {"sliding_window": 5}),
     "phi3 longrope": ("phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 64}),
@@ -71,7 +71,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"layer_types": ["full_attention"] * _LAYERS}),
     "olmo3 window": ("olmo3", {"layer_types": _MIXED, "sliding_window": 5}),
-    "qwen3_5_text": ("qwen3_5_text", {**_LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2}),
+    "qwen3_5_text": ("qwen3_5_text", {**_LINEAR, "layer_types": ["linear_attention", "full_attention"]}),
 }  # fmt: skip
 
 

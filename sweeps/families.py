@@ -27,7 +27,7 @@ from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import Output, convert_checkpoint, plan_checkpoint
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.module import put_layers
-from moeify.errors import MoeifyError, RefusedError
+from moeify.errors import RefusedError
 from moeify.families.table import FAMILIES
 from moeify.measure import relative_difference
 from sweeps.dense_sources import SOURCES, build
@@ -87,19 +87,15 @@ class Measured:
         return relative_difference(logits(load_stock(self.folder / "dst")), logits(expected))
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, source: Measured) -> dict[str, Any]:
     """Return what was measured of one source, or why it is refused, by family."""
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        source = Measured(build(name), Path(folder))
-        for target in (name_ for name_, family in FAMILIES.items() if SOURCES[name][0] in family.sources):
-            try:
-                kinds = {"copies": replace(NOISE, method="copy"), "differing": NOISE}
-                found[target] = {
-                    kind: float(f"{source.difference(target, config):.1e}") for kind, config in kinds.items()
-                }
-            except RefusedError as error:
-                found[target] = {"refused": str(error).partition(": ")[2]}
+    for target in (target for target, family in FAMILIES.items() if SOURCES[name][0] in family.sources):
+        try:
+            copies, differing = (source.difference(target, config) for config in (replace(NOISE, method="copy"), NOISE))
+            found[target] = {"copies": copies, "differing": differing}
+        except RefusedError as error:
+            found[target] = {"refused": str(error).partition(": ")[2]}
     return found
 
 
@@ -152,10 +148,8 @@ def main() -> None:
     if sys.argv[1:] != ["--page"]:
         results = {}
         for name in SOURCES:
-            try:
-                results[name] = measure(name)
-            except (MoeifyError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-                raise SystemExit(f"{name}: {type(error).__name__}: {error}") from error
+            with tempfile.TemporaryDirectory() as folder:
+                results[name] = measure(name, Measured(build(name), Path(folder)))
             print(name, json.dumps(results[name]), flush=True)
         lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in results.items()]
         RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
