@@ -30,11 +30,12 @@ from moeify.conversion.module import put_layers
 from moeify.errors import RefusedError
 from moeify.families.table import FAMILIES
 from moeify.measure import relative_difference
+from moeify.methods.noise import Noise
 from sweeps.dense_sources import SOURCES, build
 from sweeps.models import DOCS
 
 RESULTS, PAGE = DOCS / "families.json", DOCS / "families.md"
-NOISE = MoEConfig(experts=4, top_k=2, method="noise")
+NOISE = MoEConfig(experts=4, top_k=2, method=Noise(std=0.3))
 TOKENS = torch.randint(3, 101, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
@@ -104,10 +105,11 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     text = [
         "# Native families",
         "",
-        "`moeify convert` writes these formats of transformers where they compute exactly what the dense model does, so",
-        "that nothing of moeify is needed to load them. `--to auto` takes the exact one that most engines run;",
+        "`moeify convert` writes these formats of transformers where they compute exactly what the dense model does:",
+        "nothing of moeify is needed to load them. `--to auto` takes the exact one that most engines run, and",
         "`moeify families SRC` says which are exact for a checkpoint. Engines that know a format but compute it",
-        "otherwise are left out. Written by `python -m sweeps.families`.",
+        "otherwise are left out; that an engine knows one is from its own registry, and few were run. Written by",
+        "`python -m sweeps.families`.",
         "",
         "| family | made from | layers that can stay dense | router | shared experts | engines |",
         "|---|---|---|---|---|---|",
@@ -115,9 +117,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "",
         "## Measured",
         "",
-        f"Tiny random models (transformers {transformers.__version__}, float32), 4 experts, top-2. *copies*: the largest",
-        "difference of a logit from the dense model's, relative to the largest logit. *differing*: experts with noise,",
-        "compared with the same plan carried out in place. What is refused is told with its reason.",
+        "Tiny random models in float32, 4 experts, top-2. *copies*: the largest difference of a logit from the dense",
+        "model's, relative to the largest logit. *differing*: experts with noise, compared with the same plan carried",
+        "out in place. What is refused is told with its reason.",
         "",
         "| source | family | copies | differing |",
         "|---|---|--:|--:|",

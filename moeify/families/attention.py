@@ -1,6 +1,4 @@
-"""Attention weights in another order: fused projections apart, and rotary dimensions as the other half of models has
-them.
-"""
+"""Attention weights in another form: fused projections apart, rotary dimensions in the other of two orders."""
 
 from __future__ import annotations
 

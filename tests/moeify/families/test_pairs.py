@@ -5,6 +5,7 @@ docs/families.json is the record: what is exact here and refused there, or the o
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from moeify.config import MoEConfig
+from moeify.conversion.checkpoint import plan_checkpoint
+from moeify.conversion.module import put_layers
 from moeify.families.table import FAMILIES
-from moeify.measure import TOLERANCE
+from moeify.measure import TOLERANCE, relative_difference
 from sweeps.dense_sources import SOURCES, build
-from sweeps.families import RESULTS, Measured, measure
+from sweeps.families import NOISE, RESULTS, Measured, logits, measure
 
 RECORD = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 LIMIT = TOLERANCE["float32"]
@@ -46,11 +49,18 @@ def test_what_the_record_says_is_exact_is_exact_and_the_rest_is_refused(name: st
             assert max(found["copies"], found["differing"]) < LIMIT, target
 
 
+def test_experts_with_noise_differ(opened: Open) -> None:
+    source = opened("llama")
+    noisy = copy.deepcopy(source.model)
+    put_layers(noisy, plan_checkpoint(source.dense, NOISE), source.dense.regions)
+    assert relative_difference(logits(noisy), logits(source.model)) > 0.01
+
+
 @pytest.mark.parametrize("target", [name for name, family in FAMILIES.items() if family.shared])
 def test_shared_experts_and_shards_are_held_as_one_wide_ffn(target: str, opened: Open) -> None:
     name = next(iter(FAMILIES[target].sources))
     for settings in ({"shared_experts": 1}, {"granularity": 2, "shared_experts": 3}):
-        for method in ("copy", "noise"):
+        for method in ("copy", NOISE.method):
             config = MoEConfig(4, 2, method=method, **settings)  # type: ignore[arg-type]
             assert opened(name).difference(target, config) < LIMIT, settings
 
@@ -58,7 +68,7 @@ def test_shared_experts_and_shards_are_held_as_one_wide_ffn(target: str, opened:
 @pytest.mark.parametrize("target", [name for name, family in FAMILIES.items() if family.dense != "none"])
 def test_layers_stay_dense_where_a_family_can_say_so(target: str, opened: Open) -> None:
     for name in FAMILIES[target].sources:
-        assert opened(name).difference(target, MoEConfig(4, 2, method="noise"), layers="1") < LIMIT, name
+        assert opened(name).difference(target, MoEConfig(4, 2, method=NOISE.method), layers="1") < LIMIT, name
 
 
 def test_the_page_is_written_from_the_record() -> None:
