@@ -29,6 +29,10 @@ _MLA = {"kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 8, "v_head_dim
 _LINEAR = {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
            "linear_num_value_heads": 4}  # fmt: skip
 
+_HYBRID = {**_GRANITE, "num_local_experts": 0, "shared_intermediate_size": 48, "layer_types": ["mamba", "attention"],
+           "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2,
+           "position_embedding_type": "rope"}  # fmt: skip
+
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
@@ -38,9 +42,10 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama llama3 rope": ("llama", {"rope_parameters": _LLAMA3}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral window": ("mistral", {"sliding_window": 5}),
-    "ministral": ("ministral", {"layer_types": ["full_attention"] * _LAYERS}),
-    "ministral window": ("ministral", {"layer_types": ["sliding_attention"] * _LAYERS, "sliding_window": 5}),
-    "ministral mixed": ("ministral", {"layer_types": _MIXED, "sliding_window": 5}),
+    "granitemoehybrid": ("granitemoehybrid", _HYBRID),
+    "ministral": ("ministral", {"head_dim": 8, "layer_types": ["full_attention"] * _LAYERS}),
+    "ministral window": ("ministral", {"head_dim": 8, "layer_types": ["sliding_attention"] * 2, "sliding_window": 5}),
+    "ministral mixed": ("ministral", {"head_dim": 8, "layer_types": _MIXED, "sliding_window": 5}),
     "qwen2": ("qwen2", {}),
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2 window": ("qwen2", _WINDOW),

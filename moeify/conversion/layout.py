@@ -195,7 +195,7 @@ def _shared(name: str, held: SharedWeight, site: Site, config: MoEConfig) -> Ite
     elif held.idle is not None:
         width = held.idle or site.intermediate // config.granularity
         zeros = StartValue((site.hidden, width), None, lambda: torch.zeros(site.hidden, width), short=True)
-        start = zeros if axis else random_rows(width)(name, site, config)
+        start = zeros if axis else random_rows(len(site.ups[weight.blocks]) * width)(name, site, config)
         yield LayerTensor(name, start.shape, start=start)
 
 

@@ -85,6 +85,8 @@ def _unfit(family: Family, plan: Plan, config: Config) -> Iterator[str]:
     for site in plan.sites:
         if not site.gated:
             yield f"its activation at {site.path} has no name here, so it is not known which projection is the gate"
+        elif site.activation != "silu":
+            yield f"its activation is {site.activation}, and engines compute silu in {name} whatever its config says"
         if site.up_bias or site.down.bias:
             yield f"the FFN at {site.path} has biases, and the experts of {name} have none"
     if left := _misplaced(family, plan, config):
