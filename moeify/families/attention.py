@@ -27,11 +27,11 @@ def _reordered(name: str, *, to_pairs: bool) -> Callable[[Tensor, Config], Tenso
     """Return what reorders the rotated rows of each head: two halves that rotate together, or pairs of neighbors."""
 
     def reorder(tensor: Tensor, config: Config) -> Tensor:
-        heads = tensor.unflatten(0, (_heads(name, config), head_dim(config)))
+        heads = tensor.reshape(_heads(name, config), head_dim(config), *tensor.shape[1:])
         size = _rotated(config)
         turned, rest = heads[:, :size], heads[:, size:]
         shape = (2, size // 2) if to_pairs else (size // 2, 2)
-        turned = turned.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+        turned = turned.reshape(len(turned), *shape, *tensor.shape[1:]).transpose(1, 2).flatten(1, 2)
         return torch.cat([turned, rest], 1).flatten(0, 1)
 
     return reorder
@@ -54,7 +54,7 @@ HALVES_TO_PAIRS, PAIRS_TO_HALVES = _reorders(to_pairs=True), _reorders(to_pairs=
 def _rows(name: str) -> Callable[[Tensor, Config], Tensor]:
     def cut(tensor: Tensor, config: Config) -> Tensor:
         sizes = [_heads(part, config) * head_dim(config) for part in "qkv"]
-        return tensor.split(sizes)["qkv".index(name)]
+        return torch.split(tensor, sizes)["qkv".index(name)]
 
     return cut
 

@@ -82,13 +82,8 @@ def why_not(family: Family, plan: Plan, config: Config) -> str | None:
 def _unfit(family: Family, plan: Plan, config: Config) -> Iterator[str]:
     """Yield what of a plan a family cannot hold."""
     name, settings = family.model_type, plan.config
-    for site in plan.sites:
-        if not site.gated:
-            yield f"its activation at {site.path} has no name here, so it is not known which projection is the gate"
-        elif site.activation != "silu":
-            yield f"its activation is {site.activation}, and engines compute silu in {name} whatever its config says"
-        if site.up_bias or site.down.bias:
-            yield f"the FFN at {site.path} has biases, and the experts of {name} have none"
+    if site := next(_odd_sites(family, plan), None):
+        yield site
     if left := _misplaced(family, plan, config):
         yield left
     if not settings.renormalize and family.renormalizes:
@@ -105,6 +100,17 @@ def _unfit(family: Family, plan: Plan, config: Config) -> Iterator[str]:
     for field in _UNSAID:
         if (value := getattr(settings, field)) != getattr(_DEFAULTS, field):
             yield f"{name} has no place for {field} = {value!r}; moeify format holds it"
+
+
+def _odd_sites(family: Family, plan: Plan) -> Iterator[str]:
+    """Yield why FFNs are none that experts of a family can compute."""
+    for site in plan.sites:
+        if not site.gated:
+            yield f"its activation at {site.path} has no name here, so it is not known which projection is the gate"
+        elif site.activation != "silu":
+            yield f"its activation is {site.activation}, and engines compute silu in {family.model_type} whatever its config says"
+        if site.up_bias or site.down.bias:
+            yield f"the FFN at {site.path} has biases, and the experts of {family.model_type} have none"
 
 
 def _misplaced(family: Family, plan: Plan, config: Config) -> str | None:

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 from moeify.families import conditions
-from moeify.families.conditions import Condition, equal
-
-HOLDS: dict[str, list[object]] = {}
+from moeify.families.base import Condition
+from moeify.families.conditions import equal
 
 
 def test_a_field_that_is_missing_has_its_usual_value() -> None:
