@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import moeify
-from tests.test_mirror import COVERED_BY, mirrored
+from tests.test_mirror import covered_by, mirrored
 
 Imports = dict[str, set[str]]
 
@@ -59,7 +59,7 @@ class CoveringTests:
         import it; then its folder's; then those that import what imports it, and so on.
         """
         folder = str(Path(mirrored(path)).parent)
-        groups = [{COVERED_BY.get(path, mirrored(path))}]
+        groups = [{covered_by(path) or mirrored(path)}]
         near, reached = {module_of(path)}, {module_of(path)}
         while near:
             groups.append({test for test, used in self.tests.items() if used & near})

@@ -21,6 +21,7 @@ from moeify.cli.signals import signals_as_interrupts
 COMMANDS = {
     "inspect": "Show the FFNs of a model, the look-alikes with reasons, and what an MoE would cost.",
     "convert": "Convert a dense checkpoint into an MoE checkpoint.",
+    "families": "List the native formats, and which of them a checkpoint can become exactly.",
     "verify": "Compare the logits of a dense model and its MoE; exit 1 above tolerance.",
     "export": "Export a checkpoint to a sparse ONNX model, proved in ONNX Runtime.",
     "run": "Generate text with an exported ONNX model.",

@@ -12,7 +12,7 @@ from moeify.cli.options import LAYERS, Dtype, Size, command_line, example_inputs
 from moeify.cli.recipe import recipe_option, recipe_text
 from moeify.cli.settings import config_from, config_options
 from moeify.errors import CheckpointError, VerificationError
-from moeify.families.table import FAMILIES, check_target
+from moeify.families.words import NATIVE, check_target
 from moeify.files.staging import can_resume, check_folder
 from moeify.planning.selection import check_selection
 
@@ -59,7 +59,7 @@ class _Options:
     "target",
     default="auto",
     show_default=True,
-    help=f"auto, moeify, or a native family of transformers: {', '.join(FAMILIES)}.",
+    help=f"auto, moeify, or a native family of transformers: {', '.join(NATIVE)}.",
 )
 @click.option("--dtype", type=Dtype(_DTYPES), help="Store floating-point tensors in this dtype.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, dir_okay=False), help="Do what a saved plan says.")
@@ -133,9 +133,12 @@ def _show(dense: DenseCheckpoint, plan: Plan) -> None:
     """Print a plan and what it would cost."""
     from moeify.cli import display
     from moeify.conversion.cost import dense_cost, moe_cost
+    from moeify.families.table import remarks
 
     console = display.stdout()
     console.print(f"{plan.model_type} → {plan.target}, nothing is written")
+    for remark in remarks(plan):
+        console.print(f"note: {remark}")
     console.print(display.plan_table(plan))
     console.print()
     console.print(display.cost_table((("dense", dense_cost(dense)), ("MoE", moe_cost(dense, plan)))))
@@ -147,11 +150,14 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
 
     from moeify.cli import display
     from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint
+    from moeify.families.table import remarks
     from moeify.names import left_out
 
     console, dtype = display.stderr(), _DTYPES.get(options.dtype or "")
     what = f"{len(plan.sites)} FFNs become {plan.config.experts} experts, top-{plan.config.top_k}"
     console.print(f"{plan.model_type} → {plan.target}: {what}")
+    for remark in remarks(plan):
+        console.print(f"note: {remark}")
     speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     progress = Progress(TextColumn("{task.description}"), BarColumn(), *speed, console=console)
     task = progress.add_task("writing", total=None)

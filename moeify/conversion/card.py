@@ -15,7 +15,8 @@ from moeify.config.choice import Choice
 from moeify.conversion.cost import dense_cost, moe_cost
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import CheckpointError, printable
-from moeify.families.table import FAMILIES, MOEIFY
+from moeify.families.table import FAMILIES
+from moeify.families.words import MOEIFY
 from moeify.files.limits import CARD_BYTES
 from moeify.files.reading import is_file, read_bytes
 from moeify.files.yaml_text import parse_yaml

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from moeify.conversion.refusals import check_convertible
 from moeify.conversion.rehearsal import rehearse
 from moeify.errors import ConfigError
 from moeify.families.native import native_config
-from moeify.families.table import FAMILIES, MOEIFY, choose_target
+from moeify.families.table import FAMILIES, fit_target
+from moeify.families.words import MOEIFY
 from moeify.files.staging import check_space, staged_folder
 from moeify.plan import Plan
 from moeify.planning.make_plan import make_plan, plan_sites
@@ -121,7 +122,7 @@ def check_plan(dense: DenseCheckpoint, plan: Plan) -> None:
 
 def _with_checked_target(dense: DenseCheckpoint, plan: Plan, target: str) -> Plan:
     """Return the plan for a format in which the converted model is exact and runs."""
-    plan = replace(plan, target=choose_target(plan, dense.config, target))
+    plan = fit_target(plan, dense.config, target)
     if plan.target == MOEIFY:  # a native target is a model that transformers knows
         rehearse(dense, plan)
     return plan

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moeify.checkpoint.tensor_info import ITEMSIZE
 from moeify.contract.found import FoundLayer, find_layers
 from moeify.conversion.dense import DenseCheckpoint
-from moeify.conversion.layout import stored_tensors
+from moeify.conversion.layout import extra_tensors, stored_tensors
 from moeify.conversion.restructure import read
 from moeify.passes.matching.projection import as_projection
 from moeify.plan import Plan
@@ -123,6 +123,9 @@ def _changes(dense: DenseCheckpoint, plan: Plan) -> Iterator[_Change]:
             else:
                 is_matrix = tensor.blocks[0].columns is not None
                 yield _Change(size, met if tensor.routed else Fraction(1), is_matrix)
+
+    for tensor in extra_tensors(plan, dense.config, dense.names.of):
+        yield _Change(prod(tensor.shape)) if tensor.start else _of_dense(read(dense.model, str(tensor.copied)), 1)
 
 
 def _of_dense(tensor: Tensor, sign: int) -> _Change:

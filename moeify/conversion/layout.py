@@ -26,7 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from moeify.config import MoEConfig
-from moeify.families.table import FAMILIES, MOEIFY, ExpertWeight, layer_number
+from moeify.families.base import Config, ExpertWeight, SharedWeight, layer_number, random_rows
+from moeify.families.table import FAMILIES
+from moeify.families.words import MOEIFY
 from moeify.plan import Plan, Rows, Site
 from moeify.routers.base import StartValue
 
@@ -69,6 +71,7 @@ class Block:
         return value if self.scale == 1 else value * self.scale
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # in every source of a native family
 Expert: TypeAlias = dict[str, tuple[Block, ...]]  # the blocks of one expert, by the names of the stacked tensors
 
 
@@ -83,6 +86,7 @@ class LayerTensor:
         routed: Each token meets only top_k of the experts that the blocks belong to.
         start: How a tensor is computed that the dense model lacks.
         copied: Name of the dense parameter or buffer that it equals, which a custom activation reads.
+        axis: What the blocks follow each other along: 0 for the output rows, 1 for the inputs.
     """
 
     name: str
@@ -91,6 +95,7 @@ class LayerTensor:
     routed: bool = False
     start: StartValue | None = None
     copied: str | None = None
+    axis: int = 0
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -108,7 +113,8 @@ class LayerTensor:
         elif self.copied is not None:
             tensor.copy_(read(self.copied))
         else:
-            parts = torch.split(tensor.view(-1, *self.blocks[0].shape[1:]), [block.shape[0] for block in self.blocks])
+            flat = tensor if self.axis else tensor.view(-1, *self.blocks[0].shape[1:])
+            parts = torch.split(flat, [block.shape[self.axis] for block in self.blocks], self.axis)
             for part, block in zip(parts, self.blocks, strict=True):
                 part.copy_(block.value(read))
 
@@ -140,6 +146,9 @@ def _native_tensors(plan: Plan, site: Site) -> Iterator[LayerTensor]:
     for apart, keys in groupby(held, key=lambda key: "{expert}" in key):
         for number, key in product(range(config.experts) if apart else [None], list(keys)):
             name, weight = key.format(layer=layer_number(site), expert=number), held[key]
+            if isinstance(weight, SharedWeight):
+                yield from _shared(name, weight, site, config)
+                continue
             if not isinstance(weight, ExpertWeight):
                 start = weight(name, site, config)
                 yield LayerTensor(name, start.shape, start=start)
@@ -150,6 +159,45 @@ def _native_tensors(plan: Plan, site: Site) -> Iterator[LayerTensor]:
             else:
                 one = _stacked(name, [blocks[number]], routed=True)
                 yield replace(one, shape=one.shape[1:])
+
+
+def extra_tensors(plan: Plan, dense: Config, names: Iterable[str]) -> Iterator[LayerTensor]:
+    """Describe the tensors that a native target has besides those of its MoE layers, and the dense model has not.
+
+    Args:
+        plan: What is converted.
+        dense: The dense config, defaults filled in.
+        names: The tensors that are stored of the dense model.
+    """
+    if plan.target == MOEIFY:
+        return
+    family = FAMILIES[plan.target]
+    if family.untied and dense.get("tie_word_embeddings") and HEAD not in names:
+        yield LayerTensor(HEAD, (), copied=EMBEDDING)
+    for key, build in family.sources[plan.model_type].added.items():
+        for layer in range(dense["num_hidden_layers"] if "{layer}" in key else 1):
+            value = partial(build, dense)
+            yield LayerTensor(key.format(layer=layer), tuple(value().shape),
+                              start=StartValue(tuple(value().shape), None, value, short=True))  # fmt: skip
+
+
+def _shared(name: str, held: SharedWeight, site: Site, config: MoEConfig) -> Iterator[LayerTensor]:
+    """Describe a weight of the shared experts as one wide FFN, or of an idle one in their place."""
+    weight, axis = held.weight, int(held.weight.stack == "down_proj")
+    if config.shared_experts:
+        shared = [_expert(site, config, "shared_expert", number) for number in range(config.shared_experts)]
+        held_by = [expert[weight.stack][weight.blocks] for expert in shared]
+        blocks = tuple(block for row in zip(*held_by, strict=True) for block in row)  # all gates, then all ups
+        if axis:
+            blocks = tuple(replace(block, scale=block.scale * held.scale) for block in blocks)
+        shape = list(blocks[0].shape)
+        shape[axis] = sum(block.shape[axis] for block in blocks)
+        yield LayerTensor(name, tuple(shape), blocks, axis=axis)
+    elif held.idle is not None:
+        width = held.idle or site.intermediate // config.granularity
+        zeros = StartValue((site.hidden, width), None, lambda: torch.zeros(site.hidden, width), short=True)
+        start = zeros if axis else random_rows(len(site.ups[weight.blocks]) * width)(name, site, config)
+        yield LayerTensor(name, start.shape, start=start)
 
 
 def _stacked(name: str, experts: list[tuple[Block, ...]], *, routed: bool) -> LayerTensor:

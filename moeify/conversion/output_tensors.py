@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from functools import partial
+from typing import TypeAlias
+
+import torch
 
 from moeify.checkpoint.shards import Compute, OutTensor, SourceRows
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype, widest
 from moeify.conversion.dense import DenseCheckpoint
-from moeify.conversion.layout import Block, LayerTensor, stored_tensors
+from moeify.conversion.layout import Block, LayerTensor, extra_tensors, stored_tensors
 from moeify.errors import CheckpointError
+from moeify.families.table import rewrites
 from moeify.plan import Plan, Site
 from moeify.tracing.skeleton import may_be_missing
-
-if TYPE_CHECKING:
-    import torch
 
 Piece: TypeAlias = "SourceRows | Compute"
 
@@ -45,10 +46,11 @@ def output_tensors(
     for name in names.of:
         site = site_of.get(name)
         if site is None and not name.startswith(replaced):  # other values in a replaced module are left out
-            yield outputs.copied(names.of[name], name)
+            yield from outputs.rewritten(names.of[name], name, plan)
         elif site is not None and site.path not in done:
             done.add(site.path)
             yield from (outputs.of(tensor, site) for tensor in stored_tensors(plan, site))
+    yield from (outputs.of(tensor, plan.sites[0]) for tensor in extra_tensors(plan, dense.config, names.of))
     for stored in names.merged:
         yield outputs.copied(stored, stored)  # transformers will do with it what it did before
 
@@ -84,6 +86,21 @@ class _Outputs:
             return OutTensor.copy(info, name)
         return OutTensor(name, target, info.shape, (lambda: self.cast(info),))
 
+    def rewritten(self, stored: str, name: str, plan: Plan) -> Iterator[OutTensor]:
+        """Describe what a native format stores of a tensor that stays what it is, or takes another form there."""
+        parts = rewrites(plan, name)
+        if parts is None:
+            yield self.copied(stored, name)
+            return
+        info, config = self.dense.source.tensors[stored], self.dense.config
+        for part, compute in parts.items():
+            shape = tuple(compute(torch.empty(info.shape, device="meta"), config).shape)
+            yield OutTensor(part, self.stored_dtype(info), shape, (partial(self.computed, info, compute),))
+
+    def computed(self, info: TensorInfo, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """Compute what is stored of a tensor in another form."""
+        return compute(self.cast(info), self.dense.config).contiguous()
+
     def of(self, tensor: LayerTensor, site: Site) -> OutTensor:
         """Describe a tensor of a new layer, in the widest dtype of what it replaces.
 
@@ -101,7 +118,15 @@ class _Outputs:
         if tensor.start is not None:
             build, dtype = tensor.start.build, tensor.start.stored(dtype)
             return OutTensor(tensor.name, dtype, tensor.shape, (lambda: build().to(torch_dtype(dtype)),))
+        if tensor.axis:
+            return OutTensor(tensor.name, dtype, tensor.shape, (lambda: self.side_by_side(tensor, dtype),))
         return OutTensor(tensor.name, dtype, tensor.shape, tuple(self.piece(block, dtype) for block in tensor.blocks))
+
+    def side_by_side(self, tensor: LayerTensor, dtype: str) -> torch.Tensor:
+        """Compute a tensor whose blocks do not follow each other in memory."""
+        filled = torch.empty(tensor.shape, dtype=torch_dtype(dtype))
+        tensor.fill(filled, self.read)
+        return filled
 
     def piece(self, block: Block, dtype: str) -> Piece:
         """Return the source's own bytes where a block is nothing else, or the computation of its values."""

@@ -13,7 +13,7 @@ from moeify.contract.found import FoundLayer, find_layers
 from moeify.conversion.cost import Cost, dense_cost, moe_cost
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import MoeifyError, RefusedError
-from moeify.families.table import choose_target
+from moeify.families.table import FAMILIES, fit_target, why_not
 from moeify.passes.ffn import Inspection
 from moeify.plan import Plan
 from moeify.planning.make_plan import make_plan
@@ -80,5 +80,19 @@ def summarize(dense: DenseCheckpoint, config: MoEConfig, layers: str = "all", ta
         if not found:
             raise
         return replace(seen, obstacle=str(error))
-    plan = replace(plan, target=choose_target(plan, dense.config, target))
+    plan = fit_target(plan, dense.config, target)
     return replace(seen, plan=plan, moe=moe_cost(dense, plan))
+
+
+def native_targets(dense: DenseCheckpoint, layers: str = "all") -> dict[str, str | None]:
+    """Return for every native family why a checkpoint cannot become it exactly, None where it can.
+
+    Args:
+        dense: The dense checkpoint; no weight is read.
+        layers: Which FFNs (see `moeify.planning.selection`).
+
+    Raises:
+        MoeifyError: The model cannot be traced, or nothing in it can be converted.
+    """
+    plan = make_plan(dense.model, dense.graph_module, dense.inspection, MoEConfig(2, 2), layers)
+    return {name: why_not(family, plan, dense.config) for name, family in FAMILIES.items()}

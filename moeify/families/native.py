@@ -7,12 +7,14 @@ from typing import Any
 import transformers
 
 from moeify.errors import CheckpointError, told_as
-from moeify.families.table import Config, Family
+from moeify.families.base import Config, Family
 from moeify.plan import Plan
 
 # What each config says of itself.
 _OWN = {"architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "auto_map"}
-_DENSE_ONLY = {"attention_bias", "mlp_bias", "pretraining_tp"}  # the conditions of a family say that they are off
+# Left out where the format has no such field: its conditions say that nothing depends on them.
+_DENSE_ONLY = {"attention_bias", "mlp_bias", "pretraining_tp", "sliding_window", "use_sliding_window", "layer_types",
+               "max_window_layers", "no_rope_layers", "no_rope_layer_interval", "attention_out_bias"}  # fmt: skip
 
 
 def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict[str, Any]:
@@ -33,7 +35,8 @@ def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict
     dense = {key: value for key, value in dense.items() if key not in strange}  # the dense class did not read them
     dropped = _OWN | (_DENSE_ONLY - known.keys())
     carried = {key: value for key, value in dense.items() if key not in dropped}
-    added = family.fields(plan, dense)
+    pair = family.sources[plan.model_type]
+    added = {**family.fields(plan, dense), **pair.fields(dense)}
     with told_as(f"config.json does not make a config of {family.model_type}", CheckpointError):
         data: dict[str, Any] = config_class(**{**carried, **added}).to_dict()
     generic = transformers.PreTrainedConfig().to_dict()
@@ -44,7 +47,7 @@ def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict
         **_older_rope(data.get("rope_parameters") or {}),
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "tie_word_embeddings": dense.get("tie_word_embeddings", False),
+        "tie_word_embeddings": dense.get("tie_word_embeddings", False) and not family.untied,
         "dtype": dtype,
         "torch_dtype": dtype,
         "transformers_version": transformers.__version__,
@@ -53,6 +56,9 @@ def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict
 
 def _older_rope(parameters: dict[str, Any]) -> dict[str, Any]:
     """Return the rotary settings as transformers 4 and engines that follow it spell them."""
-    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    if "rope_theta" not in parameters:  # some formats have settings for each kind of layer
+        return {}
+    scaling = {key: value for key, value in parameters.items() if key not in {"rope_theta", "partial_rotary_factor"}}
     plain = scaling.get("rope_type", "default") == "default"
-    return {"rope_theta": parameters.get("rope_theta"), "rope_scaling": None if plain else scaling}
+    share = {key: parameters[key] for key in ("partial_rotary_factor",) if key in parameters}
+    return {"rope_theta": parameters["rope_theta"], "rope_scaling": None if plain else scaling, **share}

@@ -36,7 +36,7 @@ def test_transformers_reads_what_is_written(target: str, name: str) -> None:
 def test_what_the_dense_config_says_of_itself_stays_behind() -> None:
     data = config_for("mixtral", "llama", pretraining_tp=3, _name_or_path="dense")
     assert {"mlp_bias", "attention_bias", "pretraining_tp", "_name_or_path"}.isdisjoint(data)
-    assert data["tie_word_embeddings"] is True
+    assert data["tie_word_embeddings"] is False  # some engines know no other Mixtral
 
 
 def test_a_field_that_only_the_moe_class_reads_is_not_carried_over() -> None:
@@ -53,4 +53,19 @@ def test_rotary_settings_are_written_for_older_engines_too() -> None:
     plain = config_for("mixtral", "llama", rope_parameters={"rope_type": "default", "rope_theta": 5e4})
     assert plain["rope_theta"] == 5e4 and plain["rope_scaling"] is None
     scaled = config_for("mixtral", "llama", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
-    assert scaled["rope_theta"] == 1e4 and scaled["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert (
+        "partial_rotary_factor" not in scaled
+        and scaled["rope_theta"] == 1e4
+        and scaled["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    )
+
+
+def test_a_share_of_the_head_that_rotates_is_written_for_older_engines_too() -> None:
+    partial = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    data = config_for("glm4_moe", "phi3", rope_parameters=partial)
+    assert data["partial_rotary_factor"] == 0.5 and data["rope_scaling"] is None and data["head_dim"] == 12
+
+
+def test_rotary_settings_for_each_kind_of_layer_have_no_older_form() -> None:
+    data = config_for("mellum", "qwen3")
+    assert data["rope_parameters"].keys() == {"full_attention", "sliding_attention"} and "rope_scaling" not in data

@@ -16,7 +16,8 @@ from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import plan_checkpoint
 from moeify.conversion.cost import moe_cost
 from moeify.conversion.dense import DenseCheckpoint
-from moeify.families.table import DOWN, FAMILIES, GATE_UP, Family, router
+from moeify.families.base import DOWN, GATE_UP, Family, Pair, router
+from moeify.families.table import FAMILIES
 from moeify.measure import TOLERANCE
 from tests.moeify import tiny
 
@@ -25,7 +26,7 @@ MOE = "model.layers.{layer}.block_sparse_moe"
 GRANITE = Family(
     model_type="granitemoe",
     architecture="GraniteMoeForCausalLM",
-    sources={"granite": ()},
+    sources={"granite": Pair()},
     tensors={
         f"{MOE}.router.layer.weight": router,
         f"{MOE}.input_linear.weight": GATE_UP,
@@ -37,7 +38,7 @@ GRANITE = Family(
         "intermediate_size": plan.sites[0].intermediate // plan.config.granularity,
         "router_aux_loss_coef": plan.config.aux_loss,
     },
-    any_layer=False,
+    engines=("transformers",),
 )
 
 
@@ -59,11 +60,12 @@ def test_one_entry_makes_a_family(config: MoEConfig, tmp_path: Path, monkeypatch
     model = granite()
     src = tiny.save(model, tmp_path / "src")
     monkeypatch.setitem(FAMILIES, "granitemoe", GRANITE)
-    plan = tiny.convert_files(src, tmp_path / "moe", config)
+    plan = tiny.convert_files(src, tmp_path / "moe", config, target="granitemoe")
     assert plan.target == "granitemoe"
     loaded = moeify.load(tmp_path / "moe", experts_implementation="eager")  # the default needs sizes of 16 bytes
     assert type(loaded).__name__ == "GraniteMoeForCausalLM"
     assert tiny.relative(tiny.logits(loaded, "llama"), tiny.logits(model, "llama")) < TOLERANCE["float32"]
     with open_source(src) as source:
         dense = DenseCheckpoint(source)
-        assert moe_cost(dense, plan_checkpoint(dense, config)).parameters == sum(p.numel() for p in loaded.parameters())
+        cost = moe_cost(dense, plan_checkpoint(dense, config, target="granitemoe"))
+    assert cost.parameters == sum(p.numel() for p in loaded.parameters())

@@ -13,8 +13,9 @@ from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import output_config, plan_checkpoint
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import ConfigError, MoeifyError, RefusedError
-from moeify.families.table import FAMILIES, choose_target
+from moeify.families.table import FAMILIES, fit_target, remarks
 from moeify.plan import Plan
+from moeify.routers.sigmoid import Sigmoid
 from moeify.tracing.skeleton import build_on_meta, model_class
 from tests.moeify import tiny
 
@@ -34,7 +35,13 @@ def plan_for(name: str, tmp_path: Path, layers: str = "all", **changes: Any) -> 
     [
         ("llama", "all", {}, "mixtral"),
         ("mistral", "all", {}, "mixtral"),
-        ("qwen2", "all", {}, "qwen2_moe"),
+        ("qwen2", "all", {}, "glm4_moe"),
+        ("qwen2", "1-2", {}, "glm4_moe"),
+        ("qwen2", "0", {}, "qwen2_moe"),
+        ("qwen2", "all", {"layer_types": ["sliding_attention"] * 3}, "qwen2_moe"),
+        ("llama", "1-2", {}, "glm4_moe"),
+        ("llama", "all", {"attention_bias": True}, "granitemoe"),
+        ("phi3", "all", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "glm4_moe"),
         ("qwen3", "all", {}, "qwen3_moe"),
         ("gemma", "all", {}, "moeify"),
         ("llama", "0", {}, "qwen2_moe"),
@@ -44,14 +51,14 @@ def plan_for(name: str, tmp_path: Path, layers: str = "all", **changes: Any) -> 
         ("llama", "all", {"architectures": ["LlamaModel"]}, "moeify"),
         ("llama", "all", {"architectures": ["LlamaForSequenceClassification"]}, "moeify"),
         ("llama", "all", {"architectures": None}, "mixtral"),
-        ("qwen3", "all", {"layer_types": ["sliding_attention"] * 3}, "moeify"),
+        ("qwen3", "all", {"layer_types": ["sliding_attention"] * 3}, "mellum"),
     ],
 )
-def test_auto_takes_the_first_exact_family(
+def test_auto_takes_the_exact_family_that_most_engines_run(
     name: str, layers: str, changes: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     plan, dense = plan_for(name, tmp_path, layers, **changes)
-    assert choose_target(plan, dense, "auto") == expected
+    assert fit_target(plan, dense, "auto").target == expected
 
 
 @pytest.mark.parametrize(
@@ -63,6 +70,8 @@ def test_auto_takes_the_first_exact_family(
         ("llama", {"head_dim": 10}, "qwen2_moe", "head_dim"),
         ("mistral", {}, "qwen2_moe", "sliding_window"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "qwen3_moe", "sliding-window"),
+        ("qwen3", {"attention_bias": True}, "glm4_moe", "no bias of o_proj"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "mixtral", "partial_rotary_factor"),
         ("gpt2", {}, "mixtral", "can be made from llama, mistral"),
     ],
 )
@@ -71,23 +80,23 @@ def test_a_condition_that_fails_is_said(
 ) -> None:
     plan, dense = plan_for(name, tmp_path, **changes)
     with pytest.raises(RefusedError, match=words):
-        choose_target(plan, dense, target)
+        fit_target(plan, dense, target)
 
 
 def test_mixtral_cannot_keep_layers_dense_or_leave_weights_unnormalised(tmp_path: Path) -> None:
     plan, dense = plan_for("llama", tmp_path, "1")
     with pytest.raises(RefusedError, match="2 of its layers stay dense"):
-        choose_target(plan, dense, "mixtral")
+        fit_target(plan, dense, "mixtral")
     whole, dense = plan_for("llama", tmp_path / "again")
     loose = replace(whole, config=MoEConfig(3, 2, renormalize=False))
     with pytest.raises(RefusedError, match="renormalizes"):
-        choose_target(loose, dense, "mixtral")
+        fit_target(loose, dense, "mixtral")
 
 
 def test_an_unknown_family_is_wrong_usage(tmp_path: Path) -> None:
     plan, dense = plan_for("llama", tmp_path)
-    with pytest.raises(ConfigError, match="expected auto, moeify, mixtral"):
-        choose_target(plan, dense, "phimoe")
+    with pytest.raises(ConfigError, match="expected auto, moeify, cohere2_moe"):
+        fit_target(plan, dense, "phimoe")
 
 
 def test_native_configs_say_what_older_engines_read(tmp_path: Path) -> None:
@@ -143,3 +152,47 @@ def test_an_architecture_that_transformers_lacks_is_named() -> None:
 )  # fmt: skip
 def test_a_config_that_names_no_class_gets_the_usual_one(model_type: str, name: str) -> None:
     assert model_class({"model_type": model_type}).__name__ == name
+
+
+def test_a_family_puts_its_router_in_place_of_the_default_one_and_refuses_others(tmp_path: Path) -> None:
+    plan, dense = plan_for("llama", tmp_path)
+    assert fit_target(plan, dense, "glm4_moe").config.router == Sigmoid()
+    grouped = replace(plan, config=MoEConfig(4, 2, router=Sigmoid(n_group=2, topk_group=2)))
+    assert fit_target(grouped, dense, "glm4_moe").config.router == Sigmoid(n_group=2, topk_group=2)
+    assert fit_target(grouped, dense, "auto").target == "glm4_moe"
+    with pytest.raises(RefusedError, match="no place for router = 'sigmoid'"):
+        fit_target(grouped, dense, "mixtral")
+    moved = replace(plan, config=MoEConfig(4, 2, router=Sigmoid(bias_rate=0.1)))
+    with pytest.raises(RefusedError, match=r"router\.bias_rate = 0.1"):
+        fit_target(moved, dense, "glm4_moe")
+
+
+@pytest.mark.parametrize(
+    ("layers", "target", "words"),
+    [("0", "glm4_moe", "only the first layers"), ("0,2", "ernie4_5_moe", "at the beginning and at the end")],
+)
+def test_layers_that_stay_dense_where_a_family_has_none_are_refused(
+    layers: str, target: str, words: str, tmp_path: Path
+) -> None:
+    plan, dense = plan_for("llama", tmp_path, layers)
+    with pytest.raises(RefusedError, match=words):
+        fit_target(plan, dense, target)
+
+
+def test_shared_experts_are_refused_by_families_that_have_none(tmp_path: Path) -> None:
+    plan, dense = plan_for("llama", tmp_path)
+    shared = replace(plan, config=MoEConfig(3, 2, shared_experts=1))
+    with pytest.raises(RefusedError, match="mixtral has no place for shared_experts = 1"):
+        fit_target(shared, dense, "mixtral")
+    assert fit_target(shared, dense, "auto").target == "glm4_moe"
+
+
+def test_what_a_user_must_know_is_said(tmp_path: Path) -> None:
+    plan, dense = plan_for("qwen2", tmp_path)
+    said = remarks(fit_target(plan, dense, "qwen2_moe"))
+    assert "intermediate size 128 that outputs zeros" in said[0] and "llama.cpp and mlx-lm" in said[1]
+    assert remarks(fit_target(plan, dense, "glm4_moe"))[0] == "glm4_moe has a sigmoid router"
+    assert f"intermediate size {tiny.INTERMEDIATE} " in remarks(fit_target(plan, dense, "glm4_moe"))[1]
+    shared = replace(plan, config=MoEConfig(3, 2, shared_experts=1))
+    assert len(remarks(fit_target(shared, dense, "qwen2_moe"))) == 1
+    assert remarks(fit_target(plan, dense, "moeify")) == []

@@ -1,0 +1,51 @@
+"""What must hold of a dense config in more than one family, and the words for when it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeify.families.base import Condition, Config, head_dim
+
+
+def equal(field: str, value: Any, why: str) -> Condition:
+    """Return the condition that a field has a value, which it has too where it is missing."""
+    return Condition(lambda config: config.get(field, value) == value, f"its config has {field} ≠ {value}: {why}")
+
+
+def _rotary_share(config: Config) -> float:
+    parameters = config.get("rope_parameters") or {}
+    return float(parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+
+
+LANGUAGE_MODEL = Condition(
+    lambda config: all(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ()),
+    "its architecture is not a language model (…ForCausalLM), and that is what the format holds",
+)
+NO_ATTENTION_BIAS = equal("attention_bias", False, "the format has no attention biases")
+NO_OUTPUT_BIAS = equal("attention_bias", False, "the format has no bias of o_proj")
+NO_MLP_BIAS = equal("mlp_bias", False, "the experts have no biases")
+FULL_ATTENTION = Condition(
+    lambda config: all(kind == "full_attention" for kind in config.get("layer_types") or ()),
+    "some of its layers use sliding-window attention, which the format cannot say",
+)
+NO_SLIDING_WINDOW = equal("sliding_window", None, "the format has no sliding window in this form")
+ONE_WINDOW = Condition(
+    lambda config: len(set(config.get("layer_types") or ())) < 2,
+    "some of its layers use sliding-window attention and some do not, which the format cannot say",
+)
+ALL_ROTATE = Condition(
+    lambda config: all(config.get("no_rope_layers") or ()),
+    "some of its layers have no rotary positions (no_rope_layers), which the format cannot say",
+)
+PLAIN_HEAD_DIM = Condition(
+    lambda config: head_dim(config) == config["hidden_size"] // config["num_attention_heads"],
+    "its head_dim is not hidden_size / num_attention_heads, which the format takes for granted",
+)
+WHOLE_ROTARY = Condition(
+    lambda config: _rotary_share(config) == 1,
+    "it rotates only a part of each head (partial_rotary_factor), which the format cannot say",
+)
+PLAIN_ROPE = Condition(
+    lambda config: (config.get("rope_parameters") or {}).get("rope_type", "default") == "default",
+    "it scales its rotary positions (rope_type), which the format cannot say",
+)

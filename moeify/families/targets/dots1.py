@@ -1,0 +1,19 @@
+"""dots.llm1: norms of q and k, sliding windows per layer; a sigmoid router, shared experts."""
+
+from moeify.families.base import EXLLAMA, LLAMA_CPP, MLX, TRANSFORMERS, Family, Pair
+from moeify.families.conditions import NO_OUTPUT_BIAS
+from moeify.families.sigmoid import OPTIONS, sigmoid_fields, sigmoid_tensors
+
+FAMILY = Family(
+    model_type="dots1",
+    architecture="Dots1ForCausalLM",
+    sources={"qwen3": Pair((NO_OUTPUT_BIAS,), lambda config: {"layer_types": config["layer_types"]})},
+    tensors=sigmoid_tensors("model.layers.{layer}.mlp"),
+    fields=lambda plan, config: sigmoid_fields(plan),
+    engines=(TRANSFORMERS, LLAMA_CPP, MLX, EXLLAMA),
+    dense="first",
+    router="sigmoid",
+    options=OPTIONS,
+    renormalizes=False,
+    shared=True,
+)

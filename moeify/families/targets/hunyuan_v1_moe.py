@@ -1,0 +1,33 @@
+"""HunYuan MoE: norms of q and k after the rotation, and one shared FFN."""
+
+from moeify.families.base import (
+    LLAMA_CPP,
+    SGLANG,
+    TRANSFORMERS,
+    TRT,
+    Family,
+    Pair,
+    expert_size,
+    experts,
+    router,
+    shared_expert,
+)
+
+_MOE = "model.layers.{layer}.mlp"
+
+FAMILY = Family(
+    model_type="hunyuan_v1_moe",
+    architecture="HunYuanMoEV1ForCausalLM",
+    sources={"hunyuan_v1_dense": Pair()},
+    tensors={f"{_MOE}.gate.wg.weight": router, **experts(_MOE), **shared_expert(f"{_MOE}.shared_mlp")},
+    fields=lambda plan, config: {
+        "num_experts": plan.config.experts,
+        "moe_topk": plan.config.top_k,
+        "num_shared_expert": 1,
+        "use_mixed_mlp_moe": True,
+        "intermediate_size": expert_size(plan),
+        "moe_intermediate_size": expert_size(plan),
+        "output_router_logits": False,
+    },
+    engines=(TRANSFORMERS, SGLANG, LLAMA_CPP, TRT),
+)

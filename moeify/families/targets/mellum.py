@@ -1,0 +1,50 @@
+"""Mellum: norms of q and k, sliding windows per layer, and any layer can stay dense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeify.families.base import (
+    LLAMA_CPP,
+    MLX,
+    SGLANG,
+    TRANSFORMERS,
+    Config,
+    Family,
+    Pair,
+    dense_layers,
+    expert_size,
+    experts,
+    router,
+)
+from moeify.plan import Plan
+
+_MOE = "model.layers.{layer}.mlp"
+
+
+def _fields(plan: Plan, config: Config) -> dict[str, Any]:
+    dense, rope = dense_layers(plan, config), config["rope_parameters"]
+    return {
+        "num_experts": plan.config.experts,
+        "num_local_experts": plan.config.experts,
+        "num_experts_per_tok": plan.config.top_k,
+        "moe_intermediate_size": expert_size(plan),
+        "norm_topk_prob": plan.config.renormalize,
+        "mlp_layer_types": ["dense" if i in dense else "sparse" for i in range(config["num_hidden_layers"])],
+        "layer_types": config["layer_types"],
+        "rope_parameters": {kind: rope for kind in ("full_attention", "sliding_attention")},
+        "router_aux_loss_coef": plan.config.aux_loss,
+        "output_router_logits": False,
+    }
+
+
+FAMILY = Family(
+    model_type="mellum",
+    architecture="MellumForCausalLM",
+    sources={"qwen3": Pair()},
+    tensors={f"{_MOE}.gate.weight": router, **experts(_MOE)},
+    fields=_fields,
+    engines=(TRANSFORMERS, SGLANG, LLAMA_CPP, MLX),
+    dense="any",
+    renormalizes=False,
+)

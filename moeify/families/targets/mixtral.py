@@ -1,0 +1,49 @@
+"""Mixtral: the format for what is a Llama in its attention."""
+
+from moeify.families.attention import SPLIT_GATE_UP, SPLIT_QKV
+from moeify.families.base import (
+    EXLLAMA,
+    LLAMA_CPP,
+    MLX,
+    SGLANG,
+    TRANSFORMERS,
+    TRT,
+    VLLM,
+    Family,
+    Pair,
+    expert_size,
+    experts,
+    head_dim,
+    router,
+)
+from moeify.families.conditions import ALL_ROTATE, NO_ATTENTION_BIAS, NO_MLP_BIAS, ONE_WINDOW, WHOLE_ROTARY
+
+_MOE = "model.layers.{layer}.block_sparse_moe"
+
+FAMILY = Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    sources={
+        "llama": Pair((NO_ATTENTION_BIAS, NO_MLP_BIAS, WHOLE_ROTARY)),
+        "mistral": Pair(),
+        "ministral": Pair(
+            (ONE_WINDOW,),
+            lambda config: {} if "sliding_attention" in (config.get("layer_types") or ()) else {"sliding_window": None},
+        ),
+        "smollm3": Pair((NO_ATTENTION_BIAS, NO_MLP_BIAS, ALL_ROTATE, ONE_WINDOW)),
+        "phi3": Pair((WHOLE_ROTARY,), lambda config: {"head_dim": head_dim(config)}, (SPLIT_QKV, SPLIT_GATE_UP)),
+    },
+    tensors={f"{_MOE}.gate.weight": router, **experts(_MOE, "w1", "w3", "w2")},
+    fields=lambda plan, config: {
+        "num_local_experts": plan.config.experts,
+        "num_experts_per_tok": plan.config.top_k,
+        "intermediate_size": expert_size(plan),
+        "router_aux_loss_coef": plan.config.aux_loss,
+        "router_jitter_noise": 0.0,
+        "output_router_logits": False,
+        "sliding_window": config.get("sliding_window"),
+    },
+    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA, TRT),
+    untied=True,
+    note="mlx-lm's Mixtral ignores rope scaling and a head_dim other than hidden_size / num_attention_heads",
+)

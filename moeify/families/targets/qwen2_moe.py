@@ -1,0 +1,93 @@
+"""Qwen2-MoE: biases of q, k and v, sliding windows per layer, any layer can stay dense, one gated shared expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeify.families.attention import zero_biases
+from moeify.families.base import (
+    SGLANG,
+    TRANSFORMERS,
+    TRT,
+    VLLM,
+    Config,
+    Family,
+    Pair,
+    dense_layers,
+    expert_size,
+    experts,
+    router,
+)
+from moeify.families.conditions import (
+    NO_ATTENTION_BIAS,
+    NO_MLP_BIAS,
+    NO_SLIDING_WINDOW,
+    PLAIN_HEAD_DIM,
+    WHOLE_ROTARY,
+    equal,
+)
+from moeify.families.gated import gated_shared_expert, shared_size
+from moeify.plan import Plan
+
+_MOE = "model.layers.{layer}.mlp"
+
+
+def _fields(plan: Plan, config: Config) -> dict[str, Any]:
+    return {
+        "num_experts": plan.config.experts,
+        "num_experts_per_tok": plan.config.top_k,
+        "moe_intermediate_size": expert_size(plan),
+        "shared_expert_intermediate_size": shared_size(plan),
+        "norm_topk_prob": plan.config.renormalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense_layers(plan, config),
+        "router_aux_loss_coef": plan.config.aux_loss,
+        "output_router_logits": False,
+        "qkv_bias": True,  # vLLM has them whatever this says
+    }
+
+
+_NO_WINDOW = {"use_sliding_window": False}
+_ADDED = zero_biases("q", "k", "v")
+
+FAMILY = Family(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    sources={
+        "qwen2": Pair((PLAIN_HEAD_DIM,)),
+        "llama": Pair(
+            (NO_ATTENTION_BIAS, NO_MLP_BIAS, PLAIN_HEAD_DIM, WHOLE_ROTARY), lambda config: _NO_WINDOW, added=_ADDED
+        ),
+        "mistral": Pair((NO_SLIDING_WINDOW, PLAIN_HEAD_DIM), lambda config: _NO_WINDOW, added=_ADDED),
+        "ministral": Pair(
+            (PLAIN_HEAD_DIM,),
+            lambda config: {
+                "use_sliding_window": True,
+                "layer_types": config["layer_types"],
+                "sliding_window": config["sliding_window"],
+            },
+            added=_ADDED,
+        ),
+        "seed_oss": Pair(
+            (
+                equal("attention_bias", True, "q, k and v have biases in the format"),
+                equal("attention_out_bias", False, "the format has no bias of o_proj"),
+                NO_MLP_BIAS,
+                PLAIN_HEAD_DIM,
+            ),
+            lambda config: _NO_WINDOW,
+        ),
+    },
+    tensors={
+        f"{_MOE}.gate.weight": router,
+        **experts(_MOE),
+        **gated_shared_expert(_MOE),
+    },
+    fields=_fields,
+    engines=(TRANSFORMERS, VLLM, SGLANG, TRT),
+    dense="any",
+    renormalizes=False,
+    shared=True,
+    untied=True,
+    note="llama.cpp and mlx-lm do not renormalize the weights of Qwen2-MoE: they compute something else",
+)

@@ -1,0 +1,42 @@
+"""Qwen3-MoE: norms of q and k, and any layer can stay dense."""
+
+from moeify.families.base import (
+    EXLLAMA,
+    LLAMA_CPP,
+    MLX,
+    SGLANG,
+    TRANSFORMERS,
+    TRT,
+    VLLM,
+    Family,
+    Pair,
+    dense_layers,
+    expert_size,
+    experts,
+    router,
+)
+from moeify.families.conditions import FULL_ATTENTION
+
+_MOE = "model.layers.{layer}.mlp"
+
+FAMILY = Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    sources={"qwen3": Pair((FULL_ATTENTION,))},
+    tensors={f"{_MOE}.gate.weight": router, **experts(_MOE)},
+    fields=lambda plan, config: {
+        "num_experts": plan.config.experts,  # transformers writes num_local_experts, other engines read this
+        "num_local_experts": plan.config.experts,
+        "num_experts_per_tok": plan.config.top_k,
+        "moe_intermediate_size": expert_size(plan),
+        "norm_topk_prob": plan.config.renormalize,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense_layers(plan, config),
+        "router_aux_loss_coef": plan.config.aux_loss,
+        "output_router_logits": False,
+    },
+    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA, TRT),
+    dense="any",
+    renormalizes=False,
+    untied=True,
+)

@@ -1,0 +1,162 @@
+"""Convert every dense source into every native family that says it is exact, and write docs/families.json and .md.
+
+    python -m sweeps.families            measures every pair (minutes)
+    python -m sweeps.families --page     only writes the page
+
+The output is loaded by transformers alone; a tensor that is missing or unexpected is an error. With experts that are
+copies its logits are compared with the dense model's, with experts that differ with those of the same plan carried out
+in place, which knows nothing of native formats.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from moeify.checkpoint.source import open_source
+from moeify.config import MoEConfig
+from moeify.conversion.checkpoint import Output, convert_checkpoint, plan_checkpoint
+from moeify.conversion.dense import DenseCheckpoint
+from moeify.conversion.module import put_layers
+from moeify.errors import RefusedError
+from moeify.families.table import FAMILIES
+from moeify.measure import relative_difference
+from moeify.methods.noise import Noise
+from sweeps.dense_sources import SOURCES, build
+from sweeps.models import DOCS
+
+RESULTS, PAGE = DOCS / "families.json", DOCS / "families.md"
+NOISE = MoEConfig(experts=4, top_k=2, method=Noise(std=0.3))
+TOKENS = torch.randint(3, 101, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """Return the logits on the same tokens for every model."""
+    result: Tensor = model(input_ids=TOKENS).logits
+    return result
+
+
+def load_stock(folder: Path) -> nn.Module:
+    """Load a checkpoint with transformers alone; whatever its model lacks or has no place for is an error."""
+    auto: Any = transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, output_loading_info=True, experts_implementation="eager")
+    left = {kind: found for kind, found in info.items() if found}
+    if left:
+        raise ValueError(f"the output does not fit {type(model).__name__}: {left}")
+    found: nn.Module = model.eval()
+    return found
+
+
+class Measured:
+    """A dense source, traced once, whose conversions are measured.
+
+    Args:
+        model: The model.
+        folder: Where its checkpoint and those made of it are written.
+    """
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self.model, self.folder = model, folder
+        model.save_pretrained(folder / "src")
+        with open_source(folder / "src") as source:
+            self.dense = DenseCheckpoint(source)
+            _ = self.dense.regions
+
+    def difference(self, target: str, config: MoEConfig, layers: str = "all") -> float:
+        """Convert into a family, and return how far the result is from what it must compute.
+
+        Raises:
+            RefusedError: It would not be exact.
+            ValueError: The output does not fit the family's model in transformers.
+        """
+        plan = plan_checkpoint(self.dense, config, layers, target)
+        convert_checkpoint(self.dense, plan, Output(self.folder / "dst", 10**9, overwrite=True))
+        expected = self.model
+        if not config.exact:
+            expected = copy.deepcopy(self.model)
+            put_layers(expected, plan, self.dense.regions)
+        return relative_difference(logits(load_stock(self.folder / "dst")), logits(expected))
+
+
+def measure(name: str, source: Measured) -> dict[str, Any]:
+    """Return what was measured of one source, or why it is refused, by family."""
+    found: dict[str, Any] = {}
+    for target in (target for target, family in FAMILIES.items() if SOURCES[name][0] in family.sources):
+        try:
+            copies, differing = (source.difference(target, config) for config in (replace(NOISE, method="copy"), NOISE))
+            found[target] = {"copies": copies, "differing": differing}
+        except RefusedError as error:
+            found[target] = {"refused": str(error).partition(": ")[2]}
+    return found
+
+
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """Return the document."""
+    text = [
+        "# Native families",
+        "",
+        "`moeify convert` writes these formats of transformers where they compute exactly what the dense model does:",
+        "nothing of moeify is needed to load them. `--to auto` takes the exact one that most engines run, and",
+        "`moeify families SRC` says which are exact for a checkpoint. Engines that know a format but compute it",
+        "otherwise are left out; that an engine knows one is from its own registry, and few were run. Written by",
+        "`python -m sweeps.families`.",
+        "",
+        "| family | made from | layers that can stay dense | router | shared experts | engines |",
+        "|---|---|---|---|---|---|",
+        *(_family_row(name) for name in FAMILIES),
+        "",
+        "## Measured",
+        "",
+        "Tiny random models in float32, 4 experts, top-2. *copies*: the largest difference of a logit from the dense",
+        "model's, relative to the largest logit. *differing*: experts with noise, compared with the same plan carried",
+        "out in place. What is refused is told with its reason.",
+        "",
+        "| source | family | copies | differing |",
+        "|---|---|--:|--:|",
+        *(_row(source, target, found) for source, pairs in results.items() for target, found in pairs.items()),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def _family_row(name: str) -> str:
+    family = FAMILIES[name]
+    shared = "any number" if family.shared else "-"
+    if family.idle is not None:
+        shared += f"; else an idle one{f' of size {family.idle}' if family.idle else ''}"
+    return (
+        f"| {name} | {', '.join(family.sources)} | {family.dense} | {family.router} | {shared} "
+        f"| {', '.join(family.engines)}{f'. Note: {family.note}' if family.note else ''} |"
+    )
+
+
+def _row(source: str, target: str, found: dict[str, Any]) -> str:
+    if "refused" in found:
+        return f"| {source} | {target} | refused: {found['refused']} | |"
+    return f"| {source} | {target} | {found['copies']:.1e} | {found['differing']:.1e} |"
+
+
+def main() -> None:
+    """Measure every source; write the record and the page."""
+    if sys.argv[1:] != ["--page"]:
+        results = {}
+        for name in SOURCES:
+            with tempfile.TemporaryDirectory() as folder:
+                results[name] = measure(name, Measured(build(name), Path(folder)))
+            print(name, json.dumps(results[name]), flush=True)
+        lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in results.items()]
+        RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    PAGE.write_text(page(json.loads(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    main()
