@@ -1,0 +1,99 @@
+"""Run the checks of every tool on every model, and write docs/ecosystem.json and docs/ecosystem.md.
+
+    python -m sweeps.ecosystem                     everything (a quarter of an hour)
+    python -m sweeps.ecosystem trl peft            some tools, on stdout
+    python -m sweeps.ecosystem peft --model gpt2   with one model
+    python -m sweeps.ecosystem --page              only write the page
+
+Each check runs in a process of its own, in the environment that holds its tool, and has a deadline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from sweeps.ecosystem import with_accelerate, with_peft, with_trl
+from sweeps.ecosystem.check import FAILS, Check, Row, find, outcome, row
+from sweeps.ecosystem.models import MODELS, Subject, prepare
+from sweeps.ecosystem.page import table
+from sweeps.models import DOCS
+
+RECORD, PAGE = DOCS / "ecosystem.json", DOCS / "ecosystem.md"
+ROOT = DOCS.parent
+ENVIRONMENTS = {"main": ".venv-ecosystem", "llmcompressor": ".venv-ecosystem-llmcompressor"}
+CHECKS = (*with_trl.CHECKS, *with_peft.CHECKS, *with_accelerate.CHECKS)
+SECONDS = 600
+
+
+def run(check: Check, model: str, models: Path, python: Path) -> Row:
+    """Run a check in a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [str(python), "-m", "sweeps.ecosystem", "--check", check.name, "--model", model,
+                   "--models", str(models), "--scratch", scratch]  # fmt: skip
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT),
+                       "PYTHONWARNINGS": "ignore"}  # fmt: skip
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return row(check, model, FAILS, "", f"not done after {SECONDS} seconds", SECONDS)
+    written = [line for line in done.stdout.splitlines() if line.startswith('{"tool"')]
+    if not written:
+        said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        return row(check, model, FAILS, "", f"the process ended with {done.returncode}: {said}", 0)
+    return Row(**json.loads(written[-1]))
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("tools", nargs="*", help="distributions; all of them without")
+    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--models", type=Path, default=ROOT / ".venv-ecosystem/models", help="where the models lie")
+    parser.add_argument("--environments", type=Path, default=ROOT, help="the folder that holds the environments")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--check", help=argparse.SUPPRESS)  # in the process of the check
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.check:
+        subject = Subject(given.model, given.models / given.model, given.scratch)
+        print(json.dumps(asdict(outcome(find(CHECKS, given.check), subject))), flush=True)
+        return
+    if not given.page:
+        rows = run_all(given)
+        if given.tools or given.model:
+            return
+        RECORD.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    PAGE.write_text(table(read_record()))
+
+
+def run_all(given: argparse.Namespace) -> list[Row]:
+    """Run the checks that are asked for, one after the other."""
+    asked = [(check, model) for check in CHECKS for model in check.models
+             if (not given.tools or check.tool in given.tools or check.name in given.tools)
+             and given.model in {None, model}]  # fmt: skip
+    prepare(given.models, sorted({model for _, model in asked}))
+    rows = []
+    for check, model in asked:
+        python = given.environments / ENVIRONMENTS[check.environment] / "bin/python"
+        rows.append(run(check, model, given.models, python))
+        print(check.tool, check.name, model, *filter(None, [rows[-1].result, rows[-1].line, rows[-1].why]), sep=" | ",
+              flush=True)  # fmt: skip
+    return rows
+
+
+def read_record() -> list[Row]:
+    """Read what was run."""
+    return [Row(**entry) for entry in json.loads(RECORD.read_text())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
