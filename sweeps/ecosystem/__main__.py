@@ -19,7 +19,18 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from sweeps.ecosystem import with_accelerate, with_peft, with_trl
+from sweeps.ecosystem import (
+    with_accelerate,
+    with_auto_round,
+    with_bitsandbytes,
+    with_llmcompressor,
+    with_modelopt,
+    with_optimum,
+    with_peft,
+    with_smollm2,
+    with_torchao,
+    with_trl,
+)
 from sweeps.ecosystem.check import FAILS, Check, Row, find, outcome, row
 from sweeps.ecosystem.models import MODELS, Subject, prepare
 from sweeps.ecosystem.page import table
@@ -28,7 +39,9 @@ from sweeps.models import DOCS
 RECORD, PAGE = DOCS / "ecosystem.json", DOCS / "ecosystem.md"
 ROOT = DOCS.parent
 ENVIRONMENTS = {"main": ".venv-ecosystem", "llmcompressor": ".venv-ecosystem-llmcompressor"}
-CHECKS = (*with_trl.CHECKS, *with_peft.CHECKS, *with_accelerate.CHECKS)
+TOOLS = (with_trl, with_peft, with_smollm2, with_accelerate, with_llmcompressor, with_auto_round, with_torchao,
+         with_modelopt, with_bitsandbytes, with_optimum)  # fmt: skip
+CHECKS = tuple(check for tool in TOOLS for check in tool.CHECKS)
 SECONDS = 600
 
 

@@ -1,0 +1,41 @@
+"""optimum, and its ONNX exporter, whose newest release wants an older transformers than moeify."""
+
+from __future__ import annotations
+
+from importlib.metadata import requires, version
+from typing import Any
+
+from sweeps.ecosystem.check import Check
+from sweeps.ecosystem.models import Subject, logits
+
+
+def onnx(subject: Subject) -> None:
+    """Export for text generation and compare in ONNX Runtime."""
+    from packaging.requirements import Requirement
+
+    for text in requires("optimum-onnx") or []:
+        wanted = Requirement(text)
+        if wanted.name == "transformers" and wanted.marker is None:
+            found = version("transformers")
+            assert wanted.specifier.contains(found), f"it wants {wanted}, and moeify transformers 5.17 or newer"
+    from optimum.exporters.onnx import main_export
+
+    main_export(str(subject.path), str(subject.scratch / "onnx"), task="text-generation")
+
+
+def quantization(subject: Subject) -> None:
+    """Quantize by optimum's own GPTQ."""
+    from optimum.gptq import GPTQQuantizer
+
+    model: Any = subject.load()
+    expected = logits(model)
+    quantizer = GPTQQuantizer(bits=4, group_size=32, dataset=["w1 w2 w3 w4 w5 w6 w7 w8"] * 4, model_seqlen=16)
+    quantizer.quantize_model(model, subject.tokenizer())
+    assert logits(model).shape == expected.shape
+
+
+CHECKS = (
+    Check("optimum-onnx", "`main_export` (instead: `moeify export`)", onnx, ("llama",),
+          issue="huggingface/optimum-onnx#114"),
+    Check("optimum", "`GPTQQuantizer`, 4 bits", quantization, ("llama", "mixtral")),
+)  # fmt: skip
