@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moeify.measure import TOLERANCE, relative_difference
-from sweeps.ecosystem.check import NATIVE, Check
+from sweeps.ecosystem.check import CONVERTED, NATIVE, Check
 from sweeps.ecosystem.models import Subject, batch, logits, run_python
 
 ATTENTION = {"gpt2": ["c_attn"]}
@@ -19,12 +19,13 @@ ROUTERS = {"mixtral": "mlp.gate.weight", "qwen3_moe": "mlp.gate.weight"}
 
 def lora(subject: Subject) -> None:
     """Train adapters on attention, experts and routers; reload them elsewhere; merge them."""
-    name = subject.name
-    experts = [f"mlp.experts.{UP.get(name, 'gate_up_proj')}", "mlp.experts.down_proj"]
-    router = ROUTERS.get(name, "mlp.router.weight")
-    _round_trip(
-        subject, target_modules=ATTENTION.get(name, ["q_proj", "v_proj"]), target_parameters=[*experts, router]
-    )
+    attention = ATTENTION.get(subject.name, ["q_proj", "v_proj"])
+    _round_trip(subject, target_modules=attention, target_parameters=_parameters(subject))
+
+
+def lora_without_attention(subject: Subject) -> None:
+    """Train adapters on experts and routers only."""
+    _round_trip(subject, target_parameters=_parameters(subject))
 
 
 def saved_routers(subject: Subject) -> None:
@@ -33,6 +34,11 @@ def saved_routers(subject: Subject) -> None:
     _round_trip(
         subject, target_modules=ATTENTION.get(subject.name, ["q_proj", "v_proj"]), modules_to_save=[routers]
     )
+
+
+def _parameters(subject: Subject) -> list[str]:
+    up, router = UP.get(subject.name, "gate_up_proj"), ROUTERS.get(subject.name, "mlp.router.weight")
+    return [f"mlp.experts.{up}", "mlp.experts.down_proj", router]
 
 
 def _round_trip(subject: Subject, **targets: Any) -> None:
@@ -76,7 +82,8 @@ def elsewhere(name: str, path: Path, adapter: Path, result: Path) -> None:
 
 CHECKS = (
     Check("peft", "LoRA on attention (`target_modules`), experts and routers (`target_parameters`): trained, saved, "
-          "loaded in a fresh process, merged, saved", lora, ("llama", "gemma3", "gpt2", *NATIVE)),
+          "loaded in a fresh process, merged, saved", lora, CONVERTED + NATIVE,
+          "peft.LoraConfig(target_parameters=[…]) without target_modules", lora_without_attention),
     Check("peft", "LoRA on attention and whole routers (`modules_to_save`), the same way", saved_routers),
 )  # fmt: skip
 
