@@ -1,7 +1,7 @@
 """Run the checks of every tool on every model, and write docs/ecosystem.json and docs/ecosystem.md.
 
-    python -m sweeps.ecosystem                     everything (a quarter of an hour)
-    python -m sweeps.ecosystem trl peft            some tools, on stdout
+    python -m sweeps.ecosystem                     everything (half an hour)
+    python -m sweeps.ecosystem trl peft            some tools, or checks, again: the other rows stay
     python -m sweeps.ecosystem peft --model gpt2   with one model
     python -m sweeps.ecosystem --page              only write the page
 
@@ -42,7 +42,7 @@ ENVIRONMENTS = {"main": ".venv-ecosystem", "llmcompressor": ".venv-ecosystem-llm
 TOOLS = (with_trl, with_peft, with_smollm2, with_accelerate, with_llmcompressor, with_auto_round, with_torchao,
          with_modelopt, with_bitsandbytes, with_optimum)  # fmt: skip
 CHECKS = tuple(check for tool in TOOLS for check in tool.CHECKS)
-SECONDS = 600
+SECONDS = 900
 
 
 def run(check: Check, model: str, models: Path, python: Path) -> Row:
@@ -81,31 +81,34 @@ def main() -> None:
         print(json.dumps(asdict(outcome(find(CHECKS, given.check), subject))), flush=True)
         return
     if not given.page:
-        rows = run_all(given)
-        if given.tools or given.model:
-            return
-        RECORD.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        run_all(given)
     PAGE.write_text(table(read_record()))
 
 
-def run_all(given: argparse.Namespace) -> list[Row]:
-    """Run the checks that are asked for, one after the other."""
+def run_all(given: argparse.Namespace) -> None:
+    """Run the checks that are asked for, one after the other, and keep each outcome in the record."""
     asked = [(check, model) for check in CHECKS for model in check.models
-             if (not given.tools or check.tool in given.tools or check.name in given.tools)
-             and given.model in {None, model}]  # fmt: skip
+             if (not given.tools or {check.tool, check.name} & set(given.tools)) and given.model in {None, model}
+             ]  # fmt: skip
     prepare(given.models, sorted({model for _, model in asked}))
-    rows = []
     for check, model in asked:
         python = given.environments / ENVIRONMENTS[check.environment] / "bin/python"
-        rows.append(run(check, model, given.models, python))
-        print(check.tool, check.name, model, *filter(None, [rows[-1].result, rows[-1].line, rows[-1].why]), sep=" | ",
-              flush=True)  # fmt: skip
-    return rows
+        new = run(check, model, given.models, python)
+        keep(new)
+        print(check.tool, check.name, model, *filter(None, [new.result, new.line, new.why]), sep=" | ", flush=True)
+
+
+def keep(new: Row) -> None:
+    """Put a row in its place in the record; rows of checks that are gone are dropped."""
+    held = {(row.tool, row.done, row.model): row for row in [*read_record(), new]}
+    places = [(check.tool, check.done, model) for check in CHECKS for model in check.models]
+    rows = [asdict(held[place]) for place in places if place in held]
+    RECORD.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def read_record() -> list[Row]:
     """Read what was run."""
-    return [Row(**entry) for entry in json.loads(RECORD.read_text())]
+    return [Row(**entry) for entry in json.loads(RECORD.read_text())] if RECORD.exists() else []
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def _data_free(subject: Subject, model: Any) -> None:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     expected = logits(model)
-    recipe = QuantizationModifier(targets="Linear", scheme="W8A16", ignore=["lm_head", "re:.*router$", "re:.*gate$"])
+    recipe = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head", "re:.*router$", "re:.*gate$"])
     oneshot(model=model, recipe=recipe)
     _judge(subject, model, expected, 8)
 
@@ -56,7 +56,7 @@ def _calibrated(subject: Subject, model: Any) -> None:
     expected = logits(model)
     tokenizer = subject.tokenizer()
     data = datasets.Dataset.from_list([dict(tokenizer(text)) for text in words(8)])
-    recipe = GPTQModifier(targets="Linear", scheme="W8A16", ignore=["lm_head", "re:.*router$", "re:.*gate$"])
+    recipe = GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head", "re:.*router$", "re:.*gate$"])
     oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=16, num_calibration_samples=8)
     _judge(subject, model, expected, 8)
 
@@ -73,8 +73,8 @@ def _judge(subject: Subject, model: Any, expected: Any, bits: int) -> None:
 
 
 CHECKS = (
-    Check("llmcompressor", "`oneshot` with `QuantizationModifier` (W8A16), experts too, written compressed", w8a8,
+    Check("llmcompressor", "`oneshot` with `QuantizationModifier` (W8A8), experts too, written compressed", w8a8,
           CONVERTED + NATIVE, LINE, w8a8_linearized, environment="llmcompressor"),
-    Check("llmcompressor", "`oneshot` with `GPTQModifier` (W8A16) on sentences, experts too", gptq,
+    Check("llmcompressor", "`oneshot` with `GPTQModifier` (W8A8) on sentences, experts too", gptq,
           CONVERTED + NATIVE[:1], LINE, gptq_linearized, environment="llmcompressor"),
 )  # fmt: skip
