@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ _SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "
           "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1,
           "eos_token_id": 2, "max_position_embeddings": 256}  # fmt: skip
 _GPT2 = {"n_layer": 2, "n_embd": 64, "n_inner": 128, "n_head": 4, "n_positions": 256, "vocab_size": VOCABULARY,
-         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
 DENSE: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_SIZES)),
     "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**_SIZES)),
@@ -70,6 +72,11 @@ class Subject:
     def tokenizer(self) -> Any:
         """Return the tokenizer of the checkpoint."""
         return tf.AutoTokenizer.from_pretrained(self.path)
+
+
+def library(name: str) -> Any:
+    """Import a tool, or a part of it, without its types: the environment that checks ours has no tools."""
+    return import_module(name)
 
 
 def batch(rows: int = 4, length: int = 24) -> dict[str, Tensor]:

@@ -12,17 +12,18 @@ LONGEST = 160  # characters of an error
 
 def table(rows: Sequence[Row]) -> str:
     """Return the page."""
-    counts = {result: sum(row.result == result for row in rows) for result in (WORKS, WITH_A_LINE, FAILS)}
+    works, lined, fail = (sum(row.result == result for row in rows) for result in (WORKS, WITH_A_LINE, FAILS))
     lines = [
         "# Other tools on converted models",
         "",
-        "Unmodified releases, run on the CPU on models that `moeify convert` wrote: Llama, Gemma 3 and GPT-2 in moeify's",
-        "format (loaded after `moeify.register()`), Mixtral and Qwen3-MoE as stock transformers has them (no moeify is",
-        "imported), all with two layers and random weights; and SmolLM2-135M, every fourth layer 4 experts.",
-        "`make ecosystem` runs it and writes this page from docs/ecosystem.json. A check fails if what it names is not so: experts that a",
-        "quantizer passes over, routers that a trainer does not move, an adapter that computes otherwise elsewhere.",
+        "Unmodified releases, run on the CPU on models that `moeify convert` wrote: Llama, Gemma 3 and GPT-2 in",
+        "moeify's format (loaded after `moeify.register()`), Mixtral and Qwen3-MoE as stock transformers has them (no",
+        "moeify is imported), all with two layers and random weights; and SmolLM2-135M, every fourth layer 4 experts.",
+        "A check fails if what it names is not so: experts that a quantizer passes over, routers that a trainer does",
+        "not move, an adapter that computes otherwise elsewhere. `make ecosystem` runs all and writes this page from",
+        "docs/ecosystem.json.",
         "",
-        f"{len(rows)} runs: {counts[WORKS]} work, {counts[WITH_A_LINE]} work with a line of code, {counts[FAILS]} do not.",
+        f"{len(rows)} runs: {works} work, {lined} work with a line of code, {fail} do not.",
         "",
         "| tool | what is done | model | result | seconds |",
         "|---|---|---|---|--:|",

@@ -33,7 +33,11 @@ def judge(model: Any, expected: Tensor, bits: int) -> Tensor:
 
 def expert_linears(model: Any) -> dict[str, Any]:
     """Return the modules that hold one projection of one expert, by their paths."""
-    return {path: module for path, module in model.named_modules() if _inside_experts(path) and hasattr(module, "in_features")}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if _inside_experts(path) and hasattr(module, "in_features")
+    }
 
 
 def all_of(modules: Iterable[Any], kind: str) -> None:

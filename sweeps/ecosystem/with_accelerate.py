@@ -10,12 +10,12 @@ import torch
 
 from moeify.measure import TOLERANCE, relative_difference
 from sweeps.ecosystem.check import Check
-from sweeps.ecosystem.models import Subject, batch, logits, run_processes
+from sweeps.ecosystem.models import Subject, batch, library, logits, run_processes
 
 
 def state(subject: Subject) -> None:
     """Prepare, step, save the state, step on, and step on again from the saved state."""
-    from accelerate import Accelerator
+    Accelerator = library("accelerate").Accelerator
 
     accelerator = Accelerator(cpu=True)
     model: Any = subject.load().train()
@@ -66,7 +66,8 @@ def _halves() -> list[dict[str, torch.Tensor]]:
 
 def one_of_two(way: str, subject: Subject) -> None:
     """Do what one of the two processes does."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    Accelerator = library("accelerate").Accelerator
+    FullyShardedDataParallelPlugin = library("accelerate").FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sweeps.ecosystem.check import CONVERTED, NATIVE, Check
-from sweeps.ecosystem.models import Subject, logits, words
+from sweeps.ecosystem.models import Subject, library, logits, words
 from sweeps.ecosystem.quantized import expert_linears, judge
 
 LINE = "moeify.linearize(model)"
@@ -34,11 +34,11 @@ def tuned_linearized(subject: Subject) -> None:
 def _linearized(subject: Subject) -> Any:
     import moeify
 
-    return moeify.linearize(subject.load())  # type: ignore[attr-defined]
+    return moeify.linearize(subject.load())
 
 
 def _quantize(subject: Subject, model: Any, iters: int) -> None:
-    from auto_round import AutoRound
+    AutoRound = library("auto_round").AutoRound
 
     expected = logits(model)
     tokenizer = subject.tokenizer()
@@ -54,5 +54,7 @@ def _quantize(subject: Subject, model: Any, iters: int) -> None:
 
 CHECKS = (
     Check("auto-round", "W4A16, rounding to nearest, experts too", rtn, CONVERTED + NATIVE, LINE, rtn_linearized),
-    Check("auto-round", "W4A16, tuned on sentences, experts too", tuned, CONVERTED + NATIVE[:1], LINE, tuned_linearized),
+    Check(
+        "auto-round", "W4A16, tuned on sentences, experts too", tuned, CONVERTED + NATIVE[:1], LINE, tuned_linearized
+    ),
 )

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from sweeps.ecosystem.check import CONVERTED, NATIVE, Check
-from sweeps.ecosystem.models import Subject, batch, logits
+from sweeps.ecosystem.models import Subject, batch, library, logits
 from sweeps.ecosystem.quantized import all_of, expert_linears, judge
 
 
 def attention_in_4_bits(subject: Subject) -> None:
     """Load with 4-bit linear layers, and train an adapter on them: QLoRA."""
-    import peft
+    peft = library("peft")
 
     expected = logits(subject.load())
     model = subject.load(quantization_config=_config())
@@ -43,13 +43,13 @@ def experts_in_4_bits(subject: Subject) -> None:
 
 def experts_in_4_bits_linearized(subject: Subject) -> None:
     """Put 4-bit layers into a model whose experts are linear layers, as transformers does while loading."""
-    from transformers.integrations import replace_with_bnb_linear
+    replace_with_bnb_linear = library("transformers.integrations").replace_with_bnb_linear
 
     import moeify
 
     model: Any = subject.load()
     expected = logits(model)
-    weights = moeify.linearize(model).state_dict()  # type: ignore[attr-defined]
+    weights = moeify.linearize(model).state_dict()
     model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=_config())
     model.load_state_dict(weights, strict=False)
     model.to("cpu")
@@ -58,7 +58,7 @@ def experts_in_4_bits_linearized(subject: Subject) -> None:
 
 
 def _config() -> Any:
-    from transformers import BitsAndBytesConfig
+    BitsAndBytesConfig = library("transformers").BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from sweeps.ecosystem.check import CONVERTED, NATIVE, Check
-from sweeps.ecosystem.models import Subject, logits, words
+from sweeps.ecosystem.models import Subject, library, logits, words
 from sweeps.ecosystem.quantized import expert_linears, judge
 
 LINE = "moeify.linearize(model)"
@@ -35,12 +35,12 @@ def gptq_linearized(subject: Subject) -> None:
 def _linearized(subject: Subject) -> Any:
     import moeify
 
-    return moeify.linearize(subject.load())  # type: ignore[attr-defined]
+    return moeify.linearize(subject.load())
 
 
 def _data_free(subject: Subject, model: Any) -> None:
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.quantization import QuantizationModifier
+    oneshot = library("llmcompressor").oneshot
+    QuantizationModifier = library("llmcompressor.modifiers.quantization").QuantizationModifier
 
     expected = logits(model)
     recipe = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head", "re:.*router$", "re:.*gate$"])
@@ -49,9 +49,9 @@ def _data_free(subject: Subject, model: Any) -> None:
 
 
 def _calibrated(subject: Subject, model: Any) -> None:
-    import datasets
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
+    datasets = library("datasets")
+    oneshot = library("llmcompressor").oneshot
+    GPTQModifier = library("llmcompressor.modifiers.gptq").GPTQModifier
 
     expected = logits(model)
     tokenizer = subject.tokenizer()

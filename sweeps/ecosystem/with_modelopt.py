@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from sweeps.ecosystem.check import CONVERTED, NATIVE, Check
-from sweeps.ecosystem.models import Subject, batch, logits
+from sweeps.ecosystem.models import Subject, batch, library, logits
 from sweeps.ecosystem.quantized import judge
 
 
 def int8(subject: Subject) -> None:
     """Calibrate int8 for weights and activations, experts included; save the state, and restore it."""
-    import modelopt.torch.opt as mto
-    import modelopt.torch.quantization as mtq
+    mto = library("modelopt.torch.opt")
+    mtq = library("modelopt.torch.quantization")
 
     mto.enable_huggingface_checkpointing()
     model: Any = subject.load()
@@ -32,8 +32,8 @@ def int8(subject: Subject) -> None:
 
 def export(subject: Subject) -> None:
     """Write the checkpoint that vLLM and TensorRT-LLM read (FP8)."""
-    import modelopt.torch.quantization as mtq
-    from modelopt.torch.export import export_hf_checkpoint
+    mtq = library("modelopt.torch.quantization")
+    export_hf_checkpoint = library("modelopt.torch.export").export_hf_checkpoint
 
     model: Any = mtq.quantize(subject.load(), mtq.FP8_DEFAULT_CFG, _calibrate)
     export_hf_checkpoint(model, export_dir=subject.scratch / "exported")

@@ -6,7 +6,7 @@ from importlib.metadata import requires, version
 from typing import Any
 
 from sweeps.ecosystem.check import Check
-from sweeps.ecosystem.models import Subject, logits
+from sweeps.ecosystem.models import Subject, library, logits
 
 
 def onnx(subject: Subject) -> None:
@@ -18,14 +18,14 @@ def onnx(subject: Subject) -> None:
         if wanted.name == "transformers" and wanted.marker is None:
             found = version("transformers")
             assert wanted.specifier.contains(found), f"it wants {wanted}, and moeify transformers 5.17 or newer"
-    from optimum.exporters.onnx import main_export
+    main_export = library("optimum.exporters.onnx").main_export
 
     main_export(str(subject.path), str(subject.scratch / "onnx"), task="text-generation")
 
 
 def quantization(subject: Subject) -> None:
     """Quantize by optimum's own GPTQ."""
-    from optimum.gptq import GPTQQuantizer
+    GPTQQuantizer = library("optimum.gptq").GPTQQuantizer
 
     model: Any = subject.load()
     expected = logits(model)

@@ -10,7 +10,7 @@ import torch
 
 from moeify.measure import TOLERANCE, relative_difference
 from sweeps.ecosystem.check import CONVERTED, NATIVE, Check
-from sweeps.ecosystem.models import Subject, batch, logits, run_python
+from sweeps.ecosystem.models import Subject, batch, library, logits, run_python
 
 ATTENTION = {"gpt2": ["c_attn"]}
 UP = {"gpt2": "up_proj"}
@@ -31,9 +31,7 @@ def lora_without_attention(subject: Subject) -> None:
 def saved_routers(subject: Subject) -> None:
     """Train routers whole beside adapters on attention, and reload both elsewhere."""
     routers = ROUTERS.get(subject.name, "mlp.router.weight").split(".")[1]
-    _round_trip(
-        subject, target_modules=ATTENTION.get(subject.name, ["q_proj", "v_proj"]), modules_to_save=[routers]
-    )
+    _round_trip(subject, target_modules=ATTENTION.get(subject.name, ["q_proj", "v_proj"]), modules_to_save=[routers])
 
 
 def _parameters(subject: Subject) -> list[str]:
@@ -42,7 +40,7 @@ def _parameters(subject: Subject) -> list[str]:
 
 
 def _round_trip(subject: Subject, **targets: Any) -> None:
-    import peft
+    peft = library("peft")
 
     torch.manual_seed(0)
     model: Any = subject.load()
@@ -69,12 +67,14 @@ def _round_trip(subject: Subject, **targets: Any) -> None:
     assert relative_difference(logits(merged), adapted) <= TOLERANCE["float32"], "merged, it computes otherwise"
     merged.save_pretrained(subject.scratch / "merged")
     loaded = subject.load(subject.scratch / "merged")
-    assert relative_difference(logits(loaded), adapted) <= TOLERANCE["float32"], "merged and saved, it computes otherwise"
+    assert relative_difference(logits(loaded), adapted) <= TOLERANCE["float32"], (
+        "merged and saved, it computes otherwise"
+    )
 
 
 def elsewhere(name: str, path: Path, adapter: Path, result: Path) -> None:
     """Load a model and an adapter in a fresh process, and keep the logits."""
-    import peft
+    peft = library("peft")
 
     model = Subject(name, path, adapter).load()
     torch.save(logits(peft.PeftModel.from_pretrained(model, adapter)), result)

@@ -9,14 +9,14 @@ import torch
 
 from moeify.measure import TOLERANCE, relative_difference
 from sweeps.ecosystem.check import Check
-from sweeps.ecosystem.models import Subject, logits, run_python
+from sweeps.ecosystem.models import Subject, library, logits, run_python
 
 STEPS, LENGTH = 24, 64
 
 
 def fine_tune(subject: Subject) -> None:
     """Fine-tune on a page of Python's help; the loss on the last quarter of the steps is below that on the first."""
-    import peft
+    peft = library("peft")
 
     torch.manual_seed(0)
     model: Any = subject.load()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sweeps.ecosystem.check import CONVERTED, NATIVE, Check
-from sweeps.ecosystem.models import Subject, words
+from sweeps.ecosystem.models import Subject, library, words
 
 COMMON = {"per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2, "use_cpu": True, "bf16": False,
           "report_to": "none", "save_strategy": "no", "disable_tqdm": True}  # fmt: skip
@@ -16,8 +16,8 @@ COMMON = {"per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate":
 
 def sft(subject: Subject) -> None:
     """Train two steps with the balancing loss that TRL's own option asks for."""
-    import datasets
-    import trl
+    datasets = library("datasets")
+    trl = library("trl")
 
     arguments = trl.SFTConfig(
         str(subject.scratch), max_steps=2, gradient_accumulation_steps=2, router_aux_loss_coef=0.01, **COMMON
@@ -29,8 +29,8 @@ def sft(subject: Subject) -> None:
 
 def dpo(subject: Subject) -> None:
     """Take two steps of direct preference optimization."""
-    import datasets
-    import trl
+    datasets = library("datasets")
+    trl = library("trl")
 
     arguments = trl.DPOConfig(str(subject.scratch), max_steps=2, router_aux_loss_coef=0.01, **COMMON)
     texts = words()
@@ -40,8 +40,8 @@ def dpo(subject: Subject) -> None:
 
 def grpo(subject: Subject) -> None:
     """Generate, reward and take two steps."""
-    import datasets
-    import trl
+    datasets = library("datasets")
+    trl = library("trl")
 
     arguments = trl.GRPOConfig(
         str(subject.scratch), max_steps=2, num_generations=4, max_completion_length=8, router_aux_loss_coef=0.01,
