@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -112,4 +111,4 @@ def read_record() -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""How a quantized model is judged: its experts became smaller, its outputs stay near, and it can be saved and loaded."""
+"""How a quantized model is judged: something was quantized, the experts too, and its outputs stay near."""
 
 from __future__ import annotations
 
@@ -33,18 +33,10 @@ def judge(model: Any, expected: Tensor, bits: int) -> Tensor:
 
 def expert_linears(model: Any) -> dict[str, Any]:
     """Return the modules that hold one projection of one expert, by their paths."""
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if _inside_experts(path) and hasattr(module, "in_features")
-    }
+    return {path: part for path, part in model.named_modules() if ".experts." in path and hasattr(part, "in_features")}
 
 
 def all_of(modules: Iterable[Any], kind: str) -> None:
     """Look whether there are modules, and all of them are of a class of this name."""
     names = {type(module).__name__ for module in modules}
     assert names == {kind}, f"the experts are {', '.join(sorted(names)) or 'not there'}, not {kind}"
-
-
-def _inside_experts(path: str) -> bool:
-    return ".experts." in path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def dpo(subject: Subject) -> None:
 
     arguments = trl.DPOConfig(str(subject.scratch), max_steps=2, router_aux_loss_coef=0.01, **COMMON)
     texts = words()
-    data = [{"prompt": a, "chosen": f" {b}", "rejected": " w1 w2"} for a, b in zip(texts, texts[1:], strict=False)]
+    data = [{"prompt": a, "chosen": f" {b}", "rejected": " w1 w2"} for a, b in pairwise(texts)]
     _train(trl.DPOTrainer, subject, arguments, datasets.Dataset.from_list(data))
 
 
