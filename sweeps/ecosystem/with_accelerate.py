@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def one_of_two(way: str, subject: Subject) -> None:
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         torch.save(weights, subject.scratch / "weights.pt")
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    os._exit(0)  # without tearing gloo down, where the slower process may wait for the other for ever
 
 
 CHECKS = (
