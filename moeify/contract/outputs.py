@@ -12,6 +12,7 @@ from dataclasses import fields, make_dataclass
 from typing import Any, get_args, get_type_hints
 
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
 from moeify.errors import RefusedError
@@ -83,7 +84,8 @@ class RouterOutputs:
         attached = any(layer.config.attach_losses for layer in ran)
         loss = getattr(made, "loss", None)
         if loss is not None and made.aux_loss is not None and not attached:
-            made.loss = loss + getattr(_text_config(model), COEFFICIENT) * made.aux_loss.to(loss.device)
+            weight = getattr(_text_config(model), COEFFICIENT) * _share(model, kwargs)
+            made.loss = loss + weight * made.aux_loss.to(loss.device)
         return made
 
 
@@ -105,6 +107,20 @@ def _aux_loss(layers: Iterable[MoELayer]) -> Tensor | None:
         loss = loss.detach() if layer.config.attach_losses else loss
         total = loss if total is None else total + loss.to(total.device)
     return total
+
+
+def _share(model: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return the share of this batch in all that a step accumulates, by which the model's own loss is divided too.
+
+    transformers' Trainer passes `num_items_in_batch`, over accumulated batches and ranks. Its own MoE models add their
+    loss whole each time, and so as often as there are batches (huggingface/transformers#48690).
+    """
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss  # the trainer counts like this
+    counted = labels[..., 1:] if shifts and not model.config.is_encoder_decoder else labels
+    return (counted != -100).sum() / items
 
 
 def _layers(model: nn.Module) -> dict[str, MoELayer]:

@@ -12,22 +12,32 @@ from sweeps.ecosystem.quantized import judge
 
 
 def int8(subject: Subject) -> None:
-    """Calibrate int8 for weights and activations, experts included; save the state, and restore it."""
-    mto = library("modelopt.torch.opt")
-    mtq = library("modelopt.torch.quantization")
+    """Calibrate int8 for weights and activations, experts included; save and load by `save_pretrained`."""
+    library("modelopt.torch.opt").enable_huggingface_checkpointing()
+    model, found = _int8(subject)
+    model.save_pretrained(subject.scratch / "quantized")
+    assert torch.equal(logits(subject.load(subject.scratch / "quantized")), found), "loaded again, it differs"
 
-    mto.enable_huggingface_checkpointing()
+
+def int8_restored(subject: Subject) -> None:
+    """The same, saved and restored by ModelOpt's own functions."""
+    mto = library("modelopt.torch.opt")
+    model, found = _int8(subject)
+    mto.save(model, subject.scratch / "quantized.pt")
+    restored = mto.restore(subject.load(), subject.scratch / "quantized.pt")
+    assert torch.equal(logits(restored), found), "restored, it differs"
+
+
+def _int8(subject: Subject) -> tuple[Any, torch.Tensor]:
+    mtq = library("modelopt.torch.quantization")
     model: Any = subject.load()
     expected = logits(model)
     model = mtq.quantize(model, mtq.INT8_DEFAULT_CFG, _calibrate)
-    found = judge(model, expected, 8)
-    quantizers = {name: q for name, q in model.named_modules()
-                  if ".experts." in name and "_weight_quantizer" in name and hasattr(q, "amax")}  # fmt: skip
-    without = [name for name, q in quantizers.items() if q.is_enabled and q.amax is None]
+    quantizers = {name: part for name, part in model.named_modules()
+                  if ".experts." in name and "_weight_quantizer" in name and hasattr(part, "amax")}  # fmt: skip
+    without = [name for name, quantizer in quantizers.items() if quantizer.is_enabled and quantizer.amax is None]
     assert quantizers and not without, f"{len(without)} of {len(quantizers)} quantizers of experts have no range"
-    model.save_pretrained(subject.scratch / "quantized")
-    loaded = subject.load(subject.scratch / "quantized")
-    assert torch.equal(logits(loaded), found), "loaded again, it computes otherwise"
+    return model, judge(model, expected, 8)
 
 
 def export(subject: Subject) -> None:
@@ -53,7 +63,8 @@ def _calibrate(model: Any) -> None:
 
 
 CHECKS = (
-    Check("nvidia-modelopt", "`mtq.quantize`, int8, a quantizer for each expert; saved and loaded", int8),
+    Check("nvidia-modelopt", "`mtq.quantize`, int8, a quantizer for each expert; saved and loaded", int8,
+          CONVERTED + NATIVE[:1], "mto.save(model, path); model = mto.restore(AutoModelForCausalLM.from_pretrained(src), path)", int8_restored),
     Check("nvidia-modelopt", "`mtq.quantize`, fp8, then `export_hf_checkpoint` (vLLM's format)", export,
           CONVERTED + NATIVE),
 )  # fmt: skip
