@@ -64,7 +64,7 @@ def _calibrate(model: Any) -> None:
 
 CHECKS = (
     Check("nvidia-modelopt", "`mtq.quantize`, int8, a quantizer for each expert; saved and loaded", int8,
-          CONVERTED + NATIVE[:1], "mto.save(model, path); model = mto.restore(AutoModelForCausalLM.from_pretrained(src), path)", int8_restored),
+          CONVERTED + NATIVE[:1], "mto.save(model, file), later mto.restore(model, file)", int8_restored),
     Check("nvidia-modelopt", "`mtq.quantize`, fp8, then `export_hf_checkpoint` (vLLM's format)", export,
           CONVERTED + NATIVE),
 )  # fmt: skip
