@@ -17,9 +17,7 @@ def attention_in_4_bits(subject: Subject) -> None:
 
     expected = logits(subject.load())
     judge(subject.load(quantization_config=_config()), expected, 4)
-    model = subject.load(
-        quantization_config=_config()
-    )  # on the CPU, evaluation packs weights so that no gradient passes
+    model = subject.load(quantization_config=_config())  # on CPUs, evaluating packs weights for good
     linear = {type(m).__name__ for path, m in model.named_modules() if path.endswith(("q_proj", "c_attn"))}
     assert linear == {"Linear4bit"}, f"attention is {linear}"
     targets = ["c_attn"] if subject.name == "gpt2" else ["q_proj", "v_proj"]

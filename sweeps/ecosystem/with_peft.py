@@ -83,7 +83,8 @@ def elsewhere(name: str, path: Path, adapter: Path, result: Path) -> None:
 CHECKS = (
     Check("peft", "LoRA on attention (`target_modules`), experts and routers (`target_parameters`): trained, saved, "
           "loaded in a fresh process, merged, saved", lora, CONVERTED + NATIVE,
-          "peft.LoraConfig(target_modules=[], …): Conv1D cannot be in the adapter of parameters", lora_without_attention),
+          "peft.LoraConfig(target_modules=[], …): Conv1D cannot be in the adapter of parameters",
+          lora_without_attention),
     Check("peft", "LoRA on attention and whole routers (`modules_to_save`), the same way", saved_routers),
 )  # fmt: skip
 
