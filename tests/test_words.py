@@ -18,7 +18,14 @@ INSTEAD = {
     r"(?:recogn|normal|quant|initial|optim|regular|summar|special|general)is(?:e|es|ed|ing|ation|er|ers)": "-ize",
     r"behaviours?|colours?|neighbours?|favours?": "-or",
 }
-WRITTEN_BY_PROGRAMS = {"architectures.md", "exactness.md", "proof.md"}  # they quote records
+# They quote records.
+WRITTEN_BY_PROGRAMS = {"architectures.md", "ecosystem.md", "exactness.md", "families.md", "proof.md"}
+    "architectures.md",
+    "ecosystem.md",
+    "exactness.md",
+    "families.md",
+    "proof.md",
+}  # they quote records
 WRONG = re.compile("|".join(rf"\b({pattern})\b" for pattern in INSTEAD), flags=re.IGNORECASE)
 
 

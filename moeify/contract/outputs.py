@@ -156,6 +156,20 @@ def _refuse_without_logits(layers: Mapping[str, MoELayer]) -> None:
         layer.record = None  # of an earlier pass
 
 
+def _share(model: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return the share of this batch in all that a step accumulates, by which the model's own loss is divided too.
+
+    transformers' Trainer passes `num_items_in_batch`, over accumulated batches and ranks. Its own MoE models add their
+    loss whole each time, and so as often as there are batches (huggingface/transformers#48690).
+    """
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss  # the trainer counts like this
+    counted = labels[..., 1:] if shifts and not model.config.is_encoder_decoder else labels
+    return (counted != -100).sum() / items
+
+
 def _layers(model: nn.Module) -> dict[str, MoELayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, MoELayer)}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moeify.kernels import ops
 from moeify.kernels.activations import ACTIVATIONS
 from moeify.kernels.layout import routing_layout
-from moeify.layers.implementations import LOOP, OURS, compute, is_quantized
+from moeify.layers.implementations import chosen_by_config
 
 
 def unfused(
@@ -95,6 +95,7 @@ class Experts(nn.Module):
         self.config: Any = None
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden, intermediate
         self.activation, self.has_gate, self.has_bias = activation, gated, up_bias or down_bias
+        self.has_one_bias = up_bias != down_bias
         self.region, self.region_widths, self.dropout = region, region_widths, dropout
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -124,6 +125,7 @@ class Experts(nn.Module):
         plain = self.has_gate and self.region is None
         return ACTIVATIONS[self.activation].forward if plain else self._apply_gate
 
+    @chosen_by_config
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return Σ_k weight · expert(x).
 
@@ -135,11 +137,6 @@ class Experts(nn.Module):
         Raises:
             RefusedError: The implementation that the model's config names cannot compute these experts.
         """
-        chosen = getattr(self.config, "_experts_implementation", None) or OURS
-        if chosen.startswith(OURS) and is_quantized(self.down_proj):
-            chosen = LOOP
-        if not chosen.startswith(OURS):  # an export has a name of its own for ours
-            return compute(self, chosen, hidden_states, top_k_index, top_k_weights)
         if self.region is None and not (self.training and self.dropout):
             return ops.experts(
                 hidden_states,

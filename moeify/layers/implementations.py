@@ -5,6 +5,8 @@ Shape legend: T tokens, H hidden size, K choices per token, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +19,8 @@ from moeify.errors import RefusedError, first_line
 if TYPE_CHECKING:
     from moeify.layers.experts import Experts
 
+    Forward = Callable[[Experts, Tensor, Tensor, Tensor], Tensor]
+
 OURS, LOOP = "moeify", "eager"
 _OTHERS = f"call set_experts_implementation with {OURS!r} or {LOOP!r}, which compute all"
 
@@ -24,6 +28,24 @@ _OTHERS = f"call set_experts_implementation with {OURS!r} or {LOOP!r}, which com
 def is_quantized(weight: Tensor) -> bool:
     """Return whether a weight is a tensor of a kind of its own (torchao's), which only plain operations take."""
     return is_traceable_wrapper_subclass(weight) and type(weight).__name__ != "DTensor"
+
+
+def chosen_by_config(ours: Forward) -> Forward:
+    """Let the config of the model around choose what computes the experts, and `ours` do it where it chooses nothing.
+
+    Tools know such a forward by its `__wrapped__`, which transformers' `use_experts_implementation` leaves too.
+    """
+
+    @wraps(ours)
+    def forward(self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        chosen: str = getattr(self.config, "_experts_implementation", None) or OURS
+        if chosen.startswith(OURS):  # an export has a name of its own for ours
+            if not is_quantized(self.down_proj):
+                return ours(self, hidden_states, top_k_index, top_k_weights)
+            chosen = LOOP
+        return compute(self, chosen, hidden_states, top_k_index, top_k_weights)
+
+    return forward
 
 
 def compute(experts: Experts, name: str, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -46,7 +68,7 @@ def compute(experts: Experts, name: str, x_TH: Tensor, expert_ids_TK: Tensor, we
     if name not in ALL_EXPERTS_FUNCTIONS:
         known = ", ".join(sorted({OURS, LOOP, *ALL_EXPERTS_FUNCTIONS.keys()}))
         raise RefusedError(f"{name!r} is no implementation of experts: choose one of {known}")
-    if (experts.up_bias is None) != (experts.down_proj_bias is None):
+    if experts.has_one_bias:
         raise RefusedError(
             f"{name!r} cannot compute experts of which one projection has a bias and the other has none: {_OTHERS}"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moeify
 from moeify.config import MoEConfig
@@ -89,3 +90,43 @@ def test_a_model_of_another_library_needs_no_config() -> None:
 
     model = moeify.convert(Block(), CONFIG, example_inputs=torch.randn(2, 6))
     assert [layer.experts.config for layer in moe_layers(model)] == [None]
+
+
+def unfuse(experts: Any) -> None:
+    """What auto-round does to the experts of a forward with `__wrapped__`: numbered children of linears, no stacks."""
+    assert hasattr(type(experts).forward, "__wrapped__")
+    for number in range(experts.num_experts):
+        expert = torch.nn.Module()
+        for name in ("up_proj", "down_proj"):
+            rows, columns = getattr(experts, name)[number].shape
+            linear = torch.nn.Linear(columns, rows)
+            linear.weight.data = getattr(experts, name)[number].detach()
+            linear.bias.data = getattr(experts, f"{name}_bias")[number].detach()
+            expert.add_module(name, linear)
+        experts.add_module(str(number), expert)
+    for name in ("up_proj", "down_proj", "up_proj_bias", "down_proj_bias"):
+        delattr(experts, name)
+
+
+def by_numbered_linears(experts: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    for number in range(experts.num_experts):
+        token, choice = (ids == number).nonzero(as_tuple=True)
+        expert = experts.get_submodule(str(number))
+        y = expert.down_proj(experts.act_fn(expert.up_proj(x[token])))
+        out = out.index_add(0, token, y * weights[token, choice, None])
+    return out
+
+
+def test_a_tool_that_takes_experts_apart_and_registers_how_to_compute_them_gets_its_way() -> None:
+    model: Any = moeify.convert(architectures.build("gpt2"), CONFIG)
+    expected = first(model, "gpt2")
+    registry: Any = ALL_EXPERTS_FUNCTIONS
+    registry["by_numbered_linears"] = by_numbered_linears
+    try:
+        for layer in moe_layers(model):
+            unfuse(layer.experts)
+        model.config._experts_implementation = "by_numbered_linears"
+        assert relative_difference(first(model, "gpt2"), expected) <= TOLERANCE["float32"]
+    finally:
+        del registry["by_numbered_linears"]

@@ -162,3 +162,20 @@ def test_activation_checkpointing_changes_nothing() -> None:
         each(**given, output_router_logits=True).loss.backward()
     pairs = zip(model.parameters(), twin.parameters(), strict=True)
     assert all(relative_difference(b.grad, a.grad) <= TOLERANCE["float32"] for a, b in pairs if a.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_accumulated_batches_share_the_added_loss_by_their_tokens(name: str) -> None:
+    model = converted(name)
+    batches = []
+    for rows in ([0], [1, 2]):
+        given = {**architectures.inputs(name), **architectures.labels(name)}
+        batch = {key: value[rows] for key, value in given.items()}
+        batch["labels"][:, : 3 - len(rows)] = -100
+        batches.append(batch)
+    counted = [(batch["labels"][:, 1:] if name == "llama" else batch["labels"]).ne(-100).sum() for batch in batches]
+    items = sum(counted, torch.tensor(0))
+    for batch, count in zip(batches, counted, strict=True):
+        plain = model(**batch, num_items_in_batch=items) if name == "llama" else model(**batch)
+        full = model(**batch, num_items_in_batch=items, output_router_logits=True)
+        assert relative_difference(full.loss, plain.loss + 0.01 * count / items * full.aux_loss) <= TOLERANCE["float32"]
