@@ -20,12 +20,6 @@ INSTEAD = {
 }
 # They quote records.
 WRITTEN_BY_PROGRAMS = {"architectures.md", "ecosystem.md", "exactness.md", "families.md", "proof.md"}
-    "architectures.md",
-    "ecosystem.md",
-    "exactness.md",
-    "families.md",
-    "proof.md",
-}  # they quote records
 WRONG = re.compile("|".join(rf"\b({pattern})\b" for pattern in INSTEAD), flags=re.IGNORECASE)
 
 
