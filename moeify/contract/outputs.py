@@ -165,7 +165,7 @@ def _share(model: Any, kwargs: Mapping[str, Any]) -> Any:
     items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if items is None or not isinstance(labels, Tensor):
         return 1.0
-    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss  # the trainer counts like this
+    shifts = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss  # the trainer counts like this
     counted = labels[..., 1:] if shifts and not model.config.is_encoder_decoder else labels
     return (counted != -100).sum() / items
 
