@@ -52,7 +52,7 @@ def fit_target(plan: Plan, config: Config, wanted: str) -> Plan:
         return replace(plan, target=MOEIFY)
     if wanted == "auto":
         exact = [family for family in FAMILIES.values() if not why_not(family, plan, config)]
-        best = max(exact, key=lambda family: len(family.engines), default=None)
+        best = max(exact, key=lambda family: _worth(family, plan), default=None)
         return replace(plan, target=MOEIFY) if best is None else _fitted(best, plan)
     if wanted not in FAMILIES:
         raise ConfigError(f"--to {wanted}: expected auto, moeify, {', '.join(FAMILIES)}")
@@ -60,6 +60,11 @@ def fit_target(plan: Plan, config: Config, wanted: str) -> Plan:
     if reason:
         raise RefusedError(f"--to {wanted} would not be exact for this {plan.model_type}: {reason}")
     return _fitted(FAMILIES[wanted], plan)
+
+
+def _worth(family: Family, plan: Plan) -> tuple[int, bool, bool]:
+    """Return what "auto" compares: engines, then whether tensors stay as they are, then whether no expert is idle."""
+    return len(family.engines), not family.sources[plan.model_type].rewrites, family.idle is None
 
 
 def _fitted(family: Family, plan: Plan) -> Plan:
@@ -108,7 +113,7 @@ def _odd_sites(family: Family, plan: Plan) -> Iterator[str]:
         if not site.gated:
             yield f"its activation at {site.path} has no name here, so it is not known which projection is the gate"
         elif site.activation != "silu":
-            yield f"its activation is {site.activation}, and engines compute silu in {family.model_type} whatever its config says"
+            yield f"its activation is {site.activation}, and engines compute silu whatever the config of this format says"
         if site.up_bias or site.down.bias:
             yield f"the FFN at {site.path} has biases, and the experts of {family.model_type} have none"
 
