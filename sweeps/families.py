@@ -93,8 +93,8 @@ def measure(name: str, source: Measured) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for target in (target for target, family in FAMILIES.items() if SOURCES[name][0] in family.sources):
         try:
-            copies, differing = (source.difference(target, config) for config in (replace(NOISE, method="copy"), NOISE))
-            found[target] = {"copies": copies, "differing": differing}
+            configs = {"copies": replace(NOISE, method="copy"), "differing": NOISE}
+            found[target] = {kind: float(f"{source.difference(target, of):.1e}") for kind, of in configs.items()}
         except RefusedError as error:
             found[target] = {"refused": str(error).partition(": ")[2]}
     return found

@@ -49,12 +49,17 @@ def fit_target(plan: Plan, config: Config, wanted: str) -> Plan:
         return replace(plan, target=MOEIFY)
     if wanted == "auto":
         exact = [family for family in FAMILIES.values() if not why_not(family, plan, config)]
-        best = max(exact, key=lambda family: len(family.engines), default=None)
+        best = max(exact, key=lambda family: _worth(family, plan), default=None)
         return replace(plan, target=MOEIFY) if best is None else _fitted(best, plan)
     reason = why_not(FAMILIES[wanted], plan, config)
     if reason:
         raise RefusedError(f"--to {wanted} would not be exact for this {plan.model_type}: {reason}")
     return _fitted(FAMILIES[wanted], plan)
+
+
+def _worth(family: Family, plan: Plan) -> tuple[int, bool, bool]:
+    """Return what "auto" compares: engines, then whether tensors stay as they are, then whether no expert is idle."""
+    return len(family.engines), not family.sources[plan.model_type].rewrites, family.idle is None
 
 
 def _fitted(family: Family, plan: Plan) -> Plan:
@@ -103,8 +108,7 @@ def _odd_sites(family: Family, plan: Plan) -> Iterator[str]:
         if not site.gated:
             yield f"its activation at {site.path} has no name here, so it is not known which projection is the gate"
         elif site.activation != "silu":
-            engines = f"engines compute silu in {family.model_type} whatever its config says"
-            yield f"its activation is {site.activation}, and {engines}"
+            yield f"its activation is {site.activation}, and engines compute silu whatever the config of this format says"
         if site.up_bias or site.down.bias:
             yield f"the FFN at {site.path} has biases, and the experts of {family.model_type} have none"
 

@@ -27,7 +27,7 @@ def plan_for(name: str, tmp_path: Path, layers: str = "all", **changes: Any) -> 
     src = tiny.save(tiny.build(name), tmp_path / "src")
     with open_source(src) as source:
         dense = DenseCheckpoint(source)
-        return plan_checkpoint(dense, CONFIG, layers), {**dense.config, **changes}
+        return plan_checkpoint(dense, CONFIG, layers, "moeify"), {**dense.config, **changes}
 
 
 @pytest.mark.parametrize(
@@ -44,8 +44,9 @@ def plan_for(name: str, tmp_path: Path, layers: str = "all", **changes: Any) -> 
         ("phi3", "all", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "glm4_moe"),
         ("qwen3", "all", {}, "qwen3_moe"),
         ("gemma", "all", {}, "moeify"),
-        ("llama", "0", {}, "qwen2_moe"),
-        ("llama", "0", {"head_dim": 10}, "moeify"),
+        ("llama", "0", {}, "ernie4_5_moe"),
+        ("llama", "0,2", {}, "qwen2_moe"),
+        ("llama", "0,2", {"head_dim": 10}, "moeify"),
         ("llama", "all", {"mlp_bias": True}, "moeify"),
         ("mistral", "0", {}, "moeify"),
         ("llama", "all", {"architectures": ["LlamaModel"]}, "moeify"),
