@@ -77,7 +77,8 @@ def recipe_text(ctx: click.Context) -> str:
             fields[_field(param)] = {key: value_of(text) for key, _, text in (each.partition("=") for each in value)}
         elif ctx.get_parameter_source(name) != ParameterSource.DEFAULT and name not in _OF_A_RUN and value is not None:
             fields[_field(param)] = str(value) if isinstance(value, Path) else value
-    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def _field(param: click.Parameter) -> str:
@@ -98,4 +99,4 @@ def _settings(path: Path, value: object) -> tuple[str, ...]:
 
 
 def _kind(value: object) -> str:
-    return {dict: "mapping", list: "list"}.get(type(value), "text")
+    return "mapping" if isinstance(value, dict) else "list" if isinstance(value, list) else "text"
