@@ -108,7 +108,7 @@ def _odd_sites(family: Family, plan: Plan) -> Iterator[str]:
         if not site.gated:
             yield f"its activation at {site.path} has no name here, so it is not known which projection is the gate"
         elif site.activation != "silu":
-            yield f"its activation is {site.activation}, and engines compute silu whatever the config of this format says"
+            yield f"its activation is {site.activation}, and engines compute silu whatever this format's config says"
         if site.up_bias or site.down.bias:
             yield f"the FFN at {site.path} has biases, and the experts of {family.model_type} have none"
 
