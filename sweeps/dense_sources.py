@@ -85,7 +85,8 @@ def build(name: str) -> nn.Module:
     model_type, fields = SOURCES[name]
     config = transformers.AutoConfig.for_model(model_type, **{**_SIZES, **fields})
     torch.manual_seed(0)
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    auto: Any = transformers.AutoModelForCausalLM
+    model: nn.Module = auto.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -32,7 +32,7 @@ def dense_model(name: str | None) -> tuple[Any, Any]:
     """Load a model and its tokenizer; without a name make a tiny one that reads bytes."""
     if name:
         return moeify.load(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: Any = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids: Any = {"vocab_size": 259, "pad_token_id": 256, "bos_token_id": 257, "eos_token_id": 258}
     return LlamaForCausalLM(LlamaConfig(**sizes, **ids)), _bytes_tokenizer()
 
@@ -69,4 +69,5 @@ def _bytes_tokenizer() -> Any:
     words.pre_tokenizer = split([byte_level, single])
     words.decoder = decoders.ByteLevel()
     special: Any = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=words, **special)

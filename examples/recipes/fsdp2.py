@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_sharded
+from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 from torch.distributed.fsdp import fully_shard
 
 import moeify
@@ -34,7 +35,8 @@ def main() -> None:
     """Start the processes."""
     args = common.options(__doc__)
     with TemporaryDirectory() as folder:
-        multiprocessing.start_processes(train, (args, folder), nprocs=RANKS, start_method="spawn")
+        processes: Any = multiprocessing
+        processes.start_processes(train, (args, folder), nprocs=RANKS, start_method="spawn")
 
 
 def train(rank: int, args: Namespace, folder: str) -> None:
@@ -91,13 +93,13 @@ def steps(rank: int, model: Any, optimizer: torch.optim.Optimizer, tokenizer: An
 def save(model: Any, optimizer: torch.optim.Optimizer, folder: str) -> None:
     """Write the shards of all ranks."""
     weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=Path(folder) / "half")
+    save_sharded({"model": weights, "optimizer": state}, checkpoint_id=Path(folder) / "half")
 
 
 def resume(model: Any, optimizer: torch.optim.Optimizer, folder: str) -> None:
     """Read them into a model that is sharded alike."""
     weights, state = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=Path(folder) / "half")
+    load_sharded({"model": weights, "optimizer": state}, checkpoint_id=Path(folder) / "half")
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
 
 

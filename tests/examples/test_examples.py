@@ -54,7 +54,16 @@ def test_a_training_example_runs(
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_trains(name: str, tmp_path: Path) -> None:
     """The converted model has the dense one's loss; what is saved, and what is resumed, is what was trained."""
-    command = [sys.executable, "-W", "ignore", "-m", f"examples.recipes.{name}", "--fast", "--out", tmp_path / "out"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        f"examples.recipes.{name}",
+        "--fast",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = {words: float(number) for words, number in re.findall(r"([a-z][a-z ]*):? (\d+\.\d+)", done.stdout)}

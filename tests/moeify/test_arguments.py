@@ -66,6 +66,6 @@ def test_adapters_are_merged_first(wrapped: bool) -> None:
     from tests.moeify import tiny
 
     lora: Any = peft.LoraConfig(r=2, target_modules=["q_proj"])
-    outside: Any = peft.get_peft_model(tiny.build("llama"), lora)  # type: ignore[arg-type]
+    outside: Any = peft.get_peft_model(tiny.build("llama"), lora)
     with pytest.raises(RefusedError, match="has adapters of PEFT: merge the adapters first"):
         moeify.convert(outside if wrapped else outside.base_model.model, CONFIG)

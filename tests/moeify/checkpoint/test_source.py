@@ -32,7 +32,7 @@ def write_index(folder: Path, weight_map: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def refusal(src: str | Path, **flags: bool) -> str:
+def refusal(src: str | Path, **flags: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
         open_source(src, **flags)
     assert "\n" not in str(caught.value)

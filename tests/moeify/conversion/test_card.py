@@ -26,11 +26,11 @@ from tests.moeify import tiny
 CONFIG = MoEConfig(4, 2)
 
 
-class Strict(yaml.SafeLoader):
+class Strict(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """YAML's safe loader, which takes no key twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        found = super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
         assert len(found) == len(node.value)
         return found
 
