@@ -127,16 +127,22 @@ def _plan(dense: DenseCheckpoint, config: MoEConfig | None, options: _Options) -
     return saved
 
 
+def _say_target(console: Console, plan: Plan, what: str) -> None:
+    """Print what becomes what, and what must be known of the format."""
+    from moeify.families.table import remarks
+
+    console.print(f"{plan.model_type} → {plan.target}: {what}")
+    for remark in remarks(plan):
+        console.print(f"note: {remark}")
+
+
 def _show(dense: DenseCheckpoint, plan: Plan) -> None:
     """Print a plan and what it would cost."""
     from moeify.cli import display
     from moeify.conversion.cost import dense_cost, moe_cost
-    from moeify.families.table import remarks
 
     console = display.stdout()
-    console.print(f"{plan.model_type} → {plan.target}, nothing is written")
-    for remark in remarks(plan):
-        console.print(f"note: {remark}")
+    _say_target(console, plan, "nothing is written")
     console.print(display.plan_table(plan))
     console.print()
     console.print(display.cost_table((("dense", dense_cost(dense)), ("MoE", moe_cost(dense, plan)))))
@@ -148,13 +154,10 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
 
     from moeify.cli import display
     from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint
-    from moeify.families.table import remarks
 
     console, dtype = display.stderr(), _DTYPES.get(options.dtype or "")
     what = f"{len(plan.sites)} FFNs become {plan.config.experts} experts, top-{plan.config.top_k}"
-    console.print(f"{plan.model_type} → {plan.target}: {what}")
-    for remark in remarks(plan):
-        console.print(f"note: {remark}")
+    _say_target(console, plan, what)
     speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     progress = Progress(TextColumn("{task.description}"), BarColumn(), *speed, console=console)
     task = progress.add_task("writing", total=None)
