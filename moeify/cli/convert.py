@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from moeify.plan import Plan
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_BEFORE_TRAINING = "\nbefore training set model.config.output_router_logits = True, or nothing balances it"
 
 
 @dataclass(frozen=True)
@@ -129,16 +128,22 @@ def _plan(dense: DenseCheckpoint, config: MoEConfig | None, options: _Options) -
     return saved
 
 
+def _say_target(console: Console, plan: Plan, what: str) -> None:
+    """Print what becomes what, and what must be known of the format."""
+    from moeify.families.table import remarks
+
+    console.print(f"{plan.model_type} → {plan.target}: {what}")
+    for remark in remarks(plan):
+        console.print(f"note: {remark}")
+
+
 def _show(dense: DenseCheckpoint, plan: Plan) -> None:
     """Print a plan and what it would cost."""
     from moeify.cli import display
     from moeify.conversion.cost import dense_cost, moe_cost
-    from moeify.families.table import remarks
 
     console = display.stdout()
-    console.print(f"{plan.model_type} → {plan.target}, nothing is written")
-    for remark in remarks(plan):
-        console.print(f"note: {remark}")
+    _say_target(console, plan, "nothing is written")
     console.print(display.plan_table(plan))
     console.print()
     console.print(display.cost_table((("dense", dense_cost(dense)), ("MoE", moe_cost(dense, plan)))))
@@ -150,14 +155,11 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
 
     from moeify.cli import display
     from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint
-    from moeify.families.table import remarks
     from moeify.names import left_out
 
     console, dtype = display.stderr(), _DTYPES.get(options.dtype or "")
     what = f"{len(plan.sites)} FFNs become {plan.config.experts} experts, top-{plan.config.top_k}"
-    console.print(f"{plan.model_type} → {plan.target}: {what}")
-    for remark in remarks(plan):
-        console.print(f"note: {remark}")
+    _say_target(console, plan, what)
     speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     progress = Progress(TextColumn("{task.description}"), BarColumn(), *speed, console=console)
     task = progress.add_task("writing", total=None)
@@ -185,8 +187,14 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     except KeyboardInterrupt as stop:
         hint = ": run again with --resume to go on" if can_resume(dst) else ""
         raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop
-    native = plan.target != "moeify" and plan.config.aux_loss
-    console.print(f"written to {dst}{_BEFORE_TRAINING if native else ''}")
+    console.print(f"written to {dst}{_before_training(plan)}")
+
+
+def _before_training(plan: Plan) -> str:
+    """Return what the user of a native format, which transformers trains, must know in the end."""
+    if plan.target == "moeify" or not plan.config.aux_loss:
+        return ""
+    return "\nbefore training set model.config.output_router_logits = True, or nothing balances it"
 
 
 def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, options: _Options, console: Console) -> object:

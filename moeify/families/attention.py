@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeify.families.base import Config, Rewrite, head_dim, kv_heads
+from moeify.families.base import Config, Fields, Rewrite, head_dim, kv_heads
 
 _ATTENTION = r"(model\.layers\.\d+)\.self_attn"
 
@@ -85,7 +84,7 @@ def no_sinks(config: Config) -> Tensor:
     return torch.full((int(config["num_attention_heads"]),), -1e4)
 
 
-def scaled_as_usual(config: Config) -> dict[str, Any]:
+def scaled_as_usual(config: Config) -> Fields:
     """Return Granite's multipliers for a model that has none."""
     return {
         "attention_multiplier": head_dim(config) ** -0.5,
@@ -95,6 +94,6 @@ def scaled_as_usual(config: Config) -> dict[str, Any]:
     }
 
 
-def whole_rotary(config: Config) -> dict[str, Any]:
+def whole_rotary(config: Config) -> Fields:
     """Return rotary settings that say that whole heads are rotated, where a format takes another share for granted."""
     return {"rope_parameters": {"partial_rotary_factor": 1.0, **(config.get("rope_parameters") or {})}}

@@ -19,6 +19,7 @@ from moeify.plan import Plan, Site
 from moeify.routing.logits import router_init
 
 Config: TypeAlias = Mapping[str, Any]
+Fields: TypeAlias = dict[str, object]  # of a config.json
 # Engines that know a family, by their names in docs/families.md.
 TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA, TRT = (
     "transformers", "vLLM", "SGLang", "llama.cpp", "mlx-lm", "exllamav3", "TensorRT-LLM",
@@ -58,7 +59,7 @@ class Pair:
     """
 
     conditions: tuple[Condition, ...] = ()
-    fields: Callable[[Config], dict[str, Any]] = lambda config: {}
+    fields: Callable[[Config], Fields] = lambda config: {}
     rewrites: tuple[Rewrite, ...] = ()
     added: Mapping[str, Callable[[Config], Tensor]] = field(default_factory=dict)
 
@@ -119,7 +120,7 @@ class Family:
     architecture: str
     sources: Mapping[str, Pair]
     tensors: Mapping[str, Held]
-    fields: Callable[[Plan, Config], dict[str, Any]]
+    fields: Callable[[Plan, Config], Fields]
     engines: tuple[str, ...]
     dense: Literal["none", "any", "first", "outer"] = "none"
     router: str = "softmax"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeify.families.base import Condition, Config, head_dim
 
 
-def equal(field: str, value: Any, why: str) -> Condition:
+def equal(field: str, value: object, why: str) -> Condition:
     """Return the condition that a field has a value, which it has too where it is missing."""
     return Condition(lambda config: config.get(field, value) == value, f"its config has {field} ≠ {value}: {why}")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from moeify.families.base import DOWN, GATE_UP, Held, expert_size, router
+from moeify.families.base import DOWN, GATE_UP, Fields, Held, expert_size, router
 from moeify.plan import Plan
 
 
@@ -17,7 +15,7 @@ def granite_tensors(moe: str) -> dict[str, Held]:
     }
 
 
-def granite_fields(plan: Plan) -> dict[str, Any]:
+def granite_fields(plan: Plan) -> Fields:
     """Return the config fields."""
     return {
         "num_local_experts": plan.config.experts,

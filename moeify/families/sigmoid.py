@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from moeify.families.base import Held, expert_size, experts, first_converted, router, selection_bias, shared_expert
+from moeify.families.base import (
+    Fields,
+    Held,
+    expert_size,
+    experts,
+    first_converted,
+    router,
+    selection_bias,
+    shared_expert,
+)
 from moeify.plan import Plan
 
 OPTIONS = frozenset({"n_group", "topk_group", "routed_scaling_factor"})
@@ -20,7 +27,7 @@ def sigmoid_tensors(moe: str) -> dict[str, Held]:
     }
 
 
-def sigmoid_fields(plan: Plan) -> dict[str, Any]:
+def sigmoid_fields(plan: Plan) -> Fields:
     """Return the config fields."""
     chosen = {name: getattr(plan.config.router, name) for name in sorted(OPTIONS)}
     return {

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from importlib import import_module
-from typing import Any
 
 from torch import Tensor
 
@@ -64,8 +63,8 @@ def _worth(family: Family, plan: Plan) -> tuple[int, bool, bool]:
 
 def _fitted(family: Family, plan: Plan) -> Plan:
     is_default = plan.config.router == _DEFAULTS.router
-    settings: dict[str, Any] = {"router": family.router} if is_default else {}
-    return replace(plan, target=family.model_type, config=replace(plan.config, **settings))
+    chosen = family.router if is_default else plan.config.router
+    return replace(plan, target=family.model_type, config=replace(plan.config, router=chosen))  # type: ignore[arg-type]
 
 
 def why_not(family: Family, plan: Plan, config: Config) -> str | None:
@@ -108,7 +107,7 @@ def _odd_sites(family: Family, plan: Plan) -> Iterator[str]:
         if not site.gated:
             yield f"its activation at {site.path} has no name here, so it is not known which projection is the gate"
         elif site.activation != "silu":
-            yield f"its activation is {site.activation}, and engines compute silu whatever this format's config says"
+            yield f"its activation is {site.activation}, and engines compute silu whatever the config says"
         if site.up_bias or site.down.bias:
             yield f"the FFN at {site.path} has biases, and the experts of {family.model_type} have none"
 

@@ -52,8 +52,7 @@ def load_balancing_loss(
         mask_T: (T,) bool, False for padding.
         sequences: B, which divides T: the mean of the losses of each sequence, without sequences of padding alone.
         counts_E: (E,) choices of all tokens of the step, other micro-batches and ranks included (`expert_counts`), used
-            for f instead of the counts of these tokens. P stays local: averaging gradients over ranks is right then,
-            if they have equally many tokens.
+            for f instead of their own counts. P stays local: averaging gradients over equal ranks is right then.
 
     Returns:
         () in the dtype of scores_TE.

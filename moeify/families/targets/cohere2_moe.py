@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeify.families.base import (
     LLAMA_CPP,
     SGLANG,
@@ -11,6 +9,7 @@ from moeify.families.base import (
     VLLM,
     Config,
     Family,
+    Fields,
     Pair,
     expert_size,
     experts,
@@ -24,7 +23,7 @@ from moeify.plan import Plan
 _MOE = "model.layers.{layer}.mlp"
 
 
-def _fields(plan: Plan, config: Config) -> dict[str, Any]:
+def _fields(plan: Plan, config: Config) -> Fields:
     return {
         "num_experts": plan.config.experts,
         "num_experts_per_tok": plan.config.top_k,
@@ -37,7 +36,7 @@ def _fields(plan: Plan, config: Config) -> dict[str, Any]:
     }
 
 
-def _cohere(config: Config) -> dict[str, Any]:
+def _cohere(config: Config) -> Fields:
     """Every layer of Cohere rotates: each gets a window that no context fills."""
     return {
         "layer_types": ["sliding_attention"] * config["num_hidden_layers"],

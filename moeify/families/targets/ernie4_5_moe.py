@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from moeify.config import MoEConfig
 from moeify.config.contracts import StartValue
@@ -17,6 +16,7 @@ from moeify.families.base import (
     VLLM,
     Config,
     Family,
+    Fields,
     Pair,
     expert_size,
     experts,
@@ -37,7 +37,7 @@ def _bias(name: str, site: Site, config: MoEConfig) -> StartValue:
     return replace(start, shape=(1, *start.shape), build=lambda: start.build().unsqueeze(0))
 
 
-def _fields(plan: Plan, config: Config) -> dict[str, Any]:
+def _fields(plan: Plan, config: Config) -> Fields:
     return {
         "moe_num_experts": plan.config.experts,
         "moe_k": plan.config.top_k,

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeify.families.attention import no_sinks, scaled_as_usual
-from moeify.families.base import DOWN, GATE_UP, TRANSFORMERS, Config, Family, Pair, SharedWeight, expert_size, router
+from moeify.families.base import (
+    DOWN,
+    GATE_UP,
+    TRANSFORMERS,
+    Config,
+    Family,
+    Fields,
+    Pair,
+    SharedWeight,
+    expert_size,
+    router,
+)
 from moeify.families.conditions import NO_MLP_BIAS, PLAIN_ROPE, WHOLE_ROTARY
 from moeify.families.granite import granite_fields
 
@@ -13,7 +22,7 @@ _LAYER = "model.layers.{layer}"
 _SINKS = {f"{_LAYER}.self_attn.sinks": no_sinks}
 
 
-def _attention(config: Config) -> dict[str, Any]:
+def _attention(config: Config) -> Fields:
     count, theta = config["num_hidden_layers"], config["rope_parameters"]["rope_theta"]
     rotates = config.get("no_rope_layers") or [1] * count
     return {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeify.families.base import (
     LLAMA_CPP,
     MLX,
@@ -11,6 +9,7 @@ from moeify.families.base import (
     TRANSFORMERS,
     Config,
     Family,
+    Fields,
     Pair,
     dense_layers,
     expert_size,
@@ -22,7 +21,7 @@ from moeify.plan import Plan
 _MOE = "model.layers.{layer}.mlp"
 
 
-def _fields(plan: Plan, config: Config) -> dict[str, Any]:
+def _fields(plan: Plan, config: Config) -> Fields:
     dense, rope = dense_layers(plan, config), config["rope_parameters"]
     return {
         "num_experts": plan.config.experts,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeify.families.attention import zero_biases
 from moeify.families.base import (
     SGLANG,
@@ -12,6 +10,7 @@ from moeify.families.base import (
     VLLM,
     Config,
     Family,
+    Fields,
     Pair,
     dense_layers,
     expert_size,
@@ -32,7 +31,7 @@ from moeify.plan import Plan
 _MOE = "model.layers.{layer}.mlp"
 
 
-def _fields(plan: Plan, config: Config) -> dict[str, Any]:
+def _fields(plan: Plan, config: Config) -> Fields:
     return {
         "num_experts": plan.config.experts,
         "num_experts_per_tok": plan.config.top_k,

@@ -19,8 +19,8 @@ CONFIG = MoEConfig(experts=6, top_k=2, granularity=1)
 
 def config_for(target: str, name: str, **changes: Any) -> dict[str, Any]:
     model: Any = tiny.build(name)
-    dense = Dense(model)
-    plan = replace(make_plan(model, dense.graph_module, dense.inspection, CONFIG), target=target)
+    dense, config = Dense(model), replace(CONFIG, router=FAMILIES[target].router)  # type: ignore[arg-type]
+    plan = replace(make_plan(model, dense.graph_module, dense.inspection, config), target=target)
     return native_config(FAMILIES[target], plan, {**model.config.to_dict(), **changes}, "bfloat16")
 
 
