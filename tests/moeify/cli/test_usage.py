@@ -22,7 +22,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "a million experts": (["src", "dst", "--experts", "1000000", "--top-k", "2"], 2, "at most 8192"),
     "a router": (["src", "dst", *BASE, "--router", "sofmax"], 2, "router is 'sofmax': expected one of"),
     "a method": (["src", "dst", *BASE, "--method", "cpy"], 2, "method is 'cpy': expected one of"),
-    "a format": (["src", "dst", *BASE, "--to", "mixtrl"], 2, "--to mixtrl: expected auto, moeify, mixtral"),
+    "a format": (["src", "dst", *BASE, "--to", "mixtrl"], 2, "--to mixtrl: expected auto, moeify, "),
     "a pattern": (["src", "dst", *BASE, "--layers", "foo["], 2, "not a regular expression"),
     "a count": (["src", "dst", *BASE, "--layers", "last:x"], 2, "expected a positive number"),
     "a dtype": (["src", "dst", *BASE, "--dtype", "fp8"], 2, "'bf16'"),

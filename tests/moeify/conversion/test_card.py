@@ -86,7 +86,7 @@ def test_the_card_of_a_native_conversion(src: Path, tmp_path: Path) -> None:
 
 
 def test_the_card_of_a_conversion_in_moeify_format(src: Path) -> None:
-    card = card_of(src, MoEConfig(4, 2, method="drop", router="sigmoid", shared_experts=1))
+    card = card_of(src, MoEConfig(4, 2, method="drop", router="sigmoid", shared_experts=1), "moeify")
     for words in ("import moeify  # pip install moeify", "moeify.register()", "from transformers import LlamaForCausal",
                   "| shared experts | 1 |", "| method | drop (share=0.5) |", "sigmoid (n\\_group=",
                   "It was not compared", "trains balanced"):  # fmt: skip
