@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moeify.conversion.dense import DenseCheckpoint
     from moeify.plan import Plan
 
+_BEFORE_TRAINING = "before training set model.config.output_router_logits = True, or nothing balances it"
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -187,14 +188,9 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     except KeyboardInterrupt as stop:
         hint = ": run again with --resume to go on" if can_resume(dst) else ""
         raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop
-    console.print(f"written to {dst}{_before_training(plan)}")
-
-
-def _before_training(plan: Plan) -> str:
-    """Return what the user of a native format, which transformers trains, must know in the end."""
-    if plan.target == "moeify" or not plan.config.aux_loss:
-        return ""
-    return "\nbefore training set model.config.output_router_logits = True, or nothing balances it"
+    console.print(f"written to {dst}")
+    if plan.target != "moeify" and plan.config.aux_loss:
+        console.print(_BEFORE_TRAINING)
 
 
 def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, options: _Options, console: Console) -> object:

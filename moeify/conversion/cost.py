@@ -125,7 +125,8 @@ def _changes(dense: DenseCheckpoint, plan: Plan) -> Iterator[_Change]:
                 yield _Change(size, met if tensor.routed else Fraction(1), is_matrix)
 
     for tensor in extra_tensors(plan, dense.config, dense.names.of):
-        yield _Change(prod(tensor.shape)) if tensor.start else _of_dense(read(dense.model, str(tensor.copied)), 1)
+        # A head of its own is multiplied as often as the tied one.
+        yield _Change(prod(tensor.shape) if tensor.start else read(dense.model, str(tensor.copied)).numel())
 
 
 def _of_dense(tensor: Tensor, sign: int) -> _Change:

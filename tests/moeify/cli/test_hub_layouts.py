@@ -64,7 +64,7 @@ LAYOUTS: dict[str, tuple[Any, str]] = {
     "bert-base": (bert_base, "moeify"),
     "gpt2": (gpt2, "moeify"),
     "llama-2": (llama2, "mixtral"),
-    "phi-3": (with_auto_map, "moeify"),
+    "phi-3": (with_auto_map, "mixtral"),
 }  # fmt: skip
 
 

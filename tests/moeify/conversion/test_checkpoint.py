@@ -128,7 +128,7 @@ def test_shards_and_one_file_hold_the_same(target: str, tmp_path: Path) -> None:
 
 def test_dtype_casts_what_floats(tmp_path: Path) -> None:
     src = tiny.save(tiny.build("phi3"), tmp_path / "src")
-    tiny.convert_files(src, tmp_path / "moe", CONFIG, dtype="BF16")
+    tiny.convert_files(src, tmp_path / "moe", CONFIG, dtype="BF16", target="moeify")
     written = everything(tmp_path / "moe")
     kinds = {".router." in name: tensor.dtype for name, tensor in written.items()}
     assert kinds == {False: torch.bfloat16, True: torch.float32}
@@ -188,7 +188,7 @@ class Killed(KeyboardInterrupt):
 
 def test_a_killed_conversion_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     src = tiny.save(tiny.build("llama"), tmp_path / "src")
-    tiny.convert_files(src, tmp_path / "whole", CONFIG, shard_size=60_000)
+    tiny.convert_files(src, tmp_path / "whole/moe", CONFIG, shard_size=60_000)
     written = 0
 
     def kill(nbytes: int) -> None:
@@ -198,12 +198,12 @@ def test_a_killed_conversion_resumes_to_the_same_bytes(tmp_path: Path) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        tiny.convert_files(src, tmp_path / "moe", CONFIG, shard_size=60_000, callbacks=Callbacks(written=kill))
-    assert not (tmp_path / "moe").exists()
-    tiny.convert_files(src, tmp_path / "moe", CONFIG, shard_size=60_000, resume=True)
-    names = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert names == {path.name for path in (tmp_path / "moe").iterdir()}
-    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "moe" / n).read_bytes() for n in names)
+        tiny.convert_files(src, tmp_path / "killed/moe", CONFIG, shard_size=60_000, callbacks=Callbacks(written=kill))
+    assert not (tmp_path / "killed/moe").exists()
+    tiny.convert_files(src, tmp_path / "killed/moe", CONFIG, shard_size=60_000, resume=True)
+    names = {path.name for path in (tmp_path / "whole/moe").iterdir()}
+    assert names == {path.name for path in (tmp_path / "killed/moe").iterdir()}
+    assert all((tmp_path / "whole/moe" / n).read_bytes() == (tmp_path / "killed/moe" / n).read_bytes() for n in names)
 
 
 @pytest.mark.parametrize("change", ["replaced", "touched", "removed"])

@@ -78,7 +78,10 @@ def test_active_parameters_of_shards_with_biases(tmp_path: Path) -> None:
 
 def test_a_native_checkpoint_costs_what_the_same_layers_cost_in_moeify_format(tmp_path: Path) -> None:
     src = tiny.save(tiny.build("llama"), tmp_path / "src")
-    assert costs(src, CONFIG, "mixtral") == costs(src, CONFIG, "moeify")
+    (_, native), (_, ours) = (costs(src, CONFIG, target) for target in ("mixtral", "moeify"))
+    head = tiny.VOCABULARY * tiny.HIDDEN  # of its own: engines do not read tied ones
+    more = {"parameters": ours.parameters + head, "active": ours.active + head, "bytes": ours.bytes + 4 * head}
+    assert native == ours._replace(**more)
 
 
 @pytest.mark.parametrize(("name", "granularity"), [("llama", 1), ("llama", 3), ("phi3", 1), ("gpt2", 1)])

@@ -30,11 +30,11 @@ def seen(model: nn.Module, folder: Path, **options: Any) -> Summary:
     ("name", "options", "target"),
     [
         ("llama", {}, "mixtral"),
-        ("qwen2", {}, "qwen2_moe"),
+        ("qwen2", {}, "glm4_moe"),
         ("llama", {"target": "moeify"}, "moeify"),
-        ("llama", {"layers": "0"}, "qwen2_moe"),
+        ("llama", {"layers": "0"}, "ernie4_5_moe"),
         ("gpt2", {}, "moeify"),
-        ("llama", {"config": MoEConfig(5, 3, shared_experts=1)}, "moeify"),
+        ("llama", {"config": MoEConfig(5, 3, shared_experts=1)}, "glm4_moe"),
     ],
 )
 def test_the_target_and_its_cost_are_told(name: str, options: dict[str, Any], target: str, tmp_path: Path) -> None:
@@ -52,7 +52,10 @@ def test_qwen2_moe_costs_its_idle_shared_expert(tmp_path: Path) -> None:
     native = seen(model, tmp_path, target="qwen2_moe").moe
     plain = seen(model, tmp_path, target="moeify").moe
     assert native is not None and plain is not None
-    assert native.parameters - plain.parameters == tiny.LAYERS * (3 * 128 + 1) * tiny.HIDDEN
+    attention: Any = model.get_submodule("model.layers.0.self_attn")
+    biases = sum(getattr(attention, f"{name}_proj").out_features for name in "qkv")
+    head = tiny.VOCABULARY * tiny.HIDDEN
+    assert native.parameters - plain.parameters == tiny.LAYERS * ((3 * 128 + 1) * tiny.HIDDEN + biases) + head
 
 
 def test_every_ffn_has_its_parameters(tmp_path: Path) -> None:
