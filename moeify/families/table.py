@@ -64,7 +64,7 @@ def _worth(family: Family, plan: Plan) -> tuple[int, bool, bool]:
 def _fitted(family: Family, plan: Plan) -> Plan:
     is_default = plan.config.router == _DEFAULTS.router
     chosen = family.router if is_default else plan.config.router
-    return replace(plan, target=family.model_type, config=replace(plan.config, router=chosen))  # type: ignore[arg-type]
+    return replace(plan, target=family.model_type, config=replace(plan.config, router=chosen))
 
 
 def why_not(family: Family, plan: Plan, config: Config) -> str | None:

@@ -46,7 +46,7 @@ def _fields(plan: Plan, config: Config) -> Fields:
     }
 
 
-_NO_WINDOW = {"use_sliding_window": False}
+_NO_WINDOW: dict[str, object] = {"use_sliding_window": False}
 _ADDED = zero_biases("q", "k", "v")
 
 FAMILY = Family(

@@ -19,7 +19,7 @@ CONFIG = MoEConfig(experts=6, top_k=2, granularity=1)
 
 def config_for(target: str, name: str, **changes: Any) -> dict[str, Any]:
     model: Any = tiny.build(name)
-    dense, config = Dense(model), replace(CONFIG, router=FAMILIES[target].router)  # type: ignore[arg-type]
+    dense, config = Dense(model), replace(CONFIG, router=FAMILIES[target].router)
     plan = replace(make_plan(model, dense.graph_module, dense.inspection, config), target=target)
     return native_config(FAMILIES[target], plan, {**model.config.to_dict(), **changes}, "bfloat16")
 
