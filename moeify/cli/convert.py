@@ -161,9 +161,8 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     console, dtype = display.stderr(), _DTYPES.get(options.dtype or "")
     what = f"{len(plan.sites)} FFNs become {plan.config.experts} experts, top-{plan.config.top_k}"
     _say_target(console, plan, what)
-    speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    progress = Progress(TextColumn("{task.description}"), BarColumn(), *speed, console=console)
-    task = progress.add_task("writing", total=None)
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    task = (progress := Progress(*columns, console=console)).add_task("", total=None)
 
     def nonfinite(name: str) -> None:
         if options.strict:

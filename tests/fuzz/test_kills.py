@@ -50,7 +50,9 @@ def test_a_torn_output_is_seen(task: Task, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_next_run_that_fails_or_leaves_something_is_seen(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    kills.prepared(task)
     monkeypatch.setattr(kills, "run", lambda *_: (1, ["Error: x"]))
-    assert "ended with 1" in kill_once(task, Random(0))[1]
+    assert "ended with 1" in kills._again(task, Random(0), whole=False)
     monkeypatch.setattr(kills, "run", lambda *_: (0, []))
-    assert "the next run left" in kill_once(task, Random(0))[1]
+    assert "the next run left" in kills._again(task, Random(0), whole=False)
+    assert "beside a whole output the next run ended with 0" in kills._again(task, Random(0), whole=True)

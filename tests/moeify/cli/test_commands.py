@@ -37,7 +37,7 @@ def test_the_version() -> None:
 
 def test_an_unknown_command_is_wrong_usage() -> None:
     result = CliRunner().invoke(main, ["upcycle"])
-    assert result.exit_code == 2 and "No such command 'upcycle'" in result.stderr
+    assert result.exit_code == 2 and "there is no command 'upcycle'" in result.stderr
 
 
 @pytest.mark.parametrize(
