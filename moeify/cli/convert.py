@@ -12,7 +12,7 @@ from moeify.cli.options import LAYERS, Dtype, Size, command_line, example_inputs
 from moeify.cli.recipe import recipe_option, recipe_text
 from moeify.cli.settings import config_from, config_options
 from moeify.errors import CheckpointError, VerificationError
-from moeify.families.words import NATIVE, check_target
+from moeify.families.words import MOEIFY, NATIVE, check_target
 from moeify.files.staging import can_resume, check_folder
 from moeify.planning.selection import check_selection
 
@@ -188,7 +188,7 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
         hint = ": run again with --resume to go on" if can_resume(dst) else ""
         raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop
     console.print(f"written to {dst}")
-    if plan.target != "moeify" and plan.config.aux_loss:
+    if plan.target != MOEIFY and plan.config.aux_loss:
         console.print(_BEFORE_TRAINING)
 
 

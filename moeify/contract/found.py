@@ -114,7 +114,7 @@ def find_layers(model: nn.Module) -> dict[str, FoundLayer]:
     found: dict[str, FoundLayer] = {}
     config: Any = None
     for path, module in model.named_modules():
-        config = config or _config_of(module)  # the outermost: T5's stacks have copies
+        config = config or text_config(module)  # the outermost: T5's stacks have copies
         if isinstance(module, MoELayer):
             found[path] = _ours(path, module, config)
         elif (router := _router_in(module)) is not None:
@@ -183,7 +183,8 @@ def _shared_beside(model: nn.Module, path: str, block: nn.Module) -> Iterator[nn
     yield from (child for child in inside if any(True for _ in child.parameters()))
 
 
-def _config_of(module: nn.Module) -> Any:
+def text_config(module: object) -> Any:
+    """Return the config of a model of transformers, that of its text where it has parts; None of anything else."""
     text = getattr(getattr(module, "config", None), "get_text_config", None)
     return None if text is None else text()
 

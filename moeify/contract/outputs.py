@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
 
+from moeify.contract.found import text_config
 from moeify.errors import RefusedError
-from moeify.layers import MoELayer
+from moeify.layers import MoELayer, moe_layers
 from moeify.layers.forward_record import summed_losses
 
 ASK, COEFFICIENT = "output_router_logits", "router_aux_loss_coef"
@@ -35,13 +36,11 @@ class RouterOutputs:
         wanted: Whether the current forward pass is to return router logits.
         attaches: Whether its loss takes the gradients of the layers' losses.
         leads: Whether the layers run for this model, and not for one around it.
-        share: The part of the step's tokens that this pass holds, where the loss is divided by all of them.
         kinds: Kinds of output, with those that have the new fields: a compiler does not trace how a class is made.
     """
 
     def __init__(self, returned: Iterable[type[ModelOutput]]) -> None:
         self.wanted = self.attaches = self.leads = False
-        self.share: Tensor | float = 1.0
         self.kinds = {kind: with_router_outputs(kind) for kind in returned}
 
     @classmethod
@@ -66,32 +65,32 @@ class RouterOutputs:
             self.wanted = False  # a tool put its own forward there (TRL): it asks the model inside
         else:
             given.pop(ASK, None)
-            self.wanted = bool(getattr(_text_config(model), ASK, False) if asked is None else asked)
-        layers = _layers(model) if self.wanted or model.training else {}
+            self.wanted = bool(getattr(text_config(model), ASK, False) if asked is None else asked)
+        layers = moe_layers(model) if self.wanted or model.training else {}
         if self.wanted:
             _refuse_without_logits(layers)
         self.leads = model.training and not any(layer.led for layer in layers.values())
         self.attaches = self.leads and not self.wanted and _has_labels(given)
-        self.share = share_of_step(model, given)
         for layer in layers.values():
             layer.led = layer.led or self.leads
             if self.leads or self.wanted:
                 layer.defers_losses = self.wanted or self.attaches
         return args, given
 
-    def add(self, model: nn.Module, args: object, kwargs: object, output: object) -> object:
+    def add(self, model: nn.Module, args: object, kwargs: Mapping[str, object], output: object) -> object:
         """Add what the routers computed, and the loss of it; None is the output of a model that failed."""
-        del args, kwargs
-        layers = _layers(model).values() if self.leads or self.wanted else ()
+        layers = moe_layers(model).values() if self.leads or self.wanted else ()
         for layer in layers if self.leads else ():
             layer.led = False
         if self.wanted and isinstance(output, ModelOutput):
-            return self._with_router_outputs(model, output, layers)
+            return self._with_router_outputs(model, output, layers, share_of_step(model, kwargs))
         if self.attaches and not any(layer.record is not None and layer.record.balanced for layer in layers):
-            return _with_gradients(output, layers, self.share)
+            return _with_gradients(output, layers, share_of_step(model, kwargs))
         return None  # it stays
 
-    def _with_router_outputs(self, model: nn.Module, output: ModelOutput, layers: Iterable[MoELayer]) -> object:
+    def _with_router_outputs(
+        self, model: nn.Module, output: ModelOutput, layers: Iterable[MoELayer], share: Tensor | float
+    ) -> object:
         kind = type(output)
         if kind not in self.kinds:
             self.kinds[kind] = with_router_outputs(kind)
@@ -105,7 +104,7 @@ class RouterOutputs:
         made.aux_loss = None if total is None else total / (ran[0].config.aux_loss or 1.0)
         loss = getattr(made, "loss", None)
         if loss is not None and made.aux_loss is not None:
-            coefficient = getattr(_text_config(model), COEFFICIENT) * self.share
+            coefficient = getattr(text_config(model), COEFFICIENT) * share
             made.loss = loss + (coefficient * made.aux_loss).to(loss.device)
         return made
 
@@ -138,7 +137,11 @@ def _has_labels(given: Mapping[str, object]) -> bool:
 
 
 def share_of_step(model: Any, given: Mapping[str, object]) -> Tensor | float:
-    """Return the part of `num_items_in_batch` that the labels of this pass are, counted as the Trainer does."""
+    """Return the part of `num_items_in_batch` that the labels of this pass are, counted as the Trainer does.
+
+    transformers passes that number over accumulated batches and ranks, and divides the model's loss by it. Its own MoE
+    models add their loss whole each time, and so as often as there are batches (huggingface/transformers#48690).
+    """
     total, shifted, labels = (given.get(name) for name in ("num_items_in_batch", "shift_labels", "labels"))
     causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
     if shifted is None and isinstance(labels, Tensor):
@@ -154,28 +157,6 @@ def _refuse_without_logits(layers: Mapping[str, MoELayer]) -> None:
             word = layer.config.router.name
             raise RefusedError(f"{path}: the router {word!r} has no logits of tokens: leave out {ASK}")
         layer.record = None  # of an earlier pass
-
-
-def _share(model: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Return the share of this batch in all that a step accumulates, by which the model's own loss is divided too.
-
-    transformers' Trainer passes `num_items_in_batch`, over accumulated batches and ranks. Its own MoE models add their
-    loss whole each time, and so as often as there are batches (huggingface/transformers#48690).
-    """
-    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if items is None or not isinstance(labels, Tensor):
-        return 1.0
-    shifts = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss  # the trainer counts like this
-    counted = labels[..., 1:] if shifts and not model.config.is_encoder_decoder else labels
-    return (counted != -100).sum() / items
-
-
-def _layers(model: nn.Module) -> dict[str, MoELayer]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, MoELayer)}
-
-
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config()
 
 
 def _returned(model: nn.Module) -> list[type[ModelOutput]]:

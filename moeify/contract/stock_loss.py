@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from moeify.contract.found import text_config
 from moeify.contract.outputs import ASK, COEFFICIENT, share_of_step
 
 
@@ -53,6 +54,4 @@ class StockLoss:
 
 def adds_loss(module: Any) -> bool:
     """Return whether a model of transformers adds a balancing loss to its own where it is asked for router logits."""
-    config = getattr(module, "config", None)
-    text = getattr(config, "get_text_config", lambda: None)()
-    return bool(getattr(module, COEFFICIENT, 0)) and hasattr(text, ASK)
+    return bool(getattr(module, COEFFICIENT, 0)) and hasattr(text_config(module), ASK)

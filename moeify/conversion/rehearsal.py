@@ -8,7 +8,7 @@ from moeify.contract.model import prefer_ours
 from moeify.conversion.dense import Dense
 from moeify.conversion.restructure import restructure
 from moeify.errors import MoeifyError, RefusedError, first_line
-from moeify.layers import MoELayer
+from moeify.layers import MoELayer, moe_layers
 from moeify.layers.model_inputs import ModelInputs
 from moeify.plan import Plan
 from moeify.planning.placement import GRAPH_INSTEAD
@@ -25,7 +25,7 @@ def rehearse(dense: Dense, plan: Plan) -> None:
     """
     twin = restructure(meta_twin(dense.model).eval(), plan, dense.regions)
     prefer_ours(twin, plan)
-    layers = [module for module in twin.modules() if isinstance(module, MoELayer)]
+    layers = list(moe_layers(twin).values())
     if not plan.config.router.needs_token_ids:
         for layer in layers:
             layer.model_inputs = ModelInputs()  # a part must not read what a failed trace of the whole left

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moeify.errors import VerificationError
 from moeify.export.capture.interface import PRESENT, STATE, Interface, device_of, flat_outputs, without_cache
 from moeify.export.lower.weights import Rounded
-from moeify.layers import MoELayer
+from moeify.layers import moe_layers
 from moeify.measure import fill, relative_difference
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _forward(model: nn.Module, inputs: Mapping[str, Tensor], pieces: tuple[int, 
 
 def _tokens_compete(model: nn.Module) -> bool:
     """Whether what happens to a token depends on the others of its forward pass, not only through attention."""
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    layers = list(moe_layers(model).values())
     return any(layer.eval_capacity_factor is not None or layer.config.router.joint for layer in layers)
 
 

@@ -190,6 +190,17 @@ def expert_size(plan: Plan) -> int:
     return plan.sites[0].intermediate // plan.config.granularity
 
 
+def qwen_fields(plan: Plan) -> Fields:
+    """Return the config fields of Qwen's formats and those that followed them."""
+    return {
+        "num_experts": plan.config.experts,
+        "num_experts_per_tok": plan.config.top_k,
+        "moe_intermediate_size": expert_size(plan),
+        "router_aux_loss_coef": plan.config.aux_loss,
+        "output_router_logits": False,
+    }
+
+
 def head_dim(config: Config) -> int:
     """Return the size of an attention head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeify.families.base import DOWN, GATE_UP, Fields, Held, expert_size, router
+from moeify.families.base import DOWN, GATE_UP, Fields, Held, SharedWeight, expert_size, router
 from moeify.plan import Plan
 
 
@@ -12,6 +12,15 @@ def granite_tensors(moe: str) -> dict[str, Held]:
         f"{moe}.router.layer.weight": router,
         f"{moe}.input_linear.weight": GATE_UP,
         f"{moe}.output_linear.weight": DOWN,
+    }
+
+
+def granite_shared(idle: int | None) -> dict[str, Held]:
+    """Return the tensors of the shared experts beside them; see `SharedWeight` for `idle`."""
+    path = "model.layers.{layer}.shared_mlp"
+    return {
+        f"{path}.input_linear.weight": SharedWeight(GATE_UP, idle),
+        f"{path}.output_linear.weight": SharedWeight(DOWN, idle),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moeify.layers.experts import Experts
-from moeify.layers.moe import MoELayer, SparseMoE
+from moeify.layers.moe import MoELayer, SparseMoE, moe_layers
 from moeify.layers.soft import SoftMoE
 
-__all__ = ["Experts", "MoELayer", "SoftMoE", "SparseMoE"]
+__all__ = ["Experts", "MoELayer", "SoftMoE", "SparseMoE", "moe_layers"]

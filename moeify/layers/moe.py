@@ -120,11 +120,8 @@ class MoELayer(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in said.items() if value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "record": None,
-            "_step": None,
-        }  # its tensors hang on a graph, which can be neither copied nor saved
+        # Their tensors hang on a graph, which can be neither copied nor saved.
+        return {**self.__dict__, "record": None, "_step": None}
 
 
 class SparseMoE(MoELayer):
@@ -211,6 +208,11 @@ class SparseMoE(MoELayer):
                 f"{self.path or 'an MoE layer'}: {int(wrong_TE.any(-1).sum())} of {len(wrong_TE)} tokens have a router "
                 "logit that is NaN or infinite; look for what made the activations or the router's weight so"
             )
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """Return the MoE layers that moeify put into a model, by their paths, in the order of its modules."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, MoELayer)}
 
 
 def in_backward() -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moeify.errors import ConfigError, MoeifyError
-from moeify.layers import MoELayer
+from moeify.layers import moe_layers
 
 _VALUES = 8  # of each parameter: enough to tell two seeds apart
 
@@ -43,8 +43,8 @@ def check_agreement(model: nn.Module, problem: MoeifyError | None) -> None:
 
 def _description(model: nn.Module) -> dict[str, str]:
     """Return the layers' settings and the beginnings of the parameters, by name."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
-    settings = {f"the settings of {name or 'the layer'}": repr(layer.config) for name, layer in layers.items()}
+    layers = moe_layers(model).items()
+    settings = {f"the settings of {name or 'the layer'}": repr(layer.config) for name, layer in layers}
     return {**settings, **{name: _beginning(parameter) for name, parameter in model.named_parameters()}}
 
 

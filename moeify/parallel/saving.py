@@ -44,8 +44,8 @@ def save(model: nn.Module, path: str | Path) -> None:
         CheckpointError: The folder exists or cannot be written; every rank raises it.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    _check(inner)
     tensors = _stored(inner)
+    _check(inner, tensors)
     link = _Asking(list(tensors.values()))
     if dist.is_initialized() and dist.get_rank() != 0:
         if not link.answer():
@@ -59,7 +59,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     link.say(_DONE)
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     from transformers import PreTrainedModel  # the rest of the room works without
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -67,7 +67,7 @@ def _check(model: nn.Module) -> None:
         raise ConfigError(
             f"{type(model).__name__} is no model of transformers: save it with torch.distributed.checkpoint"
         )
-    names = {name: torch.empty(tensor.shape, device="meta") for name, tensor in _stored(model).items()}
+    names = {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
     if revert_weight_conversion(model, dict(names)).keys() != names.keys():
         raise ConfigError(
             f"{type(model).__name__} is stored in another form than it computes in: use torch.distributed.checkpoint"

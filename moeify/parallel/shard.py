@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from moeify.errors import ConfigError
-from moeify.layers import MoELayer
+from moeify.layers import MoELayer, moe_layers
 from moeify.layers.experts import Experts
 from moeify.parallel.agreement import check_agreement
 from moeify.parallel.dispatcher import ExpertParallel
@@ -43,7 +43,7 @@ def parallelize(model: ModelT, mesh: DeviceMesh) -> ModelT:
             the model is wrapped or parallel already or has no experts, or the ranks hold different models.
     """
     ranks, problem = ranks_of(mesh), None
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
+    layers = moe_layers(model)
     try:
         _check(model, layers, ranks.size)
     except ConfigError as error:

@@ -6,13 +6,12 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeify.arguments import check_model
-from moeify.contract.found import FoundLayer
+from moeify.contract.found import FoundLayer, text_config
 from moeify.contract.outputs import ASK, COEFFICIENT, RouterOutputs
 from moeify.contract.watch import stock_losses
 from moeify.errors import ConfigError, MoeifyError
@@ -119,8 +118,8 @@ def _stock_loss(layers: Mapping[str, FoundLayer]) -> Tensor | None:
 def _refuse_twice(model: nn.Module) -> None:
     """Refuse to give the loss of a model that adds it to its own."""
     for module in model.modules() if torch.is_grad_enabled() else ():
-        text: Any = getattr(getattr(module, "config", None), "get_text_config", lambda: None)()
-        if text is None or not getattr(text, ASK, False) or not getattr(text, COEFFICIENT, 0):
+        text = text_config(module)
+        if not getattr(text, ASK, False) or not getattr(text, COEFFICIENT, 0):
             continue
         if _adds_loss(module):
             raise ConfigError(

@@ -11,12 +11,11 @@ from moeify.families.base import (
     Family,
     Fields,
     Pair,
-    SharedWeight,
     expert_size,
     router,
 )
 from moeify.families.conditions import NO_MLP_BIAS, PLAIN_ROPE, WHOLE_ROTARY
-from moeify.families.granite import granite_fields
+from moeify.families.granite import granite_fields, granite_shared
 
 _LAYER = "model.layers.{layer}"
 _SINKS = {f"{_LAYER}.self_attn.sinks": no_sinks}
@@ -46,8 +45,7 @@ FAMILY = Family(
         f"{_LAYER}.block_sparse_moe.router.weight": router,
         f"{_LAYER}.block_sparse_moe.experts.gate_up_proj": GATE_UP,
         f"{_LAYER}.block_sparse_moe.experts.down_proj": DOWN,
-        f"{_LAYER}.shared_mlp.input_linear.weight": SharedWeight(GATE_UP, None),
-        f"{_LAYER}.shared_mlp.output_linear.weight": SharedWeight(DOWN, None),
+        **granite_shared(None),
     },
     fields=lambda plan, config: {
         **granite_fields(plan),

@@ -5,8 +5,6 @@ experts.
 """
 
 from moeify.families.base import (
-    DOWN,
-    GATE_UP,
     LLAMA_CPP,
     MLX,
     SGLANG,
@@ -14,27 +12,22 @@ from moeify.families.base import (
     VLLM,
     Family,
     Pair,
-    SharedWeight,
-    expert_size,
 )
 from moeify.families.conditions import equal
-from moeify.families.gated import IDLE
-from moeify.families.granite import granite_fields, granite_tensors
-
-_LAYER = "model.layers.{layer}"
+from moeify.families.gated import IDLE, shared_size
+from moeify.families.granite import granite_fields, granite_shared, granite_tensors
 
 FAMILY = Family(
     model_type="granitemoehybrid",
     architecture="GraniteMoeHybridForCausalLM",
     sources={"granitemoehybrid": Pair((equal("num_local_experts", 0, "it is an MoE already"),))},
     tensors={
-        **granite_tensors(f"{_LAYER}.block_sparse_moe"),
-        f"{_LAYER}.shared_mlp.input_linear.weight": SharedWeight(GATE_UP, IDLE),
-        f"{_LAYER}.shared_mlp.output_linear.weight": SharedWeight(DOWN, IDLE),
+        **granite_tensors("model.layers.{layer}.block_sparse_moe"),
+        **granite_shared(IDLE),
     },
     fields=lambda plan, config: {
         **granite_fields(plan),
-        "shared_intermediate_size": plan.config.shared_experts * expert_size(plan) or IDLE,
+        "shared_intermediate_size": shared_size(plan),
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX),
     shared=True,

@@ -2,21 +2,16 @@
 
 from moeify.families.attention import scaled_as_usual
 from moeify.families.base import (
-    DOWN,
-    GATE_UP,
     LLAMA_CPP,
     SGLANG,
     TRANSFORMERS,
     VLLM,
     Family,
     Pair,
-    SharedWeight,
     expert_size,
 )
 from moeify.families.conditions import NO_MLP_BIAS, PLAIN_HEAD_DIM, WHOLE_ROTARY
-from moeify.families.granite import granite_fields, granite_tensors
-
-_LAYER = "model.layers.{layer}"
+from moeify.families.granite import granite_fields, granite_shared, granite_tensors
 
 FAMILY = Family(
     model_type="granitemoeshared",
@@ -26,9 +21,8 @@ FAMILY = Family(
         "llama": Pair((NO_MLP_BIAS, PLAIN_HEAD_DIM, WHOLE_ROTARY), scaled_as_usual),
     },
     tensors={
-        **granite_tensors(f"{_LAYER}.block_sparse_moe"),
-        f"{_LAYER}.shared_mlp.input_linear.weight": SharedWeight(GATE_UP, None),
-        f"{_LAYER}.shared_mlp.output_linear.weight": SharedWeight(DOWN, None),
+        **granite_tensors("model.layers.{layer}.block_sparse_moe"),
+        **granite_shared(None),
     },
     fields=lambda plan, config: {
         **granite_fields(plan),

@@ -12,8 +12,8 @@ from moeify.families.base import (
     Fields,
     Pair,
     dense_layers,
-    expert_size,
     experts,
+    qwen_fields,
     router,
 )
 from moeify.plan import Plan
@@ -24,16 +24,12 @@ _MOE = "model.layers.{layer}.mlp"
 def _fields(plan: Plan, config: Config) -> Fields:
     dense, rope = dense_layers(plan, config), config["rope_parameters"]
     return {
-        "num_experts": plan.config.experts,
+        **qwen_fields(plan),
         "num_local_experts": plan.config.experts,
-        "num_experts_per_tok": plan.config.top_k,
-        "moe_intermediate_size": expert_size(plan),
         "norm_topk_prob": plan.config.renormalize,
         "mlp_layer_types": ["dense" if i in dense else "sparse" for i in range(config["num_hidden_layers"])],
         "layer_types": config["layer_types"],
         "rope_parameters": {kind: rope for kind in ("full_attention", "sliding_attention")},
-        "router_aux_loss_coef": plan.config.aux_loss,
-        "output_router_logits": False,
     }
 
 

@@ -13,8 +13,8 @@ from moeify.families.base import (
     Fields,
     Pair,
     dense_layers,
-    expert_size,
     experts,
+    qwen_fields,
     router,
 )
 from moeify.families.conditions import (
@@ -33,15 +33,11 @@ _MOE = "model.layers.{layer}.mlp"
 
 def _fields(plan: Plan, config: Config) -> Fields:
     return {
-        "num_experts": plan.config.experts,
-        "num_experts_per_tok": plan.config.top_k,
-        "moe_intermediate_size": expert_size(plan),
+        **qwen_fields(plan),
         "shared_expert_intermediate_size": shared_size(plan),
         "norm_topk_prob": plan.config.renormalize,
         "decoder_sparse_step": 1,
         "mlp_only_layers": dense_layers(plan, config),
-        "router_aux_loss_coef": plan.config.aux_loss,
-        "output_router_logits": False,
         "qkv_bias": True,  # vLLM has them whatever this says
     }
 

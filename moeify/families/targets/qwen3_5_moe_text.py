@@ -9,8 +9,8 @@ from moeify.families.base import (
     VLLM,
     Family,
     Pair,
-    expert_size,
     experts,
+    qwen_fields,
     router,
 )
 from moeify.families.gated import gated_shared_expert, shared_size
@@ -23,12 +23,8 @@ FAMILY = Family(
     sources={"qwen3_5_text": Pair()},
     tensors={f"{_MOE}.gate.weight": router, **experts(_MOE), **gated_shared_expert(_MOE)},
     fields=lambda plan, config: {
-        "num_experts": plan.config.experts,
-        "num_experts_per_tok": plan.config.top_k,
-        "moe_intermediate_size": expert_size(plan),
+        **qwen_fields(plan),
         "shared_expert_intermediate_size": shared_size(plan),
-        "router_aux_loss_coef": plan.config.aux_loss,
-        "output_router_logits": False,
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, EXLLAMA, TRT),
     shared=True,

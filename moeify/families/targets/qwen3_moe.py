@@ -11,8 +11,8 @@ from moeify.families.base import (
     Family,
     Pair,
     dense_layers,
-    expert_size,
     experts,
+    qwen_fields,
     router,
 )
 from moeify.families.conditions import FULL_ATTENTION
@@ -25,15 +25,11 @@ FAMILY = Family(
     sources={"qwen3": Pair((FULL_ATTENTION,))},
     tensors={f"{_MOE}.gate.weight": router, **experts(_MOE)},
     fields=lambda plan, config: {
-        "num_experts": plan.config.experts,  # transformers writes num_local_experts, other engines read this
-        "num_local_experts": plan.config.experts,
-        "num_experts_per_tok": plan.config.top_k,
-        "moe_intermediate_size": expert_size(plan),
+        **qwen_fields(plan),
+        "num_local_experts": plan.config.experts,  # transformers writes this, other engines read num_experts
         "norm_topk_prob": plan.config.renormalize,
         "decoder_sparse_step": 1,
         "mlp_only_layers": dense_layers(plan, config),
-        "router_aux_loss_coef": plan.config.aux_loss,
-        "output_router_logits": False,
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA, TRT),
     dense="any",
