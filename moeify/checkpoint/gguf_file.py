@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
     from transformers import PreTrainedConfig
 
+_TOKENIZER = "tokenizer.ggml.model"
+
 
 class GgufFile:
     """The tensors of one GGUF file under their Hugging Face names, dequantized to F32 as they are read.
@@ -42,6 +44,7 @@ class GgufFile:
         self._state = state_of(file)
         reader, places = _open(file)
         self.header_bytes = bytes(reader.data[: reader.data_offset])
+        self._has_tokenizer = _TOKENIZER in reader.fields
         architecture = str(reader.fields["general.architecture"].contents())
         self._hf_config = _read_config(file, architecture)
         self.config = cast("JsonObject", parse_json(self._hf_config.to_json_string()))
@@ -93,15 +96,16 @@ class GgufFile:
         """Return None: the bytes on disk are quantized or permuted."""
 
     def write_side_files(self, dst: Path) -> None:
-        """Write the tokenizer and the generation config from the metadata of the file.
+        """Write the tokenizer, if there is one, and the generation config from the metadata of the file.
 
         Raises:
             CheckpointError: transformers cannot build the tokenizer.
         """
         from transformers import GenerationConfig
 
-        load_tokenizer(self.files[0]).save_pretrained(dst)
-        _name_class_of_transformers_4(dst / "tokenizer_config.json")
+        if self._has_tokenizer:
+            load_tokenizer(self.files[0]).save_pretrained(dst)
+            _name_class_of_transformers_4(dst / "tokenizer_config.json")
         GenerationConfig.from_model_config(self._hf_config).save_pretrained(dst)
 
     def close(self) -> None:

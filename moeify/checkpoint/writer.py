@@ -40,7 +40,7 @@ def write_checkpoint(
     on_nonfinite: Callable[[str], None],
     plan_key: str = "",
 ) -> None:
-    """Write `tensors` into `dst_dir` as safetensors, with an index if one file is not enough.
+    """Write `tensors` into `dst_dir` as safetensors, with an index if one file is not enough, and the side files.
 
     Args:
         source: Where rows are copied from.
@@ -54,7 +54,7 @@ def write_checkpoint(
         plan_key: What computed parts depend on beside the source, such as the plan; `resume` needs an equal one.
 
     Raises:
-        CheckpointError: The source is damaged or lacks a tensor.
+        CheckpointError: The source is damaged or lacks a tensor, or its tokenizer cannot be built.
         ValueError: A tensor's parts do not make up its dtype and shape.
     """
     shards = plan_shards(tensors, shard_size)
@@ -64,6 +64,7 @@ def write_checkpoint(
     if resume:
         _keep_shards(dst_dir, fingerprint, shards)
     (dst_dir / RESUME_RECORD).write_text(fingerprint)
+    source.write_side_files(dst_dir)  # before hours of writing, as it may be refused
     writer = _ShardWriter(source, tensors, on_bytes, on_nonfinite)
     for shard in shards:
         writer.write(shard, dst_dir)

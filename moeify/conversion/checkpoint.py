@@ -157,7 +157,6 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
             on_nonfinite=callbacks.nonfinite,
             plan_key=plan.to_json() + str(dtype),
         )
-        source.write_side_files(folder)
         _write_json(folder / "config.json", output_config(dense, plan, dtype))
         proof = callbacks.check(folder)
         _write_json(folder / PLAN_FILE, {**plan.to_dict(), "cast_to": dtype, "verification": proof})
