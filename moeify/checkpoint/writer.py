@@ -58,8 +58,7 @@ def write_checkpoint(
         ValueError: A tensor's parts do not make up its dtype and shape.
     """
     shards = plan_shards(tensors, shard_size)
-    for tensor in tensors:
-        _check_parts(source, tensor)
+    _check_parts(source, tensors)
     fingerprint = _plan_fingerprint(source, shards, plan_key)
     if resume:
         _keep_shards(dst_dir, fingerprint, shards)
@@ -72,17 +71,17 @@ def write_checkpoint(
         write_index(dst_dir, shards)
 
 
-def _check_parts(source: Source, tensor: OutTensor) -> None:
-    """Check what is known before anything is computed."""
-    size = 0
-    for part in tensor.parts:
-        if not isinstance(part, SourceRows):
-            return
-        info = source.info(part.source_name)
-        if info.dtype != tensor.dtype:
-            raise ValueError(f"{tensor.name} is {tensor.dtype}, but its part {info.name} is {info.dtype}")
-        size += _bytes_of_rows(info, part)[1]
-    _check_size(tensor, size)
+def _check_parts(source: Source, tensors: Iterable[OutTensor]) -> None:
+    """Check what is known before anything is computed: the tensors whose parts are all copied."""
+    for tensor in tensors:
+        size, copied = 0, [part for part in tensor.parts if isinstance(part, SourceRows)]
+        for part in copied:
+            info = source.info(part.source_name)
+            if info.dtype != tensor.dtype:
+                raise ValueError(f"{tensor.name} is {tensor.dtype}, but its part {info.name} is {info.dtype}")
+            size += _bytes_of_rows(info, part)[1]
+        if len(copied) == len(tensor.parts):
+            _check_size(tensor, size)
 
 
 def _check_size(tensor: OutTensor, size: int) -> None:
