@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from moeify.errors import CheckpointError, told_as
+from moeify.files.json_text import parse_json
 from moeify.files.limits import SIDE_FILE_BYTES
-from moeify.files.reading import check_size, is_file, is_folder, list_folder
+from moeify.files.reading import check_size, is_file, is_folder, list_folder, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -100,6 +102,16 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     with _one_line(path, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**_arguments(path))
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer as transformers 4 writes it, which reads it in many engines: 5 has other names and defaults."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    fields = parse_json(read_bytes(file, SIDE_FILE_BYTES))
+    if isinstance(fields, dict) and fields.get("tokenizer_class") == "TokenizersBackend":
+        older = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
+        file.write_text(json.dumps({**fields, **older}, indent=2) + "\n")
 
 
 def _arguments(path: Path | None) -> dict[str, Any]:

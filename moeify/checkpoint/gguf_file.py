@@ -6,7 +6,6 @@ mapping and undoes the permutations one tensor at a time, so that the whole mode
 
 from __future__ import annotations
 
-import json
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,9 +15,9 @@ from moeify.checkpoint.gguf_header import Place, check_header, check_layers
 from moeify.checkpoint.tensor_info import TensorInfo
 from moeify.errors import CheckpointError, first_line
 from moeify.files.json_text import JsonObject, parse_json
-from moeify.files.limits import LAYERS, SIDE_FILE_BYTES
-from moeify.files.reading import check_unchanged, read_bytes, state_of
-from moeify.pretrained import load_config, load_tokenizer
+from moeify.files.limits import LAYERS
+from moeify.files.reading import check_unchanged, state_of
+from moeify.pretrained import load_config, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -104,20 +103,12 @@ class GgufFile:
         from transformers import GenerationConfig
 
         if self._has_tokenizer:
-            load_tokenizer(self.files[0]).save_pretrained(dst)
-            _name_class_of_transformers_4(dst / "tokenizer_config.json")
+            save_tokenizer(load_tokenizer(self.files[0]), dst)
         GenerationConfig.from_model_config(self._hf_config).save_pretrained(dst)
 
     def close(self) -> None:
         """Release the mapped file."""
         self._stored.clear()
-
-
-def _name_class_of_transformers_4(file: Path) -> None:
-    """Name the tokenizer's class as transformers 4 does, and llama.cpp's converter with it: 5 has another name."""
-    fields = parse_json(read_bytes(file, SIDE_FILE_BYTES))
-    if isinstance(fields, dict) and fields.get("tokenizer_class") == "TokenizersBackend":
-        file.write_text(json.dumps({**fields, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
 def _open(file: Path) -> tuple[GGUFReader, dict[str, Place]]:

@@ -17,6 +17,7 @@ import onnx
 from moeify.export.capture.interface import PRESENT, STATE
 from moeify.export.pipeline import export
 from moeify.files.staging import staged_folder
+from moeify.pretrained import save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +50,7 @@ def export_folder(
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
         genai = genai_config(file, model)
         if genai is not None:
             (folder / GENAI).write_text(json.dumps(genai, indent=2) + "\n", "utf-8")

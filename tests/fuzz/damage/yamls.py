@@ -71,7 +71,7 @@ def recipe(rng: Random, path: Path, fields: dict[str, object], names: tuple[str,
         jsons.mutate(rng, fields, names)
     text = _text(fields).encode()
     path.write_bytes(_odd(rng, text)[1] if rng.random() < 0.4 else text)
-    if rng.random() < 0.1:
+    if rng.random() < 0.1 and path.stat().st_size:
         rng.choice((files.flip, files.truncate, files.in_its_place))(rng, path)
 
 

@@ -42,6 +42,9 @@ def test_a_decoder_with_all_that_engines_read(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(tmp_path / "out").model_type == "llama"
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 7]
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 w2")["input_ids"] == [1, 2]
+    tokenizer = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # of transformers 4, which optimum has
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]  # it adds another
 
 
 def test_an_encoder_is_nothing_for_genai(tmp_path: Path) -> None:
