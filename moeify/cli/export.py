@@ -48,11 +48,11 @@ def export(
     """
     from moeify.cli import display
     from moeify.cli.quiet import without_bars
-    from moeify.export.onnx_file import check_request
+    from moeify.export.onnx_file import MODEL_FILE, check_request
 
     typed = any(value not in (None, ()) for value in settings.values())
     config = config_from(settings) if typed else None
-    file = out if out.suffix == ".onnx" else out / "model.onnx"
+    file = out if out.suffix == ".onnx" else out / MODEL_FILE
     if file != out:
         check_folder(out, overwrite=overwrite)
     request = check_request(file, target, quantize, dtype, overwrite=overwrite)  # before minutes of loading
