@@ -53,9 +53,8 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, object], path: Pa
         CheckpointError: Transformers does not load them.
     """
     import torch
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.modeling_utils import LoadStateDictConfig, get_model_conversion_mapping
 
     with _one_line(path, "its tensors"):
         rules: Any = get_model_conversion_mapping(model)

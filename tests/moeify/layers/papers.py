@@ -169,7 +169,8 @@ def shazeer(given: Given) -> Routed:
     clean, raw = given.logits(), given.logits("noise_weight")
     draws = torch.randn(len(clean), len(clean[0]), dtype=torch.float64).tolist()
     experts, choices = range(len(clean[0])), []
-    importance, load = [0.0 for _ in experts], [0.0 for _ in experts]
+    importance: Row = [0.0 for _ in experts]
+    load: Row = [0.0 for _ in experts]
     for t, row in enumerate(clean):
         std = [(1 + value.exp()).log() + 1e-2 for value in raw[t]]
         noisy = [row[i] + draws[t][i] * std[i] for i in experts]
