@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from moeify.layers import Experts
-from moeify.layers.linear_experts import DOWN, GATE, UP, LinearExperts
+from moeify.layers.linear_experts import GATE, UP, LinearExperts
 
 
 class SaveStacked(WeightConverter):
@@ -54,16 +54,18 @@ class _TakeApart(ConversionOps):
         raise NotImplementedError
 
 
-def loading_rules(model: PreTrainedModel, *args: Any, **kwargs: Any) -> list[WeightTransform]:
+def loading_rules(model: PreTrainedModel, *options: Any, **named: Any) -> list[WeightTransform]:
     """Return the rules by which transformers loads a model: its own, and those for experts in the other form.
 
     For `from_pretrained` alone. transformers' registry of rules, which is by class, would tell them to PEFT too, which
     takes adapters on linears for adapters on stacked weights then.
 
     Args:
-        model: As `get_model_conversion_mapping` takes it, and what follows.
+        model: The model, empty.
+        options: As transformers' `get_model_conversion_mapping` takes them.
+        named: Likewise.
     """
-    return [*get_model_conversion_mapping(model, *args, **kwargs), *_of_other_form(model)]
+    return [*get_model_conversion_mapping(model, *options, **named), *_of_other_form(model)]
 
 
 def to_save(path: str, module: nn.Module) -> Iterator[WeightTransform]:

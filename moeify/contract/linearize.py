@@ -1,8 +1,8 @@
 """The experts of a model as one `nn.Linear` each, and back: converted layers, and stock ones of the experts interface.
 
 Checkpoints: a converted model says in its config which form it has, and is made in that form, however its tensors are
-stored. A stock model is saved in the layout that its class loads, whatever the form: where that has a tensor per expert,
-the linears have its names, else transformers' own operations stack them while it is saved.
+stored. A stock model is saved in the layout that its class loads, whatever the form: where that has a tensor per
+expert, the linears have its names, else transformers' own operations stack them while it is saved.
 """
 
 from __future__ import annotations
@@ -176,4 +176,3 @@ def _conversions(model: PreTrainedModel) -> list[Any]:
     return [
         rule for rule in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(rule, PrefixChange)
     ]
-

@@ -28,8 +28,8 @@ def load(path: str | Path, *, linear: bool | None = None, **kwargs: Any) -> PreT
 
     Args:
         path: A model folder, a GGUF file, or a hub id, which is looked for in the hub's cache and then downloaded.
-        linear: Of a converted model: whether its experts are to be linears (`moeify.linearize`) or stacked, however they
-            are stored; None for the form in which it was saved.
+        linear: Of a converted model: whether its experts are to be linears (`moeify.linearize`) or stacked, however
+            they are stored; None for the form in which it was saved.
         kwargs: For `from_pretrained` (`dtype`, `device_map`, `revision`, …).
 
     Raises:
