@@ -56,7 +56,7 @@ def register(check: Callable[[Plan], None] | None = None) -> None:
 
     untyped: Any = PreTrainedModel
     untyped.__new__ = staticmethod(new)
-    modeling_utils.get_model_conversion_mapping = loading_rules
+    modeling_utils.get_model_conversion_mapping = loading_rules  # type: ignore[attr-defined]
     AUTO_QUANTIZATION_CONFIG_MAPPING[FIELD] = OlderFormat
     offer_stock_experts()
 

@@ -152,7 +152,7 @@ def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
     Names on disk may be older than the model's; the renaming rules are transformers' own.
     """
     places = model.state_dict(keep_vars=True)
-    rules = modeling_utils.get_model_conversion_mapping(model)
+    rules = modeling_utils.get_model_conversion_mapping(model)  # type: ignore[attr-defined]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     of: dict[str, str] = {}

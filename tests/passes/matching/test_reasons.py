@@ -46,7 +46,7 @@ REGIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
         "`flatten` groups or joins the features of a position (heads of an attention?)",
     ),
     "a softmax among groups": (
-        lambda z, x: torch.cat([(z[..., 2:].unflatten(-1, (7, 3)).softmax(-1) / 2).flatten(-2), z[..., :2]], -1),
+        lambda z, x: torch.cat([(z[..., 2:].view(*z.shape[:-1], 7, 3).softmax(-1) / 2).flatten(-2), z[..., :2]], -1),
         "a softmax among groups of its intermediate values: codes, or classes",
     ),
     "a norm over positions": (
