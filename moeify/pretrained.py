@@ -55,13 +55,12 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, object], path: Pa
         CheckpointError: Transformers does not load them.
     """
     import torch
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers import modeling_utils
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
 
     with _one_line(path, "its tensors"):
-        rules: Any = get_model_conversion_mapping(model)
-        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=rules)
+        rules: Any = modeling_utils.get_model_conversion_mapping(model)  # type: ignore[attr-defined]
+        config = modeling_utils.LoadStateDictConfig(dtype=torch.float32, weight_mapping=rules)
         convert_and_load_state_dict_in_model(model, dict(tensors), config)
 
 

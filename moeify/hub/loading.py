@@ -12,10 +12,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moeify.checkpoint.source import Source, open_source
-from moeify.errors import CheckpointError
+from moeify.errors import CheckpointError, ConfigError
 from moeify.hub.registration import register
 from moeify.hub.stored import Absent, present
-from moeify.plan import FIELD, Plan, stored_plan
+from moeify.plan import FIELD, LINEAR, Plan, stored_plan
 from moeify.pretrained import load_generation_config, load_model
 from moeify.tracing.skeleton import config_of, model_class
 
@@ -23,19 +23,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(path: str | Path, *, linear: bool | None = None, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint: dense, native MoE or in moeify format; every tensor must have its place.
 
     Args:
         path: A model folder, a GGUF file, or a hub id, which is looked for in the hub's cache and then downloaded.
+        linear: Of a converted model: whether its experts are to be linears (`moeify.linearize`) or stacked, however
+            they are stored; None for the form in which it was saved.
         kwargs: For `from_pretrained` (`dtype`, `device_map`, `revision`, …).
 
     Raises:
         CheckpointError: A tensor is missing, unexpected or of another shape, where transformers would only log it; or
             there is no such model.
+        ConfigError: A form is asked for of a model that moeify has not converted.
     """
     with open_source(path, revision=kwargs.pop("revision", None)) as source:
-        cls = model_class(source.config)
+        cls, config = model_class(source.config), source.config
+    if linear is not None:
+        if not isinstance(config.get(FIELD), dict):
+            raise ConfigError(f"{path} holds no converted model: leave out linear, and call moeify.linearize(model)")
+        kwargs[FIELD] = {**config[FIELD], LINEAR: linear}
     return load_strictly(cls, source.path, **kwargs)
 
 
