@@ -8,6 +8,7 @@ checkpoint writer copies them.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,9 @@ def check_plan(dense: DenseCheckpoint, plan: Plan) -> None:
         raise ConfigError(f"the plan is for {plan.model_type}, the checkpoint is {dense.source.model_type}")
     if not plan.sites:
         raise ConfigError("the plan converts nothing: make it again with --dry-run --json")
+    twice = [path for path, count in Counter(site.path for site in plan.sites).items() if count > 1]
+    if twice:
+        raise ConfigError(f"the plan converts {twice[0]} twice: make it again with --dry-run --json")
     check_convertible(dense.model)
     wanted = {site.down.parameter for site in plan.sites}
     ffns = [ffn for ffn in dense.inspection.ffns if ffn.down.weight in wanted]

@@ -100,9 +100,9 @@ class WorkFolder:
         return found
 
     def holds_work(self) -> bool:
-        """Return whether there is more than hidden files for another run to go on with."""
+        """Return whether there are weights for another run to go on with."""
         folder = self.new / self.target.name
-        return folder.is_dir() and any(not name.startswith(".") for name in os.listdir(folder))
+        return folder.is_dir() and any(name.endswith(".safetensors") for name in os.listdir(folder))
 
     def remove(self) -> None:
         """Remove the folder and what was written, but nothing that a swap has to put back; the lock goes last."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.checkpoint.source import Source, open_source
-from moeify.errors import ConfigError, VerificationError, told_as
+from moeify.errors import CheckpointError, ConfigError, VerificationError, told_as
 from moeify.hub.loading import load_structure
 from moeify.hub.streaming import load_streamed
 from moeify.plan import stored_plan
@@ -125,7 +125,8 @@ def _inputs(ids: Tensor | None, model: PreTrainedModel) -> dict[str, object]:
 
 def _token_ids(folder: Path, text: str) -> Tensor:
     """Return the first tokens of a text, (1, L)."""
-    ids = load_tokenizer(folder)(text)["input_ids"][:_MAX_TOKENS]
+    with told_as(f"{folder}: its tokenizer does not take the text", CheckpointError):
+        ids = load_tokenizer(folder)(text)["input_ids"][:_MAX_TOKENS]
     if not ids:
         raise ConfigError(f"the text gives no tokens: give one with words that the tokenizer of {folder} knows")
     return torch.tensor([ids])

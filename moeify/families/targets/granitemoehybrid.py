@@ -4,18 +4,18 @@ Its FFN, the shared one of the format, becomes the experts, and the shared one a
 experts.
 """
 
-from moeify.families.base import (
-    LLAMA_CPP,
-    MLX,
-    SGLANG,
-    TRANSFORMERS,
-    VLLM,
-    Family,
-    Pair,
-)
+from moeify.families.base import LLAMA_CPP, MLX, SGLANG, TRANSFORMERS, VLLM, Config, Family, Pair
 from moeify.families.conditions import equal
 from moeify.families.gated import IDLE, shared_size
 from moeify.families.granite import granite_fields, granite_shared, granite_tensors
+
+# transformers 5 calls them otherwise, and reads both names.
+_HUB_NAMES = {"linear_attention": "mamba", "full_attention": "attention"}
+
+
+def _layer_types(config: Config) -> list[str]:
+    return [_HUB_NAMES.get(kind, kind) for kind in config["layer_types"]]
+
 
 FAMILY = Family(
     model_type="granitemoehybrid",
@@ -28,6 +28,7 @@ FAMILY = Family(
     fields=lambda plan, config: {
         **granite_fields(plan),
         "shared_intermediate_size": shared_size(plan),
+        "layer_types": _layer_types(config),
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX),
     shared=True,

@@ -105,6 +105,7 @@ def test_a_saved_plan_is_held_to_the_checkpoint(tmp_path: Path) -> None:
             (edited(plan, intermediate=3), "model.layers.1.mlp, and this model has another FFN there"),
             (edited(plan, ups=plan.sites[0].ups), "model.layers.1.mlp, and this model has another FFN there"),
             (replace(plan, sites=()), "the plan converts nothing"),
+            (replace(plan, sites=(*plan.sites, plan.sites[0])), "the plan converts model.layers.0.mlp twice"),
             (replace(plan, target="phimoe"), "expected auto, moeify, "),
         ):
             with pytest.raises(ConfigError, match=words):

@@ -26,33 +26,40 @@ def names(folder: Path) -> list[str]:
 
 def test_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     with staged_folder(tmp_path / "a" / "out", overwrite=False, resume=False) as folder:
-        (folder / "file").write_text("x")
+        (folder / "a.safetensors").write_text("x")
         assert not (tmp_path / "a" / "out").exists()
         assert folder.is_relative_to(tmp_path / "a")  # a rename must not cross file systems
     assert names(tmp_path / "a") == ["out"]
-    assert names(tmp_path / "a" / "out") == ["file"]
+    assert names(tmp_path / "a" / "out") == ["a.safetensors"]
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyError), staged_folder(tmp_path / "out", overwrite=False, resume=False) as folder:
-        (folder / "file").write_text("x")
+        (folder / "a.safetensors").write_text("x")
         raise KeyError
     assert names(tmp_path) == []
 
 
 def test_an_interrupt_leaves_what_resume_goes_on_with(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "out", overwrite=False, resume=False) as folder:
-        (folder / "file").write_text("x")
+        (folder / "a.safetensors").write_text("x")
         raise KeyboardInterrupt
     assert not (tmp_path / "out").exists()
     with staged_folder(tmp_path / "out", overwrite=False, resume=True) as folder:
-        assert names(folder) == ["file"]
+        assert names(folder) == ["a.safetensors"]
     assert names(tmp_path) == ["out"]
+
+
+def test_an_interrupt_before_there_are_weights_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "out", overwrite=False, resume=False) as folder:
+        (folder / "tokenizer.json").write_text("x")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
 
 
 def test_without_resume_an_interrupted_run_is_forgotten(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), staged_folder(tmp_path / "out", overwrite=False, resume=False) as folder:
-        (folder / "file").write_text("x")
+        (folder / "a.safetensors").write_text("x")
         raise KeyboardInterrupt
     with staged_folder(tmp_path / "out", overwrite=False, resume=False) as folder:
         assert names(folder) == []
@@ -63,7 +70,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match=r"the disk became full while .*out was written"),
         staged_folder(tmp_path / "out", overwrite=False, resume=False) as folder,
     ):
-        (folder / "file").write_text("x")
+        (folder / "a.safetensors").write_text("x")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert names(tmp_path) == []
 
@@ -280,8 +287,8 @@ def test_a_check_leaves_what_a_resume_goes_on_with_and_refuses_while_another_wri
         check = pytest.raises(CheckpointError, match=r"another run \(process .*\) is writing")
         with check:
             check_folder(tmp_path / "out", overwrite=False)
-        (folder / "file").write_text("x")
+        (folder / "a.safetensors").write_text("x")
         raise KeyboardInterrupt
     check_folder(tmp_path / "out", overwrite=False)
     with staged_folder(tmp_path / "out", overwrite=False, resume=True) as folder:
-        assert names(folder) == ["file"]
+        assert names(folder) == ["a.safetensors"]
