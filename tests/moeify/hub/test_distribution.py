@@ -1,0 +1,107 @@
+"""transformers' engine on several ranks against one process that runs the ranks' batches in turn."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+
+import moeify
+from moeify.config import MoEConfig
+from moeify.errors import ConfigError
+from moeify.hub import distribution
+from tests.moeify.parallel import harness, small
+from tests.moeify.tiny import MODELS
+
+CONFIG = MoEConfig(8, 2, method="noise", capacity_factor=1.0, min_capacity=1, shared_experts=1, aux_loss=0.0)
+
+
+def saved(name: str, config: MoEConfig = CONFIG) -> Path:
+    """A checkpoint that all ranks know."""
+    names: list[Any] = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(names)
+    if dist.get_rank() == 0:
+        torch.manual_seed(0)
+        model: Any = moeify.convert(MODELS[name](), config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.15) if parameter.dim() > 1 else None
+        model.save_pretrained(names[0])
+    dist.barrier()
+    return Path(names[0])
+
+
+def loss(model: Any, rank: int) -> torch.Tensor:
+    ids = torch.randint(1, 101, (2, 9), generator=torch.Generator().manual_seed(rank))
+    found: torch.Tensor = model(input_ids=ids, labels=ids).loss
+    return found
+
+
+def case_gradients_are_those_of_one_process(rank: int, world: int) -> None:
+    for name, ep in (("llama", 2), ("gpt_neox", world)):  # with copies of the experts, and without; biases
+        place = saved(name)
+        sizes = DistributedConfig(fsdp_size=world, ep_size=ep)
+        model: Any = moeify.load(place, dtype=torch.float32, distributed_config=sizes).train()
+        stack = next(p for n, p in model.named_parameters() if n.endswith("mlp.experts.down_proj"))
+        assert isinstance(stack, DTensor) and len(stack.to_local()) == 8 // world
+        alone: Any = moeify.load(place, dtype=torch.float32).train()
+        mine = loss(model, rank)
+        torch.autograd.backward(mine)
+        total = torch.zeros(())
+        for other in range(world):
+            term = loss(alone, other) / world
+            torch.autograd.backward(term)
+            total += term.detach()
+        assert any(layer.mlp.record.dropped for layer in alone.modules() if hasattr(layer, "mlp"))
+        dist.all_reduce(mean := mine.detach().clone())
+        torch.testing.assert_close(mean / world, total)
+        wanted = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
+        assert (found := small.apart(small.gradients(model), wanted)) < 3e-6, (name, found)
+        torch.testing.assert_close(
+            moeify.clip_grad_norm_(model, 0.1), torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
+        )
+        model.save_pretrained(place / "again")
+        dist.barrier()
+        back = moeify.load(place / "again", dtype=torch.float32).state_dict()
+        assert all(value.equal(back[key]) for key, value in alone.state_dict().items())
+        dist.barrier()
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def case_wrong_use_is_one_line(rank: int, world: int) -> None:
+    place = saved("llama")
+    sizes = DistributedConfig(fsdp_size=world, ep_size=world)
+    for change, dtype, match in (
+        ({"ep_implementation": "all_to_all"}, torch.float32, "ep_implementation is 'all_to_all'"),
+        ({}, torch.float64, "torch divides gradients twice when ep_size is fsdp_size"),
+        ({"fsdp_size": 1, "tp_size": world}, torch.float32, "goes beside FSDP only"),
+    ):
+        with pytest.raises(ConfigError, match=match) as caught:
+            moeify.load(place, dtype=dtype, distributed_config=replace(sizes, **change))
+        assert "\n" not in str(caught.value)
+    odd = saved("llama", MoEConfig(6, 2))
+    with pytest.raises(ConfigError, match="6 experts, which 4 ranks cannot share evenly"):
+        moeify.load(odd, dtype=torch.float32, distributed_config=sizes)
+    dist.barrier()
+    shutil.rmtree(place, ignore_errors=True), shutil.rmtree(odd, ignore_errors=True)
+
+
+@pytest.mark.parametrize("world", [4])
+@pytest.mark.parametrize("case", harness.cases(__name__))
+def test_on_several_ranks(case: str, world: int) -> None:
+    problem = harness.outcomes(__name__, world)[case]
+    assert not problem, problem
+
+
+def test_without_ranks_nothing_changes() -> None:
+    model: Any = moeify.convert(MODELS["llama"](), CONFIG)
+    distribution.offer_distribution()
+    distribution.offer_distribution()
+    assert type(model).maybe_distribute_model(model, None, None) is model
