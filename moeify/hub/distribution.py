@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -50,13 +51,17 @@ def _distribute(original: Callable[..., Any], model: Any, config: DistributedCon
     layers = moe_layers(model)
     if not layers or config is None or meshes is None:
         return original(model, config, meshes)
-    model._fsdp_plan = _fsdp_plan(model)
+    model._fsdp_plan = _fsdp_plan(model, layers)
     if config.ep_size > 1:
         _check(layers, config)
         _offer_ours()
         model._ep_plan = _ep_plan(layers)
         config = replace(config, ep_implementation=OURS)
     model = original(model, config, meshes)
+    for layer in layers.values():
+        router: nn.Module = layer.router
+        if isinstance(router, FSDPModule):  # what it returns is no tensor, by which FSDP would know when to gather it
+            router.set_reshard_after_forward(False)
     if config.ep_size > 1:
         connect_ranks(layers, meshes.get_mesh("ep").get_group())
     return model
@@ -84,12 +89,17 @@ def _ep_plan(layers: dict[str, MoELayer]) -> dict[str, str]:
     return plan
 
 
-def _fsdp_plan(model: Any) -> dict[str, str]:
-    """Return transformers' rules, as far as the model has what they name, and one for each stack of layers."""
+def _fsdp_plan(model: Any, layers: dict[str, MoELayer]) -> dict[str, str]:
+    """Return transformers' rules, as far as the model has what they name, one for each stack of layers, and routers.
+
+    FSDP takes one dtype at a time, and routers stay in float32.
+    """
     modules = {_any_layer(path): module for path, module in model.named_modules()}
     plan = {name: style for name, style in model._fsdp_plan.items() if name in modules}
     stacks = {name for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
-    return {name: "free_full_weight" for name in stacks if not _inside(name, stacks)} | plan
+    routers = {_any_layer(f"{path}.router") for path in layers}
+    alone = {name for name in stacks if not _inside(name, stacks)} | routers
+    return dict.fromkeys(alone, "free_full_weight") | plan
 
 
 def _inside(name: str, others: set[str]) -> bool:

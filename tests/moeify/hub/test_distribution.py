@@ -75,6 +75,18 @@ def case_gradients_are_those_of_one_process(rank: int, world: int) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def case_routers_stay_in_float32(rank: int, world: int) -> None:
+    place = saved("llama")
+    sizes = DistributedConfig(fsdp_size=world, ep_size=2)
+    model: Any = moeify.load(place, dtype=torch.bfloat16, distributed_config=sizes).train()
+    torch.autograd.backward(loss(model, rank))
+    dtypes = {name: (p.dtype, p.grad.dtype) for name, p in model.named_parameters()}
+    assert dtypes["model.layers.1.mlp.router.weight"] == (torch.float32, torch.float32)
+    assert dtypes["model.layers.1.mlp.experts.down_proj"] == (torch.bfloat16, torch.bfloat16)
+    dist.barrier()
+    shutil.rmtree(place, ignore_errors=True)
+
+
 def case_wrong_use_is_one_line(rank: int, world: int) -> None:
     place = saved("llama")
     sizes = DistributedConfig(fsdp_size=world, ep_size=world)
