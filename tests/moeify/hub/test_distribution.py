@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +24,15 @@ CONFIG = MoEConfig(8, 2, method="noise", capacity_factor=1.0, min_capacity=1, sh
 
 def saved(name: str, config: MoEConfig = CONFIG) -> Path:
     """A checkpoint that all ranks know."""
-    names: list[Any] = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(names)
+    place = small.folder()
     if dist.get_rank() == 0:
         torch.manual_seed(0)
         model: Any = moeify.convert(MODELS[name](), config)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.15) if parameter.dim() > 1 else None
-        model.save_pretrained(names[0])
+        model.save_pretrained(place)
     dist.barrier()
-    return Path(names[0])
+    return place
 
 
 def loss(model: Any, rank: int) -> torch.Tensor:
@@ -71,8 +68,7 @@ def case_gradients_are_those_of_one_process(rank: int, world: int) -> None:
         dist.barrier()
         back = moeify.load(place / "again", dtype=torch.float32).state_dict()
         assert all(value.equal(back[key]) for key, value in alone.state_dict().items())
-        dist.barrier()
-        shutil.rmtree(place, ignore_errors=True)
+        small.remove(place)
 
 
 def case_routers_stay_in_float32(rank: int, world: int) -> None:
@@ -83,8 +79,7 @@ def case_routers_stay_in_float32(rank: int, world: int) -> None:
     dtypes = {name: (p.dtype, p.grad.dtype) for name, p in model.named_parameters()}
     assert dtypes["model.layers.1.mlp.router.weight"] == (torch.float32, torch.float32)
     assert dtypes["model.layers.1.mlp.experts.down_proj"] == (torch.bfloat16, torch.bfloat16)
-    dist.barrier()
-    shutil.rmtree(place, ignore_errors=True)
+    small.remove(place)
 
 
 def case_wrong_use_is_one_line(rank: int, world: int) -> None:
@@ -101,8 +96,8 @@ def case_wrong_use_is_one_line(rank: int, world: int) -> None:
     odd = saved("llama", MoEConfig(6, 2))
     with pytest.raises(ConfigError, match="6 experts, which 4 ranks cannot share evenly"):
         moeify.load(odd, dtype=torch.float32, distributed_config=sizes)
-    dist.barrier()
-    shutil.rmtree(place, ignore_errors=True), shutil.rmtree(odd, ignore_errors=True)
+    small.remove(place)
+    small.remove(odd)
 
 
 @pytest.mark.parametrize("world", [4])
