@@ -35,6 +35,8 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             there is no such model.
     """
     with open_source(path, revision=kwargs.pop("revision", None)) as source:
+        if source.in_parts:  # torch's reader would leave what no file holds as it finds it
+            return _load_present(source, **{"dtype": "auto", **kwargs})
         cls = model_class(source.config)
     return load_strictly(cls, source.path, **kwargs)
 
@@ -46,12 +48,17 @@ def load_sparingly(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         CheckpointError: A tensor is missing, unexpected or of another shape.
     """
     with open_source(path) as source:
-        cls, config, tensors = model_class(source.config), config_of(source.config), present(source, source.tensors)
-        if not tensors:
+        if not present(source, source.tensors):
             return load(path, dtype=dtype)  # GGUF
         load_structure(source)  # before memory is taken for what may be missing
-    model = load_strictly(cls, None, config=config, state_dict=tensors, dtype=dtype)
-    load_generation_config(model, path)
+        return _load_present(source, dtype=dtype)
+
+
+def _load_present(source: Source, **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint whose tensors are read one at a time."""
+    given = {"config": config_of(source.config), "state_dict": present(source, source.tensors)}
+    model = load_strictly(model_class(source.config), None, **given, **kwargs)
+    load_generation_config(model, source.path)
     return model
 
 
