@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
 _OFFSETS = "DCP_SHARDING_INFO"
+_TOO_LARGE = 2**62  # torch counts in 64 bits
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,26 @@ class PartFiles:
 
 def _starts(path: Path, file: SafetensorsFiles) -> dict[str, tuple[int, ...]]:
     """Return where the parts in a file begin, by the names of their tensors."""
+    offsets = _inside(_inside(parse_json(file.header_bytes, constants=False), "__metadata__"), _OFFSETS)
     try:
-        metadata = parse_json(file.header_bytes, constants=False)["__metadata__"]
-        offsets = {name: entry["saved_offsets"] for name, entry in parse_json(metadata[_OFFSETS]).items()}
-        starts = {name: tuple(offsets[name]) for name in file.tensors}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not say where its parts of tensors belong ({_OFFSETS}): copy it again") from error
-    for name, start in starts.items():
-        dimensions = len(file.tensors[name].shape)
-        if len(start) != dimensions or not all(type(number) is int and 0 <= number < 2**62 for number in start):
-            raise CheckpointError(f"{path} says that its part of {name} begins at {list(start)[:8]}: copy it again")
+        places = parse_json(offsets) if isinstance(offsets, str) else None
+    except ValueError:
+        places = None
+    starts: dict[str, tuple[int, ...]] = {}
+    for name, info in file.tensors.items():
+        start = _inside(_inside(places, name), "saved_offsets")
+        if not isinstance(start, list) or len(start) != len(info.shape) or not all(map(_is_offset, start)):
+            raise CheckpointError(f"{path} does not say where its part of {name} begins ({_OFFSETS}): copy it again")
+        starts[name] = tuple(start)
     return starts
+
+
+def _is_offset(number: object) -> bool:
+    return type(number) is int and 0 <= number < _TOO_LARGE
+
+
+def _inside(entries: object, name: str) -> object:
+    return entries.get(name) if isinstance(entries, dict) else None
 
 
 def _whole(parts: list[_Part]) -> TensorInfo:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from moeify.checkpoint.config_file import load_config
 from moeify.checkpoint.folder import (
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 _ADAPTER = "adapter_config.json"
+_Stored: TypeAlias = SafetensorsFiles | PickleFiles | PartFiles | GgufFile
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -50,7 +51,7 @@ class Source:
         in_parts: Whether tensors lie in parts in the files of several ranks.
     """
 
-    def __init__(self, path: Path, config: JsonObject, stored: SafetensorsFiles | PickleFiles | PartFiles | GgufFile) -> None:
+    def __init__(self, path: Path, config: JsonObject, stored: _Stored) -> None:
         self.path = path
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(stored.tensors)

@@ -1,16 +1,16 @@
 """Expert parallelism by transformers' own engine: `from_pretrained(…, distributed_config=…)` of a moeify checkpoint.
 
-transformers makes the meshes, shards the experts and everything else, and loads each rank's part. What it cannot know it
-is told here: which modules hold experts. The layers then send their tokens themselves, as under `moeify.parallelize`:
-transformers' own exchange stops at choices that a capacity has dropped.
+transformers makes the meshes, shards the experts and everything else, and loads each rank's part. What it cannot know
+it is told here: which modules hold experts. The layers then send their tokens themselves, as under
+`moeify.parallelize`: transformers' own exchange stops at choices that a capacity has dropped.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -26,10 +26,17 @@ from moeify.parallel.shard import connect_ranks
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers.distributed import DistributedConfig
-
 _SHARDED, _SENT_TO = "grouped_gemm", "ep_dispatch_experts"  # transformers' words for a stack and for its module
 _DIVIDED_TWICE = {torch.float16, torch.float64}
+
+
+class _Sizes(Protocol):
+    """What is read of transformers' `DistributedConfig`."""
+
+    ep_size: int
+    tp_size: int
+    efsdp_size: int
+    ep_implementation: str
 
 
 def offer_distribution() -> None:
@@ -41,13 +48,13 @@ def offer_distribution() -> None:
     if original.__func__.__module__ == __name__:
         return
 
-    def distribute(cls: type[PreTrainedModel], model: Any, config: DistributedConfig | None, meshes: Any) -> Any:
+    def distribute(cls: type[PreTrainedModel], model: Any, config: _Sizes | None, meshes: Any) -> Any:
         return _distribute(original, model, config, meshes)
 
     untyped.maybe_distribute_model = classmethod(distribute)
 
 
-def _distribute(original: Callable[..., Any], model: Any, config: DistributedConfig | None, meshes: Any) -> Any:
+def _distribute(original: Callable[..., Any], model: Any, config: _Sizes | None, meshes: Any) -> Any:
     layers = moe_layers(model)
     if not layers or config is None or meshes is None:
         return original(model, config, meshes)
@@ -56,7 +63,8 @@ def _distribute(original: Callable[..., Any], model: Any, config: DistributedCon
         _check(layers, config)
         _offer_ours()
         model._ep_plan = _ep_plan(layers)
-        config = replace(config, ep_implementation=OURS)
+        config = copy.copy(config)
+        config.ep_implementation = OURS
     model = original(model, config, meshes)
     for layer in layers.values():
         router: nn.Module = layer.router
@@ -110,7 +118,7 @@ def _any_layer(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
-def _check(layers: dict[str, MoELayer], config: DistributedConfig) -> None:
+def _check(layers: dict[str, MoELayer], config: _Sizes) -> None:
     """Refuse what would crash, hang or train wrongly.
 
     Raises:
@@ -127,7 +135,7 @@ def _check(layers: dict[str, MoELayer], config: DistributedConfig) -> None:
         _check_experts(path, layer.experts, config)
 
 
-def _check_experts(path: str, experts: nn.Module, config: DistributedConfig) -> None:
+def _check_experts(path: str, experts: nn.Module, config: _Sizes) -> None:
     if not isinstance(experts, Experts):
         raise ConfigError(f"{path} has no stacked experts: load it, call moeify.stack(model), and save that")
     if experts.num_experts % config.ep_size:
@@ -137,8 +145,8 @@ def _check_experts(path: str, experts: nn.Module, config: DistributedConfig) -> 
         )
     if experts.region is not None and any(True for _ in experts.region.parameters()):
         raise ConfigError(
-            f"{path}: its activation has parameters, which all ranks must share: load it without distributed_config and "
-            "call moeify.parallelize"
+            f"{path}: its activation has parameters, which all ranks must share: load it without distributed_config "
+            "and call moeify.parallelize"
         )
     dtype = experts.down_proj.dtype
     if dtype in _DIVIDED_TWICE and config.efsdp_size == 1:  # torch 2.13, FSDP over one rank

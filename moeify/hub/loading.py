@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moeify.checkpoint.source import Source, open_source
+from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.errors import CheckpointError
 from moeify.hub.registration import register
 from moeify.hub.stored import Absent, present
@@ -36,7 +37,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     with open_source(path, revision=kwargs.pop("revision", None)) as source:
         if source.in_parts:  # torch's reader would leave what no file holds as it finds it
-            return _load_present(source, **{"dtype": "auto", **kwargs})
+            return _load_present(source, **kwargs)
         cls = model_class(source.config)
     return load_strictly(cls, source.path, **kwargs)
 
@@ -50,14 +51,16 @@ def load_sparingly(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     with open_source(path) as source:
         if not present(source, source.tensors):
             return load(path, dtype=dtype)  # GGUF
-        load_structure(source)  # before memory is taken for what may be missing
         return _load_present(source, dtype=dtype)
 
 
 def _load_present(source: Source, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint whose tensors are read one at a time."""
-    given = {"config": config_of(source.config), "state_dict": present(source, source.tensors)}
-    model = load_strictly(model_class(source.config), None, **given, **kwargs)
+    load_structure(source)  # before memory is taken for what may be missing
+    config, dtypes = config_of(source.config), (torch_dtype(info.dtype) for info in source.tensors.values())
+    own = config.dtype or next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+    given = {"config": config, "state_dict": present(source, source.tensors), "dtype": own, **kwargs}
+    model = load_strictly(model_class(source.config), None, **given)
     load_generation_config(model, source.path)
     return model
 

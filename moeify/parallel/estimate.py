@@ -3,14 +3,14 @@
 n ranks share the experts of a layer, M such groups hold copies of each other, N = n·M ranks in all. A network moves B
 bytes per second to and from a rank, which does F floating-point operations per second.
 
-Letters: T tokens of a rank, K top_k, E experts, e = E/n of them on a rank, C capacity of an expert for the tokens of one
-rank, H hidden size, I intermediate size, J rows of the up projections, P parameters of an expert, b bytes of a value.
+Letters: T tokens of a rank, K top_k, E experts, e = E/n of them on a rank, C capacity of an expert for the tokens of
+one rank, H hidden size, I intermediate size, J rows of the up projections, P parameters of an expert, b bytes of a
+value.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from moeify.errors import ConfigError
 from moeify.parallel.advice import advise
@@ -65,8 +65,8 @@ def kept_bytes(layer: Layer, setup: Setup, rows: int) -> int:
 def dropped_share(tokens: int, experts: int, top_k: int, capacity: int) -> float:
     """Return the share of choices that do not fit, if each token chose k different experts at random.
 
-    An expert is then chosen by X ~ Binomial(T, K/E) tokens, and E[max(0, X - C)] · E / (T·K) of all choices are dropped,
-    whatever the order. Real routers are less even and drop more.
+    An expert is then chosen by X ~ Binomial(T, K/E) tokens, and E[max(0, X - C)] · E / (T·K) of all choices are
+    dropped, whatever the order. Real routers are less even and drop more.
     """
     chance, mean = top_k / experts, tokens * top_k / experts
     if chance == 1 or capacity >= tokens:
@@ -101,9 +101,9 @@ def _check(setup: Setup) -> None:
                 "not counted"
             )
         if layer.experts % setup.ep:
-            fitting = [str(n) for n in range(2, layer.experts + 1) if layer.experts % n == 0]
+            fitting = " or ".join(str(n) for n in range(2, layer.experts + 1) if layer.experts % n == 0)
             raise ConfigError(
-                f"{layer.experts} experts cannot be shared evenly by {setup.ep} ranks: choose --ep {' or '.join(fitting)}"
+                f"{layer.experts} experts cannot be shared evenly by {setup.ep} ranks: choose --ep {fitting}"
             )
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import moeify
 from moeify.checkpoint.source import open_source
+from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.errors import CheckpointError
 from tests.moeify import tiny
@@ -24,15 +26,20 @@ def write(folder: Path, parts: list[dict[str, tuple[torch.Tensor, list[int]]]]) 
     for rank, part in enumerate(parts, start=1):
         offsets = {name: {"saved_offsets": start} for name, (_, start) in part.items()}
         metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
-        save_file({name: value.clone().contiguous() for name, (value, _) in part.items()}, folder / FILE.format(rank), metadata)
+        save_file(
+            {name: value.clone().contiguous() for name, (value, _) in part.items()},
+            folder / FILE.format(rank),
+            metadata,
+        )
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A model in three files: matrices in 2x2 blocks over the first ones and columns, the rest in the third."""
     model: Any = tiny.build("llama")
-    model.config.save_pretrained(tmp_path)
-    model.generation_config.save_pretrained(tmp_path)
+    folder = tmp_path / "saved"
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
     parts: list[dict[str, tuple[torch.Tensor, list[int]]]] = [{}, {}, {}]
     for name, value in model.state_dict().items():
         if value.dim() < 2:
@@ -42,8 +49,8 @@ def saved(tmp_path: Path) -> Path:
         parts[0][name] = value[:rows], [0, 0]
         parts[1][name] = value[rows:, :columns], [rows, 0]
         parts[2][name] = value[rows:, columns:], [rows, columns]
-    write(tmp_path, parts)
-    return tmp_path
+    write(folder, parts)
+    return folder
 
 
 def test_parts_are_put_together(saved: Path, tmp_path: Path) -> None:
@@ -57,7 +64,8 @@ def test_parts_are_put_together(saved: Path, tmp_path: Path) -> None:
     tiny.convert_files(whole, tmp_path / "other", MoEConfig(4, 2), target="moeify")
     one, other = (moeify.load(tmp_path / name).state_dict() for name in ("moe", "other"))
     assert all(value.equal(other[name]) for name, value in one.items())
-    assert moeify.verify(saved, tmp_path / "moe").passed
+    proved = CliRunner().invoke(main, ["verify", str(saved), str(tmp_path / "moe")])
+    assert proved.exit_code == 0, proved.output
 
 
 def _without_offsets(folder: Path) -> None:
@@ -77,7 +85,7 @@ def _of_another_dtype(folder: Path) -> None:
     [
         (lambda folder: (folder / FILE.format(2)).unlink(), "no shard-00002-model-00001-of-… beside the parts"),
         (lambda folder: (folder / FILE.format(3)).unlink(), r"of its .* elements in .*: a file of parts is missing"),
-        (_without_offsets, "does not say where its parts of tensors belong"),
+        (_without_offsets, "does not say where its part of x begins"),
         (_twice, "hold the same elements of .*: they are of different runs"),
         (_of_another_dtype, r"lm_head.weight is F16\[3, 36\] in shard-00001.* they are of different runs"),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 import moeify
 from moeify.config import MoEConfig
@@ -67,8 +67,8 @@ def case_gradients_are_those_of_one_process(rank: int, world: int) -> None:
         model.save_pretrained(place / "again")
         dist.barrier()
         model.save_pretrained(place / "parts", distributed_checkpoint=True)
-        other: Any = DistributedConfig(fsdp_size=world, ep_size=6 - ep)  # 2 for 4 and 4 for 2
-        apart: Any = moeify.load(place / "parts", dtype=torch.float32, distributed_config=other)
+        others = DistributedConfig(fsdp_size=world, ep_size=6 - ep)  # 2 for 4 and 4 for 2
+        apart: Any = moeify.load(place / "parts", dtype=torch.float32, distributed_config=others)
         loaded = [moeify.load(place / name, dtype=torch.float32).state_dict() for name in ("again", "parts")]
         loaded.append({key: small.full(value) for key, value in apart.state_dict().items()})
         for back in loaded:

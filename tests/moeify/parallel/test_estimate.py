@@ -32,7 +32,7 @@ def test_dropped_shares_are_those_of_random_choices() -> None:
             dropped += int(drop_overflow(scores.topk(top_k).indices, scores, capacity)[1])
         share = dropped_share(tokens, experts, top_k, capacity)
         assert dropped / (200 * tokens * top_k) == pytest.approx(share, abs=0.004)
-    normal = (0.75 * 250_000 / (2 * torch.pi)) ** 0.5 / 250_000  # E[max(0, X - mean)] is σ/sqrt(2π)
+    normal = (0.75 * 250_000 / (2 * torch.pi)) ** 0.5 / 250_000  # E[max(0, X - mean)] is the deviation/sqrt(2 pi)
     assert dropped_share(1_000_000, 8, 2, 250_000) == pytest.approx(normal, rel=1e-3)
     assert dropped_share(100, 4, 4, 60) == pytest.approx(0.4) and dropped_share(100, 4, 2, 100) == 0
 
@@ -52,7 +52,7 @@ def test_the_worst_rows_are_reached_and_never_passed() -> None:
                 ids, _ = drop_overflow(scores.topk(top_k).indices, scores, capacity)
                 rows += int((ids < experts // ep).sum())
             most = worst_rows(layer, setup, capacity)
-            assert rows <= most and (top_k == 1 and factor is not None or rows == most)
+            assert rows <= most and ((top_k == 1 and factor is not None) or rows == most)
 
 
 def test_a_known_model_costs_what_was_worked_out_by_hand() -> None:
@@ -61,7 +61,9 @@ def test_a_known_model_costs_what_was_worked_out_by_hand() -> None:
     near, far = estimate(SETUP), estimate(replace(SETUP, bandwidth=50e9))
     assert near.layers[0].ratio == pytest.approx(even / 450e9, rel=0.01)
     assert far.layers[0].ratio == pytest.approx(even / 50e9, rel=0.01)
-    assert "FSDP moves fewer bytes from 129,0" in near.advice[0] and near.advice[0].startswith("engine: FSDP alone (0 ms")
+    assert "FSDP moves fewer bytes from 129,0" in near.advice[0] and near.advice[0].startswith(
+        "engine: FSDP alone (0 ms"
+    )
     assert far.advice[0].startswith("engine: EP and FSDP")  # experts of 240 GB need longer than they compute
     assert near.engines[2].gathered == 3 * 32 * 8 * MIXTRAL.parameters * 2 * 7 // 8
     assert near.engines[0].weights == near.engines[2].weights == 46_702_792_704 * 8 // 8

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -15,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -106,12 +107,12 @@ def case_a_checkpoint_fits_other_ranks(rank: int, world: int) -> None:
 
     place = small.folder()
     written = state(*made("fsdp", 2, seed=0))
-    dcp.save(written, checkpoint_id=place)
+    save(written, checkpoint_id=place)
     others = [("fsdp", world), ("ddp", 2), ("none", 1)]
     for engine, ep in others:
         model, optimizer = made(engine, ep, seed=7)
         read = state(model, optimizer)
-        dcp.load(read, checkpoint_id=place)
+        load(read, checkpoint_id=place)
         set_state_dict(
             model, optimizer, model_state_dict=read["model"], optim_state_dict=read["optimizer"], options=FLAT
         )
