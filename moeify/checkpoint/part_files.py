@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeify.checkpoint.folder import leads_outside
 from moeify.checkpoint.safetensors_file import SafetensorsFiles
 from moeify.checkpoint.tensor_info import Span, TensorInfo, torch_dtype
 from moeify.errors import CheckpointError
@@ -59,6 +60,9 @@ def find_parts(folder: Path) -> tuple[Path, ...]:
         CheckpointError: One is missing between others.
     """
     found = {match.groups(): path for path in list_folder(folder) if (match := _NAME.fullmatch(path.name))}
+    for path in found.values():
+        if leads_outside(path, folder):
+            raise CheckpointError(f"{path} is a link that leads outside the folder: it is not opened")
     ranks = {int(rank): int(count) for rank, _, count in found}
     for rank in range(1, max(ranks, default=0) + 1):
         for number in range(1, ranks.get(rank, 1) + 1):

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from moeify.arguments import check_model
 from moeify.errors import ConfigError
 from moeify.layers import MoELayer, moe_layers
 from moeify.layers.experts import Experts
@@ -44,8 +45,10 @@ def parallelize(model: ModelT, mesh: DeviceMesh) -> ModelT:
             the model is wrapped or parallel already or has no experts, or the ranks hold different models.
     """
     ranks, problem = ranks_of(mesh), None
-    layers = moe_layers(model)
+    layers: dict[str, MoELayer] = {}
     try:
+        check_model(model)
+        layers = moe_layers(model)
         _check(model, layers, ranks.size)
     except ConfigError as error:
         problem = error

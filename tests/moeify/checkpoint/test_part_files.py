@@ -72,6 +72,11 @@ def _without_offsets(folder: Path) -> None:
     save_file({"x": torch.zeros(2)}, folder / FILE.format(2))
 
 
+def _linked(folder: Path) -> None:
+    moved = (folder / FILE.format(2)).rename(folder.parent / "elsewhere")
+    (folder / FILE.format(2)).symlink_to(moved)
+
+
 def _twice(folder: Path) -> None:
     (folder / FILE.format(4)).write_bytes((folder / FILE.format(2)).read_bytes())
 
@@ -86,6 +91,7 @@ def _of_another_dtype(folder: Path) -> None:
         (lambda folder: (folder / FILE.format(2)).unlink(), "no shard-00002-model-00001-of-… beside the parts"),
         (lambda folder: (folder / FILE.format(3)).unlink(), r"of its .* elements in .*: a file of parts is missing"),
         (_without_offsets, "does not say where its part of x begins"),
+        (_linked, "is a link that leads outside the folder: it is not opened"),
         (_twice, "hold the same elements of .*: they are of different runs"),
         (_of_another_dtype, r"lm_head.weight is F16\[3, 36\] in shard-00001.* they are of different runs"),
     ],

@@ -163,13 +163,14 @@ def case_wrong_use_is_one_line_on_every_rank(rank: int, world: int) -> None:
     mesh = small.mesh(world, world)
     wrong: Any = small.net()
 
-    def refused(match: str, model: nn.Module, on: Any) -> None:
+    def refused(match: str, model: Any, on: Any) -> None:
         with pytest.raises(ConfigError, match=match) as caught:
             moeify.parallelize(model, on)
         assert "\n" not in str(caught.value)
 
     refused("no dimension 'ep'", wrong, mesh["efsdp"])
     refused("a NoneType has no dimension 'ep'", wrong, None)
+    refused("model is a str: expected a torch.nn.Module", "my-moe", mesh["ep"])
     refused("cannot share evenly", small.net(MoEConfig(world + 1, 1)), mesh["ep"])
     refused("nothing to shard", nn.Linear(3, 3), mesh["ep"])
     refused("rank 1 differ in the settings", small.net(MoEConfig(8, 1 + (rank == 1))), mesh["ep"])
