@@ -12,6 +12,7 @@ import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from moeify.checkpoint.safetensors_file import encode_header, tensor_bytes
 from moeify.checkpoint.shards import Compute, OutTensor, Shard, SourceRows, plan_shards
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import Span, TensorInfo, dtype_name
+from moeify.checkpoint.workers import write_with_workers
 from moeify.errors import CheckpointError
 from moeify.files.reading import read_bytes
 from moeify.files.staging import RESUME_RECORD
@@ -39,6 +41,7 @@ def write_checkpoint(
     on_bytes: Callable[[int], None],
     on_nonfinite: Callable[[str], None],
     plan_key: str = "",
+    workers: int = 1,
 ) -> None:
     """Write `tensors` into `dst_dir` as safetensors, with an index if one file is not enough.
 
@@ -51,6 +54,7 @@ def write_checkpoint(
         on_bytes: Called with the number of bytes written since the last call.
         on_nonfinite: Called with the name of a source or computed tensor that holds NaN or Inf, once and before its
             first byte is written; it may raise to stop.
+        workers: Processes that write; the files are the same for any number.
         plan_key: What computed parts depend on beside the source, such as the plan; `resume` needs an equal one.
 
     Raises:
@@ -64,9 +68,14 @@ def write_checkpoint(
     if resume:
         _keep_shards(dst_dir, fingerprint, shards)
     (dst_dir / RESUME_RECORD).write_text(fingerprint)
-    writer = _ShardWriter(source, tensors, on_bytes, on_nonfinite)
-    for shard in shards:
-        writer.write(shard, dst_dir)
+
+    def writer(on_bytes: Callable[[int], None], on_nonfinite: Callable[[str], None]) -> Callable[[Shard], None]:
+        return partial(_ShardWriter(source, tensors, on_bytes, on_nonfinite).write, folder=dst_dir)
+
+    left = write_with_workers(shards, workers, writer, on_bytes, on_nonfinite) if workers > 1 else shards
+    write = writer(on_bytes, on_nonfinite)
+    for shard in left:
+        write(shard)
     if len(shards) > 1:
         write_index(dst_dir, shards)
 

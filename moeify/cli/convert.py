@@ -40,6 +40,7 @@ class _Options:
     as_json: bool
     as_yaml: bool
     shard_size: int
+    workers: int
     resume: bool
     overwrite: bool
     strict: bool
@@ -69,6 +70,7 @@ class _Options:
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for --plan.")
 @click.option("--yaml", "as_yaml", is_flag=True, help="With --dry-run: print these options as YAML, for --config.")
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of the output.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 256), help="Processes that write.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
 @click.option("--strict", is_flag=True, help="Refuse weights that hold NaN or Inf instead of warning.")
@@ -194,7 +196,8 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     )
     try:
         with progress:
-            output = Output(dst, options.shard_size, dtype, options.overwrite, options.resume, command_line())
+            how = (options.overwrite, options.resume, options.workers)
+            output = Output(dst, options.shard_size, dtype, *how, command_line())
             convert_checkpoint(dense, plan, output, callbacks)
     except KeyboardInterrupt as stop:
         hint = ": run again with --resume to go on" if can_resume(dst) else ""
