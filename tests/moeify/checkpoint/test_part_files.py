@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,19 +17,7 @@ from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.errors import CheckpointError
 from tests.moeify import tiny
-
-FILE = "shard-{:05}-model-00001-of-00001.safetensors"
-
-
-def write(folder: Path, parts: list[dict[str, tuple[torch.Tensor, list[int]]]]) -> None:
-    for rank, part in enumerate(parts, start=1):
-        offsets = {name: {"saved_offsets": start} for name, (_, start) in part.items()}
-        metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
-        save_file(
-            {name: value.clone().contiguous() for name, (value, _) in part.items()},
-            folder / FILE.format(rank),
-            metadata,
-        )
+from tests.moeify.parts import FILE, Part, write_parts
 
 
 @pytest.fixture
@@ -40,7 +27,7 @@ def saved(tmp_path: Path) -> Path:
     folder = tmp_path / "saved"
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    parts: list[dict[str, tuple[torch.Tensor, list[int]]]] = [{}, {}, {}]
+    parts: list[Part] = [{}, {}, {}]
     for name, value in model.state_dict().items():
         if value.dim() < 2:
             parts[2][name] = value, [0]
@@ -49,7 +36,7 @@ def saved(tmp_path: Path) -> Path:
         parts[0][name] = value[:rows], [0, 0]
         parts[1][name] = value[rows:, :columns], [rows, 0]
         parts[2][name] = value[rows:, columns:], [rows, columns]
-    write(folder, parts)
+    write_parts(folder, parts)
     return folder
 
 
@@ -82,7 +69,7 @@ def _twice(folder: Path) -> None:
 
 
 def _of_another_dtype(folder: Path) -> None:
-    write(folder, [{"lm_head.weight": (torch.zeros(3, 36).half(), [0, 0])}])
+    write_parts(folder, [{"lm_head.weight": (torch.zeros(3, 36).half(), [0, 0])}])
 
 
 @pytest.mark.parametrize(
@@ -107,6 +94,6 @@ def test_a_missing_last_rank_is_seen_by_the_shapes(tmp_path: Path) -> None:
     """Nothing in the files says how many ranks there were."""
     model: Any = tiny.build("llama")
     model.config.save_pretrained(tmp_path)
-    write(tmp_path, [{name: (value[:20], [0] * value.dim()) for name, value in model.state_dict().items()}])
+    write_parts(tmp_path, [{name: (value[:20], [0] * value.dim()) for name, value in model.state_dict().items()}])
     with pytest.raises(CheckpointError, match=r"mismatched tensor .* \(\[20, 36\] instead of \[101, 36\]\)"):
         moeify.load(tmp_path)
