@@ -89,17 +89,17 @@ def show(console: Console, estimate: Estimate) -> None:
 
 
 def _heading(each: LayerEstimate) -> str:
-    from moeify.parallel.advice import milliseconds
+    from moeify.parallel.advice import duration
 
     layer = each.layer
-    times = f"exchange {milliseconds(each.exchange_seconds)}, experts {milliseconds(each.compute_seconds)}"
+    times = f"exchange {duration(each.exchange_seconds)}, experts {duration(each.compute_seconds)}"
     return f"each of {layer.count} MoE layers ({layer.experts} experts, top-{layer.top_k}): {times} ({each.ratio:.0%})"
 
 
 def _capacities(each: LayerEstimate) -> Table:
     from moeify.cli.display import plain_table, quantity
 
-    shown = plain_table("factor", "capacity", "dropped", "rows", "worst", "exchanged", "kept", "worst")
+    shown = plain_table("factor", "capacity", "dropped", "rows", "worst rows", "exchanged", "kept", "worst kept")
     for at in each.at:
         share = "by router" if each.layer.balanced else f"{at.dropped:.2%}"
         shown.add_row(
@@ -114,10 +114,10 @@ def _capacities(each: LayerEstimate) -> Table:
 
 def _engines(estimate: Estimate) -> Table:
     from moeify.cli.display import plain_table, quantity
-    from moeify.parallel.advice import milliseconds
+    from moeify.parallel.advice import duration
 
     shown = plain_table("model", "tokens sent", "weights sent", "waits", "with AdamW", "whole besides")
     for engine in estimate.engines:
         sizes = [quantity(n, "B") for n in (engine.exchanged, engine.gathered, engine.weights, engine.whole)]
-        shown.add_row(engine.name, *sizes[:2], milliseconds(engine.waits), *sizes[2:])
+        shown.add_row(engine.name, *sizes[:2], duration(engine.waits), *sizes[2:])
     return shown

@@ -68,7 +68,7 @@ def _distribute(original: Callable[..., Any], model: Any, config: _Sizes | None,
     model = original(model, config, meshes)
     for layer in layers.values():
         router: nn.Module = layer.router
-        if isinstance(router, FSDPModule):  # what it returns is no tensor, by which FSDP would know when to gather it
+        if isinstance(router, FSDPModule):  # torch before 2.13 finds no tensor in what it returns, to gather it again
             router.set_reshard_after_forward(False)
     if config.ep_size > 1:
         connect_ranks(layers, meshes.get_mesh("ep").get_group())

@@ -29,7 +29,7 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         path: A model folder, a GGUF file, or a hub id, which is looked for in the hub's cache and then downloaded.
-        kwargs: For `from_pretrained` (`dtype`, `device_map`, `revision`, …).
+        kwargs: For `from_pretrained` (`dtype`, `device_map`, `revision`, `distributed_config`, …).
 
     Raises:
         CheckpointError: A tensor is missing, unexpected or of another shape, where transformers would only log it; or

@@ -25,7 +25,7 @@ def _engine(setup: Setup, layers: tuple[LayerEstimate, ...], engines: tuple[Engi
     moves = sum(each.layer.count * each.layer.top_k * each.layer.hidden for each in layers)
     exchanged = 4 * moves * setup.value_bytes * (setup.ep - 1) / setup.ep  # of a token
     even = (alone.gathered - shared.gathered) / exchanged
-    why = f"{milliseconds(better.waits)} of waiting per step, and {milliseconds(worse.waits)} with {worse.name}"
+    why = f"{duration(better.waits)} of waiting per step, and {duration(worse.waits)} with {worse.name}"
     return f"engine: {better.name} ({why}); FSDP moves fewer bytes from {even:,.0f} tokens per rank on"
 
 
@@ -47,7 +47,7 @@ def _capacity(costly: LayerEstimate) -> str:
     if bound is None:
         return f"capacity: none: every factor up to {limited[-1].factor} drops 1% or more; {worst}"
     bounded = f"factor {bound.factor} drops {bound.dropped:.2%} of random choices and bounds that"
-    bounded += f" at {bound.worst_rows / max(free.rows, 1):.1f}"
+    bounded += f" at {bound.worst_rows / max(free.rows, 1):.1f} (a real router is less even: see routing_stats)"
     if costly.ratio > 1:
         return f"capacity: factor {bound.factor}, for a slow exchange waits for the fullest rank: {worst}; {bounded}"
     return f"capacity: none, if memory holds the worst case: {worst}; {bounded}"
@@ -58,6 +58,6 @@ def _counting(top_k: int) -> str:
     return f"counting: factors count top_k, as everywhere in moeify (factor * tokens * top_k / experts){others}"
 
 
-def milliseconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return a time for people."""
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
