@@ -15,13 +15,20 @@ from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from moeify.checkpoint.shards import Shard
 from moeify.errors import MoeifyError, first_line
 
-Write: TypeAlias = Callable[[Shard], None]
-Writer: TypeAlias = Callable[[Callable[[int], None], Callable[[str], None]], Write]
+
+class Writes(Protocol):
+    """What writes shards."""
+
+    def write(self, shard: Shard) -> None:
+        """Write one of them."""
+
+
+Writer: TypeAlias = Callable[[Callable[[int], None], Callable[[str], None]], Writes]
 
 
 def write_with_workers(
@@ -123,9 +130,9 @@ def _work(
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # the pool of threads was not forked
     try:
-        write = writer(sender.send, sender.send)
+        here = writer(sender.send, sender.send)
         for number in mine:
-            write(shards[number])
+            here.write(shards[number])
             sender.send([number])
     except BrokenPipeError:
         os._exit(1)

@@ -68,16 +68,22 @@ def write_checkpoint(
     if resume:
         _keep_shards(dst_dir, fingerprint, shards)
     (dst_dir / RESUME_RECORD).write_text(fingerprint)
-
-    def writer(on_bytes: Callable[[int], None], on_nonfinite: Callable[[str], None]) -> Callable[[Shard], None]:
-        return partial(_ShardWriter(source, tensors, on_bytes, on_nonfinite).write, folder=dst_dir)
-
-    left = write_with_workers(shards, workers, writer, on_bytes, on_nonfinite) if workers > 1 else shards
-    write = writer(on_bytes, on_nonfinite)
-    for shard in left:
-        write(shard)
+    _write_shards(shards, partial(_ShardWriter, source, tensors, dst_dir), workers, on_bytes, on_nonfinite)
     if len(shards) > 1:
         write_index(dst_dir, shards)
+
+
+def _write_shards(
+    shards: Sequence[Shard],
+    writer: Callable[[Callable[[int], None], Callable[[str], None]], _ShardWriter],
+    workers: int,
+    on_bytes: Callable[[int], None],
+    on_nonfinite: Callable[[str], None],
+) -> None:
+    left = write_with_workers(shards, workers, writer, on_bytes, on_nonfinite) if workers > 1 else shards
+    here = writer(on_bytes, on_nonfinite)
+    for shard in left:
+        here.write(shard)
 
 
 def _check_parts(source: Source, tensor: OutTensor) -> None:
@@ -150,30 +156,31 @@ class _ShardWriter:
         self,
         source: Source,
         tensors: Sequence[OutTensor],
+        folder: Path,
         on_bytes: Callable[[int], None],
         on_nonfinite: Callable[[str], None],
     ) -> None:
-        self._source = source
+        self._source, self._folder = source, folder
         self._on_bytes = on_bytes
         self._on_nonfinite = on_nonfinite
         self._uses = Counter(part for tensor in tensors for part in tensor.parts)
         self._kept: OrderedDict[SourceRows | Compute, memoryview] = OrderedDict()
         self._checked: set[str] = set()
 
-    def write(self, shard: Shard, folder: Path) -> None:
+    def write(self, shard: Shard) -> None:
         """Write one shard, unless an interrupted run has written it as it is to be."""
         header = encode_header(tensor.info for tensor in shard.tensors)
-        path = folder / shard.name
+        path = self._folder / shard.name
         if path.exists() and self._holds(path, header, shard):
             self._on_bytes(len(header) + shard.nbytes)
             return
-        partial = folder / f".{shard.name}.partial"
-        with partial.open("wb", buffering=0) as file:
+        begun = self._folder / f".{shard.name}.partial"
+        with begun.open("wb", buffering=0) as file:
             write_all(file, memoryview(header))
             self._on_bytes(len(header))
             for tensor in shard.tensors:
                 self._write_tensor(tensor, file)
-        partial.rename(path)
+        begun.rename(path)
 
     def _holds(self, path: Path, header: bytes, shard: Shard) -> bool:
         """Compare a file with what would be written: after a power cut, or by another hand, it may hold anything."""

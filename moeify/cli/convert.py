@@ -194,11 +194,10 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
         unused=lambda names: console.print(left_out(names)),
         check=check,
     )
+    how = (options.overwrite, options.resume, options.workers, command_line())
     try:
         with progress:
-            how = (options.overwrite, options.resume, options.workers)
-            output = Output(dst, options.shard_size, dtype, *how, command_line())
-            convert_checkpoint(dense, plan, output, callbacks)
+            convert_checkpoint(dense, plan, Output(dst, options.shard_size, dtype, *how), callbacks)
     except KeyboardInterrupt as stop:
         hint = ": run again with --resume to go on" if can_resume(dst) else ""
         raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from moeify.checkpoint.shards import OutTensor, Shard, plan_shards
-from moeify.checkpoint.workers import Write, write_with_workers
+from moeify.checkpoint.workers import write_with_workers
 from moeify.cli import main
 from moeify.errors import CheckpointError
 from tests.moeify import tiny
@@ -20,6 +23,11 @@ from tests.moeify.checkpoint.test_writer import upcycled, write, write_source
 
 Tell = Callable[[int], None]
 Name = Callable[[str], None]
+
+
+@dataclass
+class Here:
+    write: Callable[[Shard], None]
 
 
 def shards(count: int) -> list[Shard]:
@@ -59,7 +67,7 @@ def test_a_whole_conversion_is_the_same_to_the_last_byte(tmp_path: Path) -> None
 def test_the_shards_of_a_killed_worker_are_left(tmp_path: Path) -> None:
     parent, told = os.getpid(), 0
 
-    def writer(on_bytes: Tell, on_nonfinite: Name) -> Write:
+    def writer(on_bytes: Tell, on_nonfinite: Name) -> Here:
         def write_one(shard: Shard) -> None:
             on_bytes(3)
             if shard.name.startswith("model-00004"):
@@ -68,7 +76,7 @@ def test_the_shards_of_a_killed_worker_are_left(tmp_path: Path) -> None:
             on_bytes(1)
 
         assert os.getpid() != parent
-        return write_one
+        return Here(write_one)
 
     def count(nbytes: int) -> None:
         nonlocal told
@@ -82,13 +90,13 @@ def test_the_shards_of_a_killed_worker_are_left(tmp_path: Path) -> None:
 def test_what_a_worker_raises_stops_all_and_names_are_told_once(tmp_path: Path) -> None:
     named: list[str] = []
 
-    def writer(on_bytes: Tell, on_nonfinite: Name) -> Write:
+    def writer(on_bytes: Tell, on_nonfinite: Name) -> Here:
         def write_one(shard: Shard) -> None:
             on_nonfinite("weight")
             if shard.name.startswith("model-00003"):
                 raise CheckpointError("the source became shorter")
 
-        return write_one
+        return Here(write_one)
 
     assert write_with_workers(shards(2), 2, writer, print, named.append) == [] and named == ["weight"]
     with pytest.raises(CheckpointError, match="the source became shorter"):
@@ -99,3 +107,19 @@ def test_what_a_worker_raises_stops_all_and_names_are_told_once(tmp_path: Path) 
 
     with pytest.raises(CheckpointError, match="weight holds NaN"):
         write_with_workers(shards(2), 2, writer, print, refuse)
+
+
+def test_an_interrupt_leaves_no_worker_behind() -> None:
+    def writer(on_bytes: Tell, on_nonfinite: Name) -> Here:
+        def write_one(shard: Shard) -> None:
+            on_bytes(1)
+            time.sleep(60)
+
+        return Here(write_one)
+
+    def interrupt(nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_with_workers(shards(4), 2, writer, interrupt, print)
+    assert active_children() == []
