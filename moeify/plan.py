@@ -20,7 +20,7 @@ from moeify.files.limits import PLAN_BYTES
 from moeify.files.reading import read_bytes
 
 VERSION = 2
-FIELD, LINEAR = "moeify", "linear"  # the field of a config.json, and in it: experts are stored as linears
+FIELD, LINEAR = "moeify", "linear"  # the field of a config.json, and in it: experts are linears
 OLDER_FORMAT = (
     "it has its plan where an older moeify wrote it: rename the field quantization_config of its config.json to moeify"
 )

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from moeify.errors import CheckpointError, told_as
+from moeify.files.json_text import parse_json
 from moeify.files.limits import SIDE_FILE_BYTES
-from moeify.files.reading import check_size, is_file, is_folder, list_folder
+from moeify.files.reading import check_size, is_file, is_folder, list_folder, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -53,13 +55,12 @@ def load_tensors(model: PreTrainedModel, tensors: Mapping[str, object], path: Pa
         CheckpointError: Transformers does not load them.
     """
     import torch
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers import modeling_utils
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
 
     with _one_line(path, "its tensors"):
-        rules: Any = get_model_conversion_mapping(model)
-        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=rules)
+        rules: Any = modeling_utils.get_model_conversion_mapping(model)  # type: ignore[attr-defined]
+        config = modeling_utils.LoadStateDictConfig(dtype=torch.float32, weight_mapping=rules)
         convert_and_load_state_dict_in_model(model, dict(tensors), config)
 
 
@@ -100,6 +101,16 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     with _one_line(path, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**_arguments(path))
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer as transformers 4 writes it, which reads it in many engines: 5 has other names and defaults."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    fields = parse_json(read_bytes(file, SIDE_FILE_BYTES))
+    if isinstance(fields, dict) and fields.get("tokenizer_class") == "TokenizersBackend":
+        older = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
+        file.write_text(json.dumps({**fields, **older}, indent=2) + "\n")
 
 
 def _arguments(path: Path | None) -> dict[str, Any]:

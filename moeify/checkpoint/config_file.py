@@ -9,16 +9,17 @@ from pathlib import Path
 from moeify.checkpoint.folder import CONFIG
 from moeify.errors import CheckpointError
 from moeify.files.json_text import JsonObject, read_json_object
-from moeify.files.limits import CONFIG_BYTES, CONFIG_VALUES, EXPERTS, HEADS, LABELS, LAYERS
+from moeify.files.limits import CONFIG_BYTES, CONFIG_VALUES, EXPERTS, HEADS, LABELS, LAYERS, SIZES
 from moeify.files.reading import is_file
 from moeify.plan import FIELD, OLDER_FORMAT
 
-# What a model is built of in a loop, by the names that transformers' configs have for their numbers.
+# What a model is built of, by the names that transformers' configs have for their numbers.
 _COUNTS = (
     (re.compile(r"layers?$|(^|_)depths?$"), LAYERS),
     (re.compile(r"heads?$"), HEADS),
     (re.compile(r"experts"), EXPERTS),
     (re.compile(r"^num_labels$"), LABELS),
+    (re.compile(r"(^|_)(dim|size)s?$|^(d_model|d_ff|n_embd|n_inner)$"), SIZES),
 )
 _NO_FIELDS = {"id2label", "label2id", "quantization_config", FIELD}  # what is inside is named by users, or is no config
 
@@ -46,7 +47,7 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> JsonObject:
 
 
 def check_counts(path: Path, config: Mapping[str, object]) -> None:
-    """Check the numbers of layers, heads, experts and labels: a wrong one would keep transformers busy for ever.
+    """Check what a model is built of: a wrong number would keep transformers busy for ever, or take all memory.
 
     Raises:
         CheckpointError: One is larger than any real model's by far.

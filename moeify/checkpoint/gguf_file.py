@@ -6,7 +6,6 @@ mapping and undoes the permutations one tensor at a time, so that the whole mode
 
 from __future__ import annotations
 
-import json
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,9 +15,9 @@ from moeify.checkpoint.gguf_header import Place, check_header, check_layers
 from moeify.checkpoint.tensor_info import TensorInfo
 from moeify.errors import CheckpointError, first_line
 from moeify.files.json_text import JsonObject, parse_json
-from moeify.files.limits import LAYERS, SIDE_FILE_BYTES
-from moeify.files.reading import check_unchanged, read_bytes, state_of
-from moeify.pretrained import load_config, load_tokenizer
+from moeify.files.limits import LAYERS
+from moeify.files.reading import check_unchanged, state_of
+from moeify.pretrained import load_config, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
     from transformers import PreTrainedConfig
+
+_TOKENIZER = "tokenizer.ggml.model"
 
 
 class GgufFile:
@@ -42,6 +43,7 @@ class GgufFile:
         self._state = state_of(file)
         reader, places = _open(file)
         self.header_bytes = bytes(reader.data[: reader.data_offset])
+        self._has_tokenizer = _TOKENIZER in reader.fields
         architecture = str(reader.fields["general.architecture"].contents())
         self._hf_config = _read_config(file, architecture)
         self.config = cast("JsonObject", parse_json(self._hf_config.to_json_string()))
@@ -93,27 +95,20 @@ class GgufFile:
         """Return None: the bytes on disk are quantized or permuted."""
 
     def write_side_files(self, dst: Path) -> None:
-        """Write the tokenizer and the generation config from the metadata of the file.
+        """Write the tokenizer, if there is one, and the generation config from the metadata of the file.
 
         Raises:
             CheckpointError: transformers cannot build the tokenizer.
         """
         from transformers import GenerationConfig
 
-        load_tokenizer(self.files[0]).save_pretrained(dst)
-        _name_class_of_transformers_4(dst / "tokenizer_config.json")
+        if self._has_tokenizer:
+            save_tokenizer(load_tokenizer(self.files[0]), dst)
         GenerationConfig.from_model_config(self._hf_config).save_pretrained(dst)
 
     def close(self) -> None:
         """Release the mapped file."""
         self._stored.clear()
-
-
-def _name_class_of_transformers_4(file: Path) -> None:
-    """Name the tokenizer's class as transformers 4 does, and llama.cpp's converter with it: 5 has another name."""
-    fields = parse_json(read_bytes(file, SIDE_FILE_BYTES))
-    if isinstance(fields, dict) and fields.get("tokenizer_class") == "TokenizersBackend":
-        file.write_text(json.dumps({**fields, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
 def _open(file: Path) -> tuple[GGUFReader, dict[str, Place]]:

@@ -43,7 +43,7 @@ def write_checkpoint(
     plan_key: str = "",
     workers: int = 1,
 ) -> None:
-    """Write `tensors` into `dst_dir` as safetensors, with an index if one file is not enough.
+    """Write `tensors` into `dst_dir` as safetensors, with an index if one file is not enough, and the side files.
 
     Args:
         source: Where rows are copied from.
@@ -58,16 +58,16 @@ def write_checkpoint(
         plan_key: What computed parts depend on beside the source, such as the plan; `resume` needs an equal one.
 
     Raises:
-        CheckpointError: The source is damaged or lacks a tensor.
+        CheckpointError: The source is damaged or lacks a tensor, or its tokenizer cannot be built.
         ValueError: A tensor's parts do not make up its dtype and shape.
     """
     shards = plan_shards(tensors, shard_size)
-    for tensor in tensors:
-        _check_parts(source, tensor)
+    _check_parts(source, tensors)
     fingerprint = _plan_fingerprint(source, shards, plan_key)
     if resume:
         _keep_shards(dst_dir, fingerprint, shards)
     (dst_dir / RESUME_RECORD).write_text(fingerprint)
+    source.write_side_files(dst_dir)  # before hours of writing, as it may be refused
     _write_shards(shards, partial(_ShardWriter, source, tensors, dst_dir), workers, on_bytes, on_nonfinite)
     if len(shards) > 1:
         write_index(dst_dir, shards)
@@ -86,17 +86,17 @@ def _write_shards(
         here.write(shard)
 
 
-def _check_parts(source: Source, tensor: OutTensor) -> None:
-    """Check what is known before anything is computed."""
-    size = 0
-    for part in tensor.parts:
-        if not isinstance(part, SourceRows):
-            return
-        info = source.info(part.source_name)
-        if info.dtype != tensor.dtype:
-            raise ValueError(f"{tensor.name} is {tensor.dtype}, but its part {info.name} is {info.dtype}")
-        size += _bytes_of_rows(info, part)[1]
-    _check_size(tensor, size)
+def _check_parts(source: Source, tensors: Iterable[OutTensor]) -> None:
+    """Check what is known before anything is computed: the tensors whose parts are all copied."""
+    for tensor in tensors:
+        size, copied = 0, [part for part in tensor.parts if isinstance(part, SourceRows)]
+        for part in copied:
+            info = source.info(part.source_name)
+            if info.dtype != tensor.dtype:
+                raise ValueError(f"{tensor.name} is {tensor.dtype}, but its part {info.name} is {info.dtype}")
+            size += _bytes_of_rows(info, part)[1]
+        if len(copied) == len(tensor.parts):
+            _check_size(tensor, size)
 
 
 def _check_size(tensor: OutTensor, size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,10 +12,12 @@ from moeify.cli.options import LAYERS, Dtype, json_option
 from moeify.cli.settings import config_from, config_options
 from moeify.errors import CheckpointError
 from moeify.export.targets import FLOATS, TARGETS, quantizations
+from moeify.files.staging import check_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from moeify.config import MoEConfig
     from moeify.export.report import OnnxReport
@@ -32,30 +34,38 @@ _DTYPES = ", ".join(f"{target.default_dtype} for {target.name}" for target in TA
 @click.option("--dtype", type=Dtype(FLOATS), help=f"[default: {_DTYPES}]")
 @config_options
 @click.option("--layers", default="all", show_default=True, help=f"With --experts: {LAYERS}.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a file or a model folder.")
 @json_option
 def export(
     src: Path, out: Path, target: str, quantize: str | None, dtype: str | None, layers: str, overwrite: bool,
     as_json: bool, **settings: object,
 ) -> None:  # fmt: skip
-    """Export the checkpoint SRC to the ONNX file OUT.
+    """Export the checkpoint SRC to the ONNX file OUT, or, without .onnx in its name, to a folder.
 
     SRC is a converted model, an MoE of transformers, or a dense model (with --experts and --top-k, or --preset, it is
     converted on the way). OUT appears after ONNX Runtime gave what PyTorch gives, on shapes that it did not see before.
+    A folder holds what onnxruntime-genai and optimum look for besides: configs and tokenizer.
     """
     from moeify.cli import display
     from moeify.cli.quiet import without_bars
-    from moeify.export.onnx_file import check_request
+    from moeify.export.onnx_file import MODEL_FILE, check_request
 
     typed = any(value not in (None, ()) for value in settings.values())
     config = config_from(settings) if typed else None
-    request = check_request(out, target, quantize, dtype, overwrite=overwrite)  # before minutes of loading
-    from moeify.export.pipeline import export as export_model  # needs the packages that were just checked
+    file = out if out.suffix == ".onnx" else out / MODEL_FILE
+    if file != out:
+        check_folder(out, overwrite=overwrite)
+    request = check_request(file, target, quantize, dtype, overwrite=overwrite)  # before minutes of loading
+    from moeify.export.folder import export_folder  # needs the packages that were just checked
+    from moeify.export.pipeline import export as export_file
 
     with without_bars():
-        model = _load(src, request.dtype, config, layers)
-        entries = {"source": src.name, **_text_entries(src, model)}
-        report = export_model(model, request, None, entries)
+        model, tokenizer = _load(src, request.dtype, config, layers), _tokenizer(src)
+        entries = {"source": src.name, **_text_entries(src, model, tokenizer)}
+        if file == out:
+            report = export_file(model, request, None, entries)
+        else:
+            report = export_folder(model, request, tokenizer, entries)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
         return
@@ -75,21 +85,27 @@ def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str) -> nn.Mo
     return model if config is None else convert(model, config, layers)
 
 
-def _text_entries(src: Path, model: nn.Module) -> dict[str, str]:
-    """What `moeify run` needs: the tokenizer, and the tokens that end a text."""
+def _tokenizer(src: Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer, if there is one."""
     from moeify.pretrained import load_tokenizer
 
     try:
-        tokenizer: Any = load_tokenizer(src)
-        text = tokenizer.backend_tokenizer.to_str()
-    except (CheckpointError, AttributeError):
-        return {}  # a vision model, or a tokenizer that has no file of its own
+        return load_tokenizer(src)
+    except CheckpointError:
+        return None  # a vision model
+
+
+def _text_entries(src: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:
+    """What `moeify run` needs: the tokenizer, and the tokens that end a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if tokenizer is None or backend is None:
+        return {}  # it has no file of its own
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
     ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(isinstance(number, int) for number in ids):
         raise CheckpointError(f"{src}: eos_token_id is {ends!r}: expected the number of a token, or a list of them")
-    return {"tokenizer": text, "eos_token_ids": " ".join(map(str, ids))}
+    return {"tokenizer": backend.to_str(), "eos_token_ids": " ".join(map(str, ids))}
 
 
 def _operators(report: OnnxReport) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -43,6 +44,8 @@ def one_line() -> Iterator[None]:
 def _message(error: Exception) -> str:
     if isinstance(error, MoeifyError):
         return printable(" ".join(str(error).split()))
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:  # files have names
+        return f"stdout cannot be written: {error.strerror}"
     kind, line = type(error).__name__, first_line(error)
     return f"{kind if line == kind else f'{kind}: {line}'}; set {DEBUG}=1 to see where"
 

@@ -13,7 +13,7 @@ _TEXT = "\n\t\u200c\u200d"  # what text has that no name has: lines, tabs, and j
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1, _MOST), help="Where to stop.")
 @click.option(
@@ -23,12 +23,15 @@ _TEXT = "\n\t\u200c\u200d"  # what text has that no name has: lines, tabs, and j
 def run(model: Path, prompt: str, max_new_tokens: int, provider: str | None, threads: int) -> None:
     """Continue a text with the exported causal language model MODEL, the most probable token each time.
 
+    MODEL is what `moeify export` wrote, a file or a folder.
+
     The text goes to stdout; tokens per second and the provider in use go to stderr.
     """
     from moeify.cli import display
+    from moeify.export.onnx_file import MODEL_FILE
     from moeify.runtime.text import TextModel
 
-    text_model = TextModel(model, provider=provider, threads=threads)
+    text_model = TextModel(model / MODEL_FILE if model.is_dir() else model, provider=provider, threads=threads)
     said = False
     try:
         for piece in text_model.text(prompt, max_new_tokens):

@@ -1,8 +1,8 @@
 """The experts of a model as one `nn.Linear` each, and back: converted layers, and stock ones of the experts interface.
 
-Checkpoints: a converted model says in its config in which form it was saved, and is loaded in that form. A stock model
-is saved in the layout that its class loads, whatever the form: where that has a tensor per expert, the linears have its
-names, else transformers' own operations stack them while it is saved.
+Checkpoints: a converted model says in its config which form it has, and is made in that form, however its tensors are
+stored. A stock model is saved in the layout that its class loads, whatever the form: where that has a tensor per
+expert, the linears have its names, else transformers' own operations stack them while it is saved.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
-    Interleave,
     MergeModulelist,
     PrefixChange,
-    Transpose,
     WeightConverter,
     WeightTransform,
 )
 
 from moeify.arguments import check_model
+from moeify.contract.forms import SaveStacked, to_save
 from moeify.errors import RefusedError
 from moeify.layers import Experts
 from moeify.layers.linear_experts import DOWN, GATE, UP, LinearExperts
@@ -67,7 +66,7 @@ def linearize(model: Model) -> Model:
     for path, module in found.items():
         own = isinstance(module, Experts) or not _fits(names, module)
         if own and not isinstance(module, Experts):
-            converters.extend(_to_save(path, module))
+            converters.extend(to_save(path, module))
         _put(model, module, LinearExperts(module, _OWN_NAMES if own else names))
     if converters and isinstance(model, PreTrainedModel):
         untyped: Any = model
@@ -98,7 +97,7 @@ def stack(model: Model) -> Model:
         _put(model, module, module.restack())
     if isinstance(model, PreTrainedModel) and getattr(model, "_weight_conversions", None) is not None:
         untyped: Any = model
-        untyped._weight_conversions = [rule for rule in _conversions(model) if not isinstance(rule, _SaveStacked)]
+        untyped._weight_conversions = [rule for rule in _conversions(model) if not isinstance(rule, SaveStacked)]
     return model
 
 
@@ -177,23 +176,3 @@ def _conversions(model: PreTrainedModel) -> list[Any]:
     return [
         rule for rule in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(rule, PrefixChange)
     ]
-
-
-class _SaveStacked(WeightConverter):
-    """A rule that stacks linears when they are saved."""
-
-
-def _to_save(path: str, module: Any) -> Iterator[WeightTransform]:
-    """Return the rules that take a stacked tensor apart; saving reverses them."""
-    place = ".".join(path.split(".")[-2:])
-    for name, parameter in module.named_parameters(recurse=False):
-        kind, gated = ("bias" if name.endswith("_bias") else "weight"), name.startswith("gate_up_proj")
-        keys = (GATE, UP) if gated else (name.removesuffix("_bias"),)
-        operations: list[Any] = [MergeModulelist(dim=0)]
-        if gated:
-            operations.append(Concatenate(dim=1))
-            operations += [] if module.is_concatenated else [Interleave(dim=1, inverse=True)]
-        if module.is_transposed and parameter.dim() == 3:
-            operations.append(Transpose(dim0=1, dim1=2))
-        merge = _SaveStacked([f"{place}.*.{key}.{kind}" for key in keys], f"{place}.{name}", operations)
-        yield merge.reverse_transform()

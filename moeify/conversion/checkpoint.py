@@ -160,7 +160,6 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
             plan_key=plan.to_json() + str(dtype),
             workers=output.workers,
         )
-        source.write_side_files(folder)
         _write_json(folder / "config.json", output_config(dense, plan, dtype))
         proof = callbacks.check(folder)
         _write_json(folder / PLAN_FILE, {**plan.to_dict(), "cast_to": dtype, "verification": proof})

@@ -85,8 +85,12 @@ class DenseCheckpoint(Dense):
         return stored_names(self.model, self.source.tensors)
 
     def info(self, name: str) -> TensorInfo:
-        """Return what is stored of a tensor, by the model's name for it."""
-        return self.source.tensors[self.names.of[name]]
+        """Return what is stored of a tensor, by the model's name for it.
+
+        Raises:
+            CheckpointError: Nothing is: the config is that of another model, or the checkpoint is not whole.
+        """
+        return self.source.info(self.names.of.get(name, name))
 
     @property
     def nbytes(self) -> int:

@@ -76,11 +76,16 @@ def check_replaceable(model: nn.Module, plan: Plan) -> None:
 def _check_hooks(model: nn.Module, site: Site) -> None:
     for path in (site.path, *site.bypassed):
         for inner in model.get_submodule(path).modules():
-            if any(getattr(inner, hooks) for hooks in _HOOKS):
+            if not all(_is_left_over(hook) for hooks in _HOOKS for hook in getattr(inner, hooks).values()):
                 raise RefusedError(f"{path} has hooks, which would be lost: remove them, convert, register again")
     for name in site.parameters:
         if any(getattr(model.get_parameter(name), hooks) for hooks in _PARAMETER_HOOKS):
             raise RefusedError(f"{name} has hooks, which would be lost: remove them, convert, register again")
+
+
+def _is_left_over(hook: object) -> bool:
+    """Whether torch left a hook behind that renames what older checkpoints hold, when it folded a weight in."""
+    return str(getattr(getattr(hook, "hook", None), "__module__", "")).startswith("torch.nn.utils.")
 
 
 def _check_weights(model: nn.Module, site: Site, empty: bool) -> None:

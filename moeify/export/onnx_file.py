@@ -17,6 +17,7 @@ from moeify.runtime.session import check_runtime
 if TYPE_CHECKING:
     from torch import nn
 
+MODEL_FILE = "model.onnx"  # in a folder, as optimum calls it
 DATA_SUFFIX = ".data"  # of the file beside the graph that holds large weights
 _PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moeify.config import MoEConfig
 from moeify.config.contracts import StartValue
+from moeify.errors import CheckpointError
 from moeify.plan import Plan, Site
 from moeify.routing.logits import router_init
 
@@ -170,8 +171,15 @@ def shared_expert(path: str, idle: int | None = 0, scale: float = 1.0) -> dict[s
 
 
 def layer_number(site: Site) -> int:
-    """Return the number of a site's layer: the first number in its path, as every native source is one stack."""
-    return next(int(part) for part in site.path.split(".") if part.isdigit())
+    """Return the number of a site's layer: the first number in its path, as every native source is one stack.
+
+    Raises:
+        CheckpointError: The path, of a saved plan, has none.
+    """
+    for part in site.path.split("."):
+        if part.isdecimal() and part.isascii():
+            return int(part)
+    raise CheckpointError(f"a plan converts {site.path!r}, which is in no numbered layer: make the plan again")
 
 
 def dense_layers(plan: Plan, config: Config) -> list[int]:

@@ -20,6 +20,7 @@ TENSOR_DIMENSIONS = 64  # largest: 5, a convolution over video; torch has this l
 LAYERS = 10_000  # largest: 1,000, a research model; 126 in use
 HEADS = 8_192  # largest: 128
 EXPERTS = 8_192  # largest: 2,048, a Switch Transformer
+SIZES = 10_000_000  # of a dimension; largest: 1.44 million, samples of a piece of speech; 500,000 words
 LABELS = 100_000  # largest: 21,843; transformers names each twice in a config that it writes
 INPUT_ELEMENTS = 100_000_000  # of an example input; largest: 50 million, 16 frames of 1024 x 1024 pixels
 TEXT_BYTES = 1_000_000  # of a text to run models on, of which 512 tokens are used

@@ -34,6 +34,12 @@ def parse_yaml(raw: bytes) -> object:
 class _Loader(yaml.BaseLoader):  # type: ignore[misc]  # PyYAML has no types
     """PyYAML's loader that makes texts of all scalars, and knows no merge keys; a key may not be there twice."""
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        text: str = super().construct_scalar(node)
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise yaml.MarkedYAMLError(problem="it holds half a character", problem_mark=node.start_mark)
+        return text
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, object]:
         found: dict[str, object] = super().construct_mapping(node, deep)
         if len(found) < len(node.value):

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NoReturn, cast
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from moeify.contract.forms import loading_rules
 from moeify.contract.linearize import linearize
 from moeify.contract.model import remember
 from moeify.contract.stock_experts import offer_stock_experts
@@ -56,6 +57,7 @@ def register(check: Callable[[Plan], None] | None = None) -> None:
 
     untyped: Any = PreTrainedModel
     untyped.__new__ = staticmethod(new)
+    modeling_utils.get_model_conversion_mapping = loading_rules  # type: ignore[attr-defined]
     AUTO_QUANTIZATION_CONFIG_MAPPING[FIELD] = OlderFormat
     offer_stock_experts()
     offer_distribution()

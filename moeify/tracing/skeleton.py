@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers import modeling_utils
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -152,7 +152,7 @@ def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
     Names on disk may be older than the model's; the renaming rules are transformers' own.
     """
     places = model.state_dict(keep_vars=True)
-    rules = get_model_conversion_mapping(model)
+    rules = modeling_utils.get_model_conversion_mapping(model)  # type: ignore[attr-defined]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     of: dict[str, str] = {}

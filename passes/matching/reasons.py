@@ -29,6 +29,14 @@ _BY_NAME: dict[str, str] = {
     "scaled_dot_product_attention": "it is the output projection of an attention, `{name}`",
 }
 
+# How torch's own ways to compute a weight name what they compute it from, and what takes them away again.
+_PARAMETRIZED = re.compile(r"(?:^|\.)parametrizations\.(\w+)\.original\d*$")
+_FOLDS: tuple[tuple[str, str, str], ...] = (
+    ("_orig", "_mask", "prune.remove"),
+    ("_orig", "_u", "remove_spectral_norm"),
+    ("_g", "_v", "remove_weight_norm"),
+)
+
 
 def stopped_at(node: fx.Node, static: dict[fx.Node, bool]) -> str:
     """Say why a walk back from a projection cannot go through `node`.
@@ -43,6 +51,8 @@ def stopped_at(node: fx.Node, static: dict[fx.Node, bool]) -> str:
         return stopped_at(node.all_input_nodes[0], static)
     if has(node, Trait.PRODUCT):
         return _product(node, static)
+    if has(node, Trait.RESHAPE) and _follows_softmax(node, static):
+        return "a softmax among groups of its intermediate values: codes, or classes"
     by_trait = (text for trait, text in _BY_TRAIT if has(node, trait))
     by_name = _BY_NAME.get(op_name(node), "it is computed from `{name}`, which is not position-wise")
     return next(by_trait, by_name).format(name=node.name or node.target)
@@ -52,9 +62,37 @@ def _product(node: fx.Node, static: dict[fx.Node, bool]) -> str:
     weight = flow.last_matrix(node)
     if not flow.is_static(weight, static):
         return f"it is computed from `{node.name}`, a product of two activations: an attention"
-    if weight.op == "get_attr":
-        return f"`{node.name}` multiplies by {weight.target} of shape {flow.shape(weight)}, which is not one matrix"
-    return f"`{node.name}` multiplies by a computed weight (a parametrization? merge it first)"
+    bias = flow.arguments(node).get("self" if op_name(node) == "addmm" else "bias")
+    if weight.op != "get_attr":
+        return f"`{node.name}` multiplies by a computed weight{_folded(weight)}"
+    if isinstance(bias, fx.Node) and bias.op != "get_attr":
+        return f"`{node.name}` adds a computed bias{_folded(bias)}"
+    return f"`{node.name}` multiplies by {weight.target} of shape {flow.shape(weight)}, which is not one matrix"
+
+
+def _folded(value: fx.Node) -> str:
+    """Say how a computed weight becomes a plain one, which is all that can be converted."""
+    held = {str(n.target) for n in flow.ancestors(value) if n.op == "get_attr"}
+    for name in sorted(held):
+        if match := _PARAMETRIZED.search(name):
+            return f": fold it in with torch.nn.utils.parametrize.remove_parametrizations(module, {match[1]!r})"
+        for suffix, other, fold in _FOLDS:
+            stem = name.removesuffix(suffix)
+            if name.endswith(suffix) and stem + other in held:
+                return f": fold it in with torch.nn.utils.{fold}(module, {stem.rpartition('.')[2]!r})"
+    return " (a parametrization? merge it first)"
+
+
+def _follows_softmax(node: fx.Node, static: dict[fx.Node, bool]) -> bool:
+    """Whether a node only rearranges or scales what a softmax gave."""
+    for _ in range(_HOPS):
+        varying = [n for n in node.all_input_nodes if not flow.is_static(n, static)]
+        if len(varying) != 1 or has(node, Trait.PRODUCT):
+            return False
+        (node,) = varying
+        if "softmax" in op_name(node):
+            return True
+    return False
 
 
 def other_size(down: fx.Node, hidden: int, size: int, products: Collection[fx.Node]) -> str:

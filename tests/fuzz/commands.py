@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from tests.fuzz.damage import files, jsons
+from tests.fuzz.damage import files, jsons, yamls
 
 Command = Callable[[Random, Path], list[str]]
 BASE = ["--experts", "3", "--top-k", "2"]
@@ -17,6 +17,10 @@ DST = "dst"
 
 def inspect(rng: Random, src: Path) -> list[str]:
     return ["inspect", src.name, *rng.choice(([], ["--json"], ["--ep", "3"]))]
+
+
+def families(rng: Random, src: Path) -> list[str]:
+    return ["families", src.name, *rng.choice(([], ["--json"]))]
 
 
 def convert(rng: Random, src: Path) -> list[str]:
@@ -120,6 +124,15 @@ def odd_plan(rng: Random, src: Path) -> list[str]:
     kinds = (lambda rng, path: jsons.of_values(rng, path, sites), files.of_text, files.flip, files.in_its_place)
     kinds[rng.choice((0, 0, 0, 0, 1, 2, 3))](rng, path)
     return ["convert", src.name, DST, "--plan", path.name, *rng.choice(([], ["--no-verify"], ["--dry-run"]))]
+
+
+def odd_recipe(rng: Random, src: Path) -> list[str]:
+    """A recipe that was changed, for a conversion whose places are typed."""
+    fields: dict[str, object] = {"experts": 3, "top-k": 2, "router": "softmax", "method": "noise", "layers": "last:2",
+                                 "set": {"z_loss": 1e-3, "method.share": 0.5}, "no-verify": True}  # fmt: skip
+    names = ("plan", "preset", "to", "dtype", "shard-size", "strict", "example-inputs", "trust-remote-code", "dry-run")
+    yamls.recipe(rng, src.parent / "recipe.yaml", fields, names)
+    return ["convert", src.name, DST, "--config", "recipe.yaml", *rng.choice(([], [], ["--dry-run"], BASE))]
 
 
 def odd_inputs(rng: Random, src: Path) -> list[str]:

@@ -10,7 +10,7 @@ from random import Random
 
 from tests.fuzz import commands as do
 from tests.fuzz.commands import Command
-from tests.fuzz.damage import code, config, gguf, index, leftovers, onnx, parts, pickles, safetensors, side
+from tests.fuzz.damage import code, config, gguf, index, leftovers, onnx, parts, pickles, safetensors, side, yamls
 from tests.fuzz.sources import copy_of
 
 Damage = Callable[[Random, Path], str]
@@ -62,7 +62,7 @@ def whole(rng: Random, src: Path) -> str:
     return "whole"
 
 
-_CONVERT = (do.convert, do.convert, do.convert, do.inspect, do.verify_dense, do.export_dense)
+_CONVERT = (do.convert, do.convert, do.convert, do.inspect, do.families, do.verify_dense, do.export_dense)
 _FOLDERS = ("llama", "llama", "gpt2", "bert", "t5", "phi3")
 _CONFIG = (
     config.fields,
@@ -90,10 +90,12 @@ GROUPS = {
     "pickle": Group(("pickle",), (pickles.payload, pickles.odd_state, pickles.damaged, pickles.old_format),
                     (do.convert_pickle,), 20),
     "side files": Group(("llama",), (side.tokenizer, side.beside), (do.convert, do.convert, do.export), 15),
+    "cards": Group(("llama", "bert", "llama.gguf"), (yamls.card,), (do.convert,), 15),
     "texts": Group(("mixtral", "moeify"), (side.tokenizer, side.tokenizer, whole), (do.verify_text,), 15),
     "places": Group(("llama",), (whole,), (do.odd_places,), 30),
     "options": Group(("llama",), (whole,), (do.odd_options, do.odd_options, do.odd_export), 30),
     "plans": Group(("llama",), (whole,), (do.odd_plan,), 20),
+    "recipes": Group(("llama",), (whole,), (do.odd_recipe,), 30),
     "example inputs": Group(("llama",), (whole,), (do.odd_inputs,), 20),
     "moe": Group(("moeify", "mixtral"), (safetensors.bits, safetensors.cut, safetensors.header_entry,
                                          safetensors.tensors, safetensors.place, side.record, side.plan_in_config,

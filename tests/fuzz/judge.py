@@ -9,6 +9,9 @@ import signal
 import stat
 from pathlib import Path
 
+from huggingface_hub import ModelCard
+from yaml import YAMLError
+
 from moeify.cli.quiet import DEBUG
 from tests.fuzz.damage.code import MARKER
 from tests.fuzz.damage.leftovers import WORK_FOLDER
@@ -91,6 +94,19 @@ def _files(outcome: Outcome, before: State, after: State, targets: tuple[str, ..
     if outcome.code == 0 and targets:
         left += [name for name in after if WORK_FOLDER in Path(name).parts]
     return ("left behind", ", ".join(left)[:200]) if left else None
+
+
+def wrong_card(card: Path) -> str:
+    """What is wrong with a model card, as the hub reads it, and with words of strangers in it."""
+    text = card.read_text()
+    try:
+        tags = vars(ModelCard(text).data).get("tags")
+    except (ValueError, YAMLError) as error:
+        return f"the hub cannot read the card: {error}"[:200]
+    if not isinstance(tags, list) or tags[:1] != ["moe"]:
+        return f"the card has the tags {tags!r}"[:200]
+    body = text.split("\n---\n", 1)[-1]
+    return "the card holds markup of its source" if re.search(r"(?<!\\)<script|\(javascript:", body) else ""
 
 
 def _said(outcome: Outcome) -> tuple[str, str] | None:

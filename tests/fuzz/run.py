@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from tests.fuzz.driver import LOADED, Outcome, execute
 from tests.fuzz.groups import Case, make_case
-from tests.fuzz.judge import ACCEPTED, RIGHT, WRONG, judge, state_of
+from tests.fuzz.judge import ACCEPTED, RIGHT, WRONG, judge, state_of, wrong_card
 
 CHECKED = 0.25  # of the outputs are loaded and compared with their source
 
@@ -74,7 +74,9 @@ def run_case(seed: int, group: str, number: int, *, check: bool | None = None) -
 
 
 def _check(case: Case, work: Path) -> str:
-    """Load the output strictly and compare it with its source; return what is wrong."""
+    """Load the output strictly, with its card, and compare it with its source; return what is wrong."""
+    if said := wrong_card(work / "dst/README.md"):
+        return said
     if case.name.startswith("pickle") or "--trust-remote-code" in case.arguments:  # `verify` takes neither
         loaded = execute(["export", "dst", "x.onnx"], work, loads_only=True)
         return "" if LOADED in loaded.stderr else loaded.stderr[-300:]

@@ -12,7 +12,7 @@ import pytest
 from tests.fuzz.damage.code import MARKER
 from tests.fuzz.damage.leftovers import WORK_FOLDER
 from tests.fuzz.driver import Outcome
-from tests.fuzz.judge import State, judge, state_of
+from tests.fuzz.judge import State, judge, state_of, wrong_card
 
 BEFORE = {"work": "folder", "work/src": "folder", "work/src/config.json": "1", "work/foreign.txt": "2"}
 MADE = {**BEFORE, "work/dst": "folder", "work/dst/config.json": "3"}
@@ -106,3 +106,19 @@ def test_the_state_of_a_folder_is_names_kinds_and_contents(tmp_path: Path) -> No
     assert sorted(before) == ["a", "a/file", "link", "pipe"] and before["link"] == "link to a"
     (tmp_path / "a/file").write_text("y")
     assert [name for name, content in state_of(tmp_path).items() if content != before[name]] == ["a/file"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("---\ntags: [moe, x]\n---\n\n# a\n", ""),
+        ("---\ntags: [x]\n---\n", "the card has the tags ['x']"),
+        ("# a\n", "the card has the tags None"),
+        ("---\ntags: [moe\n---\n", "the hub cannot read the card"),
+        ("---\ntags: [moe]\n---\n\n<script>", "the card holds markup of its source"),
+    ],
+)
+def test_what_is_wrong_with_a_card(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert wrong_card(tmp_path / "README.md").startswith(said)
+    assert bool(wrong_card(tmp_path / "README.md")) == bool(said)

@@ -41,7 +41,7 @@ def test_a_torn_output_is_seen(task: Task, monkeypatch: pytest.MonkeyPatch) -> N
             (folder / "dst").mkdir()
             (folder / ".dst.moeify-partial").mkdir()
             (folder / ".dst.moeify-partial/lock").touch()
-            time.sleep(60)
+            time.sleep(3)
             os._exit(0)
         return child
 

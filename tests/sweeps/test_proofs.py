@@ -18,8 +18,12 @@ def test_no_right_conversion_is_refused(name: str) -> None:
     assert tally.layer < TOLERANCE["float64"] and tally.outside < 1e-6 < 1e-4 > tally.whole
 
 
-@pytest.mark.parametrize("name", CORRUPTIONS)
-def test_every_wrong_one_is(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["missing renormalization", "bias of an expert", "lost shard", "one weight by 1e-3, last layer", "another epsilon",
+     "router order, of copies", "biases of attention lost"],
+)  # fmt: skip
+def test_every_wrong_one_is(name: str) -> None:  # the others take minutes: `python -m sweeps.proofs`
     row = refusals(name)
     assert not missed({name: row}), row
 

@@ -64,8 +64,25 @@ def u32(value: int) -> tuple[int, bytes]:
     return U32, struct.pack("<I", value)
 
 
-def whole() -> Gguf:
-    """A llama of one layer."""
+def array(kind: int, values: list[bytes], count: int | None = None) -> tuple[int, bytes]:
+    return ARRAY, struct.pack("<IQ", kind, len(values) if count is None else count) + b"".join(values)
+
+
+def words(kind: str) -> dict[str, tuple[int, bytes]]:
+    """The entries of a tokenizer."""
+    names = ["w", *"0123", "w0", "w1", "w2"]
+    return {
+        "model": (STRING, text(kind)),
+        "tokens": array(STRING, [text(name) for name in names]),
+        "scores": array(F32, [struct.pack("<f", -i) for i in range(WORDS)]),
+        "token_type": array(5, [struct.pack("<i", 1) for _ in range(WORDS)]),
+        "merges": array(STRING, [text("w 0"), text("w 1")]),
+        "bos_token_id": u32(1), "eos_token_id": u32(2), "unknown_token_id": u32(0),
+    }  # fmt: skip
+
+
+def whole(tokenizer: str | None = "gpt2") -> Gguf:
+    """A llama of one layer, with a tokenizer of a kind."""
     numbers = {"block_count": LAYERS, "context_length": 32, "embedding_length": HIDDEN, "vocab_size": WORDS,
                "feed_forward_length": INTERMEDIATE, "attention.head_count": 2,
                "attention.head_count_kv": 1}  # fmt: skip
@@ -73,6 +90,8 @@ def whole() -> Gguf:
     metadata |= {f"llama.{name}": u32(value) for name, value in numbers.items()}
     metadata["llama.attention.layer_norm_rms_epsilon"] = (F32, struct.pack("<f", 1e-6))
     metadata["llama.rope.freq_base"] = (F32, struct.pack("<f", 10000.0))
+    if tokenizer:
+        metadata |= {f"tokenizer.ggml.{part}": value for part, value in words(tokenizer).items()}
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd": (HIDDEN, WORDS), "output": (HIDDEN, WORDS), "output_norm": (HIDDEN,),
         "blk.0.attn_norm": (HIDDEN,), "blk.0.attn_q": (HIDDEN, HIDDEN), "blk.0.attn_k": (HIDDEN, HIDDEN // 2),
@@ -150,22 +169,10 @@ def tensor(rng: Random, path: Path) -> str:
     return f"{name} {said}"
 
 
-def array(kind: int, values: list[bytes], count: int | None = None) -> tuple[int, bytes]:
-    return ARRAY, struct.pack("<IQ", kind, len(values) if count is None else count) + b"".join(values)
-
-
 def tokenizer(rng: Random, path: Path) -> str:
     """A tokenizer in the metadata; one part of it is wrong, or none."""
-    made, words = whole(), [f"w{i}" for i in range(WORDS)]
     kind = rng.choice(("llama", "gpt2", "bert", "t5", "rwkv", "no such", ""))
-    entries = {
-        "model": (STRING, text(kind)),
-        "tokens": array(STRING, [text(word) for word in words]),
-        "scores": array(F32, [struct.pack("<f", -i) for i in range(WORDS)]),
-        "token_type": array(5, [struct.pack("<i", 1) for _ in range(WORDS)]),
-        "merges": array(STRING, [text("w 0"), text("w 1")]),
-        "bos_token_id": u32(1), "eos_token_id": u32(2), "unknown_token_id": u32(0),
-    }  # fmt: skip
+    made, entries = whole(None), words(kind)
     odd = (
         u32(rng.choice((0, WORDS, 2**31, 2**32 - 1))), (F32, struct.pack("<f", float("inf"))), (7, b"\7"),
         (STRING, text(rng.choice(("", "x", "{% for i in x %}", "\ud800")))), array(STRING, [text("a\nb\x1b[1m")] * 3),

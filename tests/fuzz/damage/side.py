@@ -54,8 +54,8 @@ def other_plan(rng: Random, src: Path) -> str:
     if rng.random() < 0.7:
         (src / "moeify.json").write_text(json.dumps(plan))
     config = json.loads((src / "config.json").read_text())
-    if "quantization_config" in config and rng.random() < 0.7:
-        saved = config["quantization_config"]["plan"]
+    if "moeify" in config and rng.random() < 0.7:
+        saved = config["moeify"]["plan"]
         saved |= {name: plan[name] for name in saved if name in plan}
         (src / "config.json").write_text(json.dumps(config))
     return f"a plan with other {said}"

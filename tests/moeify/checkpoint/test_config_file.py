@@ -9,7 +9,7 @@ import pytest
 
 from moeify.checkpoint.config_file import check_counts, load_config
 from moeify.errors import CheckpointError
-from moeify.files.limits import CONFIG_BYTES, CONFIG_VALUES, EXPERTS, HEADS, LABELS, LAYERS
+from moeify.files.limits import CONFIG_BYTES, CONFIG_VALUES, EXPERTS, HEADS, LABELS, LAYERS, SIZES
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,8 @@ def test_a_config_that_is_accepted(tmp_path: Path, field: dict[str, Any]) -> Non
         ({"n_head": HEADS + 1}, "n_head = 8193"),
         ({"num_local_experts": EXPERTS + 1}, "num_local_experts = 8193"),
         ({"num_labels": 10**9}, "num_labels = 1e"),
+        ({"text_config": {"head_dim": 2**31}}, "head_dim = 2.147"),
+        ({"hidden_sizes": [8, SIZES + 1]}, "hidden_sizes = 1e"),
     ],
 )
 def test_a_field_that_transformers_would_not_survive(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
@@ -67,8 +69,8 @@ def test_a_field_that_transformers_would_not_survive(tmp_path: Path, fields: dic
 
 def test_what_is_as_large_as_the_limits_is_read(tmp_path: Path) -> None:
     config = {"model_type": "llama", "num_hidden_layers": LAYERS, "n_head": HEADS, "num_labels": LABELS,
-              "num_experts": EXPERTS, "max_position_embeddings": 10**9, "num_layers": "x", "layer_types": ["full"],
-              "label2id": {"heads": 10**6}, "attn_implementation": "sdpa", "alpha": math.inf,
+              "num_experts": EXPERTS, "vocab_size": SIZES, "max_position_embeddings": 10**9, "num_layers": "x",
+              "layer_types": ["full"], "label2id": {"heads": 10**6}, "attn_implementation": "sdpa", "alpha": math.inf,
               "pruned_heads": {}}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_config(tmp_path, trust_remote_code=False) == config

@@ -14,7 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_gguf_pytorch_utils
 
 from moeify.checkpoint.source import Source, open_source
+from moeify.config import MoEConfig
+from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint, plan_checkpoint
+from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import CheckpointError
+from tests.fuzz.damage.gguf import whole
 from tests.moeify.checkpoint.make_gguf import put, write_gpt2, write_llama
 
 Q = gguf.GGMLQuantizationType
@@ -120,6 +124,25 @@ def test_a_tokenizer_and_its_chat_template_are_written_beside_the_model(tmp_path
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith(
         "<|im_start|>Hi"
     )
+
+
+def test_a_file_without_a_tokenizer_is_a_model_without_one(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "tiny.gguf").write_bytes(whole(None).bytes())
+    with open_source(tmp_path / "tiny.gguf") as source:
+        source.write_side_files(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["generation_config.json"]
+
+
+def test_a_tokenizer_that_cannot_be_built_is_told_before_tensors_are_written(tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(whole("rwkv").bytes())
+    dense = DenseCheckpoint(open_source(tmp_path / "tiny.gguf"))
+    plan = plan_checkpoint(dense, MoEConfig(2, 1), "all", "auto")
+    written: list[int] = []
+    with pytest.raises(CheckpointError, match="does not load its tokenizer"):
+        convert_checkpoint(dense, plan, Output(tmp_path / "out", shard_size=10**9), Callbacks(written=written.append))
+    assert not written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.gguf"]
 
 
 def refusal(file: Path) -> str:

@@ -28,8 +28,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_dense_checkpoint_converts_exports_and_speaks(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "moe.onnx"
+@pytest.mark.parametrize("form", ["moe.onnx", "moe"])
+def test_a_dense_checkpoint_converts_exports_and_speaks(
+    source: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny._LLAMA, "num_hidden_layers", 1)
+    out = tmp_path / form
     result = moeify("export", source, out, "--preset", "mixtral", "--experts", 3, "--layers", "0", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

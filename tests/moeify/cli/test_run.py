@@ -25,6 +25,11 @@ def test_wrong_usage_is_one_line(tmp_path: Path, options: list[str], code: int, 
     assert result.exit_code == code and message in " ".join(result.stderr.split()) and not result.stdout
 
 
+def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["run", str(tmp_path), "--prompt", "w1"])
+    assert result.exit_code == 1 and f"{tmp_path}/model.onnx" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["run", str(tmp_path / "none.onnx"), "--prompt", "w1"])
     assert result.exit_code == 2 and "does not exist" in result.stderr

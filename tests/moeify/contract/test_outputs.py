@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import moeify
@@ -142,26 +143,70 @@ def test_a_router_without_logits_says_so(settings: dict[str, Any]) -> None:
     model(**tiny.inputs("bert"))
 
 
+def one_layer(name: str) -> Any:
+    """A model in training whose stacks have one layer, and which drops nothing at random."""
+    model = architectures.build(name)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and isinstance(module[0], GradientCheckpointingLayer):
+            del module[1:]
+        rates = [key for key, value in vars(module).items() if "dropout" in key and isinstance(value, float)]
+        vars(module).update(dict.fromkeys([*rates, *(["p"] if isinstance(module, nn.Dropout) else [])], 0.0))
+    if name == "gpt2":
+        model.loss_type = "ForCausalLM"  # the default, of which transformers warns: that cannot be compiled
+    return moeify.convert(model, MoEConfig(experts=5, top_k=2, method="noise")).train()
+
+
+def trained(model: Any, call: Any, name: str, asked: bool) -> tuple[Any, dict[str, Tensor]]:
+    """What a model returns for labels, and the gradients of its loss."""
+    given = {**architectures.inputs(name), **architectures.labels(name)}
+    options = {"output_router_logits": True} if asked else {}
+    options |= {} if name in {"vit", "bert"} else {"use_cache": False}
+    model.zero_grad()
+    output = call(**given, **options)
+    output.loss.backward()
+    return output, {path: p.grad.clone() for path, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and any("router" in path for path in found)
+    for path, gradient in expected.items():
+        assert relative_difference(found[path], gradient) <= TOLERANCE["float32"], path
+
+
+TRAINED = ("gpt2", "bert", "t5", "vit", "gemma3", "llama_classifier")
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch hides it from users
-def test_compiled_as_one_graph_it_returns_the_same() -> None:
-    model = converted("llama").train()
-    given = {**tiny.inputs("llama"), **architectures.labels("llama"), "use_cache": False}
-    expected = model(**given, output_router_logits=True)
+@pytest.mark.parametrize("name", TRAINED)
+def test_compiled_as_one_graph_it_trains_the_same(name: str) -> None:
+    model, asked = one_layer(name), name != "gpt2"  # there the losses are attached
+    expected, gradients = trained(model, model, name, asked)
     compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
-    found = compiled(**given, output_router_logits=True)
+    found, others = trained(model, compiled, name, asked)
+    assert type(found) is type(expected) and found.keys() == expected.keys()
     assert relative_difference(found.loss, expected.loss) <= TOLERANCE["float32"]
-    assert relative_difference(found.aux_loss, expected.aux_loss) <= TOLERANCE["float32"]
+    assert_same_gradients(others, gradients)
+    if asked:
+        assert relative_difference(found.aux_loss, expected.aux_loss) <= TOLERANCE["float32"]
+        for one, other in zip(found.router_logits, expected.router_logits, strict=True):
+            assert relative_difference(one, other) <= TOLERANCE["float32"]
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    model = converted("llama").train()
-    given = {**tiny.inputs("llama"), **architectures.labels("llama")}
-    twin = copy.deepcopy(model)
-    tiny.enable_checkpointing(twin, {"use_reentrant": False})
-    for each in (model, twin):
-        each(**given, output_router_logits=True).loss.backward()
-    pairs = zip(model.parameters(), twin.parameters(), strict=True)
-    assert all(relative_difference(b.grad, a.grad) <= TOLERANCE["float32"] for a, b in pairs if a.grad is not None)
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("name", TRAINED)
+def test_activation_checkpointing_changes_nothing(name: str, asked: bool) -> None:
+    model = one_layer(name)
+    expected, gradients = trained(model, model, name, asked)
+    tiny.enable_checkpointing(model, {"use_reentrant": False})
+    ran: list[int] = []
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            layer.router.register_forward_pre_hook(lambda *_: ran.append(1))
+    found, others = trained(model, model, name, asked)
+    assert len(ran) == 2 * sum(isinstance(layer, MoELayer) for layer in model.modules())  # again in backward
+    assert relative_difference(found.loss, expected.loss) <= TOLERANCE["float32"]
+    assert not asked or relative_difference(found.aux_loss, expected.aux_loss) <= TOLERANCE["float32"]
+    assert_same_gradients(others, gradients)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -31,7 +31,7 @@ NATIVE = [
     ("qwen2", "qwen2_moe"),
     ("qwen3", "qwen3_moe"),
 ]
-PLAIN = {"experts_implementation": "eager"}  # transformers' default needs widths of whole 16 bytes
+PLAIN: dict[str, Any] = {"experts_implementation": "eager"}  # transformers' default needs widths of whole 16 bytes
 
 
 def everything(folder: Path) -> dict[str, Tensor]:

@@ -112,6 +112,9 @@ def test_what_is_learned_of_a_checkpoint(tmp_path: Path) -> None:
         assert [ffn.name for ffn in dense.inspection.ffns] == [f"model.layers.{i}.mlp" for i in range(tiny.LAYERS)]
         assert dense.regions.keys() == {ffn.projected for ffn in dense.inspection.ffns}
         assert dense.graph_module.meta["untraced"] == {}
+        assert dense.info("model.norm.weight").shape == (tiny.HIDDEN,)
+        with pytest.raises(CheckpointError, match=r"has no tensor transformer\.wte\.weight among its"):
+            dense.info("transformer.wte.weight")
 
 
 def test_nothing_is_learned_before_it_is_asked_for() -> None:

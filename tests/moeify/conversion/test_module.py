@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import moeify
 from moeify.config import MoEConfig
@@ -177,12 +177,16 @@ def test_hooks_would_be_lost_and_are_refused() -> None:
     assert not layers_of(model)
 
 
-def test_an_ffn_whose_weight_is_computed_stays_dense() -> None:
+@pytest.mark.parametrize("folded", [False, True])
+def test_an_ffn_whose_weight_is_computed_stays_dense_until_it_is_folded_in(folded: bool) -> None:
     model = tiny.build("bert")
-    parametrizations.weight_norm(model.get_submodule("bert.encoder.layer.0.output.dense"))
+    dense = model.get_submodule("bert.encoder.layer.0.output.dense")
+    parametrizations.weight_norm(dense)
     before = tiny.logits(model, "bert")
+    if folded:
+        parametrize.remove_parametrizations(dense, "weight")
     moeify.convert(model, CONFIG)
-    assert len(layers_of(model)) == tiny.LAYERS - 1
+    assert len(layers_of(model)) == tiny.LAYERS - (not folded)
     assert tiny.relative(tiny.logits(model, "bert"), before) < TOLERANCE_FP32
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeify.config import MoEConfig
 from moeify.conversion.layout import layer_tensors, stored_tensors
+from moeify.errors import CheckpointError
 from moeify.families.base import layer_number
 from moeify.plan import Plan, Rows, Site
 
@@ -63,6 +64,9 @@ def test_a_native_format_holds_the_same_values_under_its_own_keys(target: str) -
 def test_the_number_of_a_layer_is_the_first_in_its_path() -> None:
     paths = {"model.layers.7.mlp": 7, "transformer.h.12.mlp": 12, "decoder.3.ffn.0": 3}
     assert {path: layer_number(replace(SITE, path=path)) for path in paths} == paths
+    for path in ("", "lm_head", "model.²"):
+        with pytest.raises(CheckpointError, match="which is in no numbered layer: make the plan again"):
+            layer_number(replace(SITE, path=path))
 
 
 def test_shared_experts_lie_side_by_side_in_one_wide_ffn() -> None:

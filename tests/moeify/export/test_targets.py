@@ -91,7 +91,8 @@ def test_a_new_way_to_store_weights_too(board: None, tmp_path: Path) -> None:
         check_request(tmp_path / "x.onnx", "board", None, "float16", overwrite=False)
 
 
-def test_the_command_line_knows_a_new_target(board: None, tmp_path: Path) -> None:
+def test_the_command_line_knows_a_new_target(board: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiny._LLAMA, "num_hidden_layers", 1)
     source = tiny.save(tiny.build("llama"), tmp_path / "src")
     arguments = ["export", source, tmp_path / "x.onnx", "--target", "board", "--preset", "mixtral", "--experts", 4]
     result = CliRunner().invoke(main, [str(argument) for argument in [*arguments, "--layers", "0", "--json"]])

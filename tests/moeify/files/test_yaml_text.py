@@ -25,6 +25,7 @@ def test_tags_make_nothing() -> None:
         (b"[" * 100_000, "nested too deep"),
         (b"&a [*a]", "recursive"),
         (b"? [a]\n: b\n", "unhashable key"),
+        (b'b: c\na: "\\ud800"', "line 2: it holds half a character"),
         (b"a: " + b"x" * YAML_BYTES, "expected at most 200,000"),
     ],
 )

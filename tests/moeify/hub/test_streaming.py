@@ -20,7 +20,7 @@ from tests.moeify.checkpoint.make_gguf import write_gpt2
 
 tf: Any = transformers
 NOISE = MoEConfig(3, 2, method="noise")  # no two experts are equal
-EAGER = {"experts_implementation": "eager"}
+EAGER: dict[str, Any] = {"experts_implementation": "eager"}
 STACKS = {"llama": 3, "gpt2": 3, "bert": 3, "t5": 3, "qwen2": 3, "phi3": 3, "opt": 3, "gpt_neox": 3, "vit": 3}
 
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from moeify.passes.find_ffn import Inspection, find_ffns_in
 from moeify.tracing.stand_in import standing_in
@@ -41,6 +44,10 @@ REGIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "groups of neurons": (
         lambda z, x: torch.stack([z, z], -1).flatten(-2).relu()[..., :INNER],
         "`flatten` groups or joins the features of a position (heads of an attention?)",
+    ),
+    "a softmax among groups": (
+        lambda z, x: torch.cat([(z[..., 2:].view(*z.shape[:-1], 7, 3).softmax(-1) / 2).flatten(-2), z[..., :2]], -1),
+        "a softmax among groups of its intermediate values: codes, or classes",
     ),
     "a norm over positions": (
         lambda z, x: z.relu() * z.norm(dim=1, keepdim=True),
@@ -111,10 +118,49 @@ def test_what_stands_between_the_projections(region: Callable[[Tensor, Tensor], 
     assert reasons(Block(region))["down"] == reason
 
 
-def test_a_computed_weight() -> None:
+def twice(layer: nn.Module, name: str) -> None:
+    class Twice(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return 2 * value
+
+    nn.utils.parametrize.register_parametrization(layer, name, Twice())
+
+
+COMPUTED: dict[str, Callable[[Any], object]] = {
+    "weight_norm": lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    "orthogonal": lambda layer: nn.utils.parametrizations.orthogonal(layer),
+    "another parametrization": lambda layer: twice(layer, "weight"),
+    "a bias": lambda layer: twice(layer, "bias"),
+    "old weight_norm": lambda layer: nn.utils.weight_norm(layer),
+    "old spectral_norm": lambda layer: nn.utils.spectral_norm(layer),
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),  # type: ignore[no-untyped-call]
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("compute", COMPUTED.values(), ids=COMPUTED)
+def test_a_computed_weight_is_a_plain_one_after_what_the_reason_says(compute: Callable[[Any], object]) -> None:
+    model, x = Block(lambda z, x: z.relu()).eval(), torch.randn(2, TOKENS, HIDDEN)
+    compute(model.down)
+    expected = model(x)
+    said = re.search(
+        r"a computed (?:weight|bias): fold it in with torch\.(.*)\(module, '(\w+)'\)", reasons(model)["down"]
+    )
+    assert said is not None
+    attrgetter(said[1])(torch)(model.down, said[2])
+    torch.testing.assert_close(model(x), expected)
+    found = find_ffns_in(trace(model, x))
+    assert len(found.ffns) == 1 and not found.refused
+
+
+def test_a_weight_that_is_computed_otherwise() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight / 2, self.bias)
+
     model = Block(lambda z, x: z.relu())
-    nn.utils.parametrizations.weight_norm(model.down)
-    assert "multiplies by a computed weight (a parametrization? merge it first)" in reasons(model)["down"]
+    model.down = Scaled(INNER, HIDDEN)
+    assert reasons(model)["down"] == "`linear_1` multiplies by a computed weight (a parametrization? merge it first)"
 
 
 def test_a_weight_that_is_no_matrix() -> None:
