@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from moeify.checkpoint.config_file import load_config
 from moeify.checkpoint.folder import (
@@ -23,6 +23,7 @@ from moeify.checkpoint.folder import (
     side_files,
 )
 from moeify.checkpoint.gguf_file import GgufFile
+from moeify.checkpoint.part_files import PartFiles, find_parts
 from moeify.checkpoint.pickle_file import PickleFiles
 from moeify.checkpoint.safetensors_file import SafetensorsFiles
 from moeify.checkpoint.tensor_info import Span, TensorInfo
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 _ADAPTER = "adapter_config.json"
+_Stored: TypeAlias = SafetensorsFiles | PickleFiles | PartFiles | GgufFile
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -46,13 +48,15 @@ class Source:
         config: The contents of `config.json`, or the GGUF metadata as transformers translates it.
         tensors: Every tensor by its name, in the order of the files and of the data in them.
         unused: Names of tensors that are in the file and in no model of its kind; they cannot be read.
+        in_parts: Whether tensors lie in parts in the files of several ranks.
     """
 
-    def __init__(self, path: Path, config: JsonObject, stored: SafetensorsFiles | PickleFiles | GgufFile) -> None:
+    def __init__(self, path: Path, config: JsonObject, stored: _Stored) -> None:
         self.path = path
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(stored.tensors)
         self.unused = stored.unused if isinstance(stored, GgufFile) else ()
+        self.in_parts = isinstance(stored, PartFiles)
         self._stored = stored
         self._opened = self.fingerprint()
 
@@ -81,7 +85,7 @@ class Source:
         return self._stored.read(name)
 
     def span(self, name: str) -> Span | None:
-        """Return where the values of a tensor lie as they are in a file; None for GGUF and pickles."""
+        """Return where the values of a tensor lie as they are in a file; None for GGUF, pickles and parts."""
         self.info(name)
         return self._stored.span(name)
 
@@ -166,6 +170,8 @@ def _open_gguf(file: Path) -> Source:
 def _open_folder(folder: Path, *, allow_pickle: bool, trust_remote_code: bool) -> Source:
     open_files: type[SafetensorsFiles] | type[PickleFiles] = SafetensorsFiles
     shards = find_shards(folder, SAFETENSORS)
+    if shards is None and (parts := find_parts(folder)):
+        return Source(folder, load_config(folder, trust_remote_code=trust_remote_code), PartFiles(parts))
     if shards is None:
         ggufs = [path for path in list_folder(folder) if path.suffix == ".gguf" and is_file(path)]
         if len(ggufs) == 1:

@@ -12,6 +12,7 @@ import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from moeify.checkpoint.safetensors_file import encode_header, tensor_bytes
 from moeify.checkpoint.shards import Compute, OutTensor, Shard, SourceRows, plan_shards
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import Span, TensorInfo, dtype_name
+from moeify.checkpoint.workers import write_with_workers
 from moeify.errors import CheckpointError
 from moeify.files.reading import read_bytes
 from moeify.files.staging import RESUME_RECORD
@@ -39,6 +41,7 @@ def write_checkpoint(
     on_bytes: Callable[[int], None],
     on_nonfinite: Callable[[str], None],
     plan_key: str = "",
+    workers: int = 1,
 ) -> None:
     """Write `tensors` into `dst_dir` as safetensors, with an index if one file is not enough, and the side files.
 
@@ -51,6 +54,7 @@ def write_checkpoint(
         on_bytes: Called with the number of bytes written since the last call.
         on_nonfinite: Called with the name of a source or computed tensor that holds NaN or Inf, once and before its
             first byte is written; it may raise to stop.
+        workers: Processes that write; the files are the same for any number.
         plan_key: What computed parts depend on beside the source, such as the plan; `resume` needs an equal one.
 
     Raises:
@@ -64,11 +68,22 @@ def write_checkpoint(
         _keep_shards(dst_dir, fingerprint, shards)
     (dst_dir / RESUME_RECORD).write_text(fingerprint)
     source.write_side_files(dst_dir)  # before hours of writing, as it may be refused
-    writer = _ShardWriter(source, tensors, on_bytes, on_nonfinite)
-    for shard in shards:
-        writer.write(shard, dst_dir)
+    _write_shards(shards, partial(_ShardWriter, source, tensors, dst_dir), workers, on_bytes, on_nonfinite)
     if len(shards) > 1:
         write_index(dst_dir, shards)
+
+
+def _write_shards(
+    shards: Sequence[Shard],
+    writer: Callable[[Callable[[int], None], Callable[[str], None]], _ShardWriter],
+    workers: int,
+    on_bytes: Callable[[int], None],
+    on_nonfinite: Callable[[str], None],
+) -> None:
+    left = write_with_workers(shards, workers, writer, on_bytes, on_nonfinite) if workers > 1 else shards
+    here = writer(on_bytes, on_nonfinite)
+    for shard in left:
+        here.write(shard)
 
 
 def _check_parts(source: Source, tensors: Iterable[OutTensor]) -> None:
@@ -141,30 +156,31 @@ class _ShardWriter:
         self,
         source: Source,
         tensors: Sequence[OutTensor],
+        folder: Path,
         on_bytes: Callable[[int], None],
         on_nonfinite: Callable[[str], None],
     ) -> None:
-        self._source = source
+        self._source, self._folder = source, folder
         self._on_bytes = on_bytes
         self._on_nonfinite = on_nonfinite
         self._uses = Counter(part for tensor in tensors for part in tensor.parts)
         self._kept: OrderedDict[SourceRows | Compute, memoryview] = OrderedDict()
         self._checked: set[str] = set()
 
-    def write(self, shard: Shard, folder: Path) -> None:
+    def write(self, shard: Shard) -> None:
         """Write one shard, unless an interrupted run has written it as it is to be."""
         header = encode_header(tensor.info for tensor in shard.tensors)
-        path = folder / shard.name
+        path = self._folder / shard.name
         if path.exists() and self._holds(path, header, shard):
             self._on_bytes(len(header) + shard.nbytes)
             return
-        partial = folder / f".{shard.name}.partial"
-        with partial.open("wb", buffering=0) as file:
+        begun = self._folder / f".{shard.name}.partial"
+        with begun.open("wb", buffering=0) as file:
             write_all(file, memoryview(header))
             self._on_bytes(len(header))
             for tensor in shard.tensors:
                 self._write_tensor(tensor, file)
-        partial.rename(path)
+        begun.rename(path)
 
     def _holds(self, path: Path, header: bytes, shard: Shard) -> bool:
         """Compare a file with what would be written: after a power cut, or by another hand, it may hold anything."""

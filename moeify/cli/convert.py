@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moeify.cli.options import LAYERS, Dtype, Size, command_line, example_inputs_option, source_options
+from moeify.cli.parallel import Ranks, estimated, parallel_options, show
 from moeify.cli.recipe import recipe_option, recipe_text
 from moeify.cli.settings import config_from, config_options
 from moeify.errors import CheckpointError, VerificationError
@@ -39,6 +40,7 @@ class _Options:
     as_json: bool
     as_yaml: bool
     shard_size: int
+    workers: int
     resume: bool
     overwrite: bool
     strict: bool
@@ -46,6 +48,7 @@ class _Options:
     example_inputs: Path | None
     allow_pickle: bool
     trust_remote_code: bool
+    ranks: Ranks | None
 
 
 @click.command()
@@ -67,11 +70,13 @@ class _Options:
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for --plan.")
 @click.option("--yaml", "as_yaml", is_flag=True, help="With --dry-run: print these options as YAML, for --config.")
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of the output.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 256), help="Processes that write.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
 @click.option("--strict", is_flag=True, help="Refuse weights that hold NaN or Inf instead of warning.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the MoE with the dense model.")
 @example_inputs_option
+@parallel_options
 @source_options
 def convert(src: str, dst: Path | None, **typed: Any) -> None:
     """Convert the dense checkpoint SRC into an MoE checkpoint DST.
@@ -97,7 +102,7 @@ def convert(src: str, dst: Path | None, **typed: Any) -> None:
         elif options.as_yaml:
             click.echo(recipe_text(click.get_current_context()), nl=False)
         else:
-            _show(dense, plan)
+            _show(dense, plan, options)
 
 
 def _check_usage(dst: Path | None, options: _Options, settings: dict[str, object]) -> None:
@@ -108,6 +113,8 @@ def _check_usage(dst: Path | None, options: _Options, settings: dict[str, object
         raise click.UsageError("--json goes with --dry-run: the plan of a conversion is kept in DST/moeify.json")
     if options.as_yaml and (options.as_json or not options.dry_run):
         raise click.UsageError("--yaml goes with --dry-run and without --json")
+    if options.ranks and (options.as_json or options.as_yaml or not options.dry_run):
+        raise click.UsageError("--ep goes with --dry-run, without --json and --yaml (moeify inspect has --ep --json)")
     given = [name for name, value in settings.items() if value not in (None, ())]
     if options.plan_file and given:
         raise click.UsageError(f"{given[0]} goes without --plan: the plan says how to convert")
@@ -138,16 +145,23 @@ def _say_target(console: Console, plan: Plan, what: str) -> None:
         console.print(f"note: {remark}")
 
 
-def _show(dense: DenseCheckpoint, plan: Plan) -> None:
+def _show(dense: DenseCheckpoint, plan: Plan, options: _Options) -> None:
     """Print a plan and what it would cost."""
+    from moeify.checkpoint.tensor_info import ITEMSIZE
     from moeify.cli import display
     from moeify.conversion.cost import dense_cost, moe_cost
+    from moeify.parallel.sizes import planned_layers
 
     console = display.stdout()
     _say_target(console, plan, "nothing is written")
     console.print(display.plan_table(plan))
     console.print()
-    console.print(display.cost_table((("dense", dense_cost(dense)), ("MoE", moe_cost(dense, plan)))))
+    cost = moe_cost(dense, plan)
+    console.print(display.cost_table((("dense", dense_cost(dense)), ("MoE", cost))))
+    if options.ranks is not None:
+        console.print()
+        value_bytes = ITEMSIZE.get(_DTYPES.get(options.dtype or "", ""))
+        show(console, estimated(options.ranks, planned_layers(plan), cost, value_bytes))
 
 
 def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> None:
@@ -180,10 +194,10 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
         unused=lambda names: console.print(left_out(names)),
         check=check,
     )
+    how = (options.overwrite, options.resume, options.workers, command_line())
     try:
         with progress:
-            output = Output(dst, options.shard_size, dtype, options.overwrite, options.resume, command_line())
-            convert_checkpoint(dense, plan, output, callbacks)
+            convert_checkpoint(dense, plan, Output(dst, options.shard_size, dtype, *how), callbacks)
     except KeyboardInterrupt as stop:
         hint = ": run again with --resume to go on" if can_resume(dst) else ""
         raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop

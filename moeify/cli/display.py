@@ -60,7 +60,7 @@ def moe_lines(layers: Mapping[str, FoundLayer]) -> list[str]:
 
 def inspection_table(inspection: Inspection) -> Table:
     """Return the FFNs, one row for equal ones."""
-    table = _table("FFNs", "where", "kind", "activation", "hidden", "intermediate")
+    table = plain_table("FFNs", "where", "kind", "activation", "hidden", "intermediate")
     table.columns[1].overflow = "fold"
     alike: dict[tuple[object, ...], list[str]] = {}
     for ffn in inspection.ffns:
@@ -98,7 +98,7 @@ def fit(sections: Iterable[Sequence[str]], most: int) -> list[str]:
 
 def cost_table(rows: Iterable[tuple[str, Cost]]) -> Table:
     """Return the costs of several models side by side."""
-    table = _table("", "parameters", "active per token", "checkpoint", "FLOPs per token")
+    table = plain_table("", "parameters", "active per token", "checkpoint", "FLOPs per token")
     for label, cost in rows:
         table.add_row(
             label, quantity(cost.parameters), quantity(cost.active), quantity(cost.bytes, "B"), quantity(cost.flops)
@@ -108,12 +108,13 @@ def cost_table(rows: Iterable[tuple[str, Cost]]) -> Table:
 
 def plan_table(plan: Plan) -> Table:
     """Return the sites of a plan."""
-    table = _table("layer", "experts", "of", "activation", "hidden", "intermediate")
+    table = plain_table("layer", "experts", "of", "activation", "hidden", "intermediate")
     for site in plan.sites:
         experts = f"{plan.config.experts}, top-{plan.config.top_k}"
         table.add_row(site.path, experts, site.kind, site.activation, str(site.hidden), str(site.intermediate))
     return table
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """Return an empty table without lines around it."""
     return Table(*columns, box=None, pad_edge=False)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import click
 
 from moeify.cli.options import example_inputs_option, json_option, source_options
+from moeify.cli.parallel import Ranks, estimated, parallel_options, show
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from moeify.conversion.summary import Summary
+    from moeify.parallel.costs import Estimate
 
 _LINES, _LINES_OF_ONE = 40, 4  # of what is shown without --all, and of one thing in it
 
@@ -26,6 +28,7 @@ _LINES, _LINES_OF_ONE = 40, 4  # of what is shown without --all, and of one thin
 @click.option("--all", "whole", is_flag=True, help=f"Show everything, not only what fits {_LINES} lines.")
 @example_inputs_option
 @json_option
+@parallel_options
 @source_options
 def inspect(
     src: str,
@@ -36,6 +39,7 @@ def inspect(
     as_json: bool,
     allow_pickle: bool,
     trust_remote_code: bool,
+    ranks: Ranks | None,
 ) -> None:
     """Show what is in SRC: MoE layers, FFNs, what an MoE of them would cost, and look-alikes with reasons.
 
@@ -50,13 +54,30 @@ def inspect(
     inputs = None if example_inputs is None else read_inputs(example_inputs)
     with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
         seen = describe(source, MoEConfig(experts, top_k), inputs)
+    estimate = None if ranks is None else _estimated(seen, ranks)
     if as_json:
-        click.echo(json.dumps(seen.to_dict(), indent=2))
+        parallel = {} if estimate is None else {"parallel": estimate.to_dict()}
+        click.echo(json.dumps(seen.to_dict() | parallel, indent=2))
         return
     console = display.stdout()
+    if estimate is not None:
+        show(console, estimate)
+        return
     sections = list(_sections(console, src, seen, f"{experts} experts, top-{top_k}", whole=whole))
     for line in display.fit(sections, sum(map(len, sections)) * 2 if whole else _LINES):
         console.print(line)
+
+
+def _estimated(seen: Summary, ranks: Ranks) -> Estimate:
+    """Count the ranks of the model as it is, or else as it would be converted."""
+    from moeify.errors import ConfigError
+    from moeify.parallel.sizes import found_layers, planned_layers
+
+    if seen.layers:
+        return estimated(ranks, found_layers(seen.layers), seen.dense)
+    if seen.plan is None or seen.moe is None:
+        raise ConfigError(f"--ep: there is no MoE layer to share, and none can be made: {seen.obstacle}")
+    return estimated(ranks, planned_layers(seen.plan), seen.moe)
 
 
 def _sections(console: Console, src: str, seen: Summary, wanted: str, *, whole: bool) -> Iterator[list[str]]:

@@ -15,9 +15,16 @@ COMMAND = "moeify.command"  # where click's context keeps what was typed
 
 
 def command_line() -> str:
-    """Return the command that is running, as a shell reads it; `--resume` makes no other output and is left out."""
-    typed = click.get_current_context().meta[COMMAND]
-    return shlex.join(["moeify", *(word for word in typed if word != "--resume")])
+    """Return the command that is running, as a shell reads it, without `--resume` and `--workers`.
+
+    They make no other output.
+    """
+    typed = list(click.get_current_context().meta[COMMAND])
+    while "--workers" in typed:
+        place = typed.index("--workers")
+        del typed[place : place + 2]
+    kept = [word for word in typed if word != "--resume" and not word.startswith("--workers=")]
+    return shlex.join(["moeify", *kept])
 
 
 def source_options(command: Command) -> Command:

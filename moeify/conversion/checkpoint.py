@@ -48,6 +48,7 @@ class Output:
         dtype: The safetensors name of the dtype to store floating-point tensors in; None keeps the source's.
         overwrite: Replace `folder` if it is a model folder.
         resume: Go on where an interrupted run stopped.
+        workers: Processes that write; the files are the same for any number.
         command: The command that asked for it, for the model card.
     """
 
@@ -56,6 +57,7 @@ class Output:
     dtype: str | None = None
     overwrite: bool = False
     resume: bool = False
+    workers: int = 1
     command: str | None = None
 
 
@@ -68,7 +70,7 @@ class Callbacks:
 
     Attributes:
         total: Bytes that will be written; called once, first.
-        written: Bytes written since the last call.
+        written: Bytes written since the last call; fewer than none where a killed worker's shard is written again.
         nonfinite: Name of a source tensor that holds NaN or Inf; may raise to stop.
         unused: Names of the source's tensors that the model has no place for, which are left out; called once.
         check: The finished folder, before it takes its name; what this returns is kept in `moeify.json`, what it
@@ -160,6 +162,7 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
             on_bytes=callbacks.written,
             on_nonfinite=callbacks.nonfinite,
             plan_key=plan.to_json() + str(dtype),
+            workers=output.workers,
         )
         _write_json(folder / "config.json", output_config(dense, plan, dtype))
         proof = callbacks.check(folder)

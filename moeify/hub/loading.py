@@ -12,7 +12,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moeify.checkpoint.source import Source, open_source
+from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.errors import CheckpointError, ConfigError
+from moeify.files.json_text import JsonObject
 from moeify.hub.registration import register
 from moeify.hub.stored import Absent, present
 from moeify.plan import FIELD, LINEAR, Plan, stored_plan
@@ -30,7 +32,7 @@ def load(path: str | Path, *, linear: bool | None = None, **kwargs: Any) -> PreT
         path: A model folder, a GGUF file, or a hub id, which is looked for in the hub's cache and then downloaded.
         linear: Of a converted model: whether its experts are to be linears (`moeify.linearize`) or stacked, however
             they are stored; None for the form in which it was saved.
-        kwargs: For `from_pretrained` (`dtype`, `device_map`, `revision`, …).
+        kwargs: For `from_pretrained` (`dtype`, `device_map`, `revision`, `distributed_config`, …).
 
     Raises:
         CheckpointError: A tensor is missing, unexpected or of another shape, where transformers would only log it; or
@@ -38,12 +40,21 @@ def load(path: str | Path, *, linear: bool | None = None, **kwargs: Any) -> PreT
         ConfigError: A form is asked for of a model that moeify has not converted.
     """
     with open_source(path, revision=kwargs.pop("revision", None)) as source:
-        cls, config = model_class(source.config), source.config
+        config = source.config if linear is None else _in_form(source, linear)
+        if source.in_parts:  # torch's reader would leave what no file holds as it finds it
+            return _load_present(source, config, **kwargs)
+        cls = model_class(source.config)
     if linear is not None:
-        if not isinstance(config.get(FIELD), dict):
-            raise ConfigError(f"{path} holds no converted model: leave out linear, and call moeify.linearize(model)")
-        kwargs[FIELD] = {**config[FIELD], LINEAR: linear}
+        kwargs[FIELD] = config[FIELD]
     return load_strictly(cls, source.path, **kwargs)
+
+
+def _in_form(source: Source, linear: bool) -> JsonObject:
+    """Return the config of a converted model with its experts as linears, or stacked."""
+    entry = source.config.get(FIELD)
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{source.path} holds no converted model: leave out linear, and call moeify.linearize(model)")
+    return {**source.config, FIELD: {**entry, LINEAR: linear}}
 
 
 def load_sparingly(path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -53,12 +64,19 @@ def load_sparingly(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         CheckpointError: A tensor is missing, unexpected or of another shape.
     """
     with open_source(path) as source:
-        cls, config, tensors = model_class(source.config), config_of(source.config), present(source, source.tensors)
-        if not tensors:
+        if not present(source, source.tensors):
             return load(path, dtype=dtype)  # GGUF
-        load_structure(source)  # before memory is taken for what may be missing
-    model = load_strictly(cls, None, config=config, state_dict=tensors, dtype=dtype)
-    load_generation_config(model, path)
+        return _load_present(source, source.config, dtype=dtype)
+
+
+def _load_present(source: Source, config: JsonObject, **kwargs: Any) -> PreTrainedModel:
+    """Load a checkpoint whose tensors are read one at a time."""
+    load_structure(source)  # before memory is taken for what may be missing
+    made, dtypes = config_of(config), (torch_dtype(info.dtype) for info in source.tensors.values())
+    own = made.dtype or next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+    given = {"config": made, "state_dict": present(source, source.tensors), "dtype": own, **kwargs}
+    model = load_strictly(model_class(source.config), None, **given)
+    load_generation_config(model, source.path)
     return model
 
 

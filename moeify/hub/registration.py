@@ -25,6 +25,7 @@ from moeify.contract.stock_experts import offer_stock_experts
 from moeify.conversion.dense import Dense
 from moeify.conversion.module import put_layers
 from moeify.errors import CheckpointError
+from moeify.hub.distribution import offer_distribution
 from moeify.layers.implementations import OURS
 from moeify.plan import ASK_FOR_MOEIFY, FIELD, LINEAR, OLDER_FORMAT, Plan, stored_plan
 
@@ -59,6 +60,7 @@ def register(check: Callable[[Plan], None] | None = None) -> None:
     modeling_utils.get_model_conversion_mapping = loading_rules  # type: ignore[attr-defined]
     AUTO_QUANTIZATION_CONFIG_MAPPING[FIELD] = OlderFormat
     offer_stock_experts()
+    offer_distribution()
 
 
 def _new(

@@ -52,18 +52,33 @@ class Present:
         """Return the dtype, as a slice of safetensors does."""
         return self.info.dtype
 
+    def get_shape(self) -> list[int]:
+        """Return the shape, as a slice of safetensors does."""
+        return list(self.info.shape)
+
     def __getitem__(self, index: object) -> torch.Tensor:
         values: torch.Tensor = self.open().get_slice(self.info.name)[index]
         return values
 
 
+@dataclass(frozen=True)
+class InParts(Present):
+    """A tensor in the files of several ranks; it is put together when the loader asks."""
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        values: torch.Tensor = self.open()[index]
+        return values
+
+
 def present(source: Source, names: Iterable[str]) -> dict[str, Present]:
-    """Return those tensors of a checkpoint that lie in safetensors files as they are: of a GGUF file, none.
+    """Return those tensors of a checkpoint that lie in safetensors files: of a GGUF file, none.
 
     The safetensors library reads them and not the reader that a conversion uses: a proof must not share its mistakes.
     It maps a file as long as one of its tensors is used, and all that was read counts as memory. So each list of
     experts has a mapping of its own, which is gone when they are merged.
     """
+    if source.in_parts:
+        return {name: InParts(source.info(name), partial(source.read, name)) for name in names}
     mapped = cache(lambda file, _: safe_open(file, framework="pt"))
     spans = {name: source.span(name) for name in names}
     return {

@@ -23,7 +23,7 @@ from moeify.parallel.exchange import Link
 from moeify.routing.record import Routing
 
 _FIELDS = ("layer", "hidden size", "bytes of a value", "bytes of a weight", "stopped")
-_W = len(_FIELDS)
+HEADER = len(_FIELDS)  # numbers that go before the counts
 
 
 @dataclass(frozen=True)
@@ -98,19 +98,19 @@ class ExpertParallel:
     def _sizes(self, counts_ne: Tensor, x_TH: Tensor, weights_TK: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """Return the counts of all ranks for the experts here, and the rows for and from each rank."""
         got = self._announce(counts_ne, x_TH.shape[-1], x_TH.element_size(), weights_TK.element_size(), 0)
-        got_ne = got[:, _W : _W + self.experts]
+        got_ne = got[:, HEADER : HEADER + self.experts]
         ranks = len(counts_ne)
-        read = torch.cat([counts_ne.sum(1), got_ne.sum(1), got[:, :_W].flatten()]).tolist()
-        headers = [tuple(read[start : start + _W]) for start in range(2 * ranks, len(read), _W)]
+        read = torch.cat([counts_ne.sum(1), got_ne.sum(1), got[:, :HEADER].flatten()]).tolist()
+        headers = [tuple(read[start : start + HEADER]) for start in range(2 * ranks, len(read), HEADER)]
         self._check(headers, headers[dist.get_rank(self.link.group)])
         return got_ne, read[:ranks], read[ranks : 2 * ranks]
 
     def _announce(self, counts_ne: Tensor, *fields: int) -> Tensor:
         """Exchange the counts, and what the ranks must agree on, (n, W + the widest e)."""
         ranks, experts = counts_ne.shape
-        told = torch.zeros(ranks, _W + self.widest, dtype=torch.int64, device=counts_ne.device)
-        told[:, :_W] = torch.tensor((self.link.number, *fields), device=counts_ne.device)
-        told[:, _W : _W + experts] = counts_ne
+        told = torch.zeros(ranks, HEADER + self.widest, dtype=torch.int64, device=counts_ne.device)
+        told[:, :HEADER] = torch.tensor((self.link.number, *fields), device=counts_ne.device)
+        told[:, HEADER : HEADER + experts] = counts_ne
         return self.link.swap(told)
 
     def _check(self, headers: list[tuple[int, ...]], mine: tuple[int, ...]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 from typing import TypeVar
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from moeify.arguments import check_model
 from moeify.errors import ConfigError
 from moeify.layers import MoELayer, moe_layers
 from moeify.layers.experts import Experts
@@ -43,23 +45,31 @@ def parallelize(model: ModelT, mesh: DeviceMesh) -> ModelT:
             the model is wrapped or parallel already or has no experts, or the ranks hold different models.
     """
     ranks, problem = ranks_of(mesh), None
-    layers = moe_layers(model)
+    layers: dict[str, MoELayer] = {}
     try:
+        check_model(model)
+        layers = moe_layers(model)
         _check(model, layers, ranks.size)
     except ConfigError as error:
         problem = error
     check_agreement(model, problem)
-    paths = tuple(layer.path or name for name, layer in layers.items())
-    widest = max(layer.config.experts for layer in layers.values()) // ranks.size
-    for number, layer in enumerate(layers.values()):
+    for name, layer in layers.items():
         _shard(layer.experts, ranks)
-        link = Link(ranks.group, paths, number)
-        LocalWeights(ranks, link.path).attach(layer.experts)
-        NoiseOfRank().attach(layer)
-        layer.dispatcher = ExpertParallel(link, layer.config.experts // ranks.size, widest)
+        LocalWeights(ranks, layer.path or name or "the MoE layer").attach(layer.experts)
+    connect_ranks(layers, ranks.group)
     ignored = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
     return model
+
+
+def connect_ranks(layers: dict[str, MoELayer], group: dist.ProcessGroup) -> None:
+    """Let layers whose experts are sharded send tokens between the ranks of a group, and draw noise of their own."""
+    paths = tuple(layer.path or name for name, layer in layers.items())
+    size = dist.get_world_size(group)
+    widest = max(layer.config.experts for layer in layers.values()) // size
+    for number, layer in enumerate(layers.values()):
+        NoiseOfRank().attach(layer)
+        layer.dispatcher = ExpertParallel(Link(group, paths, number), layer.config.experts // size, widest)
 
 
 def _check(model: nn.Module, layers: dict[str, MoELayer], size: int) -> None:

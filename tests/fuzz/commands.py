@@ -16,7 +16,7 @@ DST = "dst"
 
 
 def inspect(rng: Random, src: Path) -> list[str]:
-    return ["inspect", src.name, *rng.choice(([], ["--json"]))]
+    return ["inspect", src.name, *rng.choice(([], ["--json"], ["--ep", "3"]))]
 
 
 def families(rng: Random, src: Path) -> list[str]:
@@ -26,7 +26,8 @@ def families(rng: Random, src: Path) -> list[str]:
 def convert(rng: Random, src: Path) -> list[str]:
     """A conversion, in one of its ways."""
     way = rng.choice(("", "", "--no-verify", "--to moeify", "--resume", "--to moeify --no-verify", "--dry-run",
-                      "--dry-run --json", "--shard-size 9KB", "--dtype bfloat16", "--strict"))  # fmt: skip
+                      "--dry-run --json", "--shard-size 9KB", "--dtype bfloat16", "--strict", "--dry-run --ep 3",
+                      "--shard-size 9KB --workers 2"))  # fmt: skip
     return ["convert", src.name, DST, *BASE, *way.split()]
 
 

@@ -10,7 +10,7 @@ from random import Random
 
 from tests.fuzz import commands as do
 from tests.fuzz.commands import Command
-from tests.fuzz.damage import code, config, gguf, index, leftovers, onnx, pickles, safetensors, side, yamls
+from tests.fuzz.damage import code, config, gguf, index, leftovers, onnx, parts, pickles, safetensors, side, yamls
 from tests.fuzz.sources import copy_of
 
 Damage = Callable[[Random, Path], str]
@@ -82,6 +82,8 @@ GROUPS = {
     "tensors": Group(_FOLDERS, (safetensors.tensors,), _CONVERT, 25),
     "index and shards": Group(("sharded",), (index.shard_names, index.aliased, index.values, index.text, index.place,
                                              index.shard, index.shards), _CONVERT, 30),
+    "parts": Group(("parts",), (parts.offsets, parts.offsets, parts.files_of_ranks, safetensors.bits,
+                                safetensors.header_entry, safetensors.tensors), _CONVERT, 15),
     "config": Group(_FOLDERS, _CONFIG, _CONVERT, 40),
     "gguf": Group(("llama.gguf",), (gguf.counts, gguf.metadata, gguf.metadata, gguf.tensor, gguf.tensor, gguf.bits,
                                     gguf.cut, gguf.place, gguf.tokenizer, gguf.tokenizer), _CONVERT, 45),

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from moeify.config import MoEConfig
 from tests.fuzz.damage.gguf import small_gguf
 from tests.moeify import tiny
+from tests.moeify.parts import halves, write_parts
 from tests.moeify.runtime.decoder import WORD_LEVEL, decoder
 
 tf: Any = transformers
@@ -64,6 +65,12 @@ def _pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def _parts(folder: Path) -> None:
+    llama(folder)
+    write_parts(folder, halves(load_file(folder / "model.safetensors")))
+    (folder / "model.safetensors").unlink()
+
+
 def _converted(folder: Path, target: str) -> None:
     tiny.convert_files(source("llama"), folder, MoEConfig(3, 2), target=target)
 
@@ -78,6 +85,7 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     **{name: partial(_tiny, name) for name in ("bert", "t5", "phi3")},
     "sharded": lambda folder: llama(folder, max_shard_size="6KB"),
     "pickle": _pickle,
+    "parts": _parts,
     "moeify": lambda folder: _converted(folder, "moeify"),
     "mixtral": lambda folder: _converted(folder, "mixtral"),
     "llama.gguf": small_gguf,

@@ -59,11 +59,11 @@ def test_a_conversion_that_is_ended_says_how_to_go_on_and_goes_on(
     write = writer._ShardWriter.write
 
     def ended_at(number: str) -> str:
-        def write_and_end(self: writer._ShardWriter, shard: Shard, folder: Path) -> None:
+        def write_and_end(self: writer._ShardWriter, shard: Shard) -> None:
             if number in shard.name:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(1)
-            write(self, shard, folder)
+            write(self, shard)
 
         monkeypatch.setattr(writer._ShardWriter, "write", write_and_end)
         result = CliRunner().invoke(main, arguments)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +75,7 @@ def wrap(model: Any, engine: str, on: DeviceMesh) -> Any:
         everyone = on._flatten("dp")
         for layer in model.layers:
             fully_shard(layer.mlp.experts, mesh=on["efsdp"], shard_placement_fn=lambda _: Shard(1))
+            fully_shard(layer.mlp.router, mesh=everyone, reshard_after_forward=False)
             fully_shard(layer, mesh=everyone)
         fully_shard(model, mesh=everyone)
     return model
@@ -99,3 +103,16 @@ def apart(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """The largest relative difference."""
     assert found.keys() == wanted.keys()
     return max(float((found[n] - wanted[n]).abs().max() / wanted[n].abs().max().clamp(min=1e-300)) for n in wanted)
+
+
+def folder() -> Path:
+    """One that all ranks know."""
+    names: list[Any] = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(names)
+    return Path(names[0])
+
+
+def remove(place: Path) -> None:
+    """Remove it when all ranks are done with it."""
+    dist.barrier()
+    shutil.rmtree(place, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ from moeify.errors import MoeifyError
 from moeify.layers.dispatch import LocalDispatcher
 from moeify.layers.experts import Experts
 from moeify.measure import TOLERANCE
+from moeify.parallel.costs import Layer, Setup
 from moeify.parallel.dispatcher import ExpertParallel
+from moeify.parallel.estimate import estimate, exchanged_bytes, kept_bytes
 from moeify.parallel.exchange import Link
 from moeify.routing.record import Routing
 from tests.moeify.layers import make
@@ -132,35 +136,62 @@ def case_no_token_at_all_and_no_choice_at_all(rank: int, world: int) -> None:
     assert all(p.grad is not None and not p.grad.any() for p in local.parameters())
 
 
-def case_one_row_and_one_weight_travel_for_each_kept_choice(rank: int, world: int) -> None:
-    """Bytes to other ranks: P rows of H values and a weight, four times (forward and back), and the counts."""
+@contextmanager
+def counted(rank: int, world: int) -> Iterator[list[int]]:
+    """Note the bytes that go to other ranks, exchange by exchange."""
     sent_bytes: list[int] = []
     original = dist.all_to_all_single
 
-    def counted(out: Tensor, x: Tensor, received: Any = None, sent: Any = None, **kwargs: Any) -> Any:
+    def counting(out: Tensor, x: Tensor, received: Any = None, sent: Any = None, **kwargs: Any) -> Any:
         rows = [len(x) // world] * world if sent is None else sent
         sent_bytes.append((sum(rows) - rows[rank]) * x[:1].nbytes if len(x) else 0)
         return original(out, x, received, sent, **kwargs)
 
-    count, tokens = 8, 11
-    chosen = routing(tokens, count, 3, torch.float32, seed=rank)
-    x = torch.randn(tokens, HIDDEN, requires_grad=True)
-    local = experts(count // world, torch.float32)
-    dispatcher = ExpertParallel(Link(group(), ("layer",), 0), count // world, count // world)
-    dist.all_to_all_single = counted  # type: ignore[assignment]
+    dist.all_to_all_single = counting  # type: ignore[assignment]
     try:
-        sent = dispatcher.dispatch(x, chosen)
-        out = dispatcher.combine(local(sent.x, sent.expert_ids, sent.weights), sent)
-        torch.autograd.backward(out.sum())
+        yield sent_bytes
     finally:
         dist.all_to_all_single = original
-    owner = chosen.expert_ids_TK // (count // world)
-    away = int(((owner != rank) & (chosen.expert_ids_TK < count)).sum())
-    came = sent.x.shape[0] - int((owner == rank).sum())
-    counts = (world - 1) * (5 + count // world) * 8
-    row, weight = HIDDEN * 4, 4
-    assert sent_bytes[:4] == [counts, away * row, away * weight, came * row]
-    assert sorted(sent_bytes[4:]) == sorted([away * row, came * row, came * weight])  # the same ways back
+
+
+def case_one_row_and_one_weight_travel_for_each_kept_choice(rank: int, world: int) -> None:
+    """Bytes to other ranks: P rows of H values and a weight, four times (forward and back), and the counts.
+
+    The estimate counts the same bytes, and those of what autograd keeps, for these choices and for an even routing.
+    """
+    count, tokens, top_k = 8, 16, 2
+    local = experts(count // world, torch.float32)
+    weights = {p.untyped_storage().data_ptr() for p in local.parameters()}
+    shape = Layer(1, count, top_k, HIDDEN, INNER, 2 * INNER, 3 * HIDDEN * INNER)
+    setup = Setup((shape,), 0, 4, ep=world, copies=1, tokens=tokens, bandwidth=1.0, flops=1.0)
+    even = torch.arange(tokens * top_k).view(tokens, top_k) % count
+    for ids in (routing(tokens, count, top_k, torch.float32, seed=rank).expert_ids_TK, even):
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(tokens, HIDDEN, requires_grad=True)
+        chosen = Routing(ids, torch.rand(ids.shape, requires_grad=True), torch.zeros(1), torch.zeros(1))
+        dispatcher = ExpertParallel(Link(group(), ("layer",), 0), count // world, count // world)
+        with counted(rank, world) as sent_bytes:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                sent = dispatcher.dispatch(x, chosen)
+                out = dispatcher.combine(local(sent.x, sent.expert_ids, sent.weights), sent)
+            torch.autograd.backward(out.sum())
+        owner = ids // (count // world)
+        away = int(((owner != rank) & (ids < count)).sum())
+        came = sent.x.shape[0] - int((owner == rank).sum())
+        counts = (world - 1) * (5 + count // world) * 8
+        row, weight = HIDDEN * 4, 4
+        assert sent_bytes[:4] == [counts, away * row, away * weight, came * row]
+        assert sorted(sent_bytes[4:]) == sorted([away * row, came * row, came * weight])  # the same ways back
+        assert sum(sent_bytes) == exchanged_bytes(shape, setup, away, came)
+        activations = sum(size for place, size in kept.items() if place not in weights)
+        assert activations == kept_bytes(shape, setup, sent.x.shape[0])
+    free = estimate(setup).layers[0].at[-1]
+    assert (free.exchanged, free.kept) == (sum(sent_bytes), activations)  # of the even routing
 
 
 def case_layers_give_what_they_give_on_one_rank(rank: int, world: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,8 @@ def converted() -> Any:
     return moeify.convert(MODELS["llama"](), MoEConfig(4, 2, method="noise", aux_loss=0.0))
 
 
-def folder() -> Path:
-    """One that all ranks know."""
-    names: list[Any] = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(names)
-    return Path(names[0])
-
-
 def case_every_engine_writes_the_same_files(rank: int, world: int) -> None:
-    place, whole = folder(), converted()
+    place, whole = small.folder(), converted()
     wanted = {name: value.clone() for name, value in whole.state_dict().items()}
     for engine in ("none", "ddp", "fsdp"):
         mesh = small.mesh(world, 2)
@@ -54,13 +45,12 @@ def case_every_engine_writes_the_same_files(rank: int, world: int) -> None:
     dist.barrier()
     with pytest.raises(CheckpointError, match="exists" if rank == 0 else "rank 0 could not write"):
         moeify.save(model, place / "none")
-    dist.barrier()
-    shutil.rmtree(place, ignore_errors=True)
+    small.remove(place)
 
 
 def case_one_tensor_is_whole_at_a_time(rank: int, world: int) -> None:
     model = moeify.parallelize(converted(), small.mesh(world, 2)["ep"])
-    place, alive, most = folder(), 0, 0
+    place, alive, most = small.folder(), 0, 0
     original = DTensor.full_tensor
 
     def counted(self: DTensor, **kwargs: Any) -> torch.Tensor:
@@ -83,8 +73,7 @@ def case_one_tensor_is_whole_at_a_time(rank: int, world: int) -> None:
     finally:
         DTensor.full_tensor = original  # type: ignore[method-assign]
     assert 1 <= most <= 2
-    dist.barrier()
-    shutil.rmtree(place, ignore_errors=True)
+    small.remove(place)
 
 
 @pytest.mark.parametrize("world", [2])

@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -16,6 +23,8 @@ import moeify
 from moeify.config import MoEConfig
 from moeify.errors import ConfigError
 from tests.moeify.parallel import harness, small
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def sizes(world: int) -> list[int]:
@@ -38,10 +47,11 @@ def train(model: Any, reference: nn.Module, engine: str, rank: int, world: int) 
         dist.all_reduce(mean)
         assert abs(mean / world - alone) <= 1e-14 * alone, (engine, step)
         wanted = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
-        assert (found := small.apart(small.gradients(model), wanted)) <= 1e-13, (engine, step, found)
+        # Ranks add up their means, one process the ranks' batches: ten times what that order was seen to change.
+        assert (found := small.apart(small.gradients(model), wanted)) <= 1e-14, (engine, step, found)
         norm = moeify.clip_grad_norm_(model, 0.05)
         expected = nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
-        assert expected > 0.05 and abs(norm - expected) <= 1e-13 * expected, (engine, step)
+        assert expected > 0.05 and abs(norm - expected) <= 1e-14 * expected, (engine, step)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -67,6 +77,53 @@ def case_weights_may_come_later(rank: int, world: int) -> None:
     set_model_state_dict(model, whole.state_dict(), options=StateDictOptions(full_state_dict=True))
     x = small.batch(0, rank)
     torch.testing.assert_close(model(x), whole(x), rtol=1e-13, atol=1e-13)
+
+
+def case_a_bfloat16_model_keeps_its_routers(rank: int, world: int) -> None:
+    mesh = small.mesh(world, 2)
+    model = small.wrap(moeify.parallelize(small.net().bfloat16(), mesh["ep"]), "fsdp", mesh)
+    torch.autograd.backward(model(small.batch(0, rank).bfloat16()).square().mean())
+    found = {name: gradient.dtype for name, gradient in small.gradients(model).items()}
+    assert found.pop("layers.0.mlp.router.weight") == found.pop("layers.1.mlp.router.weight") == torch.float32
+    assert set(found.values()) == {torch.bfloat16}
+
+
+def case_a_checkpoint_fits_other_ranks(rank: int, world: int) -> None:
+    """torch.distributed.checkpoint: parameters and AdamW's state, written under one division and read under others."""
+
+    def made(engine: str, ep: int, seed: int) -> tuple[Any, torch.optim.Optimizer]:
+        mesh = small.mesh(world, ep)
+        model = small.net(seed=seed)
+        model = small.wrap(moeify.parallelize(model, mesh["ep"]), engine, mesh) if ep > 1 else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        torch.autograd.backward(model(small.batch(0, rank)).square().mean())
+        if engine == "none":
+            small.average(model)
+        optimizer.step()
+        return model, optimizer
+
+    def state(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=FLAT), strict=True))
+
+    place = small.folder()
+    written = state(*made("fsdp", 2, seed=0))
+    save(written, checkpoint_id=place)
+    others = [("fsdp", world), ("ddp", 2), ("none", 1)]
+    for engine, ep in others:
+        model, optimizer = made(engine, ep, seed=7)
+        read = state(model, optimizer)
+        load(read, checkpoint_id=place)
+        set_state_dict(
+            model, optimizer, model_state_dict=read["model"], optim_state_dict=read["optimizer"], options=FLAT
+        )
+        now = state(model, optimizer)
+        for part, values in written.items():
+            assert values.keys() == now[part].keys()
+            for name, value in values.items():
+                there, back = small.full(value), small.full(now[part][name])
+                same = there.equal(back) if isinstance(there, torch.Tensor) else there == back
+                assert same, (engine, ep, name)
+    small.remove(place)
 
 
 def case_noise_differs_between_ranks_and_not_in_a_replay(rank: int, world: int) -> None:
@@ -106,13 +163,14 @@ def case_wrong_use_is_one_line_on_every_rank(rank: int, world: int) -> None:
     mesh = small.mesh(world, world)
     wrong: Any = small.net()
 
-    def refused(match: str, model: nn.Module, on: Any) -> None:
+    def refused(match: str, model: Any, on: Any) -> None:
         with pytest.raises(ConfigError, match=match) as caught:
             moeify.parallelize(model, on)
         assert "\n" not in str(caught.value)
 
     refused("no dimension 'ep'", wrong, mesh["efsdp"])
     refused("a NoneType has no dimension 'ep'", wrong, None)
+    refused("model is a str: expected a torch.nn.Module", "my-moe", mesh["ep"])
     refused("cannot share evenly", small.net(MoEConfig(world + 1, 1)), mesh["ep"])
     refused("nothing to shard", nn.Linear(3, 3), mesh["ep"])
     refused("rank 1 differ in the settings", small.net(MoEConfig(8, 1 + (rank == 1))), mesh["ep"])
