@@ -37,7 +37,7 @@ def load_model(
     """
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the info names them
     with _one_line(path, "the model"):
-        loaded: Any = cls.from_pretrained(**_arguments(path), **{**options, **kwargs})
+        loaded: Any = cls.from_pretrained(**_arguments(path), **{**options, **_unpacked(path), **kwargs})
     return cast("tuple[PreTrainedModel, dict[str, Iterable[str]]]", loaded)
 
 
@@ -100,6 +100,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     with _one_line(path, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**_arguments(path))
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _unpacked(path: Path | None) -> dict[str, Any]:
+    """Ask for plain weights: a transformers that can leave those of a GGUF file packed calls the model quantized."""
+    import transformers
+
+    config: Any = getattr(transformers, "GgufConfig", None)
+    packed = path is not None and path.suffix == ".gguf" and config is not None
+    return {"quantization_config": config(dequantize=True)} if packed else {}
 
 
 def _arguments(path: Path | None) -> dict[str, Any]:

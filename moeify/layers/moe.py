@@ -34,6 +34,7 @@ class MoELayer(nn.Module):
         shared_expert: Experts that every token visits, or None.
         dropout: Probability with which the dense FFN dropped its output, in training.
         path: The layer's place in the model, for messages.
+        rounded: Its activation is that of the dense FFN up to rounding to float32 only.
 
     Attributes:
         dispatcher: Brings tokens to the experts and the results back.
@@ -59,10 +60,11 @@ class MoELayer(nn.Module):
         *,
         dropout: float = 0.0,
         path: str = "",
+        rounded: bool = False,
     ) -> None:
         super().__init__()
         self.router, self.experts, self.shared_expert = router, experts, shared_expert
-        self.dropout, self.path = dropout, path
+        self.dropout, self.path, self.rounded = dropout, path, rounded
         config = self.config = router.config
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.capacity_factor: Fraction | None = None
