@@ -153,12 +153,9 @@ def _native_tensors(plan: Plan, site: Site) -> Iterator[LayerTensor]:
                 start = weight(name, site, config)
                 yield LayerTensor(name, start.shape, start=start)
                 continue
-            blocks = [expert[weight.stack][weight.blocks] for expert in experts]
-            if number is None:
-                yield _stacked(name, blocks, routed=True)
-            else:
-                one = _stacked(name, [blocks[number]], routed=True)
-                yield replace(one, shape=one.shape[1:])
+            of = experts if number is None else experts[number : number + 1]
+            stacked = _stacked(name, [expert[weight.stack][weight.blocks] for expert in of], routed=True)
+            yield stacked if number is None else replace(stacked, shape=stacked.shape[1:])
 
 
 def extra_tensors(plan: Plan, dense: Config, names: Iterable[str]) -> Iterator[LayerTensor]:
