@@ -30,6 +30,7 @@ WHOLE_TOLERANCE: dict[str, float] = {
 """The same for what a whole model gives, where every layer was held to `TOLERANCE`: rounding piles up over depth."""
 
 _SAME = 2e-6  # a function may hold constants that were rounded to float32
+_EQUAL = 1e-13  # up to the rounding of float64
 _REACH = 12.0  # beyond it every activation that has a name is linear or constant in float32
 _LEAST = 1e-3  # of the largest value: a row that cancels out is measured by this
 _GOLDEN = (5**0.5 - 1) / 2
@@ -112,11 +113,18 @@ def probe(*shape: int, seed: int = 0, reach: float = _REACH) -> Tensor:
     return 2 * reach * ((steps * _GOLDEN + 0.37 * seed) % 1) - reach
 
 
-def same_values(result: Tensor, expected: Tensor) -> bool:
-    """Whether two functions gave the same values: equal shapes, and equal numbers up to rounding to float32."""
+def same_values(result: Tensor, expected: Tensor, *, exactly: bool = False) -> bool:
+    """Whether two functions gave the same values: equal shapes, and equal numbers up to rounding to float32.
+
+    Args:
+        result: In float64.
+        expected: Likewise.
+        exactly: Up to rounding in float64 only: the constants in both are the same.
+    """
     if result.shape != expected.shape:
         return False
-    return bool(((result - expected).abs() <= _SAME * expected.abs().clamp(min=1)).all())
+    limit = _EQUAL if exactly else _SAME
+    return bool(((result - expected).abs() <= limit * expected.abs().clamp(min=1)).all())
 
 
 def recognize(values: Tensor, table: Mapping[str, Callable[..., Tensor]], *points: Tensor) -> str | None:

@@ -81,6 +81,7 @@ class Site:
             them.
         handing: Those of `bypassed` that hand their input to the layer, and pass zeros on.
         axis: The dimension of the features at `path`, counted from the end: -3 for 1x1 convolutions over images.
+        rounded: The FFN has the name of its activation up to rounding to float32 only.
     """
 
     path: str
@@ -96,6 +97,7 @@ class Site:
     activation_state: tuple[tuple[str, str], ...] = ()
     handing: tuple[str, ...] = ()
     axis: int = -1
+    rounded: bool = False
 
     @property
     def gated(self) -> bool:

@@ -39,7 +39,7 @@ def load_model(
     """
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the info names them
     with _one_line(path, "the model"):
-        loaded: Any = cls.from_pretrained(**_arguments(path), **{**options, **kwargs})
+        loaded: Any = cls.from_pretrained(**_arguments(path), **{**options, **_unpacked(path), **kwargs})
     return cast("tuple[PreTrainedModel, dict[str, Iterable[str]]]", loaded)
 
 
@@ -111,6 +111,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if isinstance(fields, dict) and fields.get("tokenizer_class") == "TokenizersBackend":
         older = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
         file.write_text(json.dumps({**fields, **older}, indent=2) + "\n")
+
+
+def _unpacked(path: Path | None) -> dict[str, Any]:
+    """Ask for plain weights: a transformers that can leave those of a GGUF file packed calls the model quantized."""
+    import transformers
+
+    config: Any = getattr(transformers, "GgufConfig", None)
+    packed = path is not None and path.suffix == ".gguf" and config is not None
+    return {"quantization_config": config(dequantize=True)} if packed else {}
 
 
 def _arguments(path: Path | None) -> dict[str, Any]:

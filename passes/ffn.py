@@ -61,6 +61,7 @@ class FFN:
         region: What is computed between the projections, as a graph of its own: `region(*ups) → input of down`.
         calls: Where the model computes it, in order: more than one where layers share it.
         shared_expert: It stands beside routed experts in an MoE layer that the model already has.
+        rounded: It has the name of its activation up to rounding to float32 only.
     """
 
     name: str
@@ -72,6 +73,7 @@ class FFN:
     region: fx.GraphModule = field(repr=False, compare=False)
     calls: tuple[Call, ...]
     shared_expert: bool = False
+    rounded: bool = False
 
     @property
     def ups(self) -> tuple[Projection, ...]:

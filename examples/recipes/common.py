@@ -13,17 +13,21 @@ import moeify
 from moeify import MoEConfig
 
 CONFIG = MoEConfig(experts=4, top_k=2)
-LENGTH = 32  # tokens of a row
+LENGTH = 32  # tokens of a row, at most
+STEPS, STEPS_OF_A_REAL_MODEL = 60, 8  # a CPU takes minutes for either
 
 
 def options(description: str | None) -> argparse.Namespace:
     """Read the options that every recipe has, and seed torch."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", help="a dense model folder or hub id, such as HuggingFaceTB/SmolLM2-135M")
+    parser.add_argument("--layers", default="all", help="which become MoE layers, as for moeify convert: every:4")
+    parser.add_argument("--steps", type=int, help=f"{STEPS}, or {STEPS_OF_A_REAL_MODEL} with --model")
     parser.add_argument("--out", default="out", help="where the result goes")
     parser.add_argument("--fast", action="store_true", help="a few steps, to see that it runs")
     chosen = parser.parse_args()
-    chosen.steps = 3 if chosen.fast else 60
+    usual = STEPS_OF_A_REAL_MODEL if chosen.model else STEPS
+    chosen.steps = chosen.steps or (3 if chosen.fast else usual)
     torch.manual_seed(0)
     return chosen
 
@@ -45,7 +49,7 @@ def texts(count: int, start: int = 0) -> list[str]:
 
 def batch(tokenizer: Any, rows: list[str]) -> dict[str, Tensor]:
     """Return rows as what the model is called with; padding is no label and counts in no balancing loss."""
-    found: Any = tokenizer(rows, return_tensors="pt", padding="max_length", truncation=True, max_length=LENGTH)
+    found: Any = tokenizer(rows, return_tensors="pt", padding=True, truncation=True, max_length=LENGTH)
     ids, mask = found["input_ids"], found["attention_mask"]
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 

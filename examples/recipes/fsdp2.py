@@ -44,16 +44,16 @@ def train(rank: int, args: Namespace, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
     try:
-        model, optimizer, tokenizer = sharded(args.model)
+        model, optimizer, tokenizer = sharded(args)
         losses = steps(rank, model, optimizer, tokenizer, range(args.steps))
         save(model, optimizer, folder)
         through = steps(rank, model, optimizer, tokenizer, range(args.steps, args.steps + 2))
-        model, optimizer, tokenizer = sharded(args.model)
+        model, optimizer, tokenizer = sharded(args)
         resume(model, optimizer, folder)
         resumed = steps(rank, model, optimizer, tokenizer, range(args.steps, args.steps + 2))
         whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if rank == 0:
-            result = moeify.convert(common.dense_model(args.model)[0], common.CONFIG)
+            result = moeify.convert(common.dense_model(args.model)[0], common.CONFIG, args.layers)
             result.load_state_dict(whole)
             shutil.rmtree(args.out, ignore_errors=True)
             untyped: Any = result
@@ -65,11 +65,11 @@ def train(rank: int, args: Namespace, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def sharded(name: str | None) -> tuple[Any, torch.optim.Optimizer, Any]:
+def sharded(args: Namespace) -> tuple[Any, torch.optim.Optimizer, Any]:
     """Convert, then wrap: each decoder layer is a unit, and so is the whole."""
     torch.manual_seed(0)
-    model, tokenizer = common.dense_model(name)
-    moeify.convert(model, common.CONFIG)
+    model, tokenizer = common.dense_model(args.model)
+    moeify.convert(model, common.CONFIG, args.layers)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)

@@ -13,7 +13,7 @@ def main() -> None:
     args = common.options(__doc__)
     model, tokenizer = common.dense_model(args.model)
     dense = common.evaluate(model, tokenizer)
-    moeify.convert(model, common.CONFIG)
+    moeify.convert(model, common.CONFIG, args.layers)
     before = common.evaluate(model, tokenizer)  # equal copies: the loss of the dense model
 
     groups = moeify.param_groups(model, routers={"lr": 1e-3, "weight_decay": 0.0})

@@ -14,7 +14,7 @@ def main() -> None:
     args = common.options(__doc__)
     datasets, peft, trl = (import_module(name) for name in ("datasets", "peft", "trl"))
     model, tokenizer = common.dense_model(args.model)
-    before = common.evaluate(moeify.convert(model, common.CONFIG), tokenizer)
+    before = common.evaluate(moeify.convert(model, common.CONFIG, args.layers), tokenizer)
     lora = peft.LoraConfig(
         r=4, target_modules=["q_proj", "v_proj"],
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],  # experts are no nn.Linear

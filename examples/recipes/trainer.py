@@ -14,7 +14,7 @@ def main() -> None:
     """Convert, train with checkpoints, resume from the last one, evaluate."""
     args = common.options(__doc__)
     model, tokenizer = common.dense_model(args.model)
-    before = common.evaluate(moeify.convert(model, common.CONFIG), tokenizer)
+    before = common.evaluate(moeify.convert(model, common.CONFIG, args.layers), tokenizer)
     rows = common.batch(tokenizer, common.texts(256))
     data: Any = [{name: values[i] for name, values in rows.items()} for i in range(256)]
 

@@ -39,7 +39,7 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> JsonObject:
     if not trust_remote_code and (field := _asks_for_code(config)):
         raise CheckpointError(
             f"{folder} asks to run Python code of its own ({field} in {CONFIG}): "
-            "read that code, and pass --trust-remote-code if you trust it"
+            "read that code, and pass --trust-remote-code (in Python trust_remote_code=True) if you trust it"
         )
     _check_quantization(folder, config.get("quantization_config"))
     check_counts(path, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from moeify.checkpoint.folder import note_file
@@ -62,7 +63,8 @@ def _load(file: Path) -> dict[object, object]:
         except RuntimeError:  # files from before torch 1.6 are not zip archives and cannot be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises whatever its opcodes lead to
-        reason = first_line(error)
+        # torch's own words advise to let the code run.
+        reason = "it is damaged, or asks to run code" if isinstance(error, UnpicklingError) else first_line(error)
         raise CheckpointError(f"{file} cannot be read as plain tensors ({reason}): use safetensors") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{file} holds a {type(state).__name__}, not a state dict: use safetensors")

@@ -201,7 +201,7 @@ def _find_pickles(folder: Path, ggufs: Sequence[Path], allow_pickle: bool) -> di
     if not allow_pickle:
         raise CheckpointError(
             f"{folder} has its weights only as pickles ({next(iter(shards)).name}), a format that can carry code: "
-            "use a safetensors version, or pass --allow-pickle"
+            "use a safetensors version, or pass --allow-pickle (in Python allow_pickle=True)"
         )
     return shards
 

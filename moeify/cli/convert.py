@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from moeify.conversion.dense import DenseCheckpoint
     from moeify.plan import Plan
 
-_BEFORE_TRAINING = "before training set model.config.output_router_logits = True, or nothing balances it"
+_BEFORE_TRAINING = (
+    "before training set model.config.output_router_logits = True, or nothing balances it; transformers balances all "
+    "layers together, and lets single ones fall out of balance: --to moeify balances each"
+)
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 

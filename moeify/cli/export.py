@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moeify.cli.options import LAYERS, Dtype, json_option
+from moeify.cli.options import LAYERS, Dtype, json_option, source_options
 from moeify.cli.settings import config_from, config_options
 from moeify.errors import CheckpointError
 from moeify.export.targets import FLOATS, TARGETS, quantizations
@@ -36,9 +36,10 @@ _DTYPES = ", ".join(f"{target.default_dtype} for {target.name}" for target in TA
 @click.option("--layers", default="all", show_default=True, help=f"With --experts: {LAYERS}.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a file or a model folder.")
 @json_option
+@source_options
 def export(
     src: Path, out: Path, target: str, quantize: str | None, dtype: str | None, layers: str, overwrite: bool,
-    as_json: bool, **settings: object,
+    as_json: bool, allow_pickle: bool, trust_remote_code: bool, **settings: object,
 ) -> None:  # fmt: skip
     """Export the checkpoint SRC to the ONNX file OUT, or, without .onnx in its name, to a folder.
 
@@ -60,7 +61,8 @@ def export(
     from moeify.export.pipeline import export as export_file
 
     with without_bars():
-        model, tokenizer = _load(src, request.dtype, config, layers), _tokenizer(src)
+        trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        model, tokenizer = _load(src, request.dtype, config, layers, trust), _tokenizer(src)
         entries = {"source": src.name, **_text_entries(src, model, tokenizer)}
         if file == out:
             report = export_file(model, request, None, entries)
@@ -75,13 +77,13 @@ def export(
     console.print(f"written to {out}, for onnxruntime {report.requires} or newer")
 
 
-def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str) -> nn.Module:
+def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str, trust: dict[str, bool]) -> nn.Module:
     import torch
 
     from moeify.conversion.module import convert
     from moeify.hub.loading import load_sparingly
 
-    model = load_sparingly(src, getattr(torch, dtype))
+    model = load_sparingly(src, getattr(torch, dtype), **trust)
     return model if config is None else convert(model, config, layers)
 
 

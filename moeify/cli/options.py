@@ -28,7 +28,7 @@ def command_line() -> str:
 
 
 def source_options(command: Command) -> Command:
-    """Add the options of every command that opens a dense checkpoint."""
+    """Add the options of every command that opens checkpoints."""
     command = click.option(
         "--trust-remote-code", is_flag=True, help="Accept a model whose config names Python code of its own."
     )(command)

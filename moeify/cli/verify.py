@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from moeify.cli.options import json_option
+from moeify.cli.options import json_option, source_options
 from moeify.errors import CheckpointError, ConfigError, VerificationError
 from moeify.files.limits import TEXT_BYTES
 from moeify.files.reading import exists, opened
@@ -21,7 +21,8 @@ from moeify.files.reading import exists, opened
     "--text", type=click.Path(path_type=Path), help="Run on the start of this file instead of random token ids."
 )
 @json_option
-def verify(dense: Path, moe: Path, text: Path | None, as_json: bool) -> None:
+@source_options
+def verify(dense: Path, moe: Path, text: Path | None, as_json: bool, **trust: bool) -> None:
     """Compare every MoE layer of MOE with its dense FFN in DENSE, and the logits; exit 1 above tolerance.
 
     A layer and its FFN get the same input, and compute in float64; the logits are those of float32. Where moeify.json
@@ -36,7 +37,7 @@ def verify(dense: Path, moe: Path, text: Path | None, as_json: bool) -> None:
         if not exists(path):
             raise CheckpointError(f"{path} does not exist: give two model folders (DENSE may be a GGUF file)")
     with without_bars():
-        report = verify_checkpoints(dense, moe, text=None if text is None else _start(text))
+        report = verify_checkpoints(dense, moe, text=None if text is None else _start(text), **trust)
     for line in report.warnings():
         display.stderr().print(line)
     if as_json:

@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 from moeify.contract.found import text_config
 from moeify.errors import RefusedError
 from moeify.layers import MoELayer, moe_layers
-from moeify.layers.forward_record import summed_losses
+from moeify.layers.forward_record import ForwardRecord, summed_losses
 
 ASK, COEFFICIENT = "output_router_logits", "router_aux_loss_coef"
 _ADDED = ("aux_loss", "router_logits")
@@ -61,20 +61,21 @@ class RouterOutputs:
             RefusedError: Router logits are asked for, and a router has none.
         """
         given, asked = dict(kwargs), kwargs.get(ASK)
-        if "forward" in vars(model):
+        self.wanted = bool(getattr(text_config(model), ASK, False) if asked is None else asked)
+        if tools := self.wanted and "forward" in vars(model):
             self.wanted = False  # a tool put its own forward there (TRL): it asks the model inside
         else:
             given.pop(ASK, None)
-            self.wanted = bool(getattr(text_config(model), ASK, False) if asked is None else asked)
         layers = moe_layers(model) if self.wanted or model.training else {}
         if self.wanted:
             _refuse_without_logits(layers)
         self.leads = model.training and not any(layer.led for layer in layers.values())
-        self.attaches = self.leads and not self.wanted and _has_labels(given)
+        self.attaches = self.leads and not self.wanted and not tools and _has_labels(given)
         for layer in layers.values():
-            layer.led = layer.led or self.leads
-            if self.leads or self.wanted:
+            if self.leads or not layer.led:
                 layer.defers_losses = self.wanted or self.attaches
+                layer.asked_share = _asked_share(model, layer) if tools else 1.0
+            layer.led = layer.led or self.leads
         return args, given
 
     def add(self, model: nn.Module, args: object, kwargs: Mapping[str, object], output: object) -> object:
@@ -98,7 +99,7 @@ class RouterOutputs:
         for name, value in output.items():
             made[name] = value
         ran = [layer for layer in layers if layer.record is not None]
-        made.router_logits = tuple(layer.record.routing.logits_TE for layer in ran if layer.record is not None)
+        made.router_logits = tuple(_logits(layer, layer.record) for layer in ran if layer.record is not None)
         total = summed_losses(ran)
         # For `router_aux_loss_coef` to multiply.
         made.aux_loss = None if total is None else total / (ran[0].config.aux_loss or 1.0)
@@ -128,6 +129,21 @@ def _with_gradients(output: Any, layers: Iterable[MoELayer], share: Tensor | flo
         return (loss, *output[1:])
     output.loss = loss
     return output
+
+
+def _asked_share(model: nn.Module, layer: MoELayer) -> float:
+    """Return what a tool has made of the coefficient that the layer was converted with."""
+    return float(getattr(text_config(model), COEFFICIENT, 0) / layer.config.aux_loss) if layer.config.aux_loss else 1.0
+
+
+def _logits(layer: MoELayer, record: ForwardRecord) -> Tensor:
+    """Return router logits; without gradients where the layer balances itself, so that it is not done twice.
+
+    TRL computes transformers' loss from them, over the tokens of all layers together: layers that err in opposite ways
+    look balanced to it.
+    """
+    logits_TE = record.routing.logits_TE
+    return logits_TE.detach() if record.balanced and not layer.defers_losses else logits_TE
 
 
 def _has_labels(given: Mapping[str, object]) -> bool:

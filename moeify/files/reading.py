@@ -87,10 +87,12 @@ def user_path(path: str | Path) -> Path:
     """Return a path in which `~` and `~user` are replaced.
 
     Raises:
-        CheckpointError: There is no such user.
+        CheckpointError: There is no such user, or it is no path.
     """
     try:
         return Path(path).expanduser()
+    except TypeError as error:
+        raise CheckpointError(f"{type(path).__name__} is not a path: give a str or a Path") from error
     except RuntimeError as error:
         raise CheckpointError(f"{path} cannot be read: there is no such user; write the whole path") from error
 

@@ -32,14 +32,17 @@ def load(path: str | Path, *, linear: bool | None = None, **kwargs: Any) -> PreT
         path: A model folder, a GGUF file, or a hub id, which is looked for in the hub's cache and then downloaded.
         linear: Of a converted model: whether its experts are to be linears (`moeify.linearize`) or stacked, however
             they are stored; None for the form in which it was saved.
-        kwargs: For `from_pretrained` (`dtype`, `device_map`, `revision`, `distributed_config`, …).
+        kwargs: For `from_pretrained` (`dtype`, `device_map`, `revision`, `distributed_config`, …). `allow_pickle=True`
+            accepts pickles, read with weights_only; `trust_remote_code=True` a config that names code of its own, which
+            is not run.
 
     Raises:
         CheckpointError: A tensor is missing, unexpected or of another shape, where transformers would only log it; or
             there is no such model.
         ConfigError: A form is asked for of a model that moeify has not converted.
     """
-    with open_source(path, revision=kwargs.pop("revision", None)) as source:
+    trust = {name: kwargs.pop(name) for name in ("revision", "allow_pickle", "trust_remote_code") if name in kwargs}
+    with open_source(path, **trust) as source:
         config = source.config if linear is None else _in_form(source, linear)
         if source.in_parts:  # torch's reader would leave what no file holds as it finds it
             return _load_present(source, config, **kwargs)
@@ -57,15 +60,39 @@ def _in_form(source: Source, linear: bool) -> JsonObject:
     return {**source.config, FIELD: {**entry, LINEAR: linear}}
 
 
-def load_sparingly(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a checkpoint in the memory of its weights: `load` maps whole files, so what is merged is there twice.
+def load_whole(source: Source, *, unused: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """Load a GGUF file, which transformers reads by its own means, or pickles.
+
+    Args:
+        source: The opened checkpoint.
+        unused: Let tensors through that the model has no place for.
+        kwargs: For `from_pretrained`; float32 unless they say otherwise.
 
     Raises:
         CheckpointError: A tensor is missing, unexpected or of another shape.
     """
-    with open_source(path) as source:
+    if source.path.suffix == ".gguf":
+        return load(source.path, **{"dtype": torch.float32, **kwargs})
+    return load_first_layers(source, None, unused=unused, **kwargs)
+
+
+def load_sparingly(
+    path: Path, dtype: torch.dtype, *, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a checkpoint in the memory of its weights: `load` maps whole files, so what is merged is there twice.
+
+    Args:
+        path: A folder or a GGUF file.
+        dtype: Of its weights in memory.
+        allow_pickle: As for `open_source`.
+        trust_remote_code: As for `open_source`.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected or of another shape.
+    """
+    with open_source(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
         if not present(source, source.tensors):
-            return load(path, dtype=dtype)  # GGUF
+            return load_whole(source, dtype=dtype)
         return _load_present(source, source.config, dtype=dtype)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moeify.checkpoint.source import Source
-from moeify.hub.loading import load, load_strictly, load_structure
+from moeify.hub.loading import load_strictly, load_structure, load_whole
 from moeify.hub.stored import Absent, Present, present
 from moeify.pretrained import load_tensors
 from moeify.tracing.skeleton import config_of, model_class, stored_names
@@ -36,7 +36,7 @@ def load_streamed(
     without: Collection[str] = (),
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Load a checkpoint in float32, the layers of safetensors files when they run, a GGUF file as a whole.
+    """Load a checkpoint in float32, the layers of safetensors files when they run, other files as a whole.
 
     Args:
         source: The checkpoint, which stays open while the model runs.
@@ -52,8 +52,8 @@ def load_streamed(
     Raises:
         CheckpointError: A tensor is missing, unexpected, or of another shape or kind.
     """
-    if len(present(source, source.tensors)) < len(source.tensors):  # GGUF: transformers reads it, by its own means
-        model = load(source.path, dtype=torch.float32, **kwargs)
+    if len(present(source, source.tensors)) < len(source.tensors):  # GGUF and pickles
+        model = load_whole(source, unused=unused, **kwargs)
         change(model)
         return model, ()
     structure = load_structure(source, unused=unused, **kwargs)

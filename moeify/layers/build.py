@@ -41,7 +41,7 @@ def build_layer(site: Site, config: MoEConfig, region: nn.Module | None, like: T
     shared = _stack(site, config, config.shared_experts, own, like) if config.shared_experts else None
     router = config.router.module(site.hidden, config, device=like.device, dtype=like.dtype)
     layer = SoftMoE if config.router.mixes_tokens else SparseMoE
-    return layer(router, experts, shared, dropout=site.dropout, path=site.path)
+    return layer(router, experts, shared, dropout=site.dropout, path=site.path, rounded=site.rounded)
 
 
 def _stack(site: Site, config: MoEConfig, count: int, region: nn.Module | None, like: Tensor) -> Experts:

@@ -34,6 +34,7 @@ class MoELayer(nn.Module):
         shared_expert: Experts that every token visits, or None.
         dropout: Probability with which the dense FFN dropped its output, in training.
         path: The layer's place in the model, for messages.
+        rounded: Its activation is that of the dense FFN up to rounding to float32 only.
 
     Attributes:
         dispatcher: Brings tokens to the experts and the results back.
@@ -42,6 +43,7 @@ class MoELayer(nn.Module):
         eval_capacity_factor: The limit in evaluation, likewise.
         loss_share: Multiplies the coefficients of its losses: 1 / (number of layers) where the settings ask for it.
         defers_losses: Whether whoever called the model takes care of the losses that the layer would attach.
+        asked_share: Multiplies them too: by it a tool has changed the coefficient in the model's config.
         led: Whether a model around the layer is running, and knows that.
         loss_scale: Multiplies the attached losses: what a script multiplies its own loss by before backward.
         counts_E: With a selection bias: tokens that chose each expert in training since the bias was last moved.
@@ -59,16 +61,17 @@ class MoELayer(nn.Module):
         *,
         dropout: float = 0.0,
         path: str = "",
+        rounded: bool = False,
     ) -> None:
         super().__init__()
         self.router, self.experts, self.shared_expert = router, experts, shared_expert
-        self.dropout, self.path = dropout, path
+        self.dropout, self.path, self.rounded = dropout, path, rounded
         config = self.config = router.config
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.capacity_factor: Fraction | None = None
         self.eval_capacity_factor: Fraction | None = None
         self.set_capacity(train=config.capacity_factor, evaluation=config.eval_capacity_factor)
-        self.loss_share = self.loss_scale = 1.0
+        self.loss_share = self.loss_scale = self.asked_share = 1.0
         self.defers_losses = self.led = False
         self.model_inputs = ModelInputs()
         self.record: ForwardRecord | None = None
@@ -180,7 +183,7 @@ class SparseMoE(MoELayer):
         return step
 
     def _attach(self, routing: Routing, record: ForwardRecord) -> Routing:
-        loss = weighted_sum(self._losses(record), self.config, self.loss_share)
+        loss = weighted_sum(self._losses(record), self.config, self.loss_share * self.asked_share)
         if loss is None or not torch.is_grad_enabled():
             return routing
         record.balanced = True

@@ -131,6 +131,7 @@ def _site(ffn: FFN, place: Placement) -> Site:
         activation_state=tuple(state.items()),
         handing=place.handing,
         axis=place.axis,
+        rounded=ffn.rounded and activation != CUSTOM,
     )
 
 

@@ -115,7 +115,8 @@ class _Recorder:
         finally:
             self.busy = False
         size = sum(parameter.numel() for module in self.chain for parameter in module.parameters())
-        self.calls.append(Call(_last(x), wide if chained else None, narrowed, y, _last(y), size))
+        # The model may go on to write into y: Falcon adds the attention to it in place.
+        self.calls.append(Call(_last(x), wide if chained else None, narrowed, y.clone(), _last(y), size))
 
 
 @contextmanager

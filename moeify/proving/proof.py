@@ -19,7 +19,7 @@ from moeify.arguments import check_model
 from moeify.checkpoint.source import Source, open_source
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.conversion.dense import DenseCheckpoint
-from moeify.errors import VerificationError
+from moeify.errors import VerificationError, told_as
 from moeify.hub.loading import FirstLayers, load_first_layers
 from moeify.measure import fill_inputs, relative_difference, without_shared_nan
 from moeify.plan import Plan
@@ -27,6 +27,7 @@ from moeify.proving.layers import Calls, Comparer, answering, chains_of, compari
 from moeify.proving.report import VerifyReport, compare
 from moeify.tracing.inputs import candidate_inputs
 
+_DOES_NOT_RUN = "the {} does not run on the inputs of the proof"
 _CONVERTED_LAYERS = 2  # in the slice that is compared
 _NUMBERED = re.compile(r"(?P<stack>(?:[^.]+\.)*?)(?P<number>\d+)\.")
 
@@ -45,15 +46,15 @@ def verify(
         exact: Whether the method promises equality.
 
     Raises:
-        VerificationError: The outputs have different shapes.
+        VerificationError: One of them does not run on the inputs, or the outputs have different shapes.
         ConfigError: One of them is no model.
     """
     check_model(dense, "dense")
     check_model(moe, "moe")
     arguments = random_inputs(dense) if inputs is None else inputs
-    with recording(dense, chains_of(moe)) as calls:
+    with recording(dense, chains_of(moe)) as calls, told_as(_DOES_NOT_RUN.format("dense model"), VerificationError):
         expected = run(dense, arguments)
-    with comparing(moe, calls) as comparers:
+    with comparing(moe, calls) as comparers, told_as(_DOES_NOT_RUN.format("MoE"), VerificationError):
         result = run(moe, arguments)
     outside = difference_outside(moe, comparers, calls, arguments, expected)
     return compare(expected, result, exact=exact, layers=reports(comparers), outside=outside)

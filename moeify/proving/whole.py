@@ -32,7 +32,9 @@ _Result = TypeVar("_Result")
 _MAX_TOKENS = 512  # of a text
 
 
-def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> VerifyReport:
+def verify_checkpoints(
+    dense: Path, moe: Path, *, text: str | None = None, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> VerifyReport:
     """Compare two checkpoints: layers on equal inputs in float64, logits in float32, and stored tensors with the plan.
 
     If the conversion was told to store another dtype, the dense weights are rounded to it first: the proof is about the
@@ -42,6 +44,8 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
         dense: A folder or GGUF file; tensors that its model has no place for are left out, as a conversion does.
         moe: A folder.
         text: Text to run them on, through the tokenizer beside the MoE; None takes random token ids.
+        allow_pickle: As for `open_source`; for the dense checkpoint.
+        trust_remote_code: As for `open_source`; the code is not run here either.
 
     Raises:
         CheckpointError: A tensor of either is missing, one of the MoE is unexpected, or its record is damaged.
@@ -50,8 +54,8 @@ def verify_checkpoints(dense: Path, moe: Path, *, text: str | None = None) -> Ve
     """
     promise = read_promise(moe)
     ids = None if text is None else _token_ids(moe, text)
-    with open_source(moe) as converted:
-        with open_source(dense) as source:
+    with open_source(moe, trust_remote_code=trust_remote_code) as converted:
+        with open_source(dense, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
             before = _run_dense(source, partial(_inputs, ids), promise.cast_to, chains_of(_structure(converted)))
             altered = () if promise.plan is None else altered_tensors(source, converted, promise.plan, promise.cast_to)
         report = _run_moe(converted, before, promise.exact)

@@ -78,7 +78,7 @@ def in_float64(module: nn.Module, x: Tensor) -> tuple[Tensor | None, bool]:
 
 
 def rounded_to(layer: nn.Module, size: int) -> str | None:
-    """Return the dtype to which weights were rounded when they were scaled for shards or beside shared experts.
+    """Return the dtype to which its activation or its weights were rounded: scaled for shards or beside shared experts.
 
     Args:
         layer: The MoE layer.
@@ -87,6 +87,8 @@ def rounded_to(layer: nn.Module, size: int) -> str | None:
     Returns:
         None where they are what they were, or multiplied by a power of two.
     """
+    if isinstance(layer, MoELayer) and layer.rounded:
+        return "float32"
     weights = [parameter for parameter in layer.get_submodule("experts").parameters() if parameter.dim() == 3]
     if not weights:
         return None  # a list of experts, which others write: copies

@@ -188,14 +188,13 @@ def check_shapes(model: PreTrainedModel, names: StoredNames, stored: Mapping[str
         )
         if tuple(place.shape) != info.shape:
             found, expected = f"shape {list(info.shape)}", str(list(place.shape))
+            why = "config and weights belong to different models, or the file is damaged"
         elif isinstance(place, torch.nn.Parameter) and not same_kind:
             found, expected = f"dtype {info.dtype}", str(place.dtype).removeprefix("torch.")
+            why = "if it is quantized, dequantize it first; else the file is damaged"
         else:
             continue
-        raise CheckpointError(
-            f"{on_disk} has {found}, the model of config.json expects {expected}: "
-            "config and weights belong to different models, or the file is damaged"
-        )
+        raise CheckpointError(f"{on_disk} has {found}, the model of config.json expects {expected}: {why}")
 
 
 def may_be_missing(model: PreTrainedModel, name: str) -> bool:

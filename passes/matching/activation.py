@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from moeify.kernels.activations import ACTIVATIONS as KERNELS_KNOW
-from moeify.measure import probe, recognize
+from moeify.measure import probe, recognize, same_values
 from moeify.passes.matching.region import region_parameters
 
 Unary = Callable[[torch.Tensor], torch.Tensor]
@@ -44,7 +44,9 @@ class GateUpRows:
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
-def name_activation(region: fx.GraphModule, widths: Sequence[int], intermediate: int) -> tuple[str, GateUpRows | None]:
+def name_activation(
+    region: fx.GraphModule, widths: Sequence[int], intermediate: int
+) -> tuple[str, GateUpRows | None, bool]:
     """Name a region by its values in float64 from -12 to 12.
 
     Args:
@@ -53,21 +55,23 @@ def name_activation(region: fx.GraphModule, widths: Sequence[int], intermediate:
         intermediate: How many features the output has.
 
     Returns:
-        Its canonical name and which rows are gate and up; ("custom", None) when nobody has a name for it.
+        Its canonical name, which rows are gate and up, and whether it has the name only up to rounding to float32, as
+        with a constant of a few digits (BLOOM's GELU); ("custom", None, False) when nobody has a name for it.
     """
     if region_parameters(region):
-        return CUSTOM, None  # its values are not known, so no name can be claimed
+        return CUSTOM, None, False  # its values are not known, so no name can be claimed
     inputs = [probe(2, width, seed=seed) for seed, width in enumerate(widths)]
     try:
         values = region(*inputs).double()
     except (RuntimeError, TypeError, ValueError):
-        return CUSTOM, None
+        return CUSTOM, None, False
     for rows in _possible_rows(list(widths), intermediate):
         points = [inputs[index][..., start:stop:step] for index, start, stop, step in rows.parts]
-        name = recognize(values, ACTIVATIONS if rows.gate is None else _GATED, *points)
+        table = ACTIVATIONS if rows.gate is None else _GATED
+        name = recognize(values, table, *points)
         if name is not None:
-            return name, rows
-    return CUSTOM, None
+            return name, rows, not same_values(values, table[name](*points), exactly=True)
+    return CUSTOM, None, False
 
 
 def _possible_rows(widths: list[int], intermediate: int) -> list[GateUpRows]:

@@ -182,11 +182,10 @@ class Matcher:
         """Name a match: its owner, its activation, and which rows are gate and up projection."""
         down, up_nodes = call.down, [up.node for up in call.ups]
         region = capture(self.graph_module, up_nodes, down.source, down.axis, call.cuts)
-        activation, rows = name_activation(region, [up.out_features for up in call.ups], down.in_features)
+        activation, rows, rounded = name_activation(region, [up.out_features for up in call.ups], down.in_features)
         owner = flow.innermost_module([*up_nodes, *call.nodes, down.node])
-        return FFN(
-            owner, call.kind, activation, down.out_features, down.in_features, rows, region, (call,), shared_expert
-        )
+        sizes = down.out_features, down.in_features
+        return FFN(owner, call.kind, activation, *sizes, rows, region, (call,), shared_expert, rounded)
 
     def computed_weights(self) -> list[Refusal]:
         """Refuse products with a weight that is computed (a parametrization, a rescaling): nothing could replace it."""

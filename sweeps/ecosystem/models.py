@@ -123,11 +123,12 @@ def _write_dense(folder: Path, name: str) -> Path:
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return folder
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
+    """Return a tokenizer of the small models' words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     known = ["<pad>", "<bos>", "<eos>", *(f"w{number}" for number in range(VOCABULARY - 3))]

@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+import moeify
+from moeify.cli import main
+from moeify.errors import CheckpointError, ConfigError
 from tests.moeify import tiny
 from tests.moeify.cli.test_convert import BASE, convert, edit_config, edit_weights, refused
 
@@ -82,6 +86,34 @@ def test_layouts_of_the_hub(name: str, tmp_path: Path) -> None:
     assert ("before training" in result.stderr) == (target != "moeify")
 
 
+@pytest.mark.parametrize("kind", ["--trust-remote-code", "--allow-pickle"])
+def test_every_command_takes_the_flag_that_its_refusal_names(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moeify.export.pipeline.export", stop)
+    src = with_auto_map(tmp_path / "src")
+    if kind == "--allow-pickle":
+        llama2(src)
+        torch.save(load_file(src / "model.safetensors"), src / "pytorch_model.bin")
+        (src / "model.safetensors").unlink()
+    pair = str(src), str(tmp_path / "moe")
+    commands = {"convert": (*pair, *BASE), "verify": pair, "export": (pair[0], str(tmp_path / "x.onnx")),
+                "inspect": pair[:1], "families": pair[:1]}  # fmt: skip
+    for name, arguments in commands.items():
+        refusal = CliRunner().invoke(main, [name, *arguments])
+        assert refusal.exit_code == 1 and kind in refusal.stderr, name
+        result = CliRunner().invoke(main, [name, *arguments, kind])
+        assert result.exit_code == 0 or "it is loaded" in result.stderr, (name, result.output)
+    option = {kind.removeprefix("--").replace("-", "_"): True}
+    with pytest.raises(CheckpointError, match=next(iter(option))):
+        moeify.load(src)
+    assert moeify.load(src, **option).config.model_type in {"phi3", "llama"}
+
+
+def stop(*_: object) -> None:
+    raise ConfigError("it is loaded")
+
+
 def test_what_is_not_a_number_in_the_dense_model_is_a_warning(tmp_path: Path) -> None:
     llama2(tmp_path / "src")
     broken = load_file(tmp_path / "src/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
@@ -100,7 +132,9 @@ def test_what_a_source_can_be_mistaken_for(tmp_path: Path) -> None:
     weight = load_file(tmp_path / "src/model.safetensors")["model.layers.1.mlp.up_proj.weight"]
     for dtype, word in ((torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")):
         edit_weights(tmp_path / "src", **{"model.layers.1.mlp.up_proj.weight": weight.to(dtype)})
-        assert f"up_proj.weight has dtype {word}, the model of config.json expects float32" in refused(tmp_path / "src")
+        assert f"up_proj.weight has dtype {word}, the model of config.json expects float32: if it is q" in refused(
+            tmp_path / "src"
+        )
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')

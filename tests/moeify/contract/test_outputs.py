@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import moeify
@@ -50,6 +51,28 @@ def test_the_loss_of_a_layer_is_that_of_transformers() -> None:
     full = model(**given, output_router_logits=True)
     theirs: list[Any] = [load_balancing_loss_func((logits,), 5, 2) for logits in full.router_logits]
     assert relative_difference(full.aux_loss, sum(theirs, torch.zeros(()))) <= TOLERANCE["float32"]
+
+
+def test_each_layer_balances_itself_where_a_tool_computes_the_loss_around_the_model() -> None:
+    model, ids = converted("llama").train(), tiny.inputs("llama")["input_ids"]
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.05  # of the tool; ours is 0.01
+
+    def forward(input_ids: torch.Tensor, labels: torch.Tensor, **given: Any) -> Any:  # as TRL's, on the inner model
+        inner = model.model(input_ids, **given)
+        pooled = load_balancing_loss_func(inner.router_logits, 5, 2)
+        return CausalLMOutput(loss=inner.last_hidden_state.square().mean() + 0.05 * pooled)
+
+    model.forward = forward
+    model(input_ids=ids, labels=ids, output_router_logits=True).loss.backward()
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
+    found = [layer.router.weight.grad.clone() for layer in layers]
+    del model.forward
+    model.zero_grad()
+    model.config.output_router_logits = False
+    inner = model.model(ids, output_router_logits=True)
+    (inner.last_hidden_state.square().mean() + 0.05 * inner.aux_loss).backward()
+    for layer, gradient in zip(layers, found, strict=True):
+        assert relative_difference(gradient, layer.router.weight.grad) <= TOLERANCE["float32"]
 
 
 def test_the_config_asks_too_and_its_coefficient_counts() -> None:

@@ -133,6 +133,18 @@ def test_a_model_that_is_loaded_sparingly_is_the_same(tmp_path: Path, target: st
     assert all(found[name].equal(tensor) and found[name].dtype == tensor.dtype for name, tensor in held.items())
 
 
+def test_what_is_no_path_is_one_line() -> None:
+    with pytest.raises(CheckpointError, match="NoneType is not a path"):
+        load(None)  # type: ignore[arg-type]
+
+
+def test_a_model_of_a_gguf_file_is_converted_in_place_and_saved(tmp_path: Path) -> None:
+    model: Any = moeify.convert(load(write_gpt2(tmp_path / "m.gguf")), MoEConfig(3, 2))
+    model.save_pretrained(tmp_path / "moe")
+    again = load(tmp_path / "moe").state_dict()
+    assert all(again[name].equal(tensor) for name, tensor in model.state_dict().items())
+
+
 def test_a_gguf_file_is_loaded_sparingly_too(tmp_path: Path) -> None:
     file = write_gpt2(tmp_path / "m.gguf")
     model = load_sparingly(file, torch.float32)

@@ -10,11 +10,13 @@ from torch import nn
 
 import moeify
 from moeify.config import MoEConfig
+from moeify.errors import VerificationError
 from moeify.measure import TOLERANCE
 from moeify.proving.layers import answering, chains_of, comparing, recording, reports
 from moeify.proving.proof import run
 from tests.moeify import tiny
 
+tf: Any = transformers
 CONFIG = MoEConfig(4, 2)
 
 
@@ -33,6 +35,32 @@ def test_every_layer_is_compared_in_float64_and_a_right_one_is_equal(name: str) 
         assert report.passed and report.outside is not None and report.outside < 1e-6
         assert [layer.name for layer in report.layers] == [p for p, m in moe.named_modules() if hasattr(m, "experts")]
         assert all(layer.dtype == "float64" and layer.relative < 1e-14 for layer in report.layers)
+
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+
+
+def test_a_block_that_writes_into_what_its_ffn_gave() -> None:
+    dense = tf.FalconForCausalLM(tf.FalconConfig(**SIZES, alibi=False)).eval()  # it adds the attention in place
+    report = moeify.verify(dense, moeify.convert(copy.deepcopy(dense), CONFIG))
+    assert report.passed and report.outside is not None and report.outside < 1e-6
+
+
+def test_an_activation_with_rounded_constants_is_held_to_that_rounding() -> None:
+    dense: Any = tf.BloomForCausalLM(tf.BloomConfig(**SIZES)).eval()  # its GELU has 8 digits of sqrt(2 / pi)
+    for parameter in dense.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    moe: Any = moeify.convert(copy.deepcopy(dense), CONFIG)
+    report = moeify.verify(dense, moe)
+    assert report.passed and max(layer.relative for layer in report.layers) > TOLERANCE["float64"]
+    moe.transformer.h[0].mlp.dense_4h_to_h.experts.down_proj.data[:, 3, 5] *= 1.01
+    assert not moeify.verify(dense, moe).passed
+
+
+def test_a_model_that_does_not_run_is_one_line() -> None:
+    dense, moe = pair("llama")
+    with pytest.raises(VerificationError, match="the dense model does not run on the inputs of the proof"):
+        moeify.verify(dense, moe, {"input_ids": torch.zeros(2)})
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5_gated"])

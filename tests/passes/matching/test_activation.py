@@ -56,6 +56,12 @@ def test_an_activation_is_named_by_its_values(name: str, formula: Callable[[torc
     assert find_one(Block(formula, INNER)).activation == name
 
 
+@pytest.mark.parametrize(("constant", "rounded"), [(0.7978845608028654, False), (0.79788456, True)])
+def test_a_name_that_fits_up_to_rounding_is_told_apart(constant: float, rounded: bool) -> None:
+    found = find_one(Block(lambda x: 0.5 * x * (1 + (constant * (x + 0.044715 * x**3)).tanh()), INNER))
+    assert found.activation == "gelu_tanh" and found.rounded == rounded
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_the_gate_is_the_half_that_goes_through_the_activation(name: str) -> None:
     act = NAMED[name][-1]
