@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ DEPTHS = re.compile(
     r"num_hidden_layers|n_layers?|num_layers|(num_)?(encoder|decoder)_layers|num_(encoder|decoder)_(layers|blocks)"
     r"|num_block_layers|depth|num_hidden_blocks|[lrx]_layers|.*_num_hidden_layers|resampler_depth|vision_depth"
 )
-PER_LAYER = re.compile(r"(mlp_|attn_)?layer_types|layers_block_type")
+PER_LAYER = re.compile(r"(mlp_|attn_)?layer_types|layers_block_type|num_attention_heads_per_layer")
 STAGES = re.compile(r"depths|num_blocks|layers_per_stage|encoder_depths|stage_depths|blocks_per_stage")
 
 
@@ -44,18 +45,39 @@ def looked_up(model_type: str) -> dict[str, Any]:
     return entries.get(model_type, {})
 
 
+def example_inputs(specified: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return the inputs that docs/architectures.json describes.
+
+    `{"shape": [2, "text_config.hidden_size"], "dtype": …}` is a tensor on the meta device, sizes by name being the
+    configuration's; with `"value"` it holds that number. `{"values": […]}` is a tensor that holds a list.
+    """
+    return {name: _example(value, config) for name, value in specified.items()}
+
+
+def _example(value: Any, config: Any) -> Any:
+    match value:
+        case {"values": values}:
+            return torch.tensor(values)
+        case {"shape": shape, **rest}:
+            sizes = [size if isinstance(size, int) else attrgetter(size)(config) for size in shape]
+            dtype = getattr(torch, rest.get("dtype", "float32"))
+            if "value" in rest:
+                return torch.full(sizes, rest["value"], dtype=dtype)
+            return torch.empty(sizes, dtype=dtype, device="meta")
+        case dict():
+            return {name: _example(inner, config) for name, inner in value.items()}
+        case list():
+            return [_example(inner, config) for inner in value]
+    return value
+
+
 def build(model_type: str, task: str, changes: dict[str, Any]) -> nn.Module:
     """Build a small model on the meta device: default widths, two layers."""
     config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
     top = {name: _configuration(value) for name, value in changes.items() if "." not in name}
     config = config_class(**top)
     _cut(config, set())
-    for path, value in (changes | top).items():
-        *holders, name = path.split(".")
-        holder = config
-        for inner in holders:
-            holder = getattr(holder, inner)
-        setattr(holder, name, value)
+    set_fields(config, changes | top)
     names, auto_class = TASKS[task]
     with torch.device("meta"):
         try:
@@ -68,6 +90,19 @@ def build(model_type: str, task: str, changes: dict[str, Any]) -> nn.Module:
                 _cut(config, set())
             model = model_class(config)
     return model
+
+
+def set_fields(config: Any, changes: dict[str, Any]) -> None:
+    """Set fields of a configuration by their paths."""
+    for path, value in changes.items():
+        *holders, name = path.split(".")
+        holder = config
+        for inner in holders:
+            holder = holder[inner] if isinstance(holder, dict) else getattr(holder, inner)
+        if isinstance(holder, dict):
+            holder[name] = value
+        else:
+            setattr(holder, name, value)
 
 
 def _configuration(value: Any) -> Any:
@@ -88,3 +123,15 @@ def _cut(config: Any, seen: set[int]) -> None:
             setattr(config, name, value[:LAYERS])
         elif STAGES.fullmatch(name) and isinstance(value, list | tuple):
             setattr(config, name, type(value)(1 for _ in value))
+    spec = vars(config).get("_heterogeneity_spec")
+    if spec is not None:
+        config.per_layer_config = {n: held for n, held in spec.per_layer_overrides.items() if n < LAYERS} or None
+    _cut_stages(config)
+
+
+def _cut_stages(config: Any) -> None:
+    """Let a backbone whose layers are its stages give the last one, if it gave the last one before it was cut."""
+    names = getattr(config, "stage_names", None)
+    if names and not any(map(STAGES.fullmatch, vars(config))) and config.out_features == names[-1:]:
+        config.stage_names = names[: config.num_hidden_layers + 1]
+        config.set_output_features_output_indices(config.stage_names[-1:], None)
