@@ -39,12 +39,17 @@ VOCABULARY = 512
 
 @dataclass(frozen=True)
 class Small:
-    """A model in evaluation mode, inputs that it accepts, and whether they were looked up (or guessed)."""
+    """A model in evaluation mode, inputs that it accepts, and whether it converts only with inputs given."""
 
     model: Any
     inputs: dict[str, Any]
-    looked_up: bool
+    needs_inputs: bool
     task: str
+
+    @property
+    def example_inputs(self) -> dict[str, Any] | None:
+        """What a caller of the library would have to pass."""
+        return self.inputs if self.needs_inputs else None
 
     @property
     def parameters(self) -> int:
@@ -75,7 +80,7 @@ def small_model(model_type: str) -> Small:
             model = runnable(type(meta)(config).eval())
             model.float()
             draw_weights(model)
-            return Small(model, *_inputs_for(model, facts.get("small inputs") or facts.get("inputs", {})), task)
+            return Small(model, _inputs_for(model, facts), "inputs" in facts, task)
         except Exception as error:
             failure = failure or error
     assert failure is not None
@@ -163,20 +168,21 @@ def draw_weights(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
 
-def _inputs_for(model: Any, specified: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def _inputs_for(model: Any, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the first inputs that the forward accepts.
 
     Raises:
         Exception: what the forward raised on the first of them.
     """
     failure: Exception | None = None
-    looked_up = [example_inputs(specified, model.config)] if specified else list(_patches(model))
-    for candidate in looked_up or candidate_inputs(model):
+    specified = facts.get("small inputs") or facts.get("inputs")
+    candidates = [example_inputs(specified, model.config)] if specified else list(_patches(model))
+    for candidate in candidates or candidate_inputs(model):
         inputs = {name: _drawn(name, value) for name, value in candidate.items()}
         try:
             with torch.no_grad():
                 model(**inputs)
-            return inputs, bool(looked_up)
+            return inputs
         except Exception as error:
             failure = failure or error
     assert failure is not None
@@ -202,6 +208,8 @@ def _drawn(name: str, value: Any) -> Any:
     """Return random values of a shape and dtype."""
     if isinstance(value, dict):
         return {inner: _drawn(inner, held) for inner, held in value.items()}
+    if isinstance(value, list):
+        return [_drawn(name, held) for held in value]
     if not isinstance(value, torch.Tensor) or not value.is_meta:
         return value
     if value.dtype is torch.bool:

@@ -132,7 +132,8 @@ def _rebuild(model: PreTrainedModel, saved: Plan) -> None:
 
 
 def _renamed(model: PreTrainedModel, saved: Plan) -> Plan:
-    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    held = (model.named_modules(), model.named_parameters(), model.named_buffers())
+    names = {name for group in held for name, _ in group}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
 
     def rename(name: str) -> str | None:
