@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import prod
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def looked_up(model_type: str) -> dict[str, Any]:
 def example_inputs(specified: dict[str, Any], config: Any) -> dict[str, Any]:
     """Return the inputs that docs/architectures.json describes.
 
-    `{"shape": [2, "text_config.hidden_size"], "dtype": …}` is a tensor on the meta device, sizes by name being the
+    `{"shape": [2, "2*text_config.hidden_size"], "dtype": …}` is a tensor on the meta device, sizes by name being the
     configuration's; with `"value"` it holds that number. `{"values": […]}` is a tensor that holds a list.
     """
     return {name: _example(value, config) for name, value in specified.items()}
@@ -59,7 +60,7 @@ def _example(value: Any, config: Any) -> Any:
         case {"values": values}:
             return torch.tensor(values)
         case {"shape": shape, **rest}:
-            sizes = [size if isinstance(size, int) else attrgetter(size)(config) for size in shape]
+            sizes = [prod(_number(part, config) for part in str(size).split("*")) for size in shape]
             dtype = getattr(torch, rest.get("dtype", "float32"))
             if "value" in rest:
                 return torch.full(sizes, rest["value"], dtype=dtype)
@@ -90,6 +91,10 @@ def build(model_type: str, task: str, changes: dict[str, Any]) -> nn.Module:
                 _cut(config, set())
             model = model_class(config)
     return model
+
+
+def _number(text: str, config: Any) -> int:
+    return int(text) if text.isdigit() else attrgetter(text)(config)
 
 
 def set_fields(config: Any, changes: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ WIDTH = re.compile(
     r"dim|size|width|^d_|d_head|n_embd|n_inner|hidden|rank|channels|features|num_filters|expand|upsample_groups"
 )
 NO_WIDTH = re.compile(
-    r"vocab|image|patch|kernel|window|position|seq|length|chunk|block_size|batch|crop|sample|^num_(?!features|filters)|max_|codebook_size"
+    r"vocab|image|patch|kernel|window|position|seq|length|chunk|block_size|batch|crop|(?<!up)sample|^num_(?!features|filters)|max_|codebook_size"
     r"|(?<!upsample_)group|stride|bins|mel|layers|buckets|num_channels|in_channels|text_config|temporal|downsample|d_conv|grid|factor"
 )
 PICTURE = re.compile(r"image_size|img_size|image_embedding_size|feature_sizes|num_frames")
@@ -118,6 +118,8 @@ def _shrink(config: Any, divisor: int, vocabulary: bool, pictures: int, seen: se
             _set(config, name, min(value, VOCABULARY))
         elif vocabulary and re.search(r"token_id|_id$|^image_token_index", name):
             _set(config, name, _small_id(value, name))
+        elif name == "use_cache":
+            _set(config, name, False)  # caches are outputs that torch.export does not know
         elif EXPERTS.search(name) and type(value) is int:
             _set(config, name, min(value, 2 if re.search("per_tok|top_?k", name) else 8))
         elif PICTURE.search(name):
