@@ -119,18 +119,19 @@ def _configuration(value: Any) -> Any:
 def _cut(config: Any, seen: set[int]) -> None:
     """Cut every stack of a configuration and of those inside it to two layers, and every stage to one."""
     seen.add(id(config))
+    spec, depth = vars(config).get("_heterogeneity_spec"), vars(config).get("num_hidden_layers", LAYERS)
     for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PreTrainedConfig) and id(value) not in seen:
             _cut(value, seen)
         elif DEPTHS.fullmatch(name) and type(value) is int and value > LAYERS:
             setattr(config, name, LAYERS)
         elif PER_LAYER.fullmatch(name) and isinstance(value, list):
-            setattr(config, name, value[:LAYERS])
+            setattr(config, name, value[:LAYERS] if spec is None else [value[0], value[-1]])
         elif STAGES.fullmatch(name) and isinstance(value, list | tuple):
             setattr(config, name, type(value)(1 for _ in value))
-    spec = vars(config).get("_heterogeneity_spec")
-    if spec is not None:
-        config.per_layer_config = {n: held for n, held in spec.per_layer_overrides.items() if n < LAYERS} or None
+    if spec is not None:  # its layers differ: the first and the last stay
+        held = spec.per_layer_overrides
+        config.per_layer_config = {n: held[layer] for n, layer in enumerate((0, depth - 1)) if layer in held}
     _cut_stages(config)
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -31,8 +31,6 @@ LARGE = {"image_size": 512, "img_size": 512, "num_frames": 16}  # smaller ones s
 EXPERTS = re.compile(
     r"^(num|n|moe_num)_(local_|routed_)?experts$|^zero_expert_num$|num_experts_per_tok$|^top_k_experts$|^moe_topk$"
 )
-# What widths are divided by, whether vocabularies are cut short, and what large pictures are divided by.
-REDUCTIONS = [(8, True, 4), (8, True, 1), (8, False, 1), (4, True, 4), (2, True, 4), (1, True, 1), (1, False, 1)]
 MOST = 150_000_000  # parameters
 VOCABULARY = 512
 
@@ -57,6 +55,50 @@ class Small:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
+class Reduction(NamedTuple):
+    """How much smaller a configuration gets.
+
+    Attributes:
+        divisor: What widths are divided by.
+        vocabulary: Whether vocabularies are cut short.
+        pictures: What large pictures are divided by.
+    """
+
+    divisor: int
+    vocabulary: bool
+    pictures: int
+
+    def of(self, name: str, value: Any) -> Any:
+        """Return a smaller value for a field."""
+        if self.vocabulary and "vocab_size" in name and type(value) is int:
+            return min(value, VOCABULARY)
+        if self.vocabulary and re.search(r"token_id|_id$|^image_token_index", name):
+            return _small_id(value, name)
+        if name == "use_cache":
+            return False  # caches are outputs that torch.export does not know
+        if EXPERTS.search(name) and type(value) is int:
+            return min(value, 2 if re.search("per_tok|top_?k", name) else 8)
+        if PICTURE.search(name):
+            large = max(value, default=0) if isinstance(value, list | tuple) else value
+            return value if name in LARGE and large < LARGE[name] else _divided(value, self.pictures)
+        if WIDTH.search(name) and not NO_WIDTH.search(name):
+            return _divided(value, self.divisor)
+        if name == "rope_parameters" and isinstance(value, dict) and isinstance(value.get("mrope_section"), list):
+            return {**value, "mrope_section": _divided_sections(value["mrope_section"], self.divisor)}
+        return value
+
+
+REDUCTIONS = (
+    Reduction(8, vocabulary=True, pictures=4),
+    Reduction(8, vocabulary=True, pictures=1),
+    Reduction(8, vocabulary=False, pictures=1),
+    Reduction(4, vocabulary=True, pictures=4),
+    Reduction(2, vocabulary=True, pictures=4),
+    Reduction(1, vocabulary=True, pictures=1),
+    Reduction(1, vocabulary=False, pictures=1),
+)
+
+
 def small_model(model_type: str) -> Small:
     """Return the smallest form of a model type that can be built and run.
 
@@ -69,7 +111,7 @@ def small_model(model_type: str) -> Small:
     failure: Exception | None = None
     for reduction in REDUCTIONS:
         config = copy.deepcopy(meta.config)
-        _shrink(config, *reduction, set())
+        _shrink(config, reduction, set())
         set_fields(config, facts.get("small config", {}))
         try:
             with torch.device("meta"):
@@ -107,33 +149,18 @@ def _name_sections(model: nn.Module) -> None:
             config.rope_parameters.setdefault("mrope_section", list(sections))
 
 
-def _shrink(config: Any, divisor: int, vocabulary: bool, pictures: int, seen: set[int]) -> None:
-    """Divide the widths of a configuration and of those inside it, and cut vocabularies short."""
+def _shrink(config: Any, reduction: Reduction, seen: set[int]) -> None:
+    """Reduce the fields of a configuration and of those inside it."""
     seen.add(id(config))
     for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PreTrainedConfig):
             if id(value) not in seen:
-                _shrink(value, divisor, vocabulary, pictures, seen)
-        elif vocabulary and "vocab_size" in name and type(value) is int:
-            _set(config, name, min(value, VOCABULARY))
-        elif vocabulary and re.search(r"token_id|_id$|^image_token_index", name):
-            _set(config, name, _small_id(value, name))
-        elif name == "use_cache":
-            _set(config, name, False)  # caches are outputs that torch.export does not know
-        elif EXPERTS.search(name) and type(value) is int:
-            _set(config, name, min(value, 2 if re.search("per_tok|top_?k", name) else 8))
-        elif PICTURE.search(name):
-            large = max(value, default=0) if isinstance(value, list | tuple) else value
-            _set(config, name, value if name in LARGE and large < LARGE[name] else _divided(value, pictures))
-        elif WIDTH.search(name) and not NO_WIDTH.search(name):
-            _set(config, name, _divided(value, divisor))
-        elif name == "rope_parameters" and isinstance(value, dict) and isinstance(value.get("mrope_section"), list):
-            value["mrope_section"] = _divided_sections(value["mrope_section"], divisor)
-
-
-def _set(config: Any, name: str, value: Any) -> None:
-    if vars(config)[name] != value:  # not `getattr`: a value that differs by layer cannot be asked for
-        setattr(config, name, value)
+                _shrink(value, reduction, seen)
+        elif name == "_heterogeneity_spec":
+            layers = value.per_layer_overrides.items()
+            config.per_layer_config = {n: {key: reduction.of(key, one) for key, one in of.items()} for n, of in layers}
+        elif (reduced := reduction.of(name, value)) != value:
+            setattr(config, name, reduced)
 
 
 def _small_id(value: Any, name: str) -> Any:
