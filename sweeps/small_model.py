@@ -192,7 +192,7 @@ def draw_weights(model: nn.Module) -> None:
             if isinstance(module, nn.Embedding):
                 parameter.normal_(std=0.5)
             elif name == "weight" and parameter.dim() > 1:
-                parameter.normal_(std=0.7 / (parameter.numel() / parameter.shape[0]) ** 0.5)
+                parameter.normal_(std=0.7 / max(parameter[0].numel(), 1) ** 0.5)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
