@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from sweeps.models import build, example_inputs, looked_up, model_types, set_fie
 
 # Widths are divided by one number each, which keeps the ratios between them that a model relies on.
 WIDTH = re.compile(
-    r"dim|size|width|^d_|d_head|n_embd|n_inner|hidden|rank|channels|features|num_filters|expand|upsample_groups"
+    r"dim|size|width|^d_|d_head|n_embd|n_inner|hidden|rank|channels|channel_list|features|num_filters|expand|upsample_groups"
 )
 NO_WIDTH = re.compile(
     r"vocab|image|patch|kernel|window|position|seq|length|chunk|block_size|batch|crop|(?<!up)sample|^num_(?!features|filters)|max_|codebook_size"
@@ -192,7 +193,7 @@ def draw_weights(model: nn.Module) -> None:
             if isinstance(module, nn.Embedding):
                 parameter.normal_(std=0.5)
             elif name == "weight" and parameter.dim() > 1:
-                parameter.normal_(std=0.7 / max(parameter[0].numel(), 1) ** 0.5)
+                parameter.normal_(std=0.7 / (prod(parameter.shape[1:]) or 1) ** 0.5)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
