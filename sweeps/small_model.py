@@ -21,11 +21,13 @@ from sweeps.models import build, example_inputs, looked_up, model_types, set_fie
 
 # Widths are divided by one number each, which keeps the ratios between them that a model relies on.
 WIDTH = re.compile(
-    r"dim|size|width|^d_|d_head|n_embd|n_inner|hidden|rank|channels|channel_list|features|num_filters|expand|upsample_groups"
+    r"dim|size|width|^d_|d_head|n_embd|n_inner|hidden|rank|channels|channel_list|features|expand"
+    r"|num_filters|num_pos_feats|upsample_groups"
 )
 NO_WIDTH = re.compile(
-    r"vocab|image|patch|kernel|window|position|seq|length|chunk|block_size|batch|crop|(?<!up)sample|^num_(?!features|filters)|max_|codebook_size"
-    r"|(?<!upsample_)group|stride|bins|mel|layers|buckets|num_channels|in_channels|text_config|temporal|downsample|d_conv|grid|factor"
+    r"vocab|image|patch|kernel|window|position|seq|length|chunk|block_size|batch|crop|(?<!up)sample|max_|codebook_size"
+    r"|^num_(?!features|filters|pos_feats)|(?<!upsample_)group|stride|bins|mel|layers|buckets|num_channels|in_channels"
+    r"|text_config|temporal|downsample|d_conv|grid|factor"
 )
 PICTURE = re.compile(r"image_size|img_size|image_embedding_size|feature_sizes|num_frames")
 LARGE = {"image_size": 512, "img_size": 512, "num_frames": 16}  # smaller ones stay
