@@ -59,11 +59,11 @@ def _example(value: Any, config: Any) -> Any:
     match value:
         case {"values": values}:
             return torch.tensor(values)
-        case {"shape": shape, **rest}:
+        case {"shape": shape}:
             sizes = [prod(_number(part, config) for part in str(size).split("*")) for size in shape]
-            dtype = getattr(torch, rest.get("dtype", "float32"))
-            if "value" in rest:
-                return torch.full(sizes, rest["value"], dtype=dtype)
+            dtype = getattr(torch, value.get("dtype", "float32"))
+            if "value" in value:
+                return torch.full(sizes, value["value"], dtype=dtype)
             return torch.empty(sizes, dtype=dtype, device="meta")
         case dict():
             return {name: _example(inner, config) for name, inner in value.items()}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -147,7 +147,7 @@ def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 def _name_sections(model: nn.Module) -> None:
     """Write the sections of a multimodal RoPE, which are widths, into a configuration that leaves them to the code."""
     for module in model.modules():
-        sections, config = getattr(module, "mrope_section", None), getattr(module, "config", None)
+        sections, config = getattr(module, "mrope_section", None), cast("Any", getattr(module, "config", None))
         if sections and isinstance(getattr(config, "rope_parameters", None), dict):
             config.rope_parameters.setdefault("mrope_section", list(sections))
 
@@ -228,8 +228,8 @@ def _patches(model: Any) -> Iterator[dict[str, Any]]:
     if not grid or not isinstance(getattr(config, "patch_size", None), int):
         return
     beside = {grid: torch.tensor([[1, 4, 4]])} | ({"merge_sizes": torch.tensor([2])} if "merge_sizes" in names else {})
-    frames = getattr(config, "temporal_patch_size", None) or getattr(config, "patch_temporal", 1)
-    channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
+    frames: Any = getattr(config, "temporal_patch_size", None) or getattr(config, "patch_temporal", 1)
+    channels: Any = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
     name = "hidden_states" if "hidden_states" in names else "pixel_values"
     side = config.patch_size
     for shape in [(16, channels * frames * side**2), (16, channels, side, side)]:

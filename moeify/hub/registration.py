@@ -141,7 +141,7 @@ def _pass_over_initializers(model: PreTrainedModel, plan: Plan) -> None:
         names = site.path.split(".")[:-1]
         for module in (model.get_submodule(".".join(names[:end])) for end in range(len(names) + 1)):
             if not module._parameters and not module._buffers:
-                module._is_hf_initialized = True
+                vars(module)["_is_hf_initialized"] = True
 
 
 def _renamed(model: PreTrainedModel, saved: Plan) -> Plan:

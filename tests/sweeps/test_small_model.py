@@ -54,14 +54,15 @@ def test_layers_that_differ_stay_different() -> None:
 
 
 def test_a_model_without_a_forward_gives_way_to_the_first_inside_it() -> None:
-    config: Any = transformers.LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=9)
+    tf: Any = transformers
+    config = tf.LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, vocab_size=9)
 
-    class Pair(transformers.PreTrainedModel):
-        config_class = transformers.LlamaConfig
+    class Pair(tf.PreTrainedModel):  # type: ignore[misc]
+        config_class = tf.LlamaConfig
 
         def __init__(self) -> None:
             super().__init__(config)
-            self.projection, self.text = nn.Linear(2, 2), transformers.LlamaModel(config)
+            self.projection, self.text = nn.Linear(2, 2), tf.LlamaModel(config)
 
     pair = Pair()
     assert runnable(pair) is pair.text

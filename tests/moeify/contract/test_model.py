@@ -67,18 +67,20 @@ def test_the_config_says_what_an_moe_says(name: str, tmp_path: Path) -> None:
 
 
 def test_the_sizes_of_layers_that_a_model_has_already_stay(tmp_path: Path) -> None:
+    tf: Any = transformers
     sizes = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2,
              "num_key_value_heads": 1, "head_dim": 12, "vocab_size": 50, "pad_token_id": 0}  # fmt: skip
     own = {"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
-    model: Any = transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**sizes, **own)).eval()
+    model = tf.Glm4MoeForCausalLM(tf.Glm4MoeConfig(**sizes, **own)).eval()
     src = tiny.save(model, tmp_path / "src")
     tokens, copies = torch.arange(7)[None], MoEConfig(experts=5, top_k=2)
     with torch.no_grad():
         expected = model(tokens).logits
         tiny.convert_files(src, tmp_path / "streamed", copies)
-        moeify.convert(model, copies).save_pretrained(tmp_path / "saved")
+        converted: Any = moeify.convert(model, copies)
+        converted.save_pretrained(tmp_path / "saved")
         for folder in ("saved", "streamed"):
-            loaded = moeify.load(tmp_path / folder)
+            loaded: Any = moeify.load(tmp_path / folder)
             assert {name: getattr(loaded.config, name) for name in own} == own
             assert relative_difference(loaded(tokens).logits, expected) < TOLERANCE["float32"]
 
