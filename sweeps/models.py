@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from math import prod
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ DEPTHS = re.compile(
     r"num_hidden_layers|n_layers?|num_layers|(num_)?(encoder|decoder)_layers|num_(encoder|decoder)_(layers|blocks)"
     r"|num_block_layers|depth|num_hidden_blocks|[lrx]_layers|.*_num_hidden_layers|resampler_depth|vision_depth"
 )
-PER_LAYER = re.compile(r"(mlp_|attn_)?layer_types|layers_block_type|num_attention_heads_per_layer")
+PER_LAYER = re.compile(r"(mlp_|attn_)?layer_types|layers_block_type|num_attention_heads_per_layer|kv_source_layers")
 STAGES = re.compile(r"depths|num_blocks|layers_per_stage|encoder_depths|stage_depths|blocks_per_stage")
 
 
@@ -94,7 +93,12 @@ def build(model_type: str, task: str, changes: dict[str, Any]) -> nn.Module:
 
 
 def _number(text: str, config: Any) -> int:
-    return int(text) if text.isdigit() else attrgetter(text)(config)
+    """Return a number as it is written, or a field by its path, in which numbers are those of layers."""
+    if text.isdigit():
+        return int(text)
+    for name in text.split("."):
+        config = config[int(name)] if name.isdigit() else getattr(config, name)
+    return int(config)
 
 
 def set_fields(config: Any, changes: dict[str, Any]) -> None:

@@ -97,6 +97,7 @@ REDUCTIONS = (
     Reduction(8, vocabulary=False, pictures=1),
     Reduction(4, vocabulary=True, pictures=4),
     Reduction(2, vocabulary=True, pictures=4),
+    Reduction(1, vocabulary=True, pictures=4),
     Reduction(1, vocabulary=True, pictures=1),
     Reduction(1, vocabulary=False, pictures=1),
 )
