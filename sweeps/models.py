@@ -40,7 +40,7 @@ def model_types() -> dict[str, str]:
 
 
 def looked_up(model_type: str) -> dict[str, Any]:
-    """Return what docs/architectures.json says about a model type."""
+    """Return what docs/architectures.json says about a model type; what it calls small, only the small models get."""
     entries: dict[str, dict[str, Any]] = json.loads((DOCS / "architectures.json").read_text())
     return entries.get(model_type, {})
 
