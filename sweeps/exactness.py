@@ -115,9 +115,9 @@ def page(known: dict[str, Result]) -> str:
         "number in float64 stands beside it: a model that sorts or rounds what it computes makes much of the last",
         "digit. d_fine, deimv2, pp_doclayout_v3, v4, rt_detr and (mm-)grounding-dino sort queries by scores of which",
         "some tie. What paligemma's graph differs by, torch.export's own differs by. Where a model has no forward, or",
-        "one for a session of a video, the first model inside it stands for it. Most rows that say ERROR, mismatched or",
-        "no result after 60 s are older than the small models of today, and are to be made again. Written by `python -m",
-        "sweeps.exactness`, type by type.",
+        "one for a session of a video, the first model inside it stands for it. Most rows with ERROR, mismatched or",
+        "no result after 60 s are older than the small models of today, and are to be made again. Written by",
+        "`python -m sweeps.exactness`, type by type.",
         "",
         f"{len(known)} types: {len(built)} were built, {len(exact)} of them convert in place, "
         f"{len(exact) - len(above)} within the limit.",
