@@ -83,7 +83,7 @@ class _Paths:
         before, state = repr(model), {name: t.clone() for name, t in model.state_dict().items()}
         config = self.small.model.config.to_dict()
         try:
-            moeify.convert(model, CONFIG, example_inputs=self.small.inputs if self.small.looked_up else None)
+            moeify.convert(model, CONFIG, example_inputs=self.small.example_inputs)
         except MoeifyError:
             same = repr(model) == before and same_tensors(model.state_dict(), state) is None
             if not same or model.config.to_dict() != config:
@@ -107,7 +107,7 @@ class _Paths:
         inputs = {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
                   for name, value in self.small.inputs.items()}  # fmt: skip
         expected = run(dense, inputs)
-        moeify.convert(dense, CONFIG, example_inputs=inputs if self.small.looked_up else None)
+        moeify.convert(dense, CONFIG, example_inputs=self.small.example_inputs and inputs)
         return difference(run(dense, inputs), expected)
 
     @torch.no_grad()
@@ -180,7 +180,7 @@ class _Paths:
         del again
         unused: list[str] = []
         with open_source(dense) as source:
-            opened = DenseCheckpoint(source)
+            opened = DenseCheckpoint(source, self.small.example_inputs)
             plan = plan_checkpoint(opened, CONFIG, target="moeify")
             convert_checkpoint(opened, plan, Output(moe, shard_size=10**10), Callbacks(unused=unused.extend))
         if unused:

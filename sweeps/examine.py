@@ -7,9 +7,6 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 
 from moeify.errors import MoeifyError
 from moeify.passes.ffn import FFN, Inspection
@@ -17,7 +14,7 @@ from moeify.passes.find_ffn import find_ffns_in
 from moeify.planning.placement import Placer
 from moeify.tracing.trace import UNTRACED, trace
 from sweeps.count_by_name import Sizes, by_name
-from sweeps.models import build, looked_up, model_types
+from sweeps.models import build, example_inputs, looked_up, model_types
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def examine(model_type: str) -> Row:
         model = build(model_type, task, facts.get("config", {}))
     except Exception as error:  # whatever stops a model from being built is the row's content
         return Row(model_type, task, problem="not built: " + _line(error), note=row.note)
-    inputs = {name: _zeros(spec) for name, spec in facts.get("inputs", {}).items()}
+    inputs = example_inputs(facts.get("inputs", {}), getattr(model, "config", None))
     expected = by_name(model, facts.get("also", []), facts.get("not", []))
     try:
         graph_module = trace(model, inputs or None)
@@ -93,13 +90,6 @@ def _reasons(found: Inspection) -> tuple[str, ...]:
     counts = Counter(re.sub(r"\s+", " ", re.sub(r"\b[\w.]+\.[\w.]+ projects", "another layer projects", text))
                      for text in general)  # fmt: skip
     return tuple(f"{count}x {reason}" for reason, count in counts.most_common(3))
-
-
-def _zeros(spec: Any) -> Any:
-    """Return a tensor for {"shape": …, "dtype": …}, and anything else as it is."""
-    if isinstance(spec, dict) and "shape" in spec:
-        return torch.zeros(spec["shape"], dtype=getattr(torch, spec.get("dtype", "float32")), device="meta")
-    return spec
 
 
 def _line(error: Exception) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate, pairwise
+from math import prod
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -15,27 +17,40 @@ from torch import nn
 
 from moeify.measure import fill
 from moeify.tracing.inputs import candidate_inputs
-from sweeps.models import build, looked_up, model_types
+from sweeps.models import build, example_inputs, looked_up, model_types, set_fields
 
 # Widths are divided by one number each, which keeps the ratios between them that a model relies on.
-WIDTH = re.compile(r"dim|size|width|^d_|n_embd|n_inner|hidden|rank|channels|features|mrope_section|expand")
-NO_WIDTH = re.compile(
-    r"vocab|image|patch|kernel|window|position|seq|length|chunk|block_size|batch|crop|sample|^num_(?!features)|max_|codebook_size"
-    r"|group|stride|bins|mel|layers|buckets|num_channels|in_channels|text_config|temporal|downsample|d_conv|grid|factor"
+WIDTH = re.compile(
+    r"dim|size|width|^d_|d_head|n_embd|n_inner|hidden|rank|channels|channel_list|features|expand"
+    r"|num_filters|num_pos_feats|upsample_groups"
 )
-EXPERTS = re.compile(r"^(num|n|moe_num)_(local_|routed_)?experts$|num_experts_per_tok$|^top_k_experts$")
+NO_WIDTH = re.compile(
+    r"vocab|image|patch|kernel|window|position|seq|length|chunk|block_size|batch|crop|(?<!up)sample|max_|codebook_size"
+    r"|^num_(?!features|filters|pos_feats)|(?<!upsample_)group|stride|bins|mel|layers|buckets|num_channels|in_channels"
+    r"|text_config|temporal|downsample|d_conv|grid|factor"
+)
+PICTURE = re.compile(r"image_size|img_size|image_embedding_size|feature_sizes|num_frames")
+LARGE = {"image_size": 512, "img_size": 512, "num_frames": 16}  # smaller ones stay
+EXPERTS = re.compile(
+    r"^(num|n|moe_num)_(local_|routed_)?experts$|^zero_expert_num$|num_experts_per_tok$|^top_k_experts$|^moe_topk$"
+)
 MOST = 150_000_000  # parameters
 VOCABULARY = 512
 
 
 @dataclass(frozen=True)
 class Small:
-    """A model in evaluation mode, inputs that it accepts, and whether they were looked up (or guessed)."""
+    """A model in evaluation mode, inputs that it accepts, and whether it converts only with inputs given."""
 
     model: Any
     inputs: dict[str, Any]
-    looked_up: bool
+    needs_inputs: bool
     task: str
+
+    @property
+    def example_inputs(self) -> dict[str, Any] | None:
+        """What a caller of the library would have to pass."""
+        return self.inputs if self.needs_inputs else None
 
     @property
     def parameters(self) -> int:
@@ -43,54 +58,113 @@ class Small:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
+class Reduction(NamedTuple):
+    """How much smaller a configuration gets.
+
+    Attributes:
+        divisor: What widths are divided by.
+        vocabulary: Whether vocabularies are cut short.
+        pictures: What large pictures are divided by.
+    """
+
+    divisor: int
+    vocabulary: bool
+    pictures: int
+
+    def of(self, name: str, value: Any) -> Any:
+        """Return a smaller value for a field."""
+        if self.vocabulary and "vocab_size" in name and type(value) is int:
+            return min(value, VOCABULARY)
+        if self.vocabulary and re.search(r"token_id|_id$|^image_token_index", name):
+            return _small_id(value, name)
+        if name == "use_cache":
+            return False  # caches are outputs that torch.export does not know
+        if EXPERTS.search(name) and type(value) is int:
+            return min(value, 2 if re.search("per_tok|top_?k", name) else 8)
+        if PICTURE.search(name):
+            large = max(value, default=0) if isinstance(value, list | tuple) else value
+            return value if name in LARGE and large < LARGE[name] else _divided(value, self.pictures)
+        if WIDTH.search(name) and not NO_WIDTH.search(name):
+            return _divided(value, self.divisor)
+        if name == "rope_parameters" and isinstance(value, dict) and isinstance(value.get("mrope_section"), list):
+            return {**value, "mrope_section": _divided_sections(value["mrope_section"], self.divisor)}
+        return value
+
+
+REDUCTIONS = (
+    Reduction(8, vocabulary=True, pictures=4),
+    Reduction(8, vocabulary=True, pictures=1),
+    Reduction(8, vocabulary=False, pictures=1),
+    Reduction(4, vocabulary=True, pictures=4),
+    Reduction(2, vocabulary=True, pictures=4),
+    Reduction(1, vocabulary=True, pictures=4),
+    Reduction(1, vocabulary=True, pictures=1),
+    Reduction(1, vocabulary=False, pictures=1),
+)
+
+
 def small_model(model_type: str) -> Small:
     """Return the smallest form of a model type that can be built and run.
 
     Raises:
-        Exception: what stopped the last attempt.
+        Exception: what stopped the first attempt.
     """
     task, facts = model_types()[model_type], looked_up(model_type)
     meta = build(model_type, task, facts.get("config", {}))
-    failure: Exception = ValueError(f"more than {MOST} parameters")
-    for divisor, vocabulary in [(8, True), (8, False), (4, True), (2, True), (1, True), (1, False)]:
+    _name_sections(meta)
+    failure: Exception | None = None
+    for reduction in REDUCTIONS:
         config = copy.deepcopy(meta.config)
-        _shrink(config, divisor, vocabulary, set())
+        _shrink(config, reduction, set())
+        set_fields(config, facts.get("small config", {}))
         try:
             with torch.device("meta"):
-                if sum(parameter.numel() for parameter in type(meta)(copy.deepcopy(config)).parameters()) > MOST:
-                    continue
+                count = sum(parameter.numel() for parameter in type(meta)(copy.deepcopy(config)).parameters())
+            if count > MOST:
+                raise ValueError(f"{count} parameters are more than {MOST}")
             torch.manual_seed(0)
-            model = type(meta)(config).eval()
+            model = runnable(type(meta)(config).eval())
             model.float()
             draw_weights(model)
-            return Small(model, *_inputs_for(model, facts.get("inputs", {})), task)
+            return Small(model, _inputs_for(model, facts), "inputs" in facts, task)
         except Exception as error:
-            failure = error
+            failure = failure or error
+    assert failure is not None
     raise failure
 
 
-def _shrink(config: Any, divisor: int, vocabulary: bool, seen: set[int]) -> None:
-    """Divide the widths of a configuration and of those inside it, and cut vocabularies short."""
+def runnable(model: Any) -> Any:
+    """Return a model, or the first model inside one that has no forward, or one for a session of a video."""
+    if type(model).forward is not nn.Module.forward and "inference_session" not in _arguments(model):
+        return model
+    inside = (inner for inner in model.modules() if isinstance(inner, transformers.PreTrainedModel))
+    return runnable(next(inner for inner in inside if inner is not model))
+
+
+def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
+
+
+def _name_sections(model: nn.Module) -> None:
+    """Write the sections of a multimodal RoPE, which are widths, into a configuration that leaves them to the code."""
+    for module in model.modules():
+        sections, config = getattr(module, "mrope_section", None), cast("Any", getattr(module, "config", None))
+        if sections and isinstance(getattr(config, "rope_parameters", None), dict):
+            config.rope_parameters.setdefault("mrope_section", list(sections))
+
+
+def _shrink(config: Any, reduction: Reduction, seen: set[int]) -> None:
+    """Reduce the fields of a configuration and of those inside it."""
     seen.add(id(config))
     for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PreTrainedConfig):
             if id(value) not in seen:
-                _shrink(value, divisor, vocabulary, seen)
-        elif vocabulary and "vocab_size" in name and type(value) is int:
-            _set(config, name, min(value, VOCABULARY))
-        elif vocabulary and re.search(r"token_id|_id$|^image_token_index", name):
-            _set(config, name, _small_id(value, name))
-        elif EXPERTS.search(name) and type(value) is int:
-            _set(config, name, min(value, 2 if "per_tok" in name or "top_k" in name else 8))
-        elif WIDTH.search(name) and not NO_WIDTH.search(name):
-            _set(config, name, _divided(value, divisor))
-        elif name == "rope_parameters" and isinstance(value, dict) and isinstance(value.get("mrope_section"), list):
-            value["mrope_section"] = _divided(value["mrope_section"], divisor)
-
-
-def _set(config: Any, name: str, value: Any) -> None:
-    if vars(config)[name] != value:  # not `getattr`: a value that differs by layer cannot be asked for
-        setattr(config, name, value)
+                _shrink(value, reduction, seen)
+        elif name == "_heterogeneity_spec":
+            layers = value.per_layer_overrides.items()
+            config.per_layer_config = {n: {key: reduction.of(key, one) for key, one in of.items()} for n, of in layers}
+        elif (reduced := reduction.of(name, value)) != value:
+            setattr(config, name, reduced)
 
 
 def _small_id(value: Any, name: str) -> Any:
@@ -106,6 +180,12 @@ def _divided(value: Any, divisor: int) -> Any:
     return value // divisor if type(value) is int and value % divisor == 0 and value >= 2 * divisor else value
 
 
+def _divided_sections(sections: list[int], divisor: int) -> list[int]:
+    """Divide where each section ends, so that their sum is divided whatever they are."""
+    ends = [end // divisor for end in accumulate(sections, initial=0)]
+    return [end - start for start, end in pairwise(ends)]
+
+
 @torch.no_grad()
 def draw_weights(model: nn.Module) -> None:
     """Give a model weights under which every FFN contributes and no bias or norm is trivial."""
@@ -116,52 +196,56 @@ def draw_weights(model: nn.Module) -> None:
             if isinstance(module, nn.Embedding):
                 parameter.normal_(std=0.5)
             elif name == "weight" and parameter.dim() > 1:
-                parameter.normal_(std=0.7 / (parameter.numel() / parameter.shape[0]) ** 0.5)
+                parameter.normal_(std=0.7 / (prod(parameter.shape[1:]) or 1) ** 0.5)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
 
-def _inputs_for(model: Any, specified: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def _inputs_for(model: Any, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the first inputs that the forward accepts.
 
     Raises:
         Exception: what the forward raised on the first of them.
     """
     failure: Exception | None = None
-    specified = specified or _patches(model)
-    candidates: Iterator[dict[str, Any]] = iter([specified]) if specified else candidate_inputs(model)
-    for candidate in candidates:
-        inputs = {name: _drawn(value) for name, value in candidate.items()}
+    specified = facts.get("small inputs") or facts.get("inputs")
+    candidates = [example_inputs(specified, model.config)] if specified else list(_patches(model))
+    for candidate in candidates or candidate_inputs(model):
+        inputs = {name: _drawn(name, value) for name, value in candidate.items()}
         try:
             with torch.no_grad():
                 model(**inputs)
-            return inputs, bool(specified)
+            return inputs
         except Exception as error:
             failure = failure or error
     assert failure is not None
     raise failure
 
 
-def _patches(model: Any) -> dict[str, Any]:
-    """Return the patches of one image, in a row, for towers that take them with the image's size in patches."""
-    names, config = inspect.signature(model.forward).parameters, model.config
-    if "grid_thw" not in names or not hasattr(config, "patch_size"):
-        return {}
-    patch = getattr(config, "temporal_patch_size", 1) * config.patch_size**2
-    channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
-    pixels = torch.empty(16, channels * patch, device="meta")
+def _patches(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield the patches of one image, in a row, for towers that take them with the image's size in patches."""
+    names, config = _arguments(model), model.config
+    grid = next((name for name in ("grid_thw", "image_grid_thw") if name in names), "")
+    if not grid or not isinstance(getattr(config, "patch_size", None), int):
+        return
+    beside = {grid: torch.tensor([[1, 4, 4]])} | ({"merge_sizes": torch.tensor([2])} if "merge_sizes" in names else {})
+    frames: Any = getattr(config, "temporal_patch_size", None) or getattr(config, "patch_temporal", 1)
+    channels: Any = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
     name = "hidden_states" if "hidden_states" in names else "pixel_values"
-    return {name: pixels, "grid_thw": torch.tensor([[1, 4, 4]])}
+    side = config.patch_size
+    for shape in [(16, channels * frames * side**2), (16, channels, side, side)]:
+        yield {name: torch.empty(shape, device="meta"), **beside}
 
 
-def _drawn(value: Any) -> Any:
+def _drawn(name: str, value: Any) -> Any:
     """Return random values of a shape and dtype."""
     if isinstance(value, dict):
-        value = torch.empty(value["shape"], dtype=getattr(torch, value.get("dtype", "float32")), device="meta")
-    if not isinstance(value, torch.Tensor):
-        return value
-    if not value.is_meta:
+        return {inner: _drawn(inner, held) for inner, held in value.items()}
+    if isinstance(value, list):
+        return [_drawn(name, held) for held in value]
+    if not isinstance(value, torch.Tensor) or not value.is_meta:
         return value
     if value.dtype is torch.bool:
         return torch.zeros(value.shape, dtype=torch.bool)  # such masks say what is hidden
-    return fill(value, torch.Generator().manual_seed(1), ids=range(5, 90))
+    drawn = fill(value, torch.Generator().manual_seed(1), name=name, ids=range(5, 30))
+    return drawn.sort(-1).values if name == "bbox" else drawn  # left and top come before right and bottom

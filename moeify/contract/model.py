@@ -55,29 +55,39 @@ def describe(fields: dict[str, Any], config: Any, plan: Plan) -> dict[str, Any]:
         config: Its configuration object: where a model has parts, that of the text says it too.
         plan: The conversion.
     """
-    entries, text = _entries(plan), config.get_text_config()
+    text = config.get_text_config()
     parts = [name for name in config.sub_configs if text is not config and getattr(config, name, None) is text]
-    inside = {name: {**(fields.get(name) or {}), **entries} for name in parts}
-    return {**fields, **inside, **plan.config_entries, **entries}
+    inside = {name: {**(fields.get(name) or {}), **_entries(text, plan)} for name in parts}
+    return {**fields, **inside, **plan.config_entries, **_entries(config, plan)}
 
 
 def remember(config: Any, plan: Plan) -> None:
     """Write a plan into a configuration object, so that `save_pretrained` makes a moeify checkpoint."""
-    entries = _entries(plan)
-    for holder, said in ((config, plan.config_entries | entries), (config.get_text_config(), entries)):
+    text = config.get_text_config()
+    for holder, said in ((config, plan.config_entries | _entries(config, plan)), (text, _entries(text, plan))):
         for name, value in said.items():
             setattr(holder, name, value)
 
 
-def _entries(plan: Plan) -> dict[str, Any]:
-    config = plan.config
+def _entries(config: Any, plan: Plan) -> dict[str, Any]:
+    """Return what the configuration of a converted model says of its layers, and what is asked of it.
+
+    Where its class has such a size, the architecture has MoE layers of its own. Those stay as they are, and are built
+    from it.
+    """
+    settings = plan.config
+    sizes = {
+        "num_experts": settings.experts,
+        "num_local_experts": settings.experts,
+        "num_experts_per_tok": settings.top_k,
+        "moe_intermediate_size": plan.sites[0].intermediate // settings.granularity,
+    }
+    held = {name: config.attribute_map.get(name, name) for name in sizes}
+    own = {name for name in sizes if hasattr(type(config), held[name]) and vars(config).get(held[name]) is not None}
     return {
-        "num_experts": config.experts,
-        "num_local_experts": config.experts,
-        "num_experts_per_tok": config.top_k,
-        "moe_intermediate_size": plan.sites[0].intermediate // config.granularity,
+        **{name: size for name, size in sizes.items() if name not in own},
         ASK: False,
-        COEFFICIENT: config.aux_loss,
+        COEFFICIENT: settings.aux_loss,
         "experts_implementation": ASK_FOR_MOEIFY,  # of a part too, which can be loaded by itself
     }
 

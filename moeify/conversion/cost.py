@@ -42,8 +42,10 @@ def dense_cost(dense: DenseCheckpoint) -> Cost:
     parameters = sum(parameter.numel() for parameter in dense.model.parameters())
     found = [p for node in dense.graph_module.graph.nodes if (p := as_projection(node))]
     rows = [p.node.meta["val"].numel() // p.out_features for p in found]
-    products = sum(n * p.in_features * p.out_features for n, p in zip(rows, found, strict=True))
-    return Cost(parameters, parameters, dense.nbytes, 2 * products // max(rows, default=1))
+    tokens = max((n for n in rows if isinstance(n, int)), default=1)
+    met = [n if isinstance(n, int) else tokens for n in rows]  # where the data say how many, at most every token
+    products = sum(n * p.in_features * p.out_features for n, p in zip(met, found, strict=True))
+    return Cost(parameters, parameters, dense.nbytes, 2 * products // tokens)
 
 
 def model_cost(model: nn.Module, layers: Mapping[str, FoundLayer], nbytes: int) -> Cost:

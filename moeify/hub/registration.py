@@ -133,10 +133,24 @@ def _rebuild(model: PreTrainedModel, saved: Plan) -> None:
     untyped._keep_in_fp32_modules_strict = {*(untyped._keep_in_fp32_modules_strict or ()), *routers}
     put_layers(model, plan, regions)
     remember(model.config, plan)
+    _pass_over_initializers(model, plan)
+
+
+def _pass_over_initializers(model: PreTrainedModel, plan: Plan) -> None:
+    """Mark what is around the layers as initialized, so that transformers does not reach into an FFN that is gone.
+
+    Only where a module holds no tensor itself: those of the modules inside it are initialized by themselves.
+    """
+    for site in plan.sites:
+        names = site.path.split(".")[:-1]
+        for module in (model.get_submodule(".".join(names[:end])) for end in range(len(names) + 1)):
+            if not module._parameters and not module._buffers:
+                vars(module)["_is_hf_initialized"] = True
 
 
 def _renamed(model: PreTrainedModel, saved: Plan) -> Plan:
-    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    held = (model.named_modules(), model.named_parameters(), model.named_buffers())
+    names = {name for group in held for name, _ in group}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
 
     def rename(name: str) -> str | None:

@@ -18,7 +18,7 @@ from moeify.errors import MoeifyError
 
 BATCH, TOKENS, SIDE, SAMPLES = 2, 8, 224, 4000
 ADVICE = "pass example_inputs (inspect and convert: --example-inputs FILE)"
-_COMPANIONS = ("input_ids", "pixel_values", "input_features", "decoder_input_ids")
+_COMPANIONS = ("input_ids", "pixel_values", "input_features", "decoder_input_ids", "input_features_mask", "bbox")
 
 
 def candidate_inputs(model: nn.Module) -> Iterator[dict[str, object]]:
@@ -38,6 +38,8 @@ def candidate_inputs(model: nn.Module) -> Iterator[dict[str, object]]:
     always: dict[str, object] = {"use_cache": False} if "use_cache" in accepted else {}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         always["decoder_input_ids"] = _token_ids()
+    for other in set(_required(model)) - {name}:
+        always |= dict(zip([other], _tensors(other, config), strict=False))
     for tensor in shapes:
         yield {str(name): tensor, **always}
     beside = [other for other in _COMPANIONS if other in accepted and other != name and other not in always]
@@ -55,11 +57,7 @@ def part_inputs(module: nn.Module) -> Iterator[dict[str, object]]:
     if hasattr(module, "main_input_name") and hasattr(module, "config"):
         with suppress(MoeifyError):
             yield from candidate_inputs(module)
-    required = [
-        p.name
-        for p in inspect.signature(module.forward).parameters.values()
-        if p.default is p.empty and p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}
-    ]
+    required = _required(module)
     shapes = list(_entry_shapes(module))
     if required:
         for shape in shapes:
@@ -69,11 +67,22 @@ def part_inputs(module: nn.Module) -> Iterator[dict[str, object]]:
             yield dict.fromkeys(required, torch.zeros(shape, device="meta"))
 
 
+def _required(module: nn.Module) -> list[str]:
+    """Return the names of the arguments that a forward cannot do without."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    named = [p for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
+    return [p.name for p in named if p.default is p.empty]
+
+
 def _tensors(name: str, config: object) -> Iterator[torch.Tensor]:
     """Yield the forms that an input of this name may have."""
     match name:
-        case "input_ids" | "decoder_input_ids":
+        case "input_ids" | "decoder_input_ids" | "qformer_input_ids":
             yield _token_ids()
+        case "inputs_embeds" | "query_embeds":
+            yield torch.zeros(BATCH, TOKENS, _field(config, "hidden_size", TOKENS), device="meta")
+        case "bbox":
+            yield torch.zeros(BATCH, TOKENS, 4, dtype=torch.long, device="meta")
         case "pixel_values" | "pixel_values_videos":
             height, width = _pair(_field(config, "image_size", SIDE))
             channels, frames = _field(config, "num_channels", 3), _field(config, "num_frames", 4)
@@ -85,6 +94,11 @@ def _tensors(name: str, config: object) -> Iterator[torch.Tensor]:
             frames = 2 * _field(config, "max_source_positions", 32)
             yield torch.zeros(BATCH, bins, frames, device="meta")
             yield torch.zeros(BATCH, frames, bins, device="meta")
+        case "input_features_mask":
+            yield torch.zeros(BATCH, 2 * _field(config, "max_source_positions", 32), dtype=torch.long, device="meta")
+        case "inputs":
+            yield _token_ids()
+            yield from _tensors("input_values", config)
         case "input_values":
             yield torch.zeros(BATCH, SAMPLES, device="meta")
             yield torch.zeros(BATCH, 1, SAMPLES, device="meta")

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moeify
 from moeify.config import MoEConfig
 from moeify.layers import MoELayer
 from moeify.measure import TOLERANCE, relative_difference
+from tests.moeify import tiny
 from tests.moeify.contract import architectures
 
 CONFIG = MoEConfig(experts=5, top_k=2, method="noise", z_loss=0.001)
@@ -62,6 +64,25 @@ def test_the_config_says_what_an_moe_says(name: str, tmp_path: Path) -> None:
         text = each.config.get_text_config()
         assert {field: getattr(text, field) for field in FIELDS} == FIELDS
         assert {field: getattr(each.config, field) for field in FIELDS} == FIELDS
+
+
+def test_the_sizes_of_layers_that_a_model_has_already_stay(tmp_path: Path) -> None:
+    tf: Any = transformers
+    sizes = {"hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 12, "vocab_size": 50, "pad_token_id": 0}  # fmt: skip
+    own = {"n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
+    model = tf.Glm4MoeForCausalLM(tf.Glm4MoeConfig(**sizes, **own)).eval()
+    src = tiny.save(model, tmp_path / "src")
+    tokens, copies = torch.arange(7)[None], MoEConfig(experts=5, top_k=2)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        tiny.convert_files(src, tmp_path / "streamed", copies)
+        converted: Any = moeify.convert(model, copies)
+        converted.save_pretrained(tmp_path / "saved")
+        for folder in ("saved", "streamed"):
+            loaded: Any = moeify.load(tmp_path / folder)
+            assert {name: getattr(loaded.config, name) for name in own} == own
+            assert relative_difference(loaded(tokens).logits, expected) < TOLERANCE["float32"]
 
 
 def test_another_model_of_the_class_stays_as_it_is() -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import moeify
 from moeify.checkpoint.source import open_source
@@ -64,6 +67,21 @@ def test_flops_and_active_parameters_of_a_llama(tmp_path: Path) -> None:
     assert moe.flops - dense.flops == 2 * tiny.LAYERS * (2 * ffn + router)
     assert moe.active - dense.active == tiny.LAYERS * (2 * ffn + router) + head  # no longer tied
     assert moe.parameters - dense.parameters == tiny.LAYERS * (4 * ffn + router) + head
+
+
+def test_rows_whose_number_depends_on_the_data_count_as_every_token() -> None:
+    class Picking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.every, self.some = nn.Linear(3, 5), nn.Linear(3, 7)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.every(x), self.some(x[x[:, 0] > 0])
+
+    model = Picking()
+    graph_module = torch.export.export(model, (torch.ones(4, 3),), strict=False).module()
+    dense: Any = SimpleNamespace(model=model, graph_module=graph_module, nbytes=0)
+    assert dense_cost(dense).flops == 2 * (3 * 5 + 3 * 7)
 
 
 def test_active_parameters_of_shards_with_biases(tmp_path: Path) -> None:

@@ -48,6 +48,33 @@ def test_a_checkpoint_of_a_model_with_a_head_loads_without_it_and_the_other_way_
     assert again.config.moeify == full.config.moeify
 
 
+def test_initializers_that_reach_into_an_ffn_are_passed_over(tmp_path: Path) -> None:
+    tf: Any = transformers
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1}
+    text = {**sizes, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 50}
+    vision = {**sizes, "hidden_size": 64, "image_size": 16, "patch_size": 8}  # a head has 64
+    config = tf.BridgeTowerConfig(
+        **sizes, intermediate_size=24, num_attention_heads=2, text_config=text, vision_config=vision
+    )
+    model: Any = moeify.convert(tf.BridgeTowerModel(config), MoEConfig(experts=3, top_k=2))
+    model.save_pretrained(tmp_path)
+    expected, loaded = model.state_dict(), moeify.load(tmp_path).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+
+
+def test_a_custom_activation_finds_its_buffers_where_the_head_is_missing(tmp_path: Path) -> None:
+    tf: Any = transformers
+    sizes = {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 37, "vocab_size": 50, "pad_token_id": 0}
+    dense = tf.ApertusForCausalLM(tf.ApertusConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    full: Any = moeify.convert(dense, MoEConfig(experts=3, top_k=2))
+    full.save_pretrained(tmp_path)
+    moeify.register()
+    base = tf.AutoModel.from_pretrained(tmp_path).state_dict()
+    expected = full.model.state_dict()
+    assert base.keys() == expected.keys()
+    assert all(torch.equal(value, base[name]) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}])
 def test_what_was_loaded_is_saved_unchanged(tmp_path: Path, options: dict[str, Any]) -> None:
     tf: Any = transformers

@@ -30,6 +30,26 @@ def test_models_with_two_inputs_get_both_in_the_end() -> None:
     assert guesses[1]["pixel_values"].shape[-2:] == (16, 16)
 
 
+def test_what_the_forward_requires_is_given_from_the_first_guess_on() -> None:
+    sizes = {"hidden_size": 12, "intermediate_size": 29, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    config = tf.Blip2Config(vision_config=vision, qformer_config={**sizes, "encoder_hidden_size": 12},
+                            text_config={"model_type": "gpt2", "n_embd": 12, "n_layer": 1, "n_head": 2})  # fmt: skip
+    model = tf.Blip2Model(config)
+    assert {"input_ids", "pixel_values"} <= next(candidate_inputs(model)).keys()
+    (first, *_) = candidate_inputs(model.qformer)
+    assert isinstance(first["query_embeds"], torch.Tensor) and first["query_embeds"].shape[-1] == 12
+
+
+def test_an_encoder_of_sound_gets_a_mask_of_its_frames_in_the_end() -> None:
+    config = tf.AudioFlamingo3EncoderConfig(
+        hidden_size=12, intermediate_size=29, num_hidden_layers=1, num_attention_heads=2, max_source_positions=20
+    )
+    guesses: list[dict[str, Any]] = list(candidate_inputs(tf.AudioFlamingo3Encoder(config)))
+    masked = next(guess for guess in guesses if "input_features_mask" in guess)
+    assert masked["input_features_mask"].shape[1] == masked["input_features"].shape[2] == 40
+
+
 def test_models_from_elsewhere_are_refused_with_their_arguments() -> None:
     with pytest.raises(MoeifyError, match=r"its forward takes \(input\); pass example_inputs"):
         next(candidate_inputs(nn.Linear(3, 3)))
