@@ -1,7 +1,8 @@
 """Convert every dense source into every native family that says it is exact, and write docs/families.json and .md.
 
-    python -m sweeps.families            measures every pair (minutes)
-    python -m sweeps.families --page     only writes the page
+    python -m sweeps.families                    measures every pair (minutes)
+    python -m sweeps.families --older PYTHON     loads the outputs in another environment, with transformers 4
+    python -m sweeps.families --page             only writes the page
 
 The output is loaded by transformers alone; a tensor that is missing or unexpected is an error. With experts that are
 copies its logits are compared with the dense model's, with experts that differ with those of the same plan carried out
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moeify.checkpoint.source import open_source
@@ -31,6 +35,7 @@ from moeify.errors import RefusedError
 from moeify.families.table import FAMILIES
 from moeify.measure import relative_difference
 from moeify.methods.noise import Noise
+from moeify.plan import Plan
 from sweeps.dense_sources import SOURCES, build
 from sweeps.models import DOCS
 
@@ -72,6 +77,16 @@ class Measured:
             self.dense = DenseCheckpoint(source)
             _ = self.dense.regions
 
+    def convert(self, target: str, config: MoEConfig, layers: str = "all") -> Plan:
+        """Convert into a family, to `dst` in the folder.
+
+        Raises:
+            RefusedError: It would not be exact.
+        """
+        plan = plan_checkpoint(self.dense, config, layers, target)
+        convert_checkpoint(self.dense, plan, Output(self.folder / "dst", 10**9, overwrite=True))
+        return plan
+
     def difference(self, target: str, config: MoEConfig, layers: str = "all") -> float:
         """Convert into a family, and return how far the result is from what it must compute.
 
@@ -79,9 +94,7 @@ class Measured:
             RefusedError: It would not be exact.
             ValueError: The output does not fit the family's model in transformers.
         """
-        plan = plan_checkpoint(self.dense, config, layers, target)
-        convert_checkpoint(self.dense, plan, Output(self.folder / "dst", 10**9, overwrite=True))
-        expected = self.model
+        plan, expected = self.convert(target, config, layers), self.model
         if not config.exact:
             expected = copy.deepcopy(self.model)
             put_layers(expected, plan, self.dense.regions)
@@ -98,6 +111,25 @@ def measure(name: str, source: Measured) -> dict[str, Any]:
         except RefusedError as error:
             found[target] = {"refused": str(error).partition(": ")[2]}
     return found
+
+
+def measure_older(python: str, results: dict[str, dict[str, Any]]) -> None:
+    """Load every exact output in another environment; add what it says to the results, under its version."""
+    with tempfile.TemporaryDirectory() as room:
+        for name, pairs in results.items():
+            with tempfile.TemporaryDirectory() as folder:
+                source = Measured(build(name), Path(folder))
+                for target in (target for target, found in pairs.items() if "refused" not in found):
+                    source.convert(target, NOISE)
+                    place = Path(room, f"{name}, {target}")
+                    shutil.copytree(source.folder / "dst", place / "dst")
+                    expected = {"tokens": TOKENS, "logits": logits(load_stock(place / "dst")).contiguous()}
+                    save_file(expected, place / "expected.safetensors")
+        command = [python, str(Path(__file__).with_name("older_transformers.py")), room]
+        said = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    for place, difference in said["found"].items():
+        name, _, target = place.rpartition(", ")
+        results[name][target]["older"] = {said["transformers"]: difference}
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
@@ -119,10 +151,11 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "",
         "Tiny random models in float32, 4 experts, top-2. *copies*: the largest difference of a logit from the dense",
         "model's, relative to the largest logit. *differing*: experts with noise, compared with the same plan carried",
-        "out in place. What is refused is told with its reason.",
+        "out in place. *transformers 4*: these outputs loaded there, compared with the transformers that is installed;",
+        "above 1e-5 it computes something else there. What is refused is told with its reason.",
         "",
-        "| source | family | copies | differing |",
-        "|---|---|--:|--:|",
+        "| source | family | copies | differing | transformers 4 |",
+        "|---|---|--:|--:|--:|",
         *(_row(source, target, found) for source, pairs in results.items() for target, found in pairs.items()),
     ]
     return "\n".join(text) + "\n"
@@ -141,21 +174,40 @@ def _family_row(name: str) -> str:
 
 def _row(source: str, target: str, found: dict[str, Any]) -> str:
     if "refused" in found:
-        return f"| {source} | {target} | refused: {found['refused']} | |"
-    return f"| {source} | {target} | {found['copies']:.1e} | {found['differing']:.1e} |"
+        return f"| {source} | {target} | refused: {found['refused']} | | |"
+    older = [_older(version, said) for version, said in found.get("older", {}).items()]
+    return f"| {source} | {target} | {found['copies']:.1e} | {found['differing']:.1e} | {', '.join(older)} |"
+
+
+def _older(version: str, said: float | str) -> str:
+    if isinstance(said, float):
+        return f"{version}: {said:.1e}" if said < 1e-5 else f"{version}: **{said:.1e}**"
+    return f"{version} does not know it" if "does not recognize this architecture" in said else f"{version}: {said}"
 
 
 def main() -> None:
-    """Measure every source; write the record and the page."""
-    if sys.argv[1:] != ["--page"]:
-        results = {}
-        for name in SOURCES:
-            with tempfile.TemporaryDirectory() as folder:
-                results[name] = measure(name, Measured(build(name), Path(folder)))
-            print(name, json.dumps(results[name]), flush=True)
-        lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in results.items()]
-        RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    """Measure what is asked for; write the record and the page."""
+    match sys.argv[1:]:
+        case ["--page"]:
+            pass
+        case ["--older", python]:
+            results = json.loads(RESULTS.read_text())
+            measure_older(python, results)
+            write(results)
+        case _:
+            results = {}
+            for name in SOURCES:
+                with tempfile.TemporaryDirectory() as folder:
+                    results[name] = measure(name, Measured(build(name), Path(folder)))
+                print(name, json.dumps(results[name]), flush=True)
+            write(results)
     PAGE.write_text(page(json.loads(RESULTS.read_text())))
+
+
+def write(results: dict[str, dict[str, Any]]) -> None:
+    """Write the record, a line for each source."""
+    lines = [f"{json.dumps(name)}: {json.dumps(found)}" for name, found in results.items()]
+    RESULTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

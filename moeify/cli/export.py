@@ -15,7 +15,6 @@ from moeify.export.targets import FLOATS, TARGETS, quantizations
 from moeify.files.staging import check_folder
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -110,10 +109,9 @@ def _text_entries(src: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBas
     return {"tokenizer": backend.to_str(), "eos_token_ids": " ".join(map(str, ids))}
 
 
-def _operators(report: OnnxReport) -> Table:
-    from rich.table import Table
-
-    table = Table("operator", "count", box=None, pad_edge=False)
-    for name, count in report.operators.items():
-        table.add_row(name, str(count))
-    return table
+def _operators(report: OnnxReport) -> str:
+    """Return how many operators there are, and those that are not of standard ONNX; `--json` has all."""
+    counts = report.operators
+    special = [f"{count} {name}" for name, count in counts.items() if "::" in name]
+    among = f", among them {', '.join(special)}" if special else ""
+    return f"{sum(counts.values())} operators{among}"
