@@ -53,6 +53,8 @@ def check_counts(path: Path, config: Mapping[str, object]) -> None:
         CheckpointError: One is larger than any real model's by far.
     """
     for name, value in _fields(config):
+        if name.endswith("_config") and isinstance(value, str | int | float) and not isinstance(value, bool):
+            raise CheckpointError(f"{path} has {name} = {value!r:.40}, expected an object: download it again")
         limit = next((limit for pattern, limit in _COUNTS if pattern.search(name)), None)
         for number in value if isinstance(value, list) else [value]:
             if limit is not None and isinstance(number, int | float) and not number <= limit:

@@ -44,7 +44,8 @@ def parallel_options(command: Callable[..., Result]) -> Callable[..., Result]:
     def with_ranks(*args: object, ep: int | None, **given: object) -> Result:
         typed = {name: given.pop(name) for name in Ranks._fields if name != "ep"}
         for name, value in typed.items():
-            if ep is None and click.get_current_context().get_parameter_source(name) != ParameterSource.DEFAULT:
+            said = click.get_current_context().get_parameter_source(name)  # None where another command calls it
+            if ep is None and said not in (None, ParameterSource.DEFAULT):
                 raise click.UsageError(f"--{name} goes with --ep: how many ranks share the experts?")
             if not 0 < float(str(value)) < math.inf:
                 raise click.UsageError(f"--{name} is {value}: expected a number above 0")

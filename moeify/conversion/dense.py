@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from moeify.arguments import check_model
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.tensor_info import TensorInfo
+from moeify.errors import CheckpointError
 from moeify.passes.ffn import Inspection
 from moeify.passes.find_ffn import find_ffns_in
 from moeify.tracing.given_inputs import check_token_ids
@@ -60,7 +61,8 @@ class DenseCheckpoint(Dense):
 
     Raises:
         MoeifyError: Transformers cannot build the model of this `config.json`.
-        CheckpointError: A stored tensor does not fit the model, or a file beside the weights cannot be copied.
+        CheckpointError: No stored tensor is the model's, one does not fit it, or a file beside the weights cannot be
+            copied.
         ConfigError: The example inputs hold a token id that the model does not have.
     """
 
@@ -71,6 +73,9 @@ class DenseCheckpoint(Dense):
         super().__init__(build_on_meta(source.config), example_inputs)
         self.source = source
         source.check_side_files()
+        if not (self.names.of or self.names.merged):
+            what = type(self.model).__name__
+            raise CheckpointError(f"{source.path} holds no tensor of a {what}: its config is that of another model")
         check_shapes(self.model, self.names, source.tensors)
         check_token_ids(self.model, example_inputs or {})
 

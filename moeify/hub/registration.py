@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, NoReturn, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel, modeling_utils
+from transformers.initialization import no_init_weights
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -137,15 +138,20 @@ def _rebuild(model: PreTrainedModel, saved: Plan) -> None:
 
 
 def _pass_over_initializers(model: PreTrainedModel, plan: Plan) -> None:
-    """Mark what is around the layers as initialized, so that transformers does not reach into an FFN that is gone.
+    """Mark modules as initialized whose initializers reach into an FFN that is gone.
 
-    Only where a module holds no tensor itself: those of the modules inside it are initialized by themselves.
+    All others must run: some compute buffers of the modules inside them, which no file holds.
     """
-    for site in plan.sites:
-        names = site.path.split(".")[:-1]
-        for module in (model.get_submodule(".".join(names[:end])) for end in range(len(names) + 1)):
-            if not module._parameters and not module._buffers:
-                vars(module)["_is_hf_initialized"] = True
+    around = (site.path.split(".")[:-1] for site in plan.sites)
+    for path in sorted({".".join(names[:end]) for names in around for end in range(len(names) + 1)}):
+        module: Any = model.get_submodule(path)
+        parents = (model.get_submodule(".".join(path.split(".")[:end])) for end in range(path.count(".") + 2))
+        owner: Any = [each for each in (model, *parents) if isinstance(each, PreTrainedModel)][-1]
+        try:
+            with no_init_weights():  # it is only tried
+                owner._init_weights(module)
+        except AttributeError:
+            module._is_hf_initialized = True
 
 
 def _renamed(model: PreTrainedModel, saved: Plan) -> Plan:

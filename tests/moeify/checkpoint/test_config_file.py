@@ -56,6 +56,7 @@ def test_a_config_that_is_accepted(tmp_path: Path, field: dict[str, Any]) -> Non
         ({"num_key_value_heads": 10**6}, "num_key_value_heads = 1e"),
         ({"n_head": HEADS + 1}, "n_head = 8193"),
         ({"num_local_experts": EXPERTS + 1}, "num_local_experts = 8193"),
+        ({"text_config": 2**31}, "text_config = 2147483648, expected an object"),
         ({"num_labels": 10**9}, "num_labels = 1e"),
         ({"text_config": {"head_dim": 2**31}}, "head_dim = 2.147"),
         ({"hidden_sizes": [8, SIZES + 1]}, "hidden_sizes = 1e"),

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 import moeify
 from moeify.checkpoint.source import open_source
@@ -125,7 +126,7 @@ def test_other_models_have_no_form_to_ask_for(tmp_path: Path) -> None:
 def test_the_rules_are_for_loading_converted_models_alone() -> None:
     moeify.register()
     model, dense = build("llama"), architectures.build("llama")
-    others = transformers.conversion_mapping.get_model_conversion_mapping(model)  # what PEFT and saving look at
+    others = get_model_conversion_mapping(model)  # what PEFT and saving look at
     assert not any("experts" in pattern for rule in others for pattern in rule.source_patterns)
     assert len(loading_rules(model)) == len(others) + 4  # two places, two stacked tensors
     assert len(loading_rules(dense)) == len(others)

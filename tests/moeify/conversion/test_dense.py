@@ -133,8 +133,11 @@ def test_ffns_are_found_in_a_model_that_stays_as_it_is() -> None:
 def test_what_cannot_be_converted_is_refused_before_it_is_traced(calls: Counter[str], tmp_path: Path) -> None:
     src = tiny.save(tiny.build("llama"), tmp_path / "src")
     config = json.loads((src / "config.json").read_text())
-    (src / "config.json").write_text(json.dumps({**config, "intermediate_size": 2**31}))
-    with open_source(src) as source, pytest.raises(CheckpointError, match=r"has shape .* expects \[36, 2147483648"):
+    (src / "config.json").write_text(json.dumps({**config, "intermediate_size": 2**23}))
+    with open_source(src) as source, pytest.raises(CheckpointError, match=r"has shape .* expects \[36, 8388608"):
+        DenseCheckpoint(source)
+    (src / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    with open_source(src) as source, pytest.raises(CheckpointError, match="holds no tensor of a BertModel: its config"):
         DenseCheckpoint(source)
     (src / "config.json").write_text(json.dumps(config))
     (src / "LICENSE").symlink_to("/etc/hostname")
