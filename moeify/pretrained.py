@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from moeify.errors import CheckpointError, told_as
-from moeify.files.json_text import parse_json
-from moeify.files.limits import SIDE_FILE_BYTES
+from moeify.files.json_text import parse_json, read_json_object
+from moeify.files.limits import SIDE_FILE_BYTES, SIZES, VOCABULARY_VALUES
 from moeify.files.reading import check_size, is_file, is_folder, list_folder, read_bytes
 
 if TYPE_CHECKING:
@@ -99,8 +99,19 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _one_line(path, "its tokenizer"):
+        _check_vocabulary(path / "tokenizer.json")
         tokenizer = AutoTokenizer.from_pretrained(**_arguments(path))
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _check_vocabulary(file: Path) -> None:
+    """Refuse numbers of tokens that the tokenizers library would count up to, in memory, when it writes them."""
+    model = read_json_object(file, SIDE_FILE_BYTES, VOCABULARY_VALUES).get("model") if is_file(file) else None
+    words = model.get("vocab") if isinstance(model, dict) else None
+    numbers = words.values() if isinstance(words, dict) else ()
+    largest = max((number for number in numbers if isinstance(number, int)), default=0)
+    if largest > SIZES:
+        raise CheckpointError(f"{file} has a token {largest}, expected at most {SIZES}: download it again")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -14,6 +14,7 @@ SIDE_FILE_BYTES = 256_000_000  # largest: 33 MB, the tokenizer.json of 262,000 t
 
 JSON_DEPTH = 64  # largest: about 8, a config of several models with rotary settings
 JSON_VALUES = 2_000_000  # largest: 1.4 million, the header of 180,000 tensors
+VOCABULARY_VALUES = 10_000_000  # of a tokenizer.json; largest: 1.8 million, of 262,000 tokens
 JSON_DIGITS = 300  # in a row; a float64 has 17, and 309 before its point at most
 TENSOR_DIMENSIONS = 64  # largest: 5, a convolution over video; torch has this limit too
 

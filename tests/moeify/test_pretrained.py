@@ -111,3 +111,12 @@ def test_a_file_that_would_fill_the_memory_is_not_read(name: str, tmp_path: Path
     os.mkfifo(tmp_path / name)  # transformers passes by what is no file
     with pytest.raises(CheckpointError, match="transformers does not load its tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_token_with_a_number_that_nobody_can_count_to_is_refused(tmp_path: Path) -> None:
+    words = {"w0": 0, "w1": 2**31}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "w0"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json has a token 2147483648, expected at most 10000000"):
+        load_tokenizer(tmp_path)
