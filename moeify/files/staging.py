@@ -17,7 +17,7 @@ from moeify.errors import CheckpointError, first_line
 from moeify.files.commit import recover, swap
 from moeify.files.json_text import read_json_object
 from moeify.files.limits import CONFIG_BYTES
-from moeify.files.work_folder import WorkFolder
+from moeify.files.work_folder import WORK_SUFFIX, WorkFolder
 
 RESUME_RECORD = ".moeify-resume"
 _CONFIG = "config.json"
@@ -203,6 +203,8 @@ def _resolved(path: str | Path) -> Path:
         raise CheckpointError(f"{str(path)!r} cannot be the name of an output ({reason}): choose another") from error
     if not target.name:
         raise CheckpointError(f"{target} cannot be written: choose a folder in it")
+    if target.name.endswith(WORK_SUFFIX):
+        raise CheckpointError(f"{target} has a name of moeify's own hidden folders: choose another")
     return target
 
 

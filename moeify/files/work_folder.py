@@ -23,6 +23,8 @@ _NAME_BYTES = 255  # of a file, on every usual file system
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _TRIES = 100
 
+WORK_SUFFIX = ".moeify-partial"
+
 
 class WorkFolder:
     """The work folder of one output; nothing is made before `open`.
@@ -184,7 +186,7 @@ class WorkFolder:
 
 def _hidden_name(name: str) -> str:
     """Return the name of the folder; of a long name its beginning and a digest."""
-    hidden = f".{name}.moeify-partial"
+    hidden = f".{name}{WORK_SUFFIX}"
     if len(os.fsencode(hidden)) <= _NAME_BYTES:
         return hidden
-    return f".{name[:40]}~{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.moeify-partial"
+    return f".{name[:40]}~{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}{WORK_SUFFIX}"

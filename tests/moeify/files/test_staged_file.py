@@ -118,3 +118,9 @@ def test_write_whole_writes_over_what_is_there(tmp_path: Path) -> None:
     assert tree(tmp_path / "a") == {"file": b"two"}
     with pytest.raises(CheckpointError, match="is a folder"):
         write_whole(tmp_path / "a", b"")
+
+
+def test_a_name_of_a_work_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has a name of moeify's own hidden folders: choose another"):
+        write_whole(tmp_path / ".out.moeify-partial", b"x")
+    assert not list(tmp_path.iterdir())
