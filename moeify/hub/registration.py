@@ -143,15 +143,15 @@ def _pass_over_initializers(model: PreTrainedModel, plan: Plan) -> None:
     All others must run: some compute buffers of the modules inside them, which no file holds.
     """
     around = (site.path.split(".")[:-1] for site in plan.sites)
-    for path in sorted({".".join(names[:end]) for names in around for end in range(len(names) + 1)}):
-        module: Any = model.get_submodule(path)
-        parents = (model.get_submodule(".".join(path.split(".")[:end])) for end in range(path.count(".") + 2))
-        owner: Any = [each for each in (model, *parents) if isinstance(each, PreTrainedModel)][-1]
-        try:
-            with no_init_weights():  # it is only tried
+    with no_init_weights():  # it is only tried
+        for path in sorted({".".join(names[:end]) for names in around for end in range(len(names) + 1)}):
+            module: Any = model.get_submodule(path)
+            parents = (model.get_submodule(".".join(path.split(".")[:end])) for end in range(path.count(".") + 2))
+            owner: Any = [each for each in (model, *parents) if isinstance(each, PreTrainedModel)][-1]
+            try:
                 owner._init_weights(module)
-        except AttributeError:
-            module._is_hf_initialized = True
+            except AttributeError:
+                module._is_hf_initialized = True
 
 
 def _renamed(model: PreTrainedModel, saved: Plan) -> Plan:
