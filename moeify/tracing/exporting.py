@@ -21,9 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from moeify.errors import MoeifyError, first_line
+from moeify.tracing.blocks import equal_stacks, shortened
 from moeify.tracing.graphs import inline_blocks
 from moeify.tracing.inputs import ADVICE
 from moeify.tracing.stand_in import forward_replaced
+from moeify.tracing.unroll import Uneven, unroll
 
 Inputs = Mapping[str, object] | tuple[object, ...] | torch.Tensor
 
@@ -143,9 +145,23 @@ def _export(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, objec
 def _export_with(
     reads: _DataReads, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> fx.GraphModule:
-    with _fast_export(), _silence(), quiet_where_undecided(module), reads:
-        program = torch.export.export(module, args, kwargs, strict=False)
-        return inline_blocks(program.module(check_guards=False))
+    with _fast_export(), _silence(), quiet_where_undecided(module):
+        with torch.no_grad(), _DataReads(answer=False):
+            stacks = equal_stacks(module, lambda: module(*args, **kwargs))
+        with reads:
+            try:
+                with shortened(stacks):
+                    graph_module = _exported(module, args, kwargs)
+                for stack in stacks:
+                    graph_module = unroll(graph_module, module, stack)
+                return graph_module
+            except Uneven:
+                return _exported(module, args, kwargs)
+
+
+def _exported(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> fx.GraphModule:
+    program = torch.export.export(module, args, kwargs, strict=False)
+    return inline_blocks(program.module(check_guards=False))
 
 
 @contextmanager
