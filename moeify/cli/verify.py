@@ -45,4 +45,3 @@ def verify(dense: Path, moe: Path, text: Path | None, as_json: bool, **trust: bo
         display.stdout().print(report.summary())
     if not report.passed:
         raise VerificationError(report.failure())
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -39,7 +39,7 @@ from moeify.report.watching import Watched, perplexity, watch
 from moeify.report.weights import distances, weights_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
 Result = TypeVar("Result")
@@ -68,15 +68,17 @@ def collect(
         RefusedError: It has no MoE layer.
         MoeifyError: A model cannot be read, or does not run.
     """
-    options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    opening = partial(open_source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     with ExitStack() as opened:
-        source = opened.enter_context(open_source(src, **options))
-        origin = None if dense is None else DenseCheckpoint(opened.enter_context(open_source(dense, **options)))
+        source = opened.enter_context(opening(src))
+        origin = None if dense is None else DenseCheckpoint(opened.enter_context(opening(dense)))
         report, plan = _about(src, source, origin)
         watched, tokens = _run(source, plan, origin, text, text_name)
         report = replace(report, routing=watched.routing, weights=watched.weights)
         notes = () if tokens.note is None else (tokens.note,)
-        before, proof = (None, ()) if origin is None else (_perplexity(origin.source, tokens), _prove(origin, source, text))
+        before, proof = (
+            (None, ()) if origin is None else (_perplexity(origin.source, tokens), _prove(origin, source, text))
+        )
         said = Text(tokens.source, tokens.count, watched.perplexity, before, tokens.passage, watched.passage)
         report = replace(report, text=said, proofs=(*report.proofs, *proof), notes=(*report.notes, *notes))
         return replace(report, findings=findings(report))
@@ -87,9 +89,7 @@ def _about(name: str, source: Source, origin: DenseCheckpoint | None) -> tuple[R
     model = load_structure(source)
     layers = find_layers(model)
     if not layers:
-        raise RefusedError(
-            f"{name} has no MoE layer to report on: convert it first, or look at it with moeify inspect"
-        )
+        raise RefusedError(f"{name} has no MoE layer to report on: convert it first, or look at it with moeify inspect")
     plan, cast_to = plan_of(source)
     recorded = recorded_proof(source)
     dense = None if origin is None else size_of(origin.source, origin.model, find_layers(origin.model))

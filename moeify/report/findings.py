@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from moeify.numbers import quantity
 from moeify.report.data import OVERLOADED, Costs, LayerRouting, LayerWeights, Proof, Report, Training
 
-_EQUAL, _UNDECIDED, _ALIKE = 0.999999, 0.95, 0.99
+_UNDECIDED, _ALIKE = 0.95, 0.99
 _NAMED = 6  # experts that are named in a sentence
 
 
@@ -51,8 +51,8 @@ def _overloaded(layers: Sequence[LayerRouting]) -> Iterator[str]:
     where = f"expert {busiest.load.index(times)} of {busiest.name}"
     if over:
         yield (
-            f"{over} of {sum(layer.experts for layer in layers)} experts took more than {OVERLOADED:g} times their fair "
-            f"share; the busiest is {where}, with {times:.3g} times."
+            f"{over} of {sum(layer.experts for layer in layers)} experts took more than {OVERLOADED:g} times their "
+            f"fair share; the busiest is {where}, with {times:.3g} times."
         )
     else:
         yield f"No expert took more than {OVERLOADED:g} times its fair share; the busiest is {where}, with {times:.3g}."
@@ -72,7 +72,7 @@ def _undecided(layers: Sequence[LayerRouting]) -> Iterator[str]:
 
 
 def _alike(layers: Sequence[LayerWeights]) -> Iterator[str]:
-    if all(layer.farthest is not None and layer.farthest[2] >= _EQUAL for layer in layers):
+    if all(layer.farthest is not None and layer.farthest[2] == 1 for layer in layers):
         yield "All experts of a layer hold equal weights: they are copies that training has not moved yet."
         return
     mean = sum(layer.mean for layer in layers) / len(layers)
@@ -80,7 +80,8 @@ def _alike(layers: Sequence[LayerWeights]) -> Iterator[str]:
     yield f"The experts of a layer are {word}: the mean cosine of two of them is {mean:.4g}."
     moved = [each for layer in layers for each in layer.distance]
     if moved:
-        yield f"The experts are {sum(moved) / len(moved):.2%} away from the dense FFN on average, the farthest {max(moved):.2%}."
+        mean = sum(moved) / len(moved)
+        yield f"The experts are {mean:.2%} away from the dense FFN on average, the farthest {max(moved):.2%}."
 
 
 def _proof(proof: Proof) -> str:
@@ -88,7 +89,9 @@ def _proof(proof: Proof) -> str:
     if not proof.passed:
         return f"It differs from the dense model: {how}. After training that is as it should be."
     if proof.tolerance is None:
-        return f"Its method promises no equality with the dense model: {how}, and the logits differ by {proof.relative:.2g}."
+        return (
+            f"Its method promises no equality with the dense model: {how}; the logits differ by {proof.relative:.2g}."
+        )
     return f"It computes what the dense model computes, up to rounding: {how}, and each passed."
 
 
@@ -103,9 +106,10 @@ def _run(run: Training) -> Iterator[str]:
     if loss := known.get("loss"):
         yield f"The loss went from {loss[0]:.4g} to {loss[-1]:.4g} in {run.steps[-1]} steps."
     if busiest := known.get("busiest expert"):
-        yield f"The busiest expert of a layer took {busiest[0]:.3g} times its fair share at first, {busiest[-1]:.3g} at last."
+        yield f"A layer's busiest expert took {busiest[0]:.3g} times its fair share at first, {busiest[-1]:.3g} at last."
     if idle := known.get("experts without a token"):
-        yield f"{idle[-1]:.4g} experts got no token in the last window, {max(idle):.4g} in the worst."
+        worst = f"{idle[-1]:.4g} experts got no token in the last window, {max(idle):.4g} in the worst."
+        yield worst if max(idle) else "Every expert got a token in every logged window."
     dropped = known.get("dropped choices")
     if dropped and max(dropped):
         yield f"{dropped[-1]:.2%} of the choices were dropped in the last window."

@@ -1,4 +1,4 @@
-"""Plots as small SVG: heat maps of one path for each color, and lines. Words stay outside, in HTML, so they stay legible.
+"""Plots as small SVG: heat maps of one path for each color, and lines. Words stay outside, in HTML, to be legible.
 
 A plot carries the numbers that it shows, for the table behind it.
 """
@@ -14,6 +14,7 @@ from markupsafe import Markup
 from moeify.colors import even_level, level
 
 _MANY = 40  # columns or rows: above it cells touch
+_GAP = 0.0025  # of a cell, for each column
 _TALL, _LOW = 14, 10  # pixels of a row, of few rows and of many
 
 
@@ -87,20 +88,23 @@ def _heat(
     crosses: bool = False,
 ) -> Heat:
     wide, high = max(map(len, values), default=0), len(values)
-    across, down = (1.0 if count > _MANY else 0.94 for count in (wide, high))
+    square = wide == high
+    across = 1.0 if wide > _MANY else 0.94 if square else 1 - _GAP * wide
+    down, half = 1.0 if high > _MANY else 0.94, min(0.3, 0.006 * wide)
     at: dict[int, list[str]] = {}
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             at.setdefault(step(value), []).append(f"M{x} {y}h{across:g}v{down:g}h-{across:g}z")
     paths = [f'<path class="q{key}" d="{"".join(cells)}"/>' for key, cells in sorted(at.items())]
-    empty = [f"M{x + 0.32:g} {y + 0.3:g}l.3 .34m0-.34l-.3 .34" for y, row in enumerate(values)
-             for x, value in enumerate(row) if crosses and value == 0]  # fmt: skip
+    zeros = [(x, y) for y, row in enumerate(values) for x, value in enumerate(row) if crosses and value == 0]
+    stroke = f"l{2 * half:g} .34m0-.34l-{2 * half:g} .34"
+    empty = [f"M{x + 0.48 - half:.5g} {y + 0.3:.5g}{stroke}" for x, y in zeros]
     paths += [f'<path class="idle" d="{"".join(empty)}"/>'] if empty else []
     cells = [[text(value) for value in row] for row in values]
     every = next(n for n in (1, 2, 4, 8, 16, 32, 64, wide or 1) if wide / n <= 24 or n >= wide)
     marks = [(columns[1][place], min(every, wide - place)) for place in range(0, wide, every)]
     height = high * (_TALL if high <= _MANY else _LOW)
-    return Heat(title, rows, columns, cells, Markup("".join(paths)), marks, height)  # noqa: S704
+    return Heat(title, rows, columns, cells, Markup("".join(paths)), marks, height)
 
 
 def line(title: str, steps: Sequence[int], values: Sequence[float | None]) -> Line | None:

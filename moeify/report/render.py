@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from moeify.colors import LEVELS, ramp
 from moeify.errors import printable
@@ -16,6 +17,7 @@ from moeify.report.data import OVERLOADED, Report
 from moeify.report.plots import Heat, line, load_heat, share_heat
 
 _HUE = 137.508  # the golden angle: experts next to each other are far apart
+_TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def page(report: Report) -> str:
@@ -25,7 +27,7 @@ def page(report: Report) -> str:
     css = environment.get_template("report.css").render(**_colors())
     script = environment.loader.get_source(environment, "report.js")[0] if environment.loader else ""
     view = {**_routing(report), **_weights(report), **_training(report), **_about(report)}
-    view |= {"css": _raw(css), "js": _raw(script), "hue": _hue, "overloaded": f"{OVERLOADED:g}"}
+    view |= {"css": Markup(css), "js": Markup(script), "hue": _hue, "overloaded": f"{OVERLOADED:g}"}
     return environment.get_template("report.html").render(report=report, **view)
 
 
@@ -42,7 +44,7 @@ def _raw(text: str) -> Any:
     """Return our own style or program, which the template must not escape."""
     from markupsafe import Markup
 
-    return Markup(text)  # noqa: S704
+    return Markup(text)
 
 
 def _colors() -> dict[str, str]:
@@ -99,6 +101,7 @@ def _weights(report: Report) -> dict[str, object]:
         distances = [share_heat(title, ("layer", [name for name, _ in far]), _experts(len(far[0][1])),
                                 [distance for _, distance in far], farthest)]  # fmt: skip
     return {
+        "equal": bool(layers) and all(layer.farthest is not None and layer.farthest[2] == 1 for layer in layers),
         "weight_names": names,
         "cosine_names": [name for name, layer in zip(names, layers, strict=True) if layer.cosine],
         "cosines": cosines,
@@ -139,7 +142,8 @@ def _forms(layers: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]
     alike: dict[str, list[str]] = {}
     for layer in layers:
         shared = f" and shared ones of {layer['shared_intermediate']}" if layer["shared_intermediate"] else ""
-        form = f"{layer['experts']} experts of intermediate size {layer['intermediate']}{shared}, top-{layer['top_k'] or '?'}"
+        size = f"{layer['experts']} experts of intermediate size {layer['intermediate']}"
+        form = f"{size}{shared}, top-{layer['top_k'] or '?'}"
         alike.setdefault(form, []).append(str(layer["name"]))
     for form, paths in alike.items():
         yield f"{len(paths)} MoE layers of {form}", paths
@@ -156,11 +160,11 @@ def _figures(report: Report) -> Iterator[tuple[str, str, str]]:
         idle, experts = (sum(counted) for counted in zip(*((len(each.idle), each.experts) for each in report.routing),
                                                          strict=True))  # fmt: skip
         yield "experts without a token", str(idle), f"of {experts}"
-        yield "busiest expert", f"{max(max(layer.load) for layer in report.routing):.3g}×", "its fair share"
+        yield "busiest expert", _times(max(max(layer.load) for layer in report.routing)), "its fair share"
     for curve in report.training.curves if report.training else ():
         known = [value for value in curve.values if value is not None]
-        if known:
-            yield curve.name, f"{known[-1]:.4g}", "at last"
+        if known and curve.name in _LAST:
+            yield curve.name, _LAST[curve.name](known[-1]), "at last"
 
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:
@@ -190,6 +194,10 @@ def _hue(experts: Sequence[int]) -> str:
     return f"{experts[0] * _HUE % 360:.0f}" if experts else "0"
 
 
+def _times(number: float) -> str:
+    return f"{number:.3g}{_TIMES}"
+
+
 def _percent(share: float) -> str:
     return f"{share:.2%}" if 0 < share < 0.1 else f"{share:.1%}" if share % 1 else f"{share:.0%}"
 
@@ -201,3 +209,12 @@ def _seconds(seconds: float) -> str:
 def _visible(token: str) -> str:
     """Return a token as it can be seen."""
     return printable(token.replace("\n", "⏎").replace("\t", "⇥"), " ") or "∅"
+
+
+# Numbers of a run that stand at the top of its page.
+_LAST: dict[str, Callable[[float], str]] = {
+    "loss": "{:.4g}".format,
+    "busiest expert": _times,
+    "experts without a token": "{:.3g}".format,
+    "dropped choices": _percent,
+}

@@ -18,6 +18,7 @@ STATS = {
     "b": LayerStats(10, 20, (0.2, 0.7, 0.1), 0.9, 0, {"balance": 2.0, "z": 3.0}),
     "c": LayerStats(0, 0, (0.0, 0.0, 0.0), 0.2, 0, {}),
 }
+STATE: Any = SimpleNamespace(global_step=0, is_world_process_zero=True)
 
 
 def test_numbers_are_averaged_over_the_layers_that_have_them_and_idle_experts_are_summed() -> None:
@@ -49,13 +50,14 @@ def test_the_callback_follows_the_trainer(scaler: Any, expected: float) -> None:
         log=logged.append,
     )
     callback = RoutingCallback(trainer, layers=True)
-    callback.on_step_begin(None, None, None, model=layer)
+    callback.on_step_begin(None, STATE, None, model=layer)
     assert layer.loss_scale == expected
     layer(make.inputs(3, 7))
-    callback.on_log(None, None, None, logs={"eval_loss": 1.0})
-    callback.on_log(None, None, None)
+    callback.on_optimizer_step(None, STATE, None)
+    callback.on_log(None, STATE, None, logs={"eval_loss": 1.0})
+    callback.on_log(None, STATE, None)
     assert logged == []
-    callback.on_log(None, None, None, logs={"loss": 1.0})
+    callback.on_log(None, STATE, None, logs={"loss": 1.0})
     assert [entry["moe_entropy"] == entry["moe_entropy/"] for entry in logged] == [True]
 
 
@@ -76,12 +78,12 @@ def test_layers_of_transformers_are_watched_while_training_lasts() -> None:
         accelerator=SimpleNamespace(scaler=None),
         log=logged.append,
     )
-    callback = RoutingCallback(trainer)
-    callback.on_train_begin(None, None, None)
-    callback.on_step_begin(None, None, None)
+    callback = RoutingCallback(trainer, file=None)
+    callback.on_train_begin(None, STATE, None)
+    callback.on_step_begin(None, STATE, None)
     model(**native.inputs("mixtral"))
-    callback.on_optimizer_step(None, None, None)
-    callback.on_log(None, None, None, logs={"loss": 1.0})
+    callback.on_optimizer_step(None, STATE, None)
+    callback.on_log(None, STATE, None, logs={"loss": 1.0})
     assert logged[0]["moe_balance"] > 0 and 0 < logged[0]["moe_load_min"] < logged[0]["moe_load_max"]
     callback.on_train_end(None, None, None)
     assert all(layer.state is None for layer in find_layers(model).values())
