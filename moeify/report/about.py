@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from moeify.checkpoint.source import Source
-from moeify.config import MoEConfig
 from moeify.contract.found import FoundLayer
 from moeify.conversion.checkpoint import PLAN_FILE
 from moeify.conversion.cost import model_cost
@@ -27,6 +27,7 @@ from moeify.proving.record import read_promise
 from moeify.report.data import Conversion, Costs, LayerProof, Proof, Ranks, Size
 
 _OURS = ("transformers with moeify", "vLLM with moeify")
+_ALWAYS = {"experts", "top_k", "method", "router"}  # settings that are shown also where they are the defaults
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 _RANKS = (2, 4, 8, 16, 32, 64)
 _TOKENS, _BANDWIDTH, _FLOPS = 8192, 50e9, 400e12  # as `moeify inspect --ep` assumes
@@ -64,9 +65,9 @@ def plan_of(source: Source) -> tuple[Plan | None, str | None]:
 def conversion_of(plan: Plan, cast_to: str | None) -> Conversion:
     """Describe a plan."""
     config = plan.config
-    defaults = MoEConfig(1, 1, method=config.method, router=config.router).to_dict()
-    shown = {name: value for name, value in config.to_dict().items()
-             if name in {"experts", "top_k", "method", "router"} or value != defaults[name]}  # fmt: skip
+    defaults = {field.name: field.default for field in fields(config)}
+    defaults |= {name: getattr(config.router, name) for name in ("renormalize", "aux_loss")}
+    shown = {name: value for name, value in config.to_dict().items() if value != defaults[name] or name in _ALWAYS}
     return Conversion(
         source=plan.model_type,
         target=plan.target,

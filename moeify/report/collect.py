@@ -32,7 +32,7 @@ from moeify.report.about import (
     recorded_proof,
     size_of,
 )
-from moeify.report.data import LayerWeights, Proof, Report, Text
+from moeify.report.data import LayerWeights, Report, Text
 from moeify.report.findings import findings
 from moeify.report.text import Tokens, tokens_for
 from moeify.report.watching import Watched, perplexity, watch
@@ -68,20 +68,27 @@ def collect(
         RefusedError: It has no MoE layer.
         MoeifyError: A model cannot be read, or does not run.
     """
+    trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     opening = partial(open_source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     with ExitStack() as opened:
         source = opened.enter_context(opening(src))
         origin = None if dense is None else DenseCheckpoint(opened.enter_context(opening(dense)))
         report, plan = _about(src, source, origin)
         watched, tokens = _run(source, plan, origin, text, text_name)
-        report = replace(report, routing=watched.routing, weights=watched.weights)
-        notes = () if tokens.note is None else (tokens.note,)
-        before, proof = (
-            (None, ()) if origin is None else (_perplexity(origin.source, tokens), _prove(origin, source, text))
-        )
-        said = Text(tokens.source, tokens.count, watched.perplexity, before, tokens.passage, watched.passage)
-        report = replace(report, text=said, proofs=(*report.proofs, *proof), notes=(*report.notes, *notes))
-        return replace(report, findings=findings(report))
+        before = None if origin is None or not tokens.is_text else _perplexity(origin.source, tokens)
+        if origin is not None:
+            said = text if tokens.is_text else None
+            proof = verify_checkpoints(origin.source.path, source.path, text=said, **trust).to_dict()
+            report = replace(report, proofs=(*report.proofs, proof_of("now", proof)))
+    after = watched.perplexity if tokens.is_text else None
+    report = replace(
+        report,
+        text=Text(tokens.source, tokens.count, after, before, tokens.passage, watched.passage),
+        routing=watched.routing,
+        weights=watched.weights,
+        notes=(*tokens.notes, *watched.notes),
+    )
+    return replace(report, findings=findings(report))
 
 
 def _about(name: str, source: Source, origin: DenseCheckpoint | None) -> tuple[Report, Plan | None]:
@@ -135,11 +142,6 @@ def _perplexity(dense: Source, tokens: Tokens) -> float | None:
         return perplexity(run(model, tokens.inputs), tokens.inputs)
 
     return _whole_if_needed(attempt)
-
-
-def _prove(origin: DenseCheckpoint, source: Source, text: str | None) -> tuple[Proof, ...]:
-    made = verify_checkpoints(origin.source.path, source.path, text=text, allow_pickle=True, trust_remote_code=True)
-    return (proof_of("now", made.to_dict()),)
 
 
 def _whole_if_needed(attempt: Callable[[bool], Result]) -> Result:

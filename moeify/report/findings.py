@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from moeify.names import short_names
 from moeify.numbers import quantity
 from moeify.report.data import OVERLOADED, Costs, LayerRouting, LayerWeights, Proof, Report, Training
 
@@ -35,7 +36,7 @@ def _sentences(report: Report) -> Iterator[str]:
 
 
 def _idle(layers: Sequence[LayerRouting]) -> str:
-    idle = [(layer.name, expert) for layer in layers for expert in layer.idle]
+    idle = [(name, expert) for name, layer in zip(_names(layers), layers, strict=True) for expert in layer.idle]
     count = sum(layer.experts for layer in layers)
     if not idle:
         return "Every expert got at least one token of this text: none is dead."
@@ -44,11 +45,16 @@ def _idle(layers: Sequence[LayerRouting]) -> str:
     return f"{len(idle)} of {count} experts got no token of this text: expert {named}{more}."
 
 
+def _names(layers: Sequence[LayerRouting]) -> list[str]:
+    names = short_names([layer.name for layer in layers])
+    return [f"layer {name}" if name.isdigit() else name for name in names]
+
+
 def _overloaded(layers: Sequence[LayerRouting]) -> Iterator[str]:
     over = sum(len(layer.overloaded) for layer in layers)
-    busiest = max(layers, key=lambda layer: max(layer.load))
+    name, busiest = max(zip(_names(layers), layers, strict=True), key=lambda found: max(found[1].load))
     times = max(busiest.load)
-    where = f"expert {busiest.load.index(times)} of {busiest.name}"
+    where = f"expert {busiest.load.index(times)} of {name}"
     if over:
         yield (
             f"{over} of {sum(layer.experts for layer in layers)} experts took more than {OVERLOADED:g} times their "
@@ -89,9 +95,7 @@ def _proof(proof: Proof) -> str:
     if not proof.passed:
         return f"It differs from the dense model: {how}. After training that is as it should be."
     if proof.tolerance is None:
-        return (
-            f"Its method promises no equality with the dense model: {how}; the logits differ by {proof.relative:.2g}."
-        )
+        return f"Its method promises no equality with the dense model: {how}; logits differ by {proof.relative:.2g}"
     return f"It computes what the dense model computes, up to rounding: {how}, and each passed."
 
 
@@ -106,7 +110,7 @@ def _run(run: Training) -> Iterator[str]:
     if loss := known.get("loss"):
         yield f"The loss went from {loss[0]:.4g} to {loss[-1]:.4g} in {run.steps[-1]} steps."
     if busiest := known.get("busiest expert"):
-        yield f"A layer's busiest expert took {busiest[0]:.3g} times its fair share at first, {busiest[-1]:.3g} at last."
+        yield f"A layer's busiest expert took {busiest[0]:.3g} times its fair share at first, {busiest[-1]:.3g} last."
     if idle := known.get("experts without a token"):
         worst = f"{idle[-1]:.4g} experts got no token in the last window, {max(idle):.4g} in the worst."
         yield worst if max(idle) else "Every expert got a token in every logged window."

@@ -101,7 +101,7 @@ def _heat(
     empty = [f"M{x + 0.48 - half:.5g} {y + 0.3:.5g}{stroke}" for x, y in zeros]
     paths += [f'<path class="idle" d="{"".join(empty)}"/>'] if empty else []
     cells = [[text(value) for value in row] for row in values]
-    every = next(n for n in (1, 2, 4, 8, 16, 32, 64, wide or 1) if wide / n <= 24 or n >= wide)
+    every = next(n for n in (1, 2, 4, 8, 16, 32, 64, wide or 1) if wide / n <= 12 or n >= wide)
     marks = [(columns[1][place], min(every, wide - place)) for place in range(0, wide, every)]
     height = high * (_TALL if high <= _MANY else _LOW)
     return Heat(title, rows, columns, cells, Markup("".join(paths)), marks, height)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from markupsafe import Markup
 
 from moeify.colors import LEVELS, ramp
 from moeify.errors import printable
-from moeify.names import folded
+from moeify.names import folded, short_names
 from moeify.numbers import quantity
 from moeify.report.data import OVERLOADED, Report
 from moeify.report.plots import Heat, line, load_heat, share_heat
@@ -31,22 +30,6 @@ def page(report: Report) -> str:
     return environment.get_template("report.html").render(report=report, **view)
 
 
-def labels(names: Sequence[str]) -> list[str]:
-    """Return short names of layers: their numbers, where those tell them apart."""
-    numbers = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in names]
-    short = [found[1] if found else "" for found in numbers]
-    stacks = [f"{name.partition('.')[0]} {number}" for name, number in zip(names, short, strict=True)]
-    return next((list(found) for found in (short, stacks) if "" not in short and len(set(found)) == len(found)),
-                [name or "the model itself" for name in names])  # fmt: skip
-
-
-def _raw(text: str) -> Any:
-    """Return our own style or program, which the template must not escape."""
-    from markupsafe import Markup
-
-    return Markup(text)
-
-
 def _colors() -> dict[str, str]:
     def named(colors: Sequence[tuple[int, int, int]]) -> str:
         return " ".join(f"--q{n}: #{r:02x}{g:02x}{b:02x};" for n, (r, g, b) in enumerate(colors))
@@ -58,7 +41,7 @@ def _colors() -> dict[str, str]:
 
 def _routing(report: Report) -> dict[str, object]:
     layers, text = report.routing, report.text
-    names = labels([layer.name for layer in layers])
+    names = short_names([layer.name for layer in layers])
     sizes = dict.fromkeys(layer.experts for layer in layers)
     loads = []
     for size in sizes:
@@ -80,14 +63,14 @@ def _routing(report: Report) -> dict[str, object]:
         "plot_names": [name for name, layer in zip(names, layers, strict=True) if layer.together],
         "pairs": [(name, layer.pairs) for name, layer in zip(names, layers, strict=True) if layer.pairs],
         "ids_shown": bool(text and text.source == "random token ids"),
-        "passage_names": labels([layer.name for layer in chosen]),
+        "passage_names": short_names([layer.name for layer in chosen]),
         "choices": [{"name": layer.name, "experts": layer.experts, "weights": layer.weights} for layer in chosen],
     }
 
 
 def _weights(report: Report) -> dict[str, object]:
     layers = report.weights
-    names = labels([layer.name for layer in layers])
+    names = short_names([layer.name for layer in layers])
     cosines = [
         share_heat(f"Cosine of two experts, layer {name}", ("expert", _experts(len(layer.cosine))[1]),
                    _experts(len(layer.cosine)), layer.cosine)
@@ -114,7 +97,7 @@ def _training(report: Report) -> dict[str, object]:
     run = report.training
     if run is None:
         return {"lines": [], "histories": [], "history_names": []}
-    names, steps = labels([history.name for history in run.loads]), [str(step) for step in run.load_steps]
+    names, steps = short_names([history.name for history in run.loads]), [str(step) for step in run.load_steps]
     histories = [
         load_heat(f"Load over time, layer {name}, in multiples of the fair share",
                   ("expert", _experts(len(history.load))[1]), ("step", steps), history.load)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moeify.checkpoint.source import Source
 from moeify.errors import CheckpointError, ConfigError, told_as
+from moeify.files.reading import is_folder, list_folder
 from moeify.pretrained import load_tokenizer
 from moeify.proving.proof import random_inputs
 from moeify.report.watching import PASSAGE
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TOKENS, _WINDOW = 2048, 512
+_NAMES, _SUFFIXES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges"), {".model", ".tiktoken"}
 _LOGITS = 2**28  # of one forward pass: 1 GB
 
 
@@ -30,13 +32,18 @@ class Tokens:
         source: Where it is from, in words.
         inputs: Arguments of the forward.
         passage: The first tokens of the first sequence, as people read them.
-        note: What the reader must know of it; None for nothing.
+        notes: What the reader must know of it.
     """
 
     source: str
     inputs: dict[str, object]
     passage: tuple[str, ...] = ()
-    note: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it says something, so that predicting it does too."""
+        return bool(self.passage) and not self.notes
 
     @property
     def count(self) -> int:
@@ -67,16 +74,18 @@ def tokens_for(source: Source, model: PreTrainedModel, text: str | None, name: s
         if text is not None:
             raise ConfigError(f"--text is for models of text, and {type(model).__name__} takes {model.main_input_name}")
         return Tokens("random values", random_inputs(model))
+    if not _has_tokenizer(source):
+        return _random(model, "there is no tokenizer beside the model")
     try:
         tokenizer = load_tokenizer(source.path)
         ids = _ids(tokenizer, sample_text()[: _TOKENS * 8] if text is None else text)
     except CheckpointError as error:
-        return _random(model, f"no tokenizer could be loaded, so random token ids took the place of a text ({error})")
+        return _random(model, f"its tokenizer cannot be used ({error})")
     if not ids:
         raise ConfigError(f"{name} gives no tokens: give a text with words that the tokenizer of {source.path} knows")
     vocab_size = int(model.config.get_text_config().vocab_size)
     if (largest := max(ids)) >= vocab_size:
-        return _random(model, f"its tokenizer gives token {largest} and the model has {vocab_size}: random ids instead")
+        return _random(model, f"its tokenizer gives token {largest}, and the model has {vocab_size} tokens")
     ids = ids[: max(_WINDOW, min(_TOKENS, _LOGITS // vocab_size))]
     passage = tuple(str(tokenizer.decode([token])) for token in ids[:PASSAGE])
     return Tokens(name if text is not None else "Python's own documentation", _windows(model, ids), passage)
@@ -101,12 +110,20 @@ def _windows(model: PreTrainedModel, ids: list[int]) -> dict[str, object]:
     return inputs | _decoder(model, ids_BL)
 
 
-def _random(model: PreTrainedModel, note: str) -> Tokens:
+def _has_tokenizer(source: Source) -> bool:
+    """Return whether there are files of a tokenizer: transformers makes an empty one of nothing for some models."""
+    if not is_folder(source.path):
+        return True  # it is in the GGUF file
+    return any(file.name.startswith(_NAMES) or file.suffix in _SUFFIXES for file in list_folder(source.path))
+
+
+def _random(model: PreTrainedModel, why: str) -> Tokens:
     """Return ids that a model knows, for one without a tokenizer."""
     vocab_size = int(model.config.get_text_config().vocab_size)
     ids_BL = torch.randint(vocab_size, (2, _WINDOW // 2), generator=torch.Generator().manual_seed(0))
     inputs: dict[str, Any] = {"input_ids": ids_BL, **_decoder(model, ids_BL)}
-    return Tokens("random token ids", inputs, tuple(map(str, ids_BL[0, :PASSAGE].tolist())), note)
+    shown = tuple(map(str, ids_BL[0, :PASSAGE].tolist()))
+    return Tokens("random token ids", inputs, shown, (f"{why}, so it ran on random token ids",))
 
 
 def _decoder(model: PreTrainedModel, ids_BL: Tensor) -> dict[str, object]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moeify.contract.found import FoundLayer, find_layers
 from moeify.contract.track import track
+from moeify.layers import MoELayer
 from moeify.layers.forward_record import ForwardRecord
 from moeify.proving.proof import run
 from moeify.report.about import short
@@ -37,12 +38,14 @@ class Watched:
         routing: Of each layer that chooses.
         passage: What the layers chose for the first tokens.
         weights: Of each layer whose experts can be compared.
+        notes: What the reader must know.
     """
 
     perplexity: float | None
     routing: tuple[LayerRouting, ...]
     passage: tuple[PassageLayer, ...]
     weights: tuple[LayerWeights, ...]
+    notes: tuple[str, ...] = ()
 
 
 def watch(
@@ -56,7 +59,8 @@ def watch(
         compare: What to do with the weights of a layer.
 
     Raises:
-        MoeifyError: No layer chooses experts.
+        VerificationError: It gives no logits.
+        MoeifyError: A router's logits hold a NaN.
     """
     weights: dict[str, LayerWeights | None] = {}
 
@@ -68,12 +72,15 @@ def watch(
         hooks.callback(track(model).remove)
         for path, layer in find_layers(model).items():
             hooks.callback(model.get_submodule(path).register_forward_hook(partial(look, layer)).remove)
-        logits = run(model, inputs)
-        stats, layers = routing_stats(model), find_layers(model)
+        logits, layers = run(model, inputs), find_layers(model)
+        chooses = any(not isinstance(layer.state, MoELayer) or layer.state.chooses for layer in layers.values())
+        stats = routing_stats(model) if chooses else {}
         records = {path: record for path in stats if (record := layers[path].record) is not None}
         routing = tuple(_routing(path, stats[path], record) for path, record in records.items())
         passage = tuple(_passage(path, record) for path, record in records.items() if _fits(record, inputs))
-    return Watched(perplexity(logits, inputs), routing, passage, tuple(w for w in weights.values() if w is not None))
+    notes = () if chooses else ("its tokens choose no experts (soft routing), so no routing is shown",)
+    compared = tuple(found for found in weights.values() if found is not None)
+    return Watched(perplexity(logits, inputs), routing, passage, compared, notes)
 
 
 def perplexity(logits_BLV: Tensor, inputs: Mapping[str, object]) -> float | None:
