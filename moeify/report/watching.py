@@ -126,15 +126,20 @@ def _routing(path: str, stats: LayerStats, record: ForwardRecord) -> LayerRoutin
         logit_max=short(float(logits_TE.abs().max())) if logits_TE.numel() else 0.0,
         losses={name: short(value) for name, value in stats.losses.items()},
         together=rounded(of_each) if together and experts <= MATRIX else (),
-        pairs=_pairs(both_EE, stats.tokens) if together else (),
+        pairs=_pairs(both_EE, stats.tokens, ids_TK.shape[-1]) if together else (),
     )
 
 
-def _pairs(both_EE: Tensor, tokens: int) -> tuple[Pair, ...]:
-    """Return the experts that are chosen together most above chance, of those that are chosen together at all."""
-    alone_E = both_EE.diagonal()
-    lift_EE = both_EE * tokens / (alone_E[:, None] * alone_E).clamp(min=1)
-    first, second = torch.triu_indices(len(alone_E), len(alone_E), offset=1)
+def _pairs(both_EE: Tensor, tokens: int, top_k: int) -> tuple[Pair, ...]:
+    """Return the experts that are chosen together most above chance, of those that are chosen together at all.
+
+    Chance is the product of their shares of the tokens, times (K - 1) E / (K (E - 1)): the second choice is another
+    expert than the first. Where all are chosen evenly and by themselves it is 1 for each pair.
+    """
+    experts, alone_E = len(both_EE), both_EE.diagonal()
+    even = (top_k - 1) * experts / (top_k * (experts - 1))
+    lift_EE = both_EE * tokens / (alone_E[:, None] * alone_E).clamp(min=1) / even
+    first, second = torch.triu_indices(experts, experts, offset=1)
     lifts = lift_EE[first, second]
     order = lifts.argsort(descending=True, stable=True)[:_PAIRS].tolist()
     return tuple(Pair(int(first[n]), int(second[n]), short(float(lifts[n]))) for n in order if lifts[n] > 0)
