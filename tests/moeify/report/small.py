@@ -44,8 +44,8 @@ def report() -> Report:
     """Every section, with names that are markup."""
     passage = (EVIL, "\n", " b")
     chosen = tuple(PassageLayer(name, ((1, 0), (), (2, 1)), ((0.75, 0.25), (), (0.5, 0.5))) for name in LAYERS)
-    layer: dict[str, Any] = {"name": LAYERS[0], "router": EVIL, "experts": 3, "top_k": 2, "hidden": 4, "intermediate": 5,
-                             "shared_intermediate": 0, "count_params": 9, "capacity_obstacle": None}  # fmt: skip
+    layer: dict[str, Any] = {"name": LAYERS[0], "router": EVIL, "experts": 3, "top_k": 2, "hidden": 4,
+                             "intermediate": 5, "shared_intermediate": 0, "count_params": 9}  # fmt: skip
     cosine = ((1.0, 0.5, 0.25), (0.5, 1.0, 0.125), (0.25, 0.125, 1.0))
     proof = Proof("now", False, 0.25, 1e-2, 0.5, 2, (LayerProof(LAYERS[0], 1e-3, "float64", 1e-12),))
     return Report(
@@ -63,7 +63,8 @@ def report() -> Report:
         proofs=(proof,),
         text=Text(EVIL, 7, 15.5, 14.5, passage, chosen),
         routing=(routing(LAYERS[0], (0.0, 0.75, 2.25)), routing(LAYERS[1], (1.0, 1.0, 1.0))),
-        weights=tuple(LayerWeights(name, 0.3, (0, 1, 0.5), (1, 2, 0.125), cosine, (0.0, 0.01, 0.02)) for name in LAYERS),
+        weights=tuple(LayerWeights(name, 0.3, (0, 1, 0.5), (1, 2, 0.125), cosine, (0.0, 0.01, 0.02))
+                      for name in LAYERS),
     )  # fmt: skip
 
 

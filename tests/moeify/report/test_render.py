@@ -10,6 +10,7 @@ from moeify.report.data import Report
 from moeify.report.render import page
 from tests.moeify.report import small
 
+TIMES, NONE = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 REPORTS = {"model": small.report, "run": small.run_report, "nothing": lambda: Report("x", "1", "2026-01-01")}
 
 
@@ -53,12 +54,23 @@ def test_the_page_shows_the_numbers_of_the_json() -> None:
     loads = [row[1:] for row in found.tables["load-1"][1:]]
     assert loads == [[f"{times:.2f}" for times in layer["load"]] for layer in data["routing"]]
     assert [row[0] for row in found.tables["load-1"][1:]] == ["0", "2"]
-    assert found.tables["layers"][1] == ["0", "2.25×", "0.00×", "0.500", "1", "1", "12.5%", "1.5", "3.25", "2.5"]
+    assert found.tables["layers"][1] == [
+        "0",
+        f"2.25{TIMES}",
+        f"0.00{TIMES}",
+        "0.500",
+        "1",
+        "1",
+        "12.5%",
+        "1.5",
+        "3.25",
+        "2.5",
+    ]
     assert found.tables["together-1"][2][1:] == ["0.25", "1", "0.25"]
     assert found.tables["cosine-1"][1][1:] == ["1", "0.5", "0.25"]
     assert found.tables["distance-1"][1][1:] == ["0", "0.01", "0.02"]
-    assert found.tables["pairs"][1] == ["0", "0 and 2, 1.75×"]
-    assert found.tables["tokens"][1:] == [[small.EVIL, "1", "1"], ["⏎", "–", "–"], [" b", "2", "2"]]
+    assert found.tables["pairs"][1] == ["0", f"0 and 2, 1.75{TIMES}"]
+    assert found.tables["tokens"][1:] == [[small.EVIL, "1", "1"], ["⏎", NONE, NONE], [" b", "2", "2"]]
     assert found.tables["proofs"][1][1:] == ["✗ differs", "1", "1.0e-03", "2.5e-01", "1e-02", "50.0%", "2"]
     assert found.tables["proof-1"][1] == ["model.layers.0.mlp", "1.00e-03", "1e-12", "float64"]
     assert found.tables["cost"][1:] == [
@@ -72,7 +84,7 @@ def test_the_page_shows_the_numbers_of_the_json() -> None:
 
 def test_the_page_of_a_run_shows_its_numbers() -> None:
     found = small.Page(page(small.run_report()))
-    assert found.tables["curves"] == [["step", "loss", small.EVIL], ["1", "5", "–"], ["3", "4", "1"]]
+    assert found.tables["curves"] == [["step", "loss", small.EVIL], ["1", "5", NONE], ["3", "4", "1"]]
     assert found.tables["history-1"] == [["expert", "1", "3"], ["0", "1.00", "0.00"], ["1", "1.00", "2.00"]]
 
 
