@@ -18,7 +18,7 @@ from moeify.plan import Plan
 from moeify.report.about import short
 from moeify.report.data import LayerWeights
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?:^|(?<=[._]))\d+(?=\.)")  # of an expert: `3.up_proj.weight`, `expert_3.wi.weight`
 MATRIX = 16  # experts up to which a matrix of all pairs is shown
 
 Read = Callable[[str], Tensor]  # a dense parameter by its name
@@ -64,10 +64,10 @@ def _by_expert(layer: FoundLayer) -> Iterator[Tensor]:
     for place, part in enumerate(layer.experts):
         for name, parameter in part.named_parameters():
             alone.setdefault((place, _NUMBER.sub("*", name)), []).append(parameter)
-    for found in alone.values():
-        if len(found) == layer.num_experts:
+    for (_, name), found in alone.items():
+        if "*" in name and len(found) == layer.num_experts:
             yield torch.stack([parameter.flatten() for parameter in found]).float()
-        elif len(found) == 1 and found[0].dim() > 1 and found[0].shape[0] % layer.num_experts == 0:
+        elif "*" not in name and found[0].dim() > 1 and found[0].shape[0] % layer.num_experts == 0:
             yield found[0].reshape(layer.num_experts, -1).float()
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+import moeify
 from moeify.config import MoEConfig
 from moeify.contract.found import find_layers
 from moeify.training.callback import RoutingCallback, summary
-from moeify.training.stats import LayerStats
+from moeify.training.stats import LayerStats, RoutingWindow
 from tests.moeify import native
 from tests.moeify.layers import make
 
@@ -87,3 +88,33 @@ def test_layers_of_transformers_are_watched_while_training_lasts() -> None:
     assert logged[0]["moe_balance"] > 0 and 0 < logged[0]["moe_load_min"] < logged[0]["moe_load_max"]
     callback.on_train_end(None, None, None)
     assert all(layer.state is None for layer in find_layers(model).values())
+
+
+def test_what_is_logged_is_of_all_forward_passes_since_the_last_time() -> None:
+    """Three micro-batches, the last one looked at twice, are the numbers of one batch of all their tokens."""
+    x = make.inputs(6, 7)
+    whole, apart = make.layer(MoEConfig(5, 2, capacity_factor=2.0)), make.layer(MoEConfig(5, 2, capacity_factor=2.0))
+    whole(x)
+    expected = moeify.routing_stats(whole)[""]
+    window = RoutingWindow()
+    for part in (x[:1], x[1:3], x[3:]):
+        apart(part)
+        window.add(apart)
+    window.add(apart)
+    stats = window.stats()[""]
+    assert stats.load == pytest.approx(expected.load) and stats.tokens == 42 and stats.choices == 84
+    assert stats.entropy == pytest.approx(expected.entropy, rel=1e-6)
+    assert stats.logit_size == pytest.approx(expected.logit_size, rel=1e-6)
+    assert window.stats() == {}
+
+
+def test_ranks_are_summed_and_losses_are_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make.layer(MoEConfig(5, 2, z_loss=0.1))
+    layer(make.inputs(3, 7))
+    alone = moeify.routing_stats(layer)[""]
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, group: tensor.mul_(2))
+    group: Any = "two equal ranks"
+    both = moeify.routing_stats(layer, group)[""]
+    assert (both.tokens, both.choices) == (42, 84)
+    assert both.load == alone.load and both.losses == pytest.approx(alone.losses)
+    assert both.entropy == pytest.approx(alone.entropy) and both.logit_size == pytest.approx(alone.logit_size)
