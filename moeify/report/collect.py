@@ -71,8 +71,8 @@ def collect(
     trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     opening = partial(open_source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     with ExitStack() as opened:
-        source = opened.enter_context(opening(src))
-        origin = None if dense is None else DenseCheckpoint(opened.enter_context(opening(dense)))
+        source, *others = (opened.enter_context(opening(at)) for at in (src, dense) if at is not None)
+        origin = DenseCheckpoint(others[0]) if others else None
         report, plan = _about(src, source, origin)
         watched, tokens = _run(source, plan, origin, text, text_name)
         before = None if origin is None or not tokens.is_text else _perplexity(origin.source, tokens)
@@ -81,13 +81,9 @@ def collect(
             proof = verify_checkpoints(origin.source.path, source.path, text=said, **trust).to_dict()
             report = replace(report, proofs=(*report.proofs, proof_of("now", proof)))
     after = watched.perplexity if tokens.is_text else None
-    report = replace(
-        report,
-        text=Text(tokens.source, tokens.count, after, before, tokens.passage, watched.passage),
-        routing=watched.routing,
-        weights=watched.weights,
-        notes=(*tokens.notes, *watched.notes),
-    )
+    ran = Text(tokens.source, tokens.count, after, before, tokens.passage, watched.passage)
+    notes = (*tokens.notes, *watched.notes)
+    report = replace(report, text=ran, routing=watched.routing, weights=watched.weights, notes=notes)
     return replace(report, findings=findings(report))
 
 

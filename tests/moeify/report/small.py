@@ -126,7 +126,8 @@ def save_tokenizer(folder: Path) -> None:
     words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(90))])}
     plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made: Any = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")
+    kind: Any = transformers.PreTrainedTokenizerFast
+    made = kind(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")
     made.save_pretrained(folder)
 
 

@@ -76,10 +76,10 @@ def test_the_dense_model_is_beside_it(moe: Path, report: Report) -> None:
     moved, w2 = tensors[f"{EXPERTS}.2.w2.weight"], tensors[f"{EXPERTS}.1.w2.weight"]
     others = sum(tensors[f"{EXPERTS}.1.{name}.weight"].square().sum() for name in ("w1", "w3"))
     distance = ((moved - w2).square().sum() / (w2.square().sum() + others)).sqrt()
-    assert report.weights[1].distance == (0.0, 0.0, pytest.approx(float(distance), rel=1e-3), 0.0)
+    assert report.weights[1].distance == pytest.approx((0.0, 0.0, float(distance), 0.0), rel=1e-3)
     flat = [torch.cat([tensors[f"{EXPERTS}.{n}.{w}.weight"].flatten() for w in ("w1", "w2", "w3")]) for n in (1, 2)]
-    cosine = float(F.cosine_similarity(*flat, dim=0))
-    assert report.weights[1].farthest == (0, 2, pytest.approx(cosine, rel=1e-3))
+    cosine = float(F.cosine_similarity(flat[0], flat[1], dim=0))
+    assert report.weights[1].farthest == pytest.approx((0, 2, cosine), rel=1e-3)
     assert report.weights[0].mean == 1 and report.weights[0].distance == (0.0,) * 4
     assert report.text and report.text.dense_perplexity != report.text.perplexity
 
@@ -133,7 +133,14 @@ def test_a_damaged_record_of_a_proof_is_one_line(tmp_path: Path, moe: Path, chan
         (copied / file.name).symlink_to(file)
     record = json.loads((moe / "moeify.json").read_text())
     (copied / "moeify.json").unlink()
-    whole = {"passed": True, "relative": 0.0, "tolerance": None, "top1_agreement": 1.0, "altered": [], "layers": []}
+    whole: dict[str, object] = {
+        "passed": True,
+        "relative": 0.0,
+        "tolerance": None,
+        "top1_agreement": 1.0,
+        "altered": [],
+        "layers": [],
+    }
     damaged = {name: value for name, value in {**whole, **change}.items() if value is not None}
     (copied / "moeify.json").write_text(json.dumps({**record, "verification": damaged}))
     with pytest.raises(CheckpointError, match="its verification cannot be used"):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,11 @@ from moeify.report.render import page
 from tests.moeify.report import small
 
 TIMES, NONE = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
-REPORTS = {"model": small.report, "run": small.run_report, "nothing": lambda: Report("x", "1", "2026-01-01")}
+REPORTS: dict[str, Callable[[], Report]] = {
+    "model": small.report,
+    "run": small.run_report,
+    "nothing": lambda: Report("x", "1", "2026-01-01"),
+}
 
 
 @pytest.mark.parametrize("kind", REPORTS)

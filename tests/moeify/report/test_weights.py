@@ -40,7 +40,7 @@ def test_linears_are_those_of_the_stack() -> None:
     stacked = weights_of(layer)
     flat = [torch.cat([p[number].detach().flatten() for p in layer.experts[0].parameters()]) for number in (0, 1)]
     assert stacked and weights_of(find_layers(moeify.linearize(model))[path]) == stacked
-    assert stacked.cosine[0][1] == pytest.approx(float(F.cosine_similarity(*flat, dim=0)), rel=1e-3)
+    assert stacked.cosine[0][1] == pytest.approx(float(F.cosine_similarity(flat[0], flat[1], dim=0)), rel=1e-3)
 
 
 def test_many_experts_have_no_matrix() -> None:
