@@ -7,7 +7,6 @@ on from a checkpoint writes its steps again; the later ones count.
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from pathlib import Path
 
 from moeify.errors import CheckpointError
 from moeify.files.json_text import parse_json
-from moeify.files.limits import RUN_BYTES
+from moeify.files.limits import EXPERTS, LAYERS, RUN_BYTES
 from moeify.files.reading import read_bytes
 from moeify.training.stats import LayerStats
 
 RUN_FILE = "routing.jsonl"
-_VERSION = 1
+_VERSION, _LARGEST = 1, 1e15
 
 
 @dataclass(frozen=True)
@@ -128,20 +127,25 @@ def _window(line: bytes) -> Window | None:
             return None
         layers = {str(path): _layer(layer) for path, layer in row["layers"].items()}
         loss = None if row["loss"] is None else float(row["loss"])
-        return Window(int(row["step"]), loss, layers) if layers else None
+        return Window(int(_number(row["step"])), loss, layers) if 0 < len(layers) <= LAYERS else None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return None
 
 
 def _layer(data: Mapping[str, object]) -> LayerWindow:
     load, losses = data["load"], data["losses"]
-    if not isinstance(load, list) or not load or not isinstance(losses, dict):
+    if not isinstance(load, list) or not 0 < len(load) <= EXPERTS or not isinstance(losses, dict):
         raise ValueError("it is another form")
-    entropy, dropped, size = (float(str(data[name])) for name in ("entropy", "dropped", "logit_size"))
-    named = {str(name): float(value) for name, value in losses.items()}
-    if not all(map(math.isfinite, (*load, entropy, dropped, size))):
-        raise ValueError("it holds a number that is none")
-    return LayerWindow(tuple(map(float, load)), entropy, dropped, size, named)
+    entropy, dropped, size = (_number(data[name]) for name in ("entropy", "dropped", "logit_size"))
+    named = {str(name): _number(value) for name, value in losses.items()}
+    return LayerWindow(tuple(map(_number, load)), entropy, dropped, size, named)
+
+
+def _number(value: object) -> float:
+    """Return a number that can be drawn."""
+    if not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
+        raise ValueError("it is no such number")
+    return float(value)
 
 
 def _short(number: float) -> float:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -33,7 +33,7 @@ class Heard:
 def test_trackers_are_those_that_the_trainer_has_begun() -> None:
     known: Any = transformers.integrations
     kinds = (known.TensorBoardCallback, known.TensorBoardCallback, known.WandbCallback, object)
-    board, idle, wandb, other = cast("list[Any]", [object.__new__(kind) for kind in kinds])
+    board, idle, wandb, other = [object.__new__(kind) for kind in kinds]
     board.tb_writer, idle.tb_writer, wandb._wandb = "writer", None, "module"
     trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[board, idle, other, wandb]))
     first, second = trackers_of(trainer)
