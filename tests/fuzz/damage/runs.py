@@ -6,7 +6,21 @@ import json
 from pathlib import Path
 from random import Random
 
-_ODD: tuple[object, ...] = (None, -1, 10**200, 1e308, float("nan"), "x", [], {}, [[1]], {"a": 1}, True, "</script>", [10**18, 0])
+_ODD: tuple[object, ...] = (
+    None,
+    -1,
+    10**200,
+    1e308,
+    float("nan"),
+    "x",
+    [],
+    {},
+    [[1]],
+    {"a": 1},
+    True,
+    "</script>",
+    [10**18, 0],
+)
 
 
 def line(rng: Random, path: Path) -> str:
