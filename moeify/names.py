@@ -34,6 +34,21 @@ def folded(names: Iterable[str]) -> str:
     return ", ".join(fold(names))
 
 
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return short names of layers: their numbers, with the stack before it where numbers alone do not tell them apart.
+
+    Args:
+        paths: Of the layers; those without a number keep their paths.
+    """
+    found = [_NUMBER.search(path) for path in paths]
+    numbers = [number[1] if number else "" for number in found]
+    stacks = [f"{path.partition('.')[0]} {number}" for path, number in zip(paths, numbers, strict=True)]
+    for names in (numbers, stacks):
+        if "" not in numbers and len(set(names)) == len(names):
+            return names
+    return [path or "the model itself" for path in paths]
+
+
 def _span(numbers: Sequence[str]) -> str:
     if len(numbers) == 1:
         return numbers[0]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "__main__",
     "cli",
-    "export",
+    "export report",
     "proving",
     "hub",
     "conversion parallel training",
@@ -28,7 +28,7 @@ LAYERS = (
     "arguments plan",
     "config pretrained",
     "files measure runtime",
-    "errors kernels names seeding",
+    "colors errors kernels names numbers seeding",
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer.split()}
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "Convert a dense checkpoint into an MoE checkpoint.",
     "families": "List the native formats, and which of them a checkpoint can become exactly.",
     "verify": "Compare the logits of a dense model and its MoE; exit 1 above tolerance.",
+    "report": "Make a page about an MoE or a training run: which experts work, what it costs, its proof.",
     "export": "Export a checkpoint to a sparse ONNX model, proved in ONNX Runtime.",
     "run": "Generate text with an exported ONNX model.",
     "doctor": "Say what this machine can run, and check the kernels on it.",

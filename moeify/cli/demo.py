@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import pydoc_data.topics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -30,11 +29,13 @@ _QUESTION = "What is a mixture of experts? Answer in one sentence."
 def demo(ctx: click.Context, folder: Path) -> None:
     """Convert SmolLM2-135M-Instruct into 8 experts, top-2, prove it, and let it speak.
 
-    Inspects, converts to Mixtral, verifies all layers, compares perplexities on a fixed text and generates.
+    Inspects, converts to Mixtral, verifies all layers, compares perplexities on a fixed text, generates, and writes a
+    report.
     """
     from moeify.cli.convert import convert
     from moeify.cli.inspect import inspect
     from moeify.cli.quiet import without_bars
+    from moeify.cli.report import report
 
     source, target = _model_file(), folder / "smollm2-8x135m"
     _headline(1, f"moeify inspect {source.name}")
@@ -45,7 +46,11 @@ def demo(ctx: click.Context, folder: Path) -> None:
     click.echo(f"{time.monotonic() - started:.1f} s")
     with without_bars():
         _compare(source, target)
-    click.echo(f"\nThe MoE is in {printable(str(target))}: a Mixtral checkpoint that stock transformers loads.")
+    page = folder / "report.html"
+    _headline(6, f"moeify report {target} -o {page}")
+    ctx.invoke(report, src=str(target), output=page, overwrite=True)
+    click.echo(f"\nThe report is {printable(str(page.resolve()))}: open it in a browser.")
+    click.echo(f"The MoE is in {printable(str(target))}: a Mixtral checkpoint that stock transformers loads.")
 
 
 def _compare(source: Path, target: Path) -> None:
@@ -72,8 +77,9 @@ def _compare(source: Path, target: Path) -> None:
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    ids_1L = cast("torch.Tensor", tokenizer(text[: _TOKENS * 6], return_tensors="pt")["input_ids"])
+    from moeify.report.text import sample_text
+
+    ids_1L = cast("torch.Tensor", tokenizer(sample_text()[: _TOKENS * 6], return_tensors="pt")["input_ids"])
     return ids_1L[0, :_TOKENS]
 
 
@@ -95,4 +101,4 @@ def _model_file() -> Path:
 
 
 def _headline(number: int, text: str) -> None:
-    click.secho(f"\n[{number}/5] {printable(text)}", bold=True)
+    click.secho(f"\n[{number}/6] {printable(text)}", bold=True)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from moeify.errors import printable
 from moeify.names import folded
+from moeify.numbers import quantity
 
 if TYPE_CHECKING:
     from moeify.contract.found import FoundLayer
@@ -38,14 +39,6 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Return a console for progress and notes."""
     return _PlainConsole(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def quantity(number: float, unit: str = "") -> str:
-    """Return 134,515,008 as 134.5M; with a unit, 538060032 as 538.1 MB."""
-    for limit, letter in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.1f}{' ' * bool(unit)}{letter}{unit}"
-    return f"{number:.0f}{' ' * bool(unit)}{unit}"
 
 
 def moe_lines(layers: Mapping[str, FoundLayer]) -> list[str]:

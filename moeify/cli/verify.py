@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from codecs import getincrementaldecoder
 from pathlib import Path
 
 import click
 
 from moeify.cli.options import json_option, source_options
-from moeify.errors import CheckpointError, ConfigError, VerificationError
-from moeify.files.limits import TEXT_BYTES
-from moeify.files.reading import exists, opened
+from moeify.errors import CheckpointError, VerificationError
+from moeify.files.reading import exists
+from moeify.files.text import start_of_text
 
 
 @click.command()
@@ -37,7 +36,7 @@ def verify(dense: Path, moe: Path, text: Path | None, as_json: bool, **trust: bo
         if not exists(path):
             raise CheckpointError(f"{path} does not exist: give two model folders (DENSE may be a GGUF file)")
     with without_bars():
-        report = verify_checkpoints(dense, moe, text=None if text is None else _start(text), **trust)
+        report = verify_checkpoints(dense, moe, text=None if text is None else start_of_text(text), **trust)
     for line in report.warnings():
         display.stderr().print(line)
     if as_json:
@@ -46,13 +45,3 @@ def verify(dense: Path, moe: Path, text: Path | None, as_json: bool, **trust: bo
         display.stdout().print(report.summary())
     if not report.passed:
         raise VerificationError(report.failure())
-
-
-def _start(text: Path) -> str:
-    """Read as much of a text as could be needed."""
-    with opened(text) as file:
-        start = file.read(TEXT_BYTES)
-    try:
-        return getincrementaldecoder("utf-8")().decode(start, final=len(start) < TEXT_BYTES)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--text {text} is not UTF-8 ({error.reason}): convert it, or give another") from error

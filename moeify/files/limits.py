@@ -24,5 +24,6 @@ EXPERTS = 8_192  # largest: 2,048, a Switch Transformer
 SIZES = 10_000_000  # of a dimension; largest: 1.44 million, samples of a piece of speech; 500,000 words
 LABELS = 100_000  # largest: 21,843; transformers names each twice in a config that it writes
 INPUT_ELEMENTS = 100_000_000  # of an example input; largest: 50 million, 16 frames of 1024 x 1024 pixels
+RUN_BYTES = 512_000_000  # the log of a run; largest: 40 MB, 1,000 windows of 48 layers with 128 experts
 TEXT_BYTES = 1_000_000  # of a text to run models on, of which 512 tokens are used
 GGUF_ENTRIES = 1_000_000  # keys, and tensors; largest: about 60 and 2,000

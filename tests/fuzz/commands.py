@@ -58,6 +58,17 @@ def verify_dense(rng: Random, src: Path) -> list[str]:
     return ["verify", src.name, str(_whole("mixtral"))]
 
 
+def report(rng: Random, src: Path) -> list[str]:
+    """A report on a damaged MoE, on a text of its words or on another."""
+    (src.parent / "text.txt").write_text(rng.choice(("w1 w2 w3", "", "unknown", "\u202e \x1b[1m w3", "w1 " * 99)))
+    how = rng.choice(([], [str(_whole("llama"))], ["--text", "text.txt"], ["--text", "text.txt"]))
+    return ["report", src.name, *how, "--json"]
+
+
+def report_run(rng: Random, src: Path) -> list[str]:
+    return ["report", src.name, *rng.choice((["--json"], ["--json"], ["--output", DST]))]
+
+
 def export(rng: Random, src: Path) -> list[str]:
     return ["export", src.name, "out.onnx"]
 

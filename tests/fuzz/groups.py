@@ -10,7 +10,21 @@ from random import Random
 
 from tests.fuzz import commands as do
 from tests.fuzz.commands import Command
-from tests.fuzz.damage import code, config, gguf, index, leftovers, onnx, parts, pickles, safetensors, side, yamls
+from tests.fuzz.damage import (
+    code,
+    config,
+    files,
+    gguf,
+    index,
+    leftovers,
+    onnx,
+    parts,
+    pickles,
+    runs,
+    safetensors,
+    side,
+    yamls,
+)
 from tests.fuzz.sources import copy_of
 
 Damage = Callable[[Random, Path], str]
@@ -106,6 +120,9 @@ GROUPS = {
     "leftovers": Group(("llama",), (leftovers.work, leftovers.work, leftovers.journal, leftovers.planted),
                        (do.go_on,), 10),
     "code": Group(("llama", "llama.gguf"), (code.planted,), (do.convert_trusted, do.inspect, do.export), 20),
+    "reports": Group(("mixtral", "moeify"), (whole, side.record, side.record, side.other_plan, side.tokenizer,
+                                             safetensors.tensors, config.fields), (do.report,), 5),
+    "runs": Group(("run.jsonl",), (runs.line, runs.line, files.of_bytes, files.in_its_place), (do.report_run,), 15),
     "onnx": Group(("decoder.onnx",), (onnx.entries, onnx.states, onnx.graph, onnx.damaged), (do.run,), 40),
 }  # fmt: skip
 

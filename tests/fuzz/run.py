@@ -85,6 +85,8 @@ def _check(case: Case, work: Path) -> str:
 def _targets(case: Case) -> tuple[str, ...]:
     """What the command of a case may write, from the folder above its own."""
     command, *rest = case.arguments
+    if command == "report" and "--output" in rest:
+        return ("work/dst",)
     if command not in ("convert", "export") or len(rest) < 2 or "--dry-run" in rest:
         return ()
     above = os.path.realpath(case.source.parent.parent)

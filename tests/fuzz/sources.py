@@ -18,6 +18,8 @@ import transformers
 from safetensors.torch import load_file
 
 from moeify.config import MoEConfig
+from moeify.training.run_log import RunLog
+from moeify.training.stats import LayerStats
 from tests.fuzz.damage.gguf import small_gguf
 from tests.moeify import tiny
 from tests.moeify.parts import halves, write_parts
@@ -79,6 +81,13 @@ def _onnx(path: Path) -> None:
     onnx.save(decoder(), path)
 
 
+def _run(path: Path) -> None:
+    log = RunLog(path, goes_on=False)
+    for step in range(3):
+        stats = {f"layers.{n}": LayerStats(9, 18, (0.5, 0.25, 0.25), 0.5, 1, {"z": 0.1}, 2.0) for n in range(2)}
+        log.add(step, 3.0 - step, stats)
+
+
 _MAKERS: dict[str, Callable[[Path], None]] = {
     "llama": llama,
     "gpt2": gpt2,
@@ -90,6 +99,7 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "mixtral": lambda folder: _converted(folder, "mixtral"),
     "llama.gguf": small_gguf,
     "decoder.onnx": _onnx,
+    "run.jsonl": _run,
 }
 
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from moeify.names import fold, folded, left_out
+from moeify.names import fold, folded, left_out, short_names
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,17 @@ def test_what_is_left_out_is_one_line() -> None:
     names = [f"h.{i}.attn.{leaf}" for i in range(12) for leaf in ("bias", "masked_bias")]
     which = "24 tensors (h.{0..11}.attn.bias, h.{0..11}.attn.masked_bias)"
     assert left_out(names) == f"note: the dense model has no place for {which}; they are left out"
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["model.layers.0.mlp", "model.layers.12.mlp"], ["0", "12"]),
+        (["encoder.block.1.mlp", "decoder.block.1.mlp"], ["encoder 1", "decoder 1"]),
+        (["layers.0.moe", "layers.0.attention.moe"], ["layers.0.moe", "layers.0.attention.moe"]),
+        (["mlp", "layers.0.mlp"], ["mlp", "layers.0.mlp"]),
+        ([""], ["the model itself"]),
+    ],
+)
+def test_layers_are_called_by_their_numbers_where_these_tell_them_apart(paths: list[str], expected: list[str]) -> None:
+    assert short_names(paths) == expected

@@ -19,12 +19,15 @@ def test_the_whole_demo_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(tmp_path)
     result = CliRunner().invoke(main, ["demo", "--dir", str(tmp_path / "demo")])
     assert result.exit_code == 0, result.output
-    assert re.findall(r"^\[(\d)/5\]", result.stdout, re.MULTILINE) == ["1", "2", "3", "4", "5"]
+    assert re.findall(r"^\[(\d)/6\]", result.stdout, re.MULTILINE) == ["1", "2", "3", "4", "5", "6"]
     assert "llama → mixtral: 1 FFNs become 8 experts, top-2" in result.stderr
     found = re.search(r"^dense (\d+\.\d{4})   MoE (\d+\.\d{4})$", result.stdout, re.MULTILINE)
     assert found and found[1] == found[2]
     assert result.stdout.split("Answer in one sentence.\n")[1].split("\n")[0]
     assert (tmp_path / "demo" / "smollm2-8x135m" / "moeify.json").exists()
+    page = tmp_path / "demo" / "report.html"
+    assert f"The report is {page}: open it in a browser." in result.stdout
+    assert "Which experts work" in page.read_text()
 
 
 def test_without_its_package_the_demo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moeify.cli import display
-from moeify.cli.display import cost_table, inspection_table, plan_table, quantity
+from moeify.cli.display import cost_table, inspection_table, plan_table
 from moeify.config import MoEConfig
 from moeify.contract.found import find_layers
 from moeify.conversion.cost import Cost
@@ -19,14 +19,6 @@ from tests.moeify import native, tiny
 
 def rows(table: Table) -> list[list[str]]:
     return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("number", "unit", "text"),
-    [(0, "", "0"), (999, "B", "999 B"), (134_515_008, "", "134.5M"), (692e9, "", "692.0B"), (2.77e9, "B", "2.8 GB")],
-)
-def test_quantities_are_short(number: float, unit: str, text: str) -> None:
-    assert quantity(number, unit) == text
 
 
 def test_equal_ffns_are_one_row() -> None:

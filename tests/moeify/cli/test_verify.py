@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from moeify.cli import main
-from moeify.cli.verify import _start
 from moeify.config import MoEConfig
-from moeify.errors import CheckpointError, ConfigError
-from moeify.files.limits import TEXT_BYTES
 from tests.moeify import tiny
 
 
@@ -100,18 +96,6 @@ def test_a_damaged_record_is_one_line(pair: tuple[Path, Path]) -> None:
     result = verify(*pair)
     assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
     assert "moeify.json holds a JSON list, expected an object" in result.stderr
-
-
-def test_a_text_is_read_no_further_than_needed_and_must_be_utf8(tmp_path: Path) -> None:
-    long = tmp_path / "long"
-    long.write_bytes("ä".encode() * TEXT_BYTES + b"\xff")
-    assert _start(long) == "ä" * (TEXT_BYTES // 2)
-    (tmp_path / "short").write_bytes(b"ab\xc3")
-    with pytest.raises(ConfigError, match=r"short is not UTF-8"):
-        _start(tmp_path / "short")
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="pipe cannot be read: it is a pipe"):
-        _start(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("target", ["auto", "moeify"])

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+import moeify
 from moeify.config import MoEConfig
 from moeify.contract.found import find_layers
 from moeify.training.callback import RoutingCallback, summary
-from moeify.training.stats import LayerStats
+from moeify.training.stats import LayerStats, RoutingWindow
 from tests.moeify import native
 from tests.moeify.layers import make
 
@@ -18,6 +19,7 @@ STATS = {
     "b": LayerStats(10, 20, (0.2, 0.7, 0.1), 0.9, 0, {"balance": 2.0, "z": 3.0}),
     "c": LayerStats(0, 0, (0.0, 0.0, 0.0), 0.2, 0, {}),
 }
+STATE: Any = SimpleNamespace(global_step=0, is_world_process_zero=True)
 
 
 def test_numbers_are_averaged_over_the_layers_that_have_them_and_idle_experts_are_summed() -> None:
@@ -49,13 +51,14 @@ def test_the_callback_follows_the_trainer(scaler: Any, expected: float) -> None:
         log=logged.append,
     )
     callback = RoutingCallback(trainer, layers=True)
-    callback.on_step_begin(None, None, None, model=layer)
+    callback.on_step_begin(None, STATE, None, model=layer)
     assert layer.loss_scale == expected
     layer(make.inputs(3, 7))
-    callback.on_log(None, None, None, logs={"eval_loss": 1.0})
-    callback.on_log(None, None, None)
+    callback.on_optimizer_step(None, STATE, None)
+    callback.on_log(None, STATE, None, logs={"eval_loss": 1.0})
+    callback.on_log(None, STATE, None)
     assert logged == []
-    callback.on_log(None, None, None, logs={"loss": 1.0})
+    callback.on_log(None, STATE, None, logs={"loss": 1.0})
     assert [entry["moe_entropy"] == entry["moe_entropy/"] for entry in logged] == [True]
 
 
@@ -76,12 +79,42 @@ def test_layers_of_transformers_are_watched_while_training_lasts() -> None:
         accelerator=SimpleNamespace(scaler=None),
         log=logged.append,
     )
-    callback = RoutingCallback(trainer)
-    callback.on_train_begin(None, None, None)
-    callback.on_step_begin(None, None, None)
+    callback = RoutingCallback(trainer, file=None)
+    callback.on_train_begin(None, STATE, None)
+    callback.on_step_begin(None, STATE, None)
     model(**native.inputs("mixtral"))
-    callback.on_optimizer_step(None, None, None)
-    callback.on_log(None, None, None, logs={"loss": 1.0})
+    callback.on_optimizer_step(None, STATE, None)
+    callback.on_log(None, STATE, None, logs={"loss": 1.0})
     assert logged[0]["moe_balance"] > 0 and 0 < logged[0]["moe_load_min"] < logged[0]["moe_load_max"]
     callback.on_train_end(None, None, None)
     assert all(layer.state is None for layer in find_layers(model).values())
+
+
+def test_what_is_logged_is_of_all_forward_passes_since_the_last_time() -> None:
+    """Three micro-batches, the last one looked at twice, are the numbers of one batch of all their tokens."""
+    x = make.inputs(6, 7)
+    whole, apart = make.layer(MoEConfig(5, 2, capacity_factor=2.0)), make.layer(MoEConfig(5, 2, capacity_factor=2.0))
+    whole(x)
+    expected = moeify.routing_stats(whole)[""]
+    window = RoutingWindow()
+    for part in (x[:1], x[1:3], x[3:]):
+        apart(part)
+        window.add(apart)
+    window.add(apart)
+    stats = window.stats()[""]
+    assert stats.load == pytest.approx(expected.load) and stats.tokens == 42 and stats.choices == 84
+    assert stats.entropy == pytest.approx(expected.entropy, rel=1e-6)
+    assert stats.logit_size == pytest.approx(expected.logit_size, rel=1e-6)
+    assert window.stats() == {}
+
+
+def test_ranks_are_summed_and_losses_are_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make.layer(MoEConfig(5, 2, z_loss=0.1))
+    layer(make.inputs(3, 7))
+    alone = moeify.routing_stats(layer)[""]
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, group: tensor.mul_(2))
+    group: Any = "two equal ranks"
+    both = moeify.routing_stats(layer, group)[""]
+    assert (both.tokens, both.choices) == (42, 84)
+    assert both.load == alone.load and both.losses == pytest.approx(alone.losses)
+    assert both.entropy == pytest.approx(alone.entropy) and both.logit_size == pytest.approx(alone.logit_size)

@@ -16,6 +16,7 @@ import transformers
 import moeify
 from moeify.config import MoEConfig
 from moeify.layers import SparseMoE
+from moeify.training.run_log import read_run
 from tests.moeify import tiny
 
 tf: Any = transformers
@@ -84,6 +85,14 @@ def test_what_is_logged(tmp_path: Path) -> None:
     accumulator = reading.EventAccumulator(str(events))
     accumulator.Reload()
     assert len(accumulator.Scalars("train/moe_entropy")) == 3
+    path = "model.layers.1.mlp"
+    assert [event.step for event in accumulator.Scalars(f"moe_load_max/{path}")] == [1, 2, 3]
+    assert accumulator.Histograms(f"moe_loads/{path}")[-1].step == 3  # it keeps the last one
+    assert [event.step for event in accumulator.Images("moe_loads")] == [1]
+    windows = read_run(tmp_path / "routing.jsonl").windows
+    assert [window.step for window in windows] == [1, 2, 3]
+    busiest = sum(max(layer.load) for layer in windows[0].layers.values()) / 3 / 5
+    assert busiest == pytest.approx(logged[0]["moe_load_max"], rel=1e-3)
 
 
 def test_attached_losses_balance_an_untouched_script(tmp_path: Path) -> None:
