@@ -107,10 +107,10 @@ class Placement:
     def row(self) -> str:
         """Return a row of the table."""
         experts = self.plain.get("experts", ())
-        there = f"{sum(e.endswith('@CUDA') for e in experts)} of {len(experts)}" if experts else "–"
+        there = f"{sum(e.endswith('@CUDA') for e in experts)} of {len(experts)}" if experts else "-"
         captured = "yes" if self.graph["failed"] is None else "no"
-        beside = ", ".join(sorted(set(self.plain.get("values_on_cpu", ())))) or "–"
-        cells = (self.name, self.plain.get("nodes", "–"), there, self.plain.get("copies", "–"), beside, captured,
+        beside = ", ".join(sorted(set(self.plain.get("values_on_cpu", ())))) or "-"
+        cells = (self.name, self.plain.get("nodes", "-"), there, self.plain.get("copies", "-"), beside, captured,
                  "ok" if self.ok else self.plain["failed"] or self.graph["failed"] or "WRONG")  # fmt: skip
         return f"| {' | '.join(map(str, cells))} |"
 
@@ -172,7 +172,9 @@ def main() -> int:
             good = good and placed.ok
         lacking = set(_said(python, environment, "kernels.py"))
     same = lacking == WITHOUT_BFLOAT16
-    last = f"Operators without a kernel for bfloat16: {len(lacking)}, " + ("as the export has them." if same else "NOT as")
+    last = f"Operators without a kernel for bfloat16: {len(lacking)}, " + (
+        "as the export has them." if same else "NOT as"
+    )
     if not same:
         last += f" the export has them: {sorted(lacking ^ WITHOUT_BFLOAT16)}."
     print(last, flush=True)

@@ -122,9 +122,7 @@ def test_tuning_that_cannot_be_done(
     assert re.search(message, result.stderr.strip()), result.stderr
 
 
-def test_tuning_keeps_what_it_had_and_says_when_it_had_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_tuning_keeps_what_it_had_and_says_when_it_had_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tile, file = Tile(16, 64, 128, 4, 3), tmp_path / "t.json"
 
     def tune(*args: Any, **settings: Any) -> Iterator[tuning.Timed]:

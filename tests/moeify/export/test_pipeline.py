@@ -98,7 +98,12 @@ def test_the_file_that_is_written_is_loaded_and_not_only_its_twin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = {"x": torch.randn(4, 3, 7).bfloat16()}
-    assert moeify.export_onnx(nn.Sequential(nn.Linear(7, 7), Choosing()).bfloat16(), tmp_path / "net.onnx", "portable", example_inputs={"input": inputs["x"]}).passed
+    assert moeify.export_onnx(
+        nn.Sequential(nn.Linear(7, 7), Choosing()).bfloat16(),
+        tmp_path / "net.onnx",
+        "portable",
+        example_inputs={"input": inputs["x"]},
+    ).passed
     monkeypatch.setattr(layers, "widen_undefined", lambda model: None)
     model = nn.Sequential(nn.Linear(7, 7), Choosing()).bfloat16()
     with pytest.raises(VerificationError, match=r"not one that ONNX Runtime loads: .*TopK.*; nothing was written$"):

@@ -27,7 +27,7 @@ def one_node(schema: Any) -> bytes | None:
     kinds = [chosen[formal.type_str] for formal in formals]
     if HALF not in kinds or None in kinds:
         return None
-    attributes = {n: VALUES.get(a.type.name) for n, a in schema.attributes.items() if a.required}
+    attributes: dict[str, Any] = {n: VALUES.get(a.type.name) for n, a in schema.attributes.items() if a.required}
     names = [f"x{place}" for place in range(len(kinds))]
     outputs = [f"y{place}" for place in range(max(1, schema.min_output))]
     node = helper.make_node(schema.name, names, outputs, **attributes)

@@ -29,8 +29,8 @@ def graph(*last: Any, kind: int = TensorProto.INT64) -> ir.Model:
 
 
 def run(proto: Any, past: int, length: int) -> list[float]:
-    y: np.ndarray = session_of(proto).run(None, {"x": np.ones((past, length), np.float32)})[0]
-    return y.tolist()
+    y: list[float] = session_of(proto).run(None, {"x": np.ones((past, length), np.float32)})[0].tolist()
+    return y
 
 
 @pytest.mark.parametrize("order", [["range", "past"], ["past", "range"]])
