@@ -28,7 +28,9 @@ from moeify.kernels.pages import AVAILABLE, Pages, fresh_pages
 
 CHUNK_ROWS = 512
 MANY_ROWS = 64
-FRESH_PAGES = 4 << 20  # bytes of an output from which pages of its own are worth their cost
+FRESH_PAGES = 4 << 20  # bytes of an output from which fresh pages are worth their cost, if few of them are written
+MOSTLY = 8  # to zero a page that is there takes a seventh of the time in which the system finds another
+HELD_PAGES = 32 << 20  # bytes from which malloc gives a block back to the system at once
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent from builds without it
 _PAGES = Pages()  # of large gradients
 FEW_CHOICES = 64  # up to this many, sorting a Python list is faster than calling the operators that sort
@@ -182,11 +184,12 @@ def _room(
     Where most of a large one is unused, it lies in fresh pages of the system: they are zero, and cost nothing until
     they are written. Other large ones that are made `again` in every step use their pages again.
     """
-    mostly_unused = 2 * sum(rows.stop - rows.start for rows in unused) > shape[0]
-    pages = AVAILABLE and device.type == "cpu" and prod(shape) * dtype.itemsize > FRESH_PAGES
-    if pages and mostly_unused:
-        return torch.frombuffer(fresh_pages(prod(shape) * dtype.itemsize), dtype=dtype).view(*shape)
-    out = _PAGES.tensor(shape, dtype) if pages and again else torch.empty(shape, dtype=dtype, device=device)
+    used = shape[0] - sum(rows.stop - rows.start for rows in unused)
+    size = prod(shape) * dtype.itemsize if AVAILABLE and device.type == "cpu" else 0
+    if size > FRESH_PAGES and MOSTLY * used < shape[0]:
+        return torch.frombuffer(fresh_pages(size), dtype=dtype).view(*shape)
+    hold = again and size > HELD_PAGES
+    out = _PAGES.tensor(shape, dtype) if hold else torch.empty(shape, dtype=dtype, device=device)
     for rows in unused:
         out[rows] = 0
     return out

@@ -1,7 +1,7 @@
 """Memory that large gradients use again, so that the system does not have to find and zero pages in every step.
 
 A gradient is freed before each backward pass and made anew in it. malloc gives blocks of more than 32 MB back to the
-system at once, and fresh pages are zeroed one by one when they are first written: a fifth of a training step.
+system at once, and fresh pages are zeroed one by one when they are first written: a tenth of a training step.
 """
 
 from __future__ import annotations

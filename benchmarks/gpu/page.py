@@ -34,8 +34,8 @@ Made by `python -m benchmarks.gpu.page` from the records in `docs/gpu.jsonl`.
 """
 NOTHING = """\
 **Not measured yet.** No kernel of moeify has run on a GPU: they are compiled, their machine code is read
-([kernels.md](kernels.md)), and they compute right in Triton's interpreter. Exported files were placed by onnxruntime-gpu
-with stubs of CUDA ([where](../benchmarks/gpu/onnx/place.md)), which compute nothing.
+([kernels.md](kernels.md)), and they compute right in Triton's interpreter. Exported files were placed by
+onnxruntime-gpu with stubs of CUDA ([where](../benchmarks/gpu/onnx/place.md)), which compute nothing.
 """
 HOW = """\
 ## How to run it

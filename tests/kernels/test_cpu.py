@@ -18,6 +18,7 @@ def test_unused_ranges_are_zero_and_the_rest_can_be_written(
     monkeypatch: pytest.MonkeyPatch, fresh: int, again: bool, unused: list[slice]
 ) -> None:
     monkeypatch.setattr(cpu, "FRESH_PAGES", fresh)
+    monkeypatch.setattr(cpu, "HELD_PAGES", fresh)
     used_before = cpu._room((3, 5), torch.float32, torch.device("cpu"), [], again=again).fill_(7)
     del used_before
     out = cpu._room((3, 5), torch.float32, torch.device("cpu"), unused, again=again)
@@ -43,6 +44,8 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
 def test_results_do_not_depend_on_chunks_and_pages(monkeypatch: pytest.MonkeyPatch, fresh: int, chunk: int) -> None:
     monkeypatch.setattr(cpu, "FRESH_PAGES", fresh)
+    monkeypatch.setattr(cpu, "HELD_PAGES", fresh)
+    monkeypatch.setattr(cpu, "MOSTLY", 2)
     monkeypatch.setattr(cpu, "CHUNK_ROWS", chunk)
     ids = torch.tensor([[1, 9], [1, -1], [8, 1], [20, 1], [9, 9]])  # 4 of 12 experts have rows
     inputs = oracle.make_inputs(5, 2, 6, 7, 12, gated=True, bias=True, ids=ids)
