@@ -100,9 +100,10 @@ class Placement:
         """Whether a file for CUDA is there as a whole, and the rules agree."""
         if self.target != "cuda":
             return True
-        there = all(expert.endswith("@CUDA") for expert in self.plain.get("experts", ()))
-        clean = there and self.plain["copies"] == 0 and not self.plain["values_on_cpu"] and not self.predicted
-        return clean and not self.plain["failed"] and not self.graph["failed"]
+        if self.plain["failed"] or self.graph["failed"]:
+            return False
+        there = all(expert.endswith("@CUDA") for expert in self.plain["experts"])
+        return there and self.plain["copies"] == 0 and not self.plain["values_on_cpu"] and not self.predicted
 
     def row(self) -> str:
         """Return a row of the table."""
