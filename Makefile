@@ -63,7 +63,7 @@ fuzz: $(READY) ## meet CASES damaged and hostile inputs, kill runs, let them rac
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.kills --seed $(SEED) --write
 
 # What takes hours is run by hand: the exactness of every model type.
-PAGES := sweeps.readme_tree sweeps.padding sweeps.architectures
+PAGES := sweeps.readme_tree sweeps.padding sweeps.architectures benchmarks.gpu.page
 docs: $(READY) ## let the programs in sweeps/ write their pages again (half an hour)
 	@for program in $(PAGES); do echo "==> $$program"; $(BIN)/python -m $$program || exit 1; done
 
@@ -81,8 +81,8 @@ ecosystem: ## run other tools' releases on converted models and write docs/ecosy
 kernels: $(READY) ## compile the GPU kernels and report registers, spills, shared memory
 	$(BIN)/python -m moeify.kernels.tools.static_report
 
-gpuwheel: $(READY) ## check exported ONNX files against the onnxruntime-gpu wheel (256 MB; no GPU needed)
-	$(BIN)/python -m benchmarks.onnx_gpu_wheel --venv .venv-gpu
+gpuwheel: $(READY) ## place exported ONNX files with the onnxruntime-gpu wheel and stubs of CUDA (256 MB, g++; no GPU needed)
+	$(BIN)/python -m benchmarks.gpu.onnx.place --venv .venv-gpu --write
 
 clean: ## remove what building, testing and the demo leave behind (environments stay)
 	rm -rf build dist demo *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

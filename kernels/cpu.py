@@ -10,7 +10,6 @@ size, J = 2*I if gated else I, N any number of columns, R rows of one chunk. A t
 
 from __future__ import annotations
 
-import mmap
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,11 +24,15 @@ from moeify.kernels.activations import Activation, find_activation
 from moeify.kernels.checks import check_offsets
 from moeify.kernels.inputs import ExpertInputs, Kept
 from moeify.kernels.layout import invert, sort_by_expert
+from moeify.kernels.pages import AVAILABLE, Pages, fresh_pages
 
 CHUNK_ROWS = 512
 MANY_ROWS = 64
-FRESH_PAGES = 4 << 20  # bytes of an output from which fresh pages are worth their cost
+FRESH_PAGES = 4 << 20  # bytes of an output from which fresh pages are worth their cost, if few of them are written
+MOSTLY = 8  # to zero a page that is there takes a seventh of the time in which the system finds another
+HELD_PAGES = 32 << 20  # bytes from which malloc gives a block back to the system at once
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent from builds without it
+_PAGES = Pages()  # of large gradients
 FEW_CHOICES = 64  # up to this many, sorting a Python list is faster than calling the operators that sort
 
 
@@ -170,21 +173,23 @@ def _rows(x: Tensor, rows: int, valid: int, columns: int) -> Tensor:
 def _gradient(parameter: Tensor, bounds: list[int]) -> Tensor:
     """Return room for the gradient of stacked experts; that of an expert without rows is zero."""
     idle = [slice(e, e + 1) for e, (start, end) in enumerate(pairwise(bounds)) if start == end]
-    return _room(parameter.shape, parameter.dtype, parameter.device, idle)
+    return _room(parameter.shape, parameter.dtype, parameter.device, idle, again=True)
 
 
-def _room(shape: Sequence[int], dtype: torch.dtype, device: torch.device, unused: list[slice]) -> Tensor:
+def _room(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, unused: list[slice], *, again: bool = False
+) -> Tensor:
     """Return a tensor to be written everywhere but in the `unused` ranges of its first dimension, which are zero.
 
     Where most of a large one is unused, it lies in fresh pages of the system: they are zero, and cost nothing until
-    they are written.
+    they are written. Other large ones that are made `again` in every step use their pages again.
     """
-    size = prod(shape) * dtype.itemsize
-    mostly_unused = 2 * sum(rows.stop - rows.start for rows in unused) > shape[0]
-    if mostly_unused and size > FRESH_PAGES and device.type == "cpu" and hasattr(mmap, "MAP_ANONYMOUS"):
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return torch.frombuffer(pages, dtype=dtype).view(shape)
-    out = torch.empty(shape, dtype=dtype, device=device)
+    used = shape[0] - sum(rows.stop - rows.start for rows in unused)
+    size = prod(shape) * dtype.itemsize if AVAILABLE and device.type == "cpu" else 0
+    if size > FRESH_PAGES and MOSTLY * used < shape[0]:
+        return torch.frombuffer(fresh_pages(size), dtype=dtype).view(*shape)
+    hold = again and size > HELD_PAGES
+    out = _PAGES.tensor(shape, dtype) if hold else torch.empty(shape, dtype=dtype, device=device)
     for rows in unused:
         out[rows] = 0
     return out

@@ -15,6 +15,7 @@ download() { "$python" -m pip download -q --no-deps --only-binary=:all: --python
 
 mkdir -p .whl
 rm -f .whl/*.whl
+git rev-parse --short HEAD >.whl/commit || rm -f .whl/commit # the copy there may have no history
 download .whl "$liger" || echo "without $liger: the benchmark leaves it out"
 if [ "${1:-}" = onnx ]; then
   scratch=$(mktemp -d)

@@ -93,9 +93,9 @@ class Run:
             torch.cuda.empty_cache()
 
 
-def read_records(out: Path) -> list[Record]:
+def read_records(out: Path, name: str = "results.jsonl") -> list[Record]:
     """Return the records in a folder of results."""
-    file = out / "results.jsonl"
+    file = out / name
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 

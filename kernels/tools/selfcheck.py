@@ -5,7 +5,7 @@ Shape legend as in `moeify.kernels.ops`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,18 @@ CASES = (
 )
 
 
+# Which kernel writes what, in the order of a training step: what comes later is made of what came before.
+_WRITTEN_BY = (
+    ("output", "up or rows"),
+    ("gradient of weights_TK", "down_backward"),
+    ("gradient of x_TH", "rows"),
+    ("gradient of up_EJH", "weights"),
+    ("gradient of down_EHI", "weights"),
+    ("gradient of up_bias_EJ", "bias"),
+    ("gradient of down_bias_EH", "bias"),
+)
+
+
 @dataclass(frozen=True)
 class Check:
     """One comparison: the difference from float64 or, for two runs, 0 if their bits are equal and else infinity."""
@@ -72,6 +84,19 @@ def self_check(device: torch.device, dtype: torch.dtype, difference: Difference)
     yield from _check_grouped_linear(dtype, device, difference)
     if device.type == "cuda":
         yield from _check_blocksparse(dtype, device, difference)
+
+
+def suspects(names: Iterable[str]) -> list[str]:
+    """Return the kernels to keep away from, by the names of the checks that went wrong: of each case the first."""
+    wrong: dict[str, set[str]] = {}
+    for name in names:
+        case, _, part = name.partition(": ")
+        wrong.setdefault(case, set()).add(part)
+    found = []
+    for case, parts in wrong.items():
+        written = [kernel for part, kernel in _WRITTEN_BY if part in parts]
+        found.append(written[0] if written else "one without fixed results" if parts == {"run twice"} else case)
+    return sorted(set(found))
 
 
 def check_experts(case: Case, dtype: torch.dtype, device: torch.device, difference: Difference) -> Iterator[Check]:

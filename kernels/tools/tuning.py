@@ -7,7 +7,8 @@ Shape legend as in `moeify.kernels.gpu.experts`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +21,8 @@ from moeify.kernels.gpu.tiles import Tile
 from moeify.kernels.inputs import ExpertInputs, Kept
 from moeify.kernels.layout import sort_by_expert
 from moeify.kernels.tools.cases import tile_faults
+from moeify.kernels.tools.trials import Launch, try_tiles
 
-Launch = Callable[[], object]
 SHARES = (16, 32, 256, 2048)  # rows of an expert, one for each height of a tile of rows: decoding to training
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -57,6 +58,8 @@ def tune(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     shares: tuple[int, ...] = SHARES,
     timer: Callable[[Launch], float] = milliseconds,
+    until: float = float("inf"),
+    wrong: Callable[[Tensor, Tensor], str] | None = None,
 ) -> Iterator[Timed]:
     """Time the candidates of every kernel, for types of two and four bytes and each height of a tile of rows.
 
@@ -66,23 +69,28 @@ def tune(
         dtypes: One for each size of an element.
         shares: Rows per expert.
         timer: Returns the milliseconds of a launch.
+        until: When to stop, by `time.time()`; what was timed by then counts.
+        wrong: See `try_tiles`.
 
     Yields:
         The fastest tile of each kernel, size of an element and height. Where every tile is refused nothing is yielded,
         and the table's tile stays in use.
     """
     for dtype in dtypes:
-        for share in shares:
+        for share in sorted(shares, reverse=True):  # what is worth most comes first
+            if time.time() > until:
+                return
             m = tiles.row_tile(share * shape.experts, shape.experts)
             for kernel, launch in launches(shape, share, dtype, device).items():
                 if kernel not in tuned_tiles.KERNELS or (kernel == "weights" and m != 128):
                     continue  # another use of a kernel; and tiles of "weights" do not follow the share
-                times = {tile: _time(tile, launch, timer) for tile in _survivors(kernel, m, dtype.itemsize)}
+                trials = try_tiles(launch, _survivors(kernel, m, dtype.itemsize), timer, until, wrong)
+                times = {trial.tile: trial.milliseconds for trial in trials if trial.milliseconds is not None}
                 if times:
                     yield Timed(kernel, dtype.itemsize, min(times, key=times.__getitem__), times)
 
 
-def _survivors(kernel: str, m: int, itemsize: int) -> list[Tile]:
+def _survivors(kernel: str, m: int, itemsize: int) -> Iterable[Tile]:
     """Return those of the table's tile and its neighbors that neither spill nor fail to fit."""
     base = tiles.choose(kernel, architecture(), m, 1 << 20, 1 << 20, itemsize)
     near = [
@@ -94,12 +102,7 @@ def _survivors(kernel: str, m: int, itemsize: int) -> list[Tile]:
         replace(base, stages=base.stages + 1),
     ]
     sane = (t for t in near if 16 <= t.n <= 128 and t.k >= 16)
-    return [tile for tile in sane if not tile_faults(kernel, architecture(), tile, itemsize)]
-
-
-def _time(tile: Tile, launch: Launch, timer: Callable[[Launch], float]) -> float:
-    with tuned_tiles.on_trial(tile):
-        return timer(launch)
+    return (tile for tile in sane if not tile_faults(kernel, architecture(), tile, itemsize))
 
 
 def launches(shape: Shape, share: int, dtype: torch.dtype, device: torch.device) -> dict[str, Launch]:

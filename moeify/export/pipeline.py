@@ -28,7 +28,7 @@ from moeify.export.write import write
 from moeify.files.staging import staged_file
 from moeify.layers import MoELayer
 from moeify.measure import TOLERANCE
-from moeify.runtime.session import open_session, runtime_version
+from moeify.runtime.session import check_loads, open_session, runtime_version
 
 _TOLERANCE = TOLERANCE["float32"]
 _MAKERS = ("torch", "transformers", "onnx", "onnxscript")
@@ -94,6 +94,7 @@ class _Export:
             raise VerificationError(f"the exported graph differs from PyTorch: {report.summary()}; nothing was written")
         if half:
             write(self._graph(captured)[0], self.staged)
+            check_loads(self.staged)
         return report
 
     def _graph(self, captured: Capture) -> tuple[ir.Model, Rounded]:

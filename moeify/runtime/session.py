@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeify.errors import CheckpointError, ConfigError, MoeifyError, told_as
+from moeify.errors import CheckpointError, ConfigError, MoeifyError, VerificationError, first_line, told_as
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -76,3 +76,26 @@ def open_session(path: Path, *, provider: str | None = None, threads: int = 0) -
             f"{wanted[0]} does not work on this machine: onnxruntime fell back to {session.get_providers()[0]}"
         )
     return session
+
+
+def check_loads(path: Path) -> None:
+    """Check that ONNX Runtime accepts a file that its CPU provider may have no kernels for.
+
+    Kernels are looked for after every node and type was accepted; what has none here must satisfy onnx's checker too.
+
+    Raises:
+        VerificationError: it does not.
+    """
+    try:
+        open_session(path, provider="cpu")
+    except CheckpointError as error:
+        cause: BaseException = error.__cause__ or error
+        if type(cause).__name__ == "NotImplemented":
+            try:
+                import_module("onnx.checker").check_model(str(path), full_check=True)
+                return
+            except Exception as wrong:  # two classes of onnx, and whatever a file of its own raises
+                cause = wrong
+        raise VerificationError(
+            f"the exported file is not one that ONNX Runtime loads: {first_line(cause)}; nothing was written"
+        ) from error

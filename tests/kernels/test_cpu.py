@@ -12,12 +12,16 @@ from tests.kernels import oracle
 
 
 @pytest.mark.parametrize("fresh", [0, 1 << 40])
-@pytest.mark.parametrize("unused", [[], [slice(0, 1), slice(2, 3)], [slice(0, 3)]])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("unused", [[], [slice(1, 2)], [slice(0, 1), slice(2, 3)], [slice(0, 3)]])
 def test_unused_ranges_are_zero_and_the_rest_can_be_written(
-    monkeypatch: pytest.MonkeyPatch, fresh: int, unused: list[slice]
+    monkeypatch: pytest.MonkeyPatch, fresh: int, again: bool, unused: list[slice]
 ) -> None:
     monkeypatch.setattr(cpu, "FRESH_PAGES", fresh)
-    out = cpu._room((3, 5), torch.float32, torch.device("cpu"), unused)
+    monkeypatch.setattr(cpu, "HELD_PAGES", fresh)
+    used_before = cpu._room((3, 5), torch.float32, torch.device("cpu"), [], again=again).fill_(7)
+    del used_before
+    out = cpu._room((3, 5), torch.float32, torch.device("cpu"), unused, again=again)
     assert out.shape == (3, 5) and out.is_contiguous()
     assert all((out[rows] == 0).all() for rows in unused)
     out.fill_(1)
@@ -40,6 +44,8 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
 def test_results_do_not_depend_on_chunks_and_pages(monkeypatch: pytest.MonkeyPatch, fresh: int, chunk: int) -> None:
     monkeypatch.setattr(cpu, "FRESH_PAGES", fresh)
+    monkeypatch.setattr(cpu, "HELD_PAGES", fresh)
+    monkeypatch.setattr(cpu, "MOSTLY", 2)
     monkeypatch.setattr(cpu, "CHUNK_ROWS", chunk)
     ids = torch.tensor([[1, 9], [1, -1], [8, 1], [20, 1], [9, 9]])  # 4 of 12 experts have rows
     inputs = oracle.make_inputs(5, 2, 6, 7, 12, gated=True, bias=True, ids=ids)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.onnx.capturable import capturing_session
 from benchmarks.gpu.onnx.jobs import model_path
 from benchmarks.gpu.onnx.models import build, cache_inputs, one_more_token, text_inputs
 from benchmarks.gpu.onnx.sessions import Bound, milliseconds, open_session
@@ -51,7 +50,7 @@ def _time_file(run: Run, name: str, path: Path) -> None:
     run.put("decoder", decoder=f"ORT {name}", ms=taken)
     taken = {}
     for batch in batches:
-        replayed, _ = capturing_session(run, path)
+        replayed = open_session(run, path, graph=True)
         bound = Bound(run, replayed, one_more_token(run, replayed, batch, past))
         taken[f"decode {batch}"] = milliseconds(run.device, bound.run)
     run.put("decoder", decoder=f"ORT {name}, graph", ms=taken)

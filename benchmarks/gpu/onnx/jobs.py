@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import moeify
-from benchmarks.gpu.onnx import capturable
+from benchmarks.gpu.onnx.capture import capture
 from benchmarks.gpu.onnx.models import (
     CONVERTED,
     build,
@@ -73,7 +73,7 @@ def export_and_check(run: Run, name: str, threads: int) -> None:
         return
     run.attempt("check", check, run, opened, job, model)
     run.put("where", **(run.attempt("where", executed, opened) or {}))
-    run.attempt("graph", capturable.capture, run, path)
+    run.attempt("graph", capture, run, path)
 
 
 @contextmanager

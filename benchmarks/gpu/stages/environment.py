@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def stage(run: Run) -> None:
     """Write the versions and measure the ceilings."""
     run.put(
         "versions", python=platform.python_version(), torch=torch.__version__, triton=triton.__version__,
-        cores=os.cpu_count(),
+        cores=os.cpu_count(), commit=_commit(), dry=run.dry,
     )  # fmt: skip
     run.put("packages", **{name: _version(name) for name in PACKAGES})
     if not run.dry:
@@ -72,6 +73,16 @@ def _copy(run: Run) -> None:
     target = torch.empty_like(source)
     ms = run.milliseconds(lambda: target.copy_(source), 25, 100)
     run.put("copy", ms=ms, tb_s=2 * source.numel() / ms / 1e9)
+
+
+def _commit() -> str | None:
+    """Return the commit of the checkout; a copy without its history has it in the file that prepare.sh left."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        left = Path(".whl/commit")
+        return left.read_text().strip() if left.exists() else None
 
 
 def _version(package: str) -> str | None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 from statistics import mean
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,11 +18,12 @@ from torch import Tensor
 from benchmarks.gpu.candidates import CANDIDATES
 from benchmarks.gpu.layer import make_inputs, timed
 from benchmarks.gpu.no_driver import compile_only
-from benchmarks.gpu.run import Run, first_line
+from benchmarks.gpu.run import Run
 from benchmarks.gpu.shapes import SHAPES, TINY, Shape, shapes
 from benchmarks.gpu.stages.environment import dense_tflops
 from moeify.kernels.gpu import tiles, tuned_tiles
 from moeify.kernels.gpu.tiles import Tile
+from moeify.kernels.tools.trials import try_tiles
 from moeify.kernels.tools.tuning import launches
 from moeify.measure import TOLERANCE, relative_difference
 
@@ -105,27 +105,19 @@ def stage(run: Run) -> None:
 
 def _times(run: Run, use: str, launch: Callable[[], object], tried: list[Tile]) -> Times:
     """Return the milliseconds of each tile whose result is that of the first."""
-    want, times = None, Times()
-    for tile in tried:
-        if run.left() < 3:
-            break
-        try:
-            with tuned_tiles.on_trial(tile):
-                got = _results(launch())
-                want = got if want is None else want
-                difference = 0.0 if run.dry else max(map(relative_difference, got, want))
-                if difference <= TOLERANCE["bfloat16"]:
-                    times[tile] = run.milliseconds(launch, 5, 25)
-                else:
-                    run.put(f"wrong {use}", tile=str(tile), difference=difference)
-        except Exception as error:  # it does not fit, or the compiler has a complaint
-            run.put(f"no {use}", tile=str(tile), error=f"{type(error).__name__}: {first_line(error)}"[:120])
+    times = Times()
+    check = None if run.dry else _wrong
+    for trial in try_tiles(launch, tried, lambda one: run.milliseconds(one, 5, 25), run.until - 3, check):
+        if trial.milliseconds is not None:
+            times[trial.tile] = trial.milliseconds
+        else:
+            run.put(f"no {use}", tile=str(trial.tile), error=trial.fault[:120])
     return times
 
 
-def _results(launched: object) -> tuple[Tensor, ...]:
-    """Return what a launch wrote: one tensor, or several."""
-    return launched if isinstance(launched, tuple) else (cast(Tensor, launched),)
+def _wrong(got: Tensor, want: Tensor) -> str:
+    difference = relative_difference(got, want)
+    return "" if difference <= TOLERANCE["bfloat16"] else f"off by {difference:.1e}"
 
 
 def _report(run: Run, use: str, shape: Shape, table: Tile, times: Times) -> None:

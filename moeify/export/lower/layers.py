@@ -1,4 +1,4 @@
-"""Every opaque node of a graph becomes what a target runs."""
+"""Every opaque node of a graph becomes what a target runs, and nothing is left that a GPU cannot."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from moeify.errors import RefusedError
 from moeify.export.capture.interface import EXPERTS
 from moeify.export.lower.contrib import lower_contrib
 from moeify.export.lower.experts import opaque_nodes
+from moeify.export.lower.precision import widen_undefined
+from moeify.export.lower.sizes import settle_sizes
 from moeify.export.lower.standard import lower_standard
 from moeify.export.lower.weights import Rounded
 from moeify.export.targets import Form
 
 
 def lower(model: ir.Model, form: Form) -> Rounded:
-    """Replace every opaque node of `model`, in place.
+    """Replace every opaque node of `model`, and what no runtime or no CUDA graph takes; in place.
 
     Returns:
         For each weight that was rounded, by its name in the model, what makes the values that the graph computes with.
@@ -28,4 +30,6 @@ def lower(model: ir.Model, form: Form) -> Rounded:
             raise RefusedError("the model has no experts to quantize: convert it first, or leave quantize out")
         rounded = lower_contrib(model, form.operator)
     lower_standard(model)
+    settle_sizes(model)
+    widen_undefined(model)
     return rounded

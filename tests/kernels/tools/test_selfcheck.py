@@ -44,3 +44,11 @@ def test_a_wrong_result_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     found = list(selfcheck.check_experts(selfcheck.CASES[1], torch.float32, CPU, relative_difference))
     assert all(check.difference == pytest.approx(0.1, rel=0.01) for check in found[:-1])
     assert found[-1].difference == torch.inf, "two runs gave other bits"
+
+
+def test_the_first_kernel_that_is_wrong_in_a_case_is_suspected() -> None:
+    name = "experts 8x2: {}".format
+    assert selfcheck.suspects([name("gradient of up_EJH"), name("output"), name("gradient of x_TH")]) == ["up or rows"]
+    later = [name("gradient of up_EJH"), name("gradient of weights_TK"), "sdd", "experts 9x1: gradient of up_bias_EJ"]
+    assert selfcheck.suspects(later) == ["bias", "down_backward", "sdd"]
+    assert selfcheck.suspects([name("run twice")]) == ["one without fixed results"]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +14,8 @@ import torch
 from click.testing import CliRunner
 
 from moeify.cli import main
-from moeify.kernels.gpu import tuned_tiles
+from moeify.cli.doctor import _tiles
+from moeify.kernels.gpu import target, tuned_tiles
 from moeify.kernels.gpu.tiles import Tile
 from moeify.kernels.tools import selfcheck, tuning
 
@@ -70,23 +73,30 @@ def test_tuning_needs_a_gpu(tmp_path: Path) -> None:
 def _pretend_to_have_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(selfcheck, "self_check", lambda device, dtype, difference: [selfcheck.Check("experts", 0.0)])
-    monkeypatch.setattr("moeify.cli.doctor._about", lambda device: {"gpu": "none"})
+    monkeypatch.setattr("moeify.cli.doctor._about", lambda device, trouble: {"gpu": "none"})
     monkeypatch.setattr(tuned_tiles, "architecture", lambda: "sm_90")
 
 
 def test_tuning_writes_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     slow, fast = Tile(16, 64, 128, 4, 3), Tile(16, 32, 128, 4, 3)
 
-    def tune(shape: tuning.Shape, device: torch.device) -> Iterator[tuning.Timed]:
+    def tune(
+        shape: tuning.Shape, device: torch.device, dtypes: Any, shares: Any, **settings: Any
+    ) -> Iterator[tuning.Timed]:
         assert shape == tuning.Shape(64, 32, 8, 2) and device.type == "cuda"
+        assert (dtypes, shares) == ((torch.bfloat16,), tuning.SHARES[:1])
+        assert 0 < settings["until"] - time.time() <= 9 and settings["wrong"](torch.ones(1), torch.ones(1)) == ""
         yield tuning.Timed("rows", 2, fast, {slow: 0.2, fast: 0.1})
+        assert tuned_tiles._read(str(file)), "written as it goes"
 
     _pretend_to_have_a_gpu(monkeypatch)
     monkeypatch.setattr(tuning, "tune", tune)
     file = tmp_path / "tiles.json"
-    result = CliRunner().invoke(main, ["doctor", "--json", "--tune", str(file), "--tune-shape", "64", "32", "8", "2"])
+    chosen = ["--tune-seconds", "9", "--tune-dtype", "bfloat16", "--tune-rows", "16"]
+    sizes = ["--tune-shape", "64", "32", "8", "2"]
+    result = CliRunner().invoke(main, ["doctor", "--json", "--tune", str(file), *sizes, *chosen])
     assert result.exit_code == 0 and json.loads(result.stdout)["failed"] == []
-    assert "0.100 ms, the table's 0.200 ms" in result.stderr
+    assert "0.100 ms, the table's 0.200 ms" in result.stderr and "with 1 tiles" in result.stderr
     assert tuned_tiles._read(str(file)) == {("rows", 16, 2): fast} and list(tmp_path.iterdir()) == [file]
 
 
@@ -101,7 +111,7 @@ def test_tuning_writes_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_tuning_that_cannot_be_done(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def tune(*args: Any) -> Iterator[tuning.Timed]:
+    def tune(*args: Any, **settings: Any) -> Iterator[tuning.Timed]:
         raise RuntimeError("out of memory\nand more")
 
     _pretend_to_have_a_gpu(monkeypatch)
@@ -110,3 +120,56 @@ def test_tuning_that_cannot_be_done(
     result = CliRunner().invoke(main, ["doctor", "--tune", *arguments])
     assert result.exit_code in (1, 2) and list(tmp_path.iterdir()) == []
     assert re.search(message, result.stderr.strip()), result.stderr
+
+
+def test_tuning_keeps_what_it_had_and_says_when_it_had_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tile, file = Tile(16, 64, 128, 4, 3), tmp_path / "t.json"
+
+    def tune(*args: Any, **settings: Any) -> Iterator[tuning.Timed]:
+        if file.exists():
+            return
+        yield tuning.Timed("rows", 2, tile, {tile: 0.2})
+        raise RuntimeError("lost the device")
+
+    _pretend_to_have_a_gpu(monkeypatch)
+    monkeypatch.setattr(tuning, "tune", tune)
+    result = CliRunner().invoke(main, ["doctor", "--tune", str(file)])
+    assert result.exit_code == 1 and "t.json has what was found before: RuntimeError: lost" in result.stderr
+    assert tuned_tiles._read(str(file)) == {("rows", 16, 2): tile}
+    result = CliRunner().invoke(main, ["doctor", "--tune", str(file), "--tune-seconds", "7"])
+    assert result.exit_code == 1 and "no tile was timed in 7 s" in result.stderr
+
+
+def test_a_driver_that_is_too_old_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def is_available() -> bool:
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old\nand more", stacklevel=2)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(selfcheck, "self_check", lambda device, dtype, difference: [selfcheck.Check("experts", 0.0)])
+    report = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
+    assert report["gpu"].startswith("none that can be used: ") and report["gpu"].endswith("is too old")
+    refused = CliRunner().invoke(main, ["doctor", "--tune", str(tmp_path / "t.json")])
+    assert refused.exit_code == 1 and "none that can be used (CUDA initialization" in refused.stderr
+
+
+def test_the_kernel_to_keep_away_from_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def checks(device: torch.device, dtype: torch.dtype, difference: Any) -> list[selfcheck.Check]:
+        if dtype == torch.float16:
+            raise RuntimeError("OutOfResources: out of resource: shared memory, Required: 9, Hardware limit: 8")
+        bad = 0.5 if dtype == torch.float32 else 0.0
+        return [selfcheck.Check("experts 8x2: output", 0.0), selfcheck.Check("experts 8x2: gradient of up_EJH", bad)]
+
+    _pretend_to_have_a_gpu(monkeypatch)
+    monkeypatch.setattr(selfcheck, "self_check", checks)
+    result = CliRunner().invoke(main, ["doctor"], env={"COLUMNS": "400"})
+    assert result.exit_code == 1 and "keep away from the kernel weights in float32: another Triton" in result.stdout
+    assert "shared memory, Required: 9, Hardware limit: 8: another Triton" in result.stdout
+
+
+def test_where_the_tiles_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, said in (("sm_90", "of the table, for sm_90"), ("sm_87", "small ones: the table has none for sm_87")):
+        monkeypatch.setattr(target, "architecture", lambda name=name: name)
+        assert _tiles().startswith(said)
+    monkeypatch.setenv("MOEIFY_TILES", "t.json")
+    assert _tiles() == "of t.json, which MOEIFY_TILES names"

@@ -12,11 +12,12 @@ import transformers
 from torch import Tensor, nn
 
 import moeify
+from benchmarks.gpu.onnx.rules import copies
 from moeify.errors import RefusedError, VerificationError
 from moeify.export import pipeline
 from moeify.export.capture import trace
 from moeify.export.capture.interface import FlatModel, Interface
-from moeify.export.lower import functions
+from moeify.export.lower import functions, layers
 from moeify.measure import TOLERANCE
 from moeify.runtime.session import open_session
 from tests.moeify import tiny
@@ -75,6 +76,39 @@ def test_a_stock_moe_for_cuda_waits_for_nothing_that_only_the_device_knows(tmp_p
     report = moeify.export_onnx(tf.MixtralForCausalLM(config).eval(), tmp_path / "mixtral.onnx", "cuda")
     assert report.passed and report.operators["com.microsoft::MoE"] == 1 and report.requires == "1.28"
     assert not {"NonZero", "Split", "If", "Loop", "GatherND"} & report.operators.keys()
+    graph: Any = onnx.load(tmp_path / "mixtral.onnx").graph
+    assert copies(graph) == [], "a copy between CPU and GPU forbids a CUDA graph"
+    makers = {name: node for node in graph.node for name in node.output}
+    assert any(
+        makers[node.input[0]].op_type == "Squeeze" and makers[node.input[1]].op_type == "Add"
+        for node in graph.node
+        if node.op_type == "Range" and node.input[0] in makers
+    ), "positions are Range(past, past + length)"
+
+
+class Choosing(nn.Module):
+    """Takes the largest, as a router does before its softmax."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x.topk(2, -1).values.softmax(-1)
+        return y
+
+
+def test_the_file_that_is_written_is_loaded_and_not_only_its_twin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {"x": torch.randn(4, 3, 7).bfloat16()}
+    assert moeify.export_onnx(
+        nn.Sequential(nn.Linear(7, 7), Choosing()).bfloat16(),
+        tmp_path / "net.onnx",
+        "portable",
+        example_inputs={"input": inputs["x"]},
+    ).passed
+    monkeypatch.setattr(layers, "widen_undefined", lambda model: None)
+    model = nn.Sequential(nn.Linear(7, 7), Choosing()).bfloat16()
+    with pytest.raises(VerificationError, match=r"not one that ONNX Runtime loads: .*TopK.*; nothing was written$"):
+        moeify.export_onnx(model, tmp_path / "x.onnx", "portable", example_inputs={"input": inputs["x"]})
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
 
 
 def test_a_rounded_graph_is_held_to_pytorch_with_the_same_rounded_weights(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run one exported file with the CUDA provider and print what the profile says: `run_one.py MODEL.onnx plain|graph`.
+"""Run one exported file with the CUDA provider and print what it did as JSON: `run_one.py MODEL.onnx plain|graph`.
 
 It imports nothing of this repository, because torch must not be in the process: it would load the real libraries.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -18,6 +17,7 @@ import onnxruntime
 SIZES = {"batch": 2, "sequence": 1, "past_sequence": 16, "total_sequence": 17}
 TYPES = {"tensor(float)": ("float32", 1), "tensor(float16)": ("float16", 10), "tensor(bfloat16)": ("uint16", 16),
          "tensor(int64)": ("int64", 7)}  # fmt: skip
+RUNS = 3  # of a captured session: the first ones allocate
 
 
 def open_session(path: str, graph: bool) -> Any:
@@ -46,26 +46,26 @@ def bind(session: Any) -> tuple[Any, list[np.ndarray]]:
 
 
 def main() -> None:
-    """Load, run, and read the profile."""
+    """Load, run, and read the profile: nodes of experts by provider, copies, and what is on the CPU beside sizes."""
     path, graph = sys.argv[1], sys.argv[2] == "graph"
     session = open_session(path, graph)
     binding, _held = bind(session)
-    outcome = "captured" if graph else "ran"
+    failed = None
     try:
-        for _ in range(3 if graph else 1):
+        for _ in range(RUNS if graph else 1):
             session.run_with_iobinding(binding)
     except Exception as error:  # what reads garbage on the CPU fails
-        outcome = f"run failed: {' '.join(str(error).split())[-200:]}"
+        failed = " ".join(str(error).split())[-200:]
     events = json.loads(Path(session.end_profiling()).read_text())
-    nodes = Counter(
-        (event["args"]["op_name"], event["args"]["provider"].removesuffix("ExecutionProvider"))
-        for event in events
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-    )
-    experts = {f"{op}@{on}": count for (op, on), count in nodes.items() if op in {"MoE", "QMoE"}}
-    copies = sum(count for (op, _), count in nodes.items() if op.startswith("Memcpy"))
-    on_cpu = {op: count for (op, on), count in nodes.items() if on == "CPU"}
-    print(f"{outcome}; {experts}; {copies} copies; on the CPU {on_cpu}; {sum(nodes.values())} nodes")
+    nodes = [e["args"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    on_cpu = [node for node in nodes if node["provider"] == "CPUExecutionProvider"]
+    values = [node for node in on_cpu if any(set(kind) - {"int64", "bool"} for kind in node["output_type_shape"])]
+    experts = [f"{n['op_name']}@{n['provider'][:4].rstrip('E')}" for n in nodes if n["op_name"] in {"MoE", "QMoE"}]
+    print(json.dumps({
+        "failed": failed, "nodes": len(nodes), "experts": experts,
+        "copies": sum(node["op_name"].startswith("Memcpy") for node in nodes),
+        "sizes_on_cpu": len(on_cpu) - len(values), "values_on_cpu": [node["op_name"] for node in values],
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":
