@@ -12,7 +12,7 @@ from moeify.families.conditions import (
     NO_OUTPUT_BIAS,
     NO_SLIDING_WINDOW,
 )
-from moeify.families.sigmoid import OPTIONS, sigmoid_fields, sigmoid_tensors
+from moeify.families.sigmoid import GLM4_GGUF, OPTIONS, sigmoid_fields, sigmoid_tensors
 
 FAMILY = Family(
     model_type="glm4_moe",
@@ -39,4 +39,5 @@ FAMILY = Family(
     shared=True,
     untied=True,
     note="llama.cpp's converter takes GLM's own tokenizer only",
+    gguf=GLM4_GGUF,
 )
