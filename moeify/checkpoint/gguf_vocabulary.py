@@ -46,7 +46,8 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
     """
     if not any(fnmatch(path.name, pattern) for path in list_folder(folder) for pattern in _FILES):
         writer.add_tokenizer_model("none")
-        writer.add_vocab_size(size)
+        with quiet():  # some formats say the size anyway
+            writer.add_vocab_size(size)
         return
     tokenizer = load_tokenizer(folder)
     spec = _spec(tokenizer)
@@ -102,7 +103,7 @@ def _add_characters(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, spec
     writer.add_token_list([text for text, _ in tokens])
     writer.add_token_scores([scores.get(text, _NO_SCORE) for text, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
-    writer.add_add_space_prefix(tokenizer.tokenize("a")[:1] == [f"{_SPACE}a"])
+    writer.add_add_space_prefix("".join(tokenizer.tokenize("a")).startswith(_SPACE))
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> list[tuple[str, TokenType]]:
@@ -146,7 +147,9 @@ def _add_special(
         special = SpecialVocab(folder, load_merges=merges, n_vocab=size)
         ids = tokenizer.encode("a")
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        special.add_special_token |= {"bos": ids[0] == bos, "eos": ids[-1] == eos}
+        special.add_special_token["bos"] = ids[0] == bos
+        if ids[-1] == eos or "eos" in special.add_special_token:
+            special.add_special_token["eos"] = ids[-1] == eos
         special.add_to_gguf(writer, quiet=True)
 
 
