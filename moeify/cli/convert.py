@@ -226,7 +226,7 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
         hint = ": run again with --resume to go on" if can_resume(dst) else ""
         raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop
     console.print(f"written to {dst}")
-    if plan.target != MOEIFY and plan.config.aux_loss:
+    if plan.target != MOEIFY and plan.config.aux_loss and not _is_gguf(dst):
         console.print(_BEFORE_TRAINING)
 
 

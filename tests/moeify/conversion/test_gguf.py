@@ -171,20 +171,18 @@ def test_what_the_file_says_of_the_model(case: Callable[[str], Case], tmp_path: 
 @pytest.mark.parametrize("kind", [None, "F32", "F16", "Q8_0"])
 def test_types(kind: str | None, case: Callable[[str], Case], tmp_path: Path) -> None:
     """Matrices are rounded to the type; routers, norms and biases are what they were."""
-    plan = plan_checkpoint(case("llama").dense, SHARDS, gguf=True)
+    plan = plan_checkpoint(case("llama").dense, MoEConfig(EXPERTS, 2), gguf=True)
     convert_to_gguf(case("llama").dense, plan, GgufOutput(tmp_path / "moe.gguf", kind), Callbacks())
     reader = gguf.GGUFReader(tmp_path / "moe.gguf")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert kinds["blk.0.ffn_down_exps.weight"] == kinds["token_embd.weight"] == (kind or "BF16")
     assert kinds["blk.0.ffn_gate_inp.weight"] == kinds["output_norm.weight"] == "F32"
-    stored = load_file(case("llama").folder / "model.safetensors")
-    down = stored["model.layers.1.mlp.down_proj.weight"].float().numpy() * 2  # two shards
+    down = load_file(case("llama").folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].float().numpy()
+    step = {"F16": 2**-24, "Q8_0": np.abs(down).max() / 127}.get(str(kind), 0)
     found = tensors(reader)["blk.1.ffn_down_exps.weight"]
-    assert found.shape == (EXPERTS, 64, 48)
-    for expert in range(EXPERTS):
-        shard = down[:, 48 * (expert % 2) :][:, :48]
-        step = np.abs(shard).max() / 127 if kind == "Q8_0" else 0
-        assert np.abs(found[expert] - shard).max() <= step
+    assert found.shape == (EXPERTS, 64, 96)
+    for expert in found:
+        assert np.abs(expert - down).max() <= step
 
 
 def test_what_a_file_cannot_hold_is_refused(case: Callable[[str], Case], tmp_path: Path) -> None:
@@ -193,7 +191,7 @@ def test_what_a_file_cannot_hold_is_refused(case: Callable[[str], Case], tmp_pat
     with pytest.raises(RefusedError, match=r"q8_0 has blocks of 32 values, and blk\.0\.ffn_down_exps\.weight has rows"):
         convert_to_gguf(dense, narrow, GgufOutput(tmp_path / "moe.gguf", "Q8_0"), callbacks)
     some = plan_checkpoint(dense, NOISE, "1", "qwen3_moe", gguf=True)
-    with pytest.raises(RefusedError, match=r"qwen3moe has no place for model\.layers\.0\.mlp\.gate_proj\.weight"):
+    with pytest.raises(RefusedError, match=r"qwen3moe has no place for model\.layers\.0\.mlp\.down_proj\.weight"):
         convert_to_gguf(dense, some, GgufOutput(tmp_path / "moe.gguf"), callbacks)
     for target, reason in (("moeify", "cannot hold the moeify format"), ("mellum", "is not written as GGUF: choose")):
         with pytest.raises(RefusedError, match=reason):
