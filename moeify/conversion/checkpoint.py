@@ -28,7 +28,7 @@ from moeify.conversion.output_tensors import output_tensors
 from moeify.conversion.refusals import check_convertible
 from moeify.conversion.rehearsal import rehearse
 from moeify.errors import ConfigError, RefusedError
-from moeify.families.gguf import why_not_gguf
+from moeify.families.gguf import gguf_of, why_not_gguf
 from moeify.families.native import native_config
 from moeify.families.table import FAMILIES, fit_target
 from moeify.families.words import MOEIFY
@@ -139,7 +139,8 @@ def _with_checked_target(dense: DenseCheckpoint, plan: Plan, target: str, *, ggu
     """Return the plan for a format in which the converted model is exact and runs."""
 
     def suits(fitted: Plan) -> bool:
-        return not gguf or why_not_gguf(fitted, output_config(dense, fitted, None)) is None
+        return not gguf or (why_not_gguf(fitted, output_config(dense, fitted, None)) is None
+                            and not gguf_of(fitted).differs)  # fmt: skip
 
     plan = fit_target(plan, dense.config, target, suits)
     if gguf and target == "auto" and plan.target == MOEIFY:

@@ -106,6 +106,7 @@ class Gguf:
         rewrites: Tensors that it stores otherwise than the family; what they are called is the gguf library's matter.
         conditions: What must hold of the MoE's config for llama.cpp to compute what the family does.
         factors: Whether llama.cpp reads factors of the rotary frequencies there, as Llama 3 and long-context Phi need.
+        differs: Whether llama.cpp computes something else, as the family's note says: "auto" does not take it.
     """
 
     architecture: str
@@ -113,6 +114,7 @@ class Gguf:
     rewrites: tuple[Rewrite, ...] = ()
     conditions: tuple[Condition, ...] = ()
     factors: bool = False
+    differs: bool = False
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,6 @@ FAMILY = Family(
     renormalizes=False,
     shared=True,
     untied=True,
-    note="llama.cpp's converter takes GLM's own tokenizer only",
+    note="llama.cpp's converter takes GLM's own tokenizer only: write a .gguf file instead",
     gguf=GLM4_GGUF,
 )

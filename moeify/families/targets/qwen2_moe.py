@@ -92,5 +92,6 @@ FAMILY = Family(
             "expert_feed_forward_length": config["moe_intermediate_size"],
             "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
         },
+        differs=True,
     ),
 )

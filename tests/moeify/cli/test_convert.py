@@ -87,20 +87,6 @@ def test_a_narrower_dtype_is_proved_against_the_rounded_weights(src: Path, tmp_p
     assert load_file(tmp_path / "moe/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
-def test_a_file_for_llama_cpp(src: Path, tmp_path: Path) -> None:
-    out = tmp_path / "moe.gguf"
-    done = convert(src, out, *BASE, "--dtype", "f16")
-    assert done.exit_code == 0 and "verified on a slice: 2 layers" in done.stderr and f"written to {out}" in done.stderr
-    assert "llama → mixtral" in done.stderr and "before training" not in done.stderr
-    assert out.read_bytes()[:4] == b"GGUF" and sorted(tmp_path.iterdir()) == [out, src]
-    again = convert(src, out, *BASE)
-    assert again.exit_code == 1 and "exists" in again.stderr
-    before = out.stat().st_size
-    assert convert(src, out, *BASE, "--dtype", "f32", "--overwrite", "--no-verify").exit_code == 0
-    assert out.stat().st_size > 1.5 * before
-    assert "is not written as GGUF: choose" in convert(src, "x.gguf", *BASE, "--to", "granitemoe_swa").stderr
-
-
 def test_a_dry_run_shows_the_plan_and_writes_nothing(src: Path) -> None:
     beside = set(src.parent.iterdir())
     result = convert(src, *BASE, "--dry-run")

@@ -201,6 +201,14 @@ def test_what_a_file_cannot_hold_is_refused(case: Callable[[str], Case], tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_auto_takes_what_llama_cpp_computes(case: Callable[[str], Case]) -> None:
+    """It does not renormalize in Qwen2-MoE, which is written when it is asked for."""
+    for layers, wanted, target in (("all", "auto", "glm4_moe"), ("all", "qwen2_moe", "qwen2_moe")):
+        assert plan_checkpoint(case("qwen2").dense, NOISE, layers, wanted, gguf=True).target == target
+    with pytest.raises(RefusedError, match="no family that is written as GGUF is exact for this qwen2"):
+        plan_checkpoint(case("qwen2").dense, NOISE, "0,2", gguf=True)
+
+
 def test_nothing_is_left_of_a_conversion_that_fails(case: Callable[[str], Case], tmp_path: Path) -> None:
     def stop(folder: Path) -> object:
         names = load_file(folder / "model.safetensors").keys()
