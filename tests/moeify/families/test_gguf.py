@@ -78,7 +78,7 @@ def test_factors_of_llama_3() -> None:
         ("mixtral", with_rope(rope_type="dynamic", rope_theta=1e4), "rotary positions as dynamic"),
         ("qwen3_moe", with_rope(**LLAMA_3), "rotary positions as llama3"),
         ("moeify", CONFIG, "cannot hold the moeify format"),
-        ("flex_olmo", CONFIG, "not written as GGUF: choose dots1, ernie4_5_moe,"),
+        ("flex_olmo", CONFIG, "not written as GGUF: choose deepseek_v3, dots1,"),
     ],
 )
 def test_why_not(target: str, config: dict[str, Any], reason: str) -> None:
