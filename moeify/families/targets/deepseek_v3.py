@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from moeify.families.base import (
     EXLLAMA,
     LLAMA_CPP,
@@ -38,15 +40,18 @@ def _keys(config: Config) -> Fields:
     }
 
 
+def _latent(tensor: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Return what makes keys and values of the latent ones, by heads."""
+    heads = tensor.reshape(config["num_attention_heads"], -1, config["kv_lora_rank"])
+    size = config["qk_nope_head_dim"]
+    return heads[:, :size].transpose(1, 2), heads[:, size:]
+
+
 _KV_B = Rewrite(
     r"(model\.layers\.\d+\.self_attn)\.kv_b_proj\.weight",
     {
-        r"\1.k_b_proj.weight": lambda tensor, config: tensor.unflatten(0, (config["num_attention_heads"], -1))[
-            :, : config["qk_nope_head_dim"]
-        ].transpose(1, 2),
-        r"\1.v_b_proj.weight": lambda tensor, config: tensor.unflatten(0, (config["num_attention_heads"], -1))[
-            :, config["qk_nope_head_dim"] :
-        ],
+        r"\1.k_b_proj.weight": lambda tensor, config: _latent(tensor, config)[0],
+        r"\1.v_b_proj.weight": lambda tensor, config: _latent(tensor, config)[1],
     },
 )
 FAMILY = Family(

@@ -19,14 +19,14 @@ BYTES, CHARACTERS = (
 )
 
 
-def byte_level(**changes: Any) -> Tokenizer:
+def byte_level(**changes: Any) -> Any:
     model = models.BPE({word: number for number, word in enumerate(BYTES)}, [("a", "b"), ("ab", "c")], **changes)
     made: Any = Tokenizer(model)
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return made
 
 
-def of_characters() -> Tokenizer:
+def of_characters() -> Any:
     numbers = {word: number for number, word in enumerate(CHARACTERS)}
     merges = [("a", "b"), ("\u2581", "ab")]
     made: Any = Tokenizer(models.BPE(numbers, merges, unk_token="<unk>", byte_fallback=True))
@@ -37,7 +37,8 @@ def of_characters() -> Tokenizer:
 
 
 def saved(made: Any, folder: Path, **special: Any) -> Path:
-    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    build: Any = PreTrainedTokenizerFast
+    tokenizer = build(tokenizer_object=made, **special)
     tokenizer.add_tokens([AddedToken("<|user|>", special=False), AddedToken("word", special=False, normalized=False)])
     tokenizer.save_pretrained(folder)
     return folder

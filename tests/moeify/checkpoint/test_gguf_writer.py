@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from moeify.checkpoint import gguf_writer
+from moeify.checkpoint.gguf_file import open_gguf
 from moeify.checkpoint.gguf_writer import GgufTensor, announce, write_gguf
 from moeify.checkpoint.shards import SourceRows
 from moeify.checkpoint.source import Source, open_source
@@ -42,8 +43,13 @@ def write(source: Source, path: Path, *tensors: GgufTensor) -> tuple[dict[str, A
 
 
 def test_parts_follow_each_other(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, reads = source.read, []
-    monkeypatch.setattr(source, "read", lambda name: (reads.append(name), read(name))[1])
+    read, reads = source.read, list[str]()
+
+    def counted(name: str) -> torch.Tensor:
+        reads.append(name)
+        return read(name)
+
+    monkeypatch.setattr(source, "read", counted)
     stacked = GgufTensor("stack", "F32", (4, 3, 32), (HALF,) * 4)
     computed = GgufTensor("sum", "BF16", (9, 32), (WHOLE, lambda: VALUES[:3] + 1))
     found, told, named = write(source, tmp_path / "x.gguf", stacked, computed)
@@ -84,9 +90,8 @@ def test_a_disk_that_holds_something_else_is_noticed(
         raw = bytearray(path.read_bytes())
         raw[-40] ^= 1  # in the last tensor
         path.write_bytes(raw)
-        return opened(path)
+        return open_gguf(path)
 
-    opened = gguf_writer.open_gguf
     monkeypatch.setattr(gguf_writer, "open_gguf", damaged)
     with pytest.raises(CheckpointError, match=r"a is not in x\.gguf as it was written"):
         write(source, tmp_path / "x.gguf", GgufTensor("a", "F32", (6, 32), (WHOLE,)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
+import torch
 
 from moeify.config import MoEConfig
 from moeify.families.gguf import keys, rope_tensors, stacked, why_not_gguf
@@ -70,6 +71,18 @@ def test_factors_of_llama_3() -> None:
         smooth = (64 / wave - 1) / (4 - 1)
         expected = 1.0 if wave < 64 / 4 else 8.0 if wave > 64 / 1 else 1 / ((1 - smooth) / 8 + smooth)
         assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_makes_keys_and_values_of_latent_ones_comes_apart() -> None:
+    form, config = FAMILIES["deepseek_v3"].gguf, {"num_attention_heads": 2, "kv_lora_rank": 3, "qk_nope_head_dim": 4}
+    assert form is not None
+    fused = torch.arange(2 * (4 + 5) * 3).reshape(18, 3)
+    keys_of, values_of = (compute(fused, config) for compute in form.rewrites[0].parts.values())
+    assert tuple(keys_of.shape) == (2, 3, 4) and tuple(values_of.shape) == (2, 5, 3)
+    for head in range(2):
+        for rank in range(3):
+            assert keys_of[head, rank].tolist() == [int(fused[head * 9 + row, rank]) for row in range(4)]
+            assert values_of[head, :, rank].tolist() == [int(fused[head * 9 + 4 + row, rank]) for row in range(5)]
 
 
 @pytest.mark.parametrize(
