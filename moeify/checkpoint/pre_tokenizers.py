@@ -1,7 +1,8 @@
-"""llama.cpp's names for the rules by which a text is cut before byte-pair encoding: `tokenizer.ggml.pre` in GGUF.
+"""llama.cpp's names for the rules that cut a text before byte-pair encoding.
 
-llama.cpp has each rule in its code. Its converter knows a tokenizer by the tokens of one text, and so does this module;
-one that is not among them, such as one that was trained anew, is known by its rule.
+A GGUF file has the name under `tokenizer.ggml.pre`, and llama.cpp has the rule in its code. Its converter knows a
+tokenizer by the tokens of one text, and so does this module; one that is not among them, such as one that was trained
+anew, is known by its rule.
 """
 
 from __future__ import annotations
