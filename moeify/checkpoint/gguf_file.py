@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     import torch
-    from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, ReaderTensor
     from transformers import PreTrainedConfig
 
 _TOKENIZER = "tokenizer.ggml.model"
@@ -41,7 +41,7 @@ class GgufFile:
 
         self.files: tuple[Path, ...] = (file,)
         self._state = state_of(file)
-        reader, places = _open(file)
+        reader, places = open_gguf(file)
         self.header_bytes = bytes(reader.data[: reader.data_offset])
         self._has_tokenizer = _TOKENIZER in reader.fields
         architecture = str(reader.fields["general.architecture"].contents())
@@ -106,12 +106,26 @@ class GgufFile:
             save_tokenizer(load_tokenizer(self.files[0]), dst)
         GenerationConfig.from_model_config(self._hf_config).save_pretrained(dst)
 
+    def copy_tokenizer(self, writer: GGUFWriter) -> bool:
+        """Add the tokenizer to another GGUF file as it is in this one; return whether there is one."""
+        from gguf import GGUFValueType
+
+        for name, field in open_gguf(self.files[0])[0].fields.items():
+            kind, item = field.types[0], field.types[-1]
+            values = [field.parts[place] for place in field.data]
+            if not name.startswith("tokenizer.") or not values:
+                continue
+            plain = [v.tobytes() if item == GGUFValueType.STRING else v.tolist()[0] for v in values]
+            is_array = kind == GGUFValueType.ARRAY
+            writer.add_key_value(name, plain if is_array else plain[0], kind, item if is_array else None)
+        return self._has_tokenizer
+
     def close(self) -> None:
         """Release the mapped file."""
         self._stored.clear()
 
 
-def _open(file: Path) -> tuple[GGUFReader, dict[str, Place]]:
+def open_gguf(file: Path) -> tuple[GGUFReader, dict[str, Place]]:
     """Check the header of a file, then map it.
 
     Raises:

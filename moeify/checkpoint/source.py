@@ -34,6 +34,7 @@ from moeify.files.reading import exists, is_file, is_folder, list_folder, read_b
 
 if TYPE_CHECKING:
     import torch
+    from gguf import GGUFWriter
 
 _ADAPTER = "adapter_config.json"
 _Stored: TypeAlias = SafetensorsFiles | PickleFiles | PartFiles | GgufFile
@@ -96,6 +97,10 @@ class Source:
             return
         for path in side_files(self.path):
             (dst / path.name).write_bytes(read_bytes(path, SIDE_FILE_BYTES))
+
+    def copy_tokenizer(self, writer: GGUFWriter) -> bool:
+        """Add the tokenizer of a GGUF file to another; return whether this is one, and has one."""
+        return isinstance(self._stored, GgufFile) and self._stored.copy_tokenizer(writer)
 
     def check_side_files(self) -> None:
         """Check the files beside the weights before hours of work.

@@ -14,13 +14,14 @@ from moeify.cli.recipe import recipe_option, recipe_text
 from moeify.cli.settings import config_from, config_options
 from moeify.errors import CheckpointError, VerificationError
 from moeify.families.words import MOEIFY, NATIVE, check_target
-from moeify.files.staging import can_resume, check_folder
+from moeify.files.staging import can_resume, check_file, check_folder
 from moeify.planning.selection import check_selection
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from moeify.config import MoEConfig
+    from moeify.conversion.checkpoint import Callbacks
     from moeify.conversion.dense import DenseCheckpoint
     from moeify.plan import Plan
 
@@ -29,6 +30,7 @@ _BEFORE_TRAINING = (
     "layers together, and lets single ones fall out of balance: --to moeify balances each"
 )
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_GGUF, _QUANTIZED = ".gguf", {"q8_0": "Q8_0"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,11 @@ class _Options:
     show_default=True,
     help=f"auto, moeify, or a native family of transformers: {', '.join(NATIVE)}.",
 )
-@click.option("--dtype", type=Dtype(_DTYPES), help="Store floating-point tensors in this dtype.")
+@click.option(
+    "--dtype",
+    type=Dtype((*_DTYPES, *_QUANTIZED)),
+    help="Store floating-point tensors in this dtype; q8_0 in a .gguf file only.",
+)
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path, dir_okay=False), help="Do what a saved plan says.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and its cost; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the plan as JSON, for --plan.")
@@ -75,7 +81,7 @@ class _Options:
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of the output.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 256), help="Processes that write.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
-@click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder, or a .gguf file.")
 @click.option("--strict", is_flag=True, help="Refuse weights that hold NaN or Inf instead of warning.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the MoE with the dense model.")
 @example_inputs_option
@@ -84,11 +90,13 @@ class _Options:
 def convert(src: str, dst: Path | None, **typed: Any) -> None:
     """Convert the dense checkpoint SRC into an MoE checkpoint DST.
 
-    SRC is a folder in Hugging Face layout, a GGUF file, or a hub id; it is never changed. DST appears whole or not at
-    all, after the first of its layers were compared with those of SRC, and the logits of that slice.
+    SRC is a folder in Hugging Face layout, a GGUF file, or a hub id; it is never changed. DST is a folder, or a file
+    that ends in .gguf, for llama.cpp. It appears whole or not at all, after the first of its layers were compared with
+    those of SRC, and the logits of that slice.
     """
     options = _Options(**{field.name: typed.pop(field.name) for field in fields(_Options)})
     _check_usage(dst, options, typed)
+    _check_place(dst, options)
     config = None if options.plan_file else config_from(typed)
     from moeify.checkpoint.source import open_source  # wrong usage is said before torch is loaded
     from moeify.conversion.dense import DenseCheckpoint
@@ -97,7 +105,7 @@ def convert(src: str, dst: Path | None, **typed: Any) -> None:
     inputs = None if options.example_inputs is None else read_inputs(options.example_inputs)
     with open_source(src, allow_pickle=options.allow_pickle, trust_remote_code=options.trust_remote_code) as source:
         dense = DenseCheckpoint(source, inputs)
-        plan = _plan(dense, config, options)
+        plan = _plan(dense, config, options, gguf=_is_gguf(dst))
         if dst is not None and not options.dry_run:
             _write(dense, plan, dst, options)
         elif options.as_json:
@@ -123,19 +131,33 @@ def _check_usage(dst: Path | None, options: _Options, settings: dict[str, object
         raise click.UsageError(f"{given[0]} goes without --plan: the plan says how to convert")
     check_target(options.target)
     check_selection(options.layers)
+
+
+def _is_gguf(dst: Path | None) -> bool:
+    return dst is not None and dst.suffix == _GGUF
+
+
+def _check_place(dst: Path | None, options: _Options) -> None:
+    """Refuse what does not go with a folder, or with a GGUF file, and look at what is there."""
+    if not _is_gguf(dst) and options.dtype in _QUANTIZED:
+        raise click.UsageError(f"--dtype {options.dtype} goes with a DST that ends in {_GGUF}")
+    if _is_gguf(dst) and (options.resume or options.workers > 1):
+        raise click.UsageError(f"--resume and --workers go with a folder: a {_GGUF} file is written in one go")
+    if _is_gguf(dst) and options.target == MOEIFY:
+        raise click.UsageError(f"--to {MOEIFY} goes with a folder: llama.cpp does not read it from a {_GGUF} file")
     if dst is not None and not options.dry_run:
-        check_folder(dst, overwrite=options.overwrite)
+        (check_file if _is_gguf(dst) else check_folder)(dst, overwrite=options.overwrite)
 
 
-def _plan(dense: DenseCheckpoint, config: MoEConfig | None, options: _Options) -> Plan:
+def _plan(dense: DenseCheckpoint, config: MoEConfig | None, options: _Options, *, gguf: bool) -> Plan:
     from moeify.conversion.checkpoint import check_plan, plan_checkpoint
     from moeify.plan import Plan
 
     if config is not None:
-        return plan_checkpoint(dense, config, options.layers, options.target)
+        return plan_checkpoint(dense, config, options.layers, options.target, gguf=gguf)
     assert options.plan_file is not None
     saved = Plan.from_file(options.plan_file)
-    check_plan(dense, saved)
+    check_plan(dense, saved, gguf=gguf)
     return saved
 
 
@@ -172,10 +194,10 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from moeify.cli import display
-    from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint
+    from moeify.conversion.checkpoint import Callbacks
     from moeify.names import left_out
 
-    console, dtype = display.stderr(), _DTYPES.get(options.dtype or "")
+    console = display.stderr()
     what = f"{len(plan.sites)} FFNs become {plan.config.experts} experts, top-{plan.config.top_k}"
     _say_target(console, plan, what)
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -188,7 +210,7 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
 
     def check(folder: Path) -> object:
         progress.stop()
-        return _prove(dense, folder, plan, options, console)
+        return _prove(dense, folder, plan, options, console, whole=not _is_gguf(dst))
 
     callbacks = Callbacks(
         total=lambda nbytes: progress.update(task, total=nbytes),
@@ -197,20 +219,37 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
         unused=lambda names: console.print(left_out(names)),
         check=check,
     )
-    how = (options.overwrite, options.resume, options.workers, command_line())
     try:
         with progress:
-            convert_checkpoint(dense, plan, Output(dst, options.shard_size, dtype, *how), callbacks)
+            _carry_out(dense, plan, dst, options, callbacks)
     except KeyboardInterrupt as stop:
         hint = ": run again with --resume to go on" if can_resume(dst) else ""
         raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop
     console.print(f"written to {dst}")
-    if plan.target != MOEIFY and plan.config.aux_loss:
+    if plan.target != MOEIFY and plan.config.aux_loss and not _is_gguf(dst):
         console.print(_BEFORE_TRAINING)
 
 
-def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, options: _Options, console: Console) -> object:
+def _carry_out(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options, callbacks: Callbacks) -> None:
+    """Write a folder or a GGUF file."""
+    from moeify.conversion.checkpoint import Output, convert_checkpoint
+
+    if _is_gguf(dst):
+        from moeify.conversion.gguf import GgufOutput, convert_to_gguf
+
+        kind = {**_DTYPES, **_QUANTIZED}.get(options.dtype or "")
+        convert_to_gguf(dense, plan, GgufOutput(dst, kind, options.overwrite, command_line()), callbacks)
+        return
+    how = (options.overwrite, options.resume, options.workers, command_line())
+    convert_checkpoint(dense, plan, Output(dst, options.shard_size, _DTYPES.get(options.dtype or ""), *how), callbacks)
+
+
+def _prove(
+    dense: DenseCheckpoint, folder: Path, plan: Plan, options: _Options, console: Console, *, whole: bool
+) -> object:
     """Hold the output's tensors to its model, and compare a slice of the layers unless told otherwise.
+
+    A folder that is not the whole output has the slice only, in the dtypes of the source.
 
     Returns:
         What was measured, as `moeify.json` keeps it.
@@ -220,10 +259,11 @@ def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, options: _Options, 
     from moeify.proving.proof import verify_slice
 
     with without_bars():
-        check_output(folder)
+        if whole:
+            check_output(folder)
         if options.no_verify:
             return None
-        report = verify_slice(dense, folder, plan, cast_to=_DTYPES.get(options.dtype or ""))
+        report = verify_slice(dense, folder, plan, cast_to=_DTYPES.get(options.dtype or "") if whole else None)
     for line in report.warnings():
         console.print(line)
     console.print(f"verified on a slice: {report.summary()}")

@@ -47,7 +47,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 LAYERS = "all, every:N, last:N, first:N, 0,3-7, or a regex on the paths that moeify inspect shows"
 
-_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
 _LARGEST = 10**15  # bytes of a file: a larger number is a slip
 _UNITS = {"": 1, "B": 1, **{f"{prefix}{unit}": base**power for unit, base in (("B", 1000), ("IB", 1024))
                             for power, prefix in enumerate("KMGT", start=1)}}  # fmt: skip

@@ -27,7 +27,8 @@ from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.output_tensors import output_tensors
 from moeify.conversion.refusals import check_convertible
 from moeify.conversion.rehearsal import rehearse
-from moeify.errors import ConfigError
+from moeify.errors import ConfigError, RefusedError
+from moeify.families.gguf import gguf_of, why_not_gguf
 from moeify.families.native import native_config
 from moeify.families.table import FAMILIES, fit_target
 from moeify.families.words import MOEIFY
@@ -84,7 +85,9 @@ class Callbacks:
     check: Callable[[Path], object] = _ignore
 
 
-def plan_checkpoint(dense: DenseCheckpoint, config: MoEConfig, layers: str = "all", target: str = "auto") -> Plan:
+def plan_checkpoint(
+    dense: DenseCheckpoint, config: MoEConfig, layers: str = "all", target: str = "auto", *, gguf: bool = False
+) -> Plan:
     """Plan the conversion of a checkpoint; no weight is read.
 
     Args:
@@ -92,17 +95,23 @@ def plan_checkpoint(dense: DenseCheckpoint, config: MoEConfig, layers: str = "al
         config: The settings.
         layers: Which FFNs (see `moeify.planning.selection`).
         target: "auto", "moeify" or a native family.
+        gguf: The output is a GGUF file, which llama.cpp must run as it is meant.
 
     Raises:
         MoeifyError: Nothing to convert, the target would not be exact, or the converted model would not run.
     """
     check_convertible(dense.model)
     plan = make_plan(dense.model, dense.graph_module, dense.inspection, config, layers)
-    return _with_checked_target(dense, plan, target)
+    return _with_checked_target(dense, plan, target, gguf=gguf)
 
 
-def check_plan(dense: DenseCheckpoint, plan: Plan) -> None:
+def check_plan(dense: DenseCheckpoint, plan: Plan, *, gguf: bool = False) -> None:
     """Hold a plan that was saved to the checkpoint that it is to be used on.
+
+    Args:
+        dense: The dense checkpoint.
+        plan: The plan.
+        gguf: The output is a GGUF file.
 
     Raises:
         ConfigError: It was made for another model.
@@ -123,12 +132,22 @@ def check_plan(dense: DenseCheckpoint, plan: Plan) -> None:
         if known.get(site.path) != site:
             what = "has another FFN there" if site.path in known else "has no FFN there"
             raise ConfigError(f"the plan converts {site.path}, and this model {what}: make a plan for this checkpoint")
-    _with_checked_target(dense, plan, plan.target)
+    _with_checked_target(dense, plan, plan.target, gguf=gguf)
 
 
-def _with_checked_target(dense: DenseCheckpoint, plan: Plan, target: str) -> Plan:
+def _with_checked_target(dense: DenseCheckpoint, plan: Plan, target: str, *, gguf: bool) -> Plan:
     """Return the plan for a format in which the converted model is exact and runs."""
-    plan = fit_target(plan, dense.config, target)
+
+    def suits(fitted: Plan) -> bool:
+        return not gguf or (why_not_gguf(fitted, output_config(dense, fitted, None)) is None
+                            and not gguf_of(fitted).differs)  # fmt: skip
+
+    plan = fit_target(plan, dense.config, target, suits)
+    if gguf and target == "auto" and plan.target == MOEIFY:
+        what = "no family that is written as GGUF is exact"
+        raise RefusedError(f"{what} for this {plan.model_type}: `moeify families` says why; or write a folder")
+    if gguf and (reason := why_not_gguf(plan, output_config(dense, plan, None))):
+        raise RefusedError(reason)
     if plan.target == MOEIFY:  # a native target is a model that transformers knows
         rehearse(dense, plan)
     return plan

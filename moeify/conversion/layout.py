@@ -16,7 +16,7 @@ n + 1 times, once of it by the routed experts: each time counts 1/(n + 1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, product
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.config import MoEConfig
-from moeify.families.base import Config, ExpertWeight, SharedWeight, layer_number, random_rows
+from moeify.families.base import Config, ExpertWeight, Held, SharedWeight, layer_number, random_rows
 from moeify.families.table import FAMILIES
 from moeify.families.words import MOEIFY
 from moeify.plan import Plan, Rows, Site
@@ -133,15 +133,21 @@ def layer_tensors(site: Site, config: MoEConfig) -> Iterator[LayerTensor]:
             yield LayerTensor(f"{stack}.region.{own}", (), copied=dense)
 
 
-def stored_tensors(plan: Plan, site: Site) -> Iterator[LayerTensor]:
-    """Describe the tensors that a checkpoint of the plan's target holds for a site, in order, by names on disk."""
+def stored_tensors(plan: Plan, site: Site, held: Mapping[str, Held] | None = None) -> Iterator[LayerTensor]:
+    """Describe the tensors that a checkpoint of the plan's target holds for a site, in order, by names on disk.
+
+    Args:
+        plan: What is converted.
+        site: One of its sites.
+        held: What the tensors of a native target's layers hold; None for what they hold in its safetensors files.
+    """
     if plan.target != MOEIFY:
-        return _native_tensors(plan, site)
+        return _native_tensors(plan, site, held or FAMILIES[plan.target].tensors)
     return (replace(tensor, name=f"{site.path}.{tensor.name}") for tensor in layer_tensors(site, plan.config))
 
 
-def _native_tensors(plan: Plan, site: Site) -> Iterator[LayerTensor]:
-    config, held = plan.config, FAMILIES[plan.target].tensors
+def _native_tensors(plan: Plan, site: Site, held: Mapping[str, Held]) -> Iterator[LayerTensor]:
+    config = plan.config
     experts = [_expert(site, config, "experts", number) for number in range(config.experts)]
     for apart, keys in groupby(held, key=lambda key: "{expert}" in key):
         for number, key in product(range(config.experts) if apart else [None], list(keys)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -14,6 +14,7 @@ from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype, widest
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.layout import Block, LayerTensor, extra_tensors, stored_tensors
 from moeify.errors import CheckpointError
+from moeify.families.base import Held
 from moeify.families.table import rewrites
 from moeify.plan import Plan, Site
 from moeify.tracing.skeleton import may_be_missing
@@ -22,7 +23,11 @@ Piece: TypeAlias = "SourceRows | Compute"
 
 
 def output_tensors(
-    dense: DenseCheckpoint, plan: Plan, dtype: str | None, unused: Callable[[Sequence[str]], None]
+    dense: DenseCheckpoint,
+    plan: Plan,
+    dtype: str | None,
+    unused: Callable[[Sequence[str]], None],
+    held: Mapping[str, Held] | None = None,
 ) -> Iterator[OutTensor]:
     """Describe every tensor of the output, in the order of the source.
 
@@ -31,6 +36,7 @@ def output_tensors(
         plan: What is converted.
         dtype: The safetensors name of the dtype for floating-point tensors; None keeps the source's.
         unused: Called with the names of the tensors that the model has no place for, if there are any.
+        held: What the layers of a native target hold, if not what `stored_tensors` takes for granted.
 
     Raises:
         CheckpointError: The source lacks a tensor that the model needs.
@@ -49,7 +55,7 @@ def output_tensors(
             yield from outputs.rewritten(names.of[name], name, plan)
         elif site is not None and site.path not in done:
             done.add(site.path)
-            yield from (outputs.of(tensor, site) for tensor in stored_tensors(plan, site))
+            yield from (outputs.of(tensor, site) for tensor in stored_tensors(plan, site, held))
     yield from (outputs.of(tensor, plan.sites[0]) for tensor in extra_tensors(plan, dense.config, names.of))
     for stored in names.merged:
         yield outputs.copied(stored, stored)  # transformers will do with it what it did before

@@ -97,6 +97,27 @@ Held: TypeAlias = ExpertWeight | SharedWeight | Start
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp's GGUF holds a family, besides what it holds of every one (see `moeify.families.gguf`).
+
+    Attributes:
+        architecture: llama.cpp's name for it.
+        keys: What it says of the MoE's config, by the names of the `add_…` methods of `gguf.GGUFWriter`.
+        rewrites: Tensors that it stores otherwise than the family; what they are called is the gguf library's matter.
+        conditions: What must hold of the MoE's config for llama.cpp to compute what the family does.
+        factors: Whether llama.cpp reads factors of the rotary frequencies there, as Llama 3 and long-context Phi need.
+        differs: Whether llama.cpp computes something else, as the family's note says: "auto" does not take it.
+    """
+
+    architecture: str
+    keys: Callable[[Config], Fields] = lambda config: {}
+    rewrites: tuple[Rewrite, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+    factors: bool = False
+    differs: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One native MoE format.
 
@@ -115,6 +136,7 @@ class Family:
         shared: Whether it holds shared experts: none (0), 1, or any number.
         untied: Some engine wants the output head stored apart from the embedding.
         note: What its users must know, in one line.
+        gguf: How a GGUF file holds it; None if llama.cpp does not know it, or if that is not written here.
     """
 
     model_type: str
@@ -130,6 +152,7 @@ class Family:
     shared: bool = False
     untied: bool = False
     note: str = ""
+    gguf: Gguf | None = None
 
     @property
     def idle(self) -> int | None:

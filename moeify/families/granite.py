@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from moeify.families.base import DOWN, GATE_UP, Fields, Held, SharedWeight, expert_size, router
+from moeify.families.attention import HALVES_TO_PAIRS
+from moeify.families.base import (
+    DOWN,
+    GATE_UP,
+    Config,
+    Fields,
+    Gguf,
+    Held,
+    Rewrite,
+    SharedWeight,
+    expert_size,
+    head_dim,
+    router,
+)
 from moeify.plan import Plan
 
 
@@ -33,3 +46,26 @@ def granite_fields(plan: Plan) -> Fields:
         "router_aux_loss_coef": plan.config.aux_loss,
         "output_router_logits": False,
     }
+
+
+def _keys(config: Config) -> Fields:
+    shared = config.get("shared_intermediate_size")
+    return {
+        "vocab_size": config["vocab_size"],
+        "rope_dimension_count": head_dim(config),
+        "attention_scale": config["attention_multiplier"],  # what llama.cpp calls scales
+        "embedding_scale": config["embedding_multiplier"],
+        "residual_scale": config["residual_multiplier"],
+        "logit_scale": config["logits_scaling"],
+        **({"expert_shared_feed_forward_length": shared} if shared else {}),
+    }
+
+
+_SHARED = Rewrite(
+    r"model\.layers\.(\d+)\.shared_mlp\.input_linear\.weight",
+    {
+        r"blk.\1.ffn_gate_shexp.weight": lambda tensor, config: tensor.chunk(2)[0],
+        r"blk.\1.ffn_up_shexp.weight": lambda tensor, config: tensor.chunk(2)[1],
+    },
+)
+GRANITE_GGUF = Gguf("granitemoe", _keys, (*HALVES_TO_PAIRS, _SHARED), factors=True)

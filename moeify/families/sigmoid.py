@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from moeify.families.base import (
+    Config,
     Fields,
+    Gguf,
     Held,
     expert_size,
     experts,
     first_converted,
+    head_dim,
     router,
     selection_bias,
     shared_expert,
@@ -42,3 +45,27 @@ def sigmoid_fields(plan: Plan) -> Fields:
         "output_router_logits": False,
         **chosen,
     }
+
+
+def sigmoid_keys(config: Config) -> Fields:
+    """Return the keys of a GGUF file."""
+    from gguf import ExpertGatingFuncType
+
+    return {
+        "expert_gating_func": ExpertGatingFuncType.SIGMOID,
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_weights_scale": config["routed_scaling_factor"],
+        "expert_weights_norm": config["norm_topk_prob"],
+        "expert_group_count": config["n_group"],
+        "expert_group_used_count": config["topk_group"],
+        "leading_dense_block_count": config.get("first_k_dense_replace", 0),
+    }
+
+
+def _glm4_keys(config: Config) -> Fields:
+    share = (config.get("rope_parameters") or {}).get("partial_rotary_factor", 0.5)
+    return {**sigmoid_keys(config), "rope_dimension_count": int(head_dim(config) * share)}
+
+
+GLM4_GGUF = Gguf("glm4moe", _glm4_keys)  # Solar Open is one to llama.cpp

@@ -30,7 +30,7 @@ _UNSAID = (
 _DEFAULTS = MoEConfig(1, 1)
 
 
-def fit_target(plan: Plan, config: Config, wanted: str) -> Plan:
+def fit_target(plan: Plan, config: Config, wanted: str, suits: Callable[[Plan], bool] = lambda plan: True) -> Plan:
     """Return the plan for a checkpoint format; it gets the format's router in place of the default one.
 
     Args:
@@ -38,6 +38,7 @@ def fit_target(plan: Plan, config: Config, wanted: str) -> Plan:
         config: The dense config, defaults filled in.
         wanted: "auto" (of the native families that are exact the one that most engines run, else "moeify"), "moeify",
             or a family's model type.
+        suits: What else "auto" asks of a plan for a native family.
 
     Raises:
         ConfigError: There is no such family.
@@ -48,7 +49,8 @@ def fit_target(plan: Plan, config: Config, wanted: str) -> Plan:
         return replace(plan, target=MOEIFY)
     if wanted == "auto":
         exact = [family for family in FAMILIES.values() if not why_not(family, plan, config)]
-        best = max(exact, key=lambda family: _worth(family, plan), default=None)
+        best = max(filter(lambda family: suits(_fitted(family, plan)), exact),
+                   key=lambda family: _worth(family, plan), default=None)  # fmt: skip
         return replace(plan, target=MOEIFY) if best is None else _fitted(best, plan)
     reason = why_not(FAMILIES[wanted], plan, config)
     if reason:

@@ -59,18 +59,24 @@ def staged_folder(
 
 
 @contextmanager
-def staged_file(path: str | Path, *, overwrite: bool, companion: str = "") -> Iterator[Path]:
+def staged_file(
+    path: str | Path, *, overwrite: bool, companion: str = "", source: Path | None = None
+) -> Iterator[Path]:
     """Yield a path to write to; it becomes `path` when the block ends without an error, and else nothing is left.
 
     Args:
         path: The output file.
         overwrite: Replace `path` if it exists, and its companion with it.
         companion: What to append to the name for a second file of the output, which the block may write or not.
+        source: The source's path; the output must not overlap it.
 
     Raises:
-        CheckpointError: see `check_file`; or `path` cannot be written, another run is writing it, the disk is full.
+        CheckpointError: see `check_file`; or `path` overlaps the source or cannot be written, another run is writing
+            it, the disk is full.
     """
     target = _resolved(path)
+    if source is not None:
+        _refuse_overlap(target, source.resolve())
     names = (target.name + companion, target.name) if companion else (target.name,)
     output = _Output(target, names, lambda: _check_file(target, names, overwrite=overwrite), overwrite)
     with _staged(output, lambda _: None, resume=False, resumable=False) as staged:
@@ -210,7 +216,7 @@ def _resolved(path: str | Path) -> Path:
 
 def _refuse_overlap(target: Path, source: Path) -> None:
     if target.is_relative_to(source) or source.is_relative_to(target):
-        raise CheckpointError(f"the output {target} and the source {source} overlap: choose another output folder")
+        raise CheckpointError(f"the output {target} and the source {source} overlap: choose another output")
 
 
 def _check_folder(target: Path, *, overwrite: bool) -> None:

@@ -35,6 +35,12 @@ def convert_pickle(rng: Random, src: Path) -> list[str]:
     return [*convert(rng, src), *rng.choice(([], ["--allow-pickle"], ["--allow-pickle"]))]
 
 
+def convert_gguf(rng: Random, src: Path) -> list[str]:
+    """A conversion into one file, for which the tokenizer is read too."""
+    way = rng.choice(("", "", "--no-verify", "--dtype q8_0", "--dtype f16", "--overwrite", "--to qwen2_moe"))
+    return ["convert", src.name, "out.gguf", *BASE, *way.split()]
+
+
 def convert_trusted(rng: Random, src: Path) -> list[str]:
     return [*convert(rng, src), *rng.choice(([], ["--trust-remote-code"]))]
 

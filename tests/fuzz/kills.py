@@ -30,7 +30,9 @@ from tests.fuzz.__main__ import keep, prepare
 from tests.fuzz.sources import source
 
 OPTIONS = ("--experts", "3", "--top-k", "2", "--no-verify", "--method", "noise", "--shard-size", "50MB")
-_SHAPES = {"convert": (2, 1024), "export": (4, 512)}  # layers and hidden size; an export holds float32
+# Layers and hidden size; an export holds float32.
+_SHAPES = {"convert": (2, 1024), "gguf": (2, 1024), "export": (4, 512)}
+_OUTPUTS = {"convert": "dst", "gguf": "dst.gguf", "export": "out.onnx"}
 _SWAPS = 0.25  # of the kills come when the files are about to get their places
 _POLL = 0.0005  # seconds
 
@@ -203,8 +205,8 @@ def timed(arguments: tuple[str, ...], folder: Path) -> float:
 def task_of(kind: str, room: Path) -> Task:
     """Make the input, the old output and the new one of a kind of task."""
     folder, old = room / "work", room / "old"
-    command, _, overwrite = kind.partition(" ")
-    output = "out.onnx" if command == "export" else "dst"
+    what, _, overwrite = kind.partition(" ")
+    output, command = _OUTPUTS[what], "export" if what == "export" else "convert"
     options = OPTIONS if command == "convert" else ()
     arguments = (command, "src", output, *options, *overwrite.split())
     if overwrite:
@@ -213,7 +215,7 @@ def task_of(kind: str, room: Path) -> Task:
         run((command, "src", output, *options, "--seed", "1"), old)
         (old / "src").unlink()
     seconds = timed(arguments, folder)
-    return Task(folder, output, arguments, command == "convert", old if overwrite else None,
+    return Task(folder, output, arguments, what == "convert", old if overwrite else None,
                 digest(folder, output), seconds)  # fmt: skip
 
 
@@ -263,7 +265,7 @@ def races(count: int, seed: int) -> tuple[Counter[str], list[str]]:
 
 
 def cli() -> int:
-    kinds = {"convert": 40, "convert --overwrite": 40, "export": 10, "races": 30}
+    kinds = {"convert": 40, "convert --overwrite": 40, "gguf": 10, "gguf --overwrite": 10, "export": 10, "races": 30}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=kinds)

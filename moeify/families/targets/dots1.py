@@ -1,8 +1,8 @@
 """dots.llm1: norms of q and k, sliding windows per layer; a sigmoid router, shared experts."""
 
-from moeify.families.base import EXLLAMA, LLAMA_CPP, MLX, TRANSFORMERS, Family, Pair
-from moeify.families.conditions import NO_OUTPUT_BIAS
-from moeify.families.sigmoid import OPTIONS, sigmoid_fields, sigmoid_tensors
+from moeify.families.base import EXLLAMA, LLAMA_CPP, MLX, TRANSFORMERS, Condition, Family, Gguf, Pair, kv_heads
+from moeify.families.conditions import NO_OUTPUT_BIAS, equal
+from moeify.families.sigmoid import OPTIONS, sigmoid_fields, sigmoid_keys, sigmoid_tensors
 
 FAMILY = Family(
     model_type="dots1",
@@ -16,4 +16,15 @@ FAMILY = Family(
     options=OPTIONS,
     renormalizes=False,
     shared=True,
+    gguf=Gguf(
+        "dots1",
+        sigmoid_keys,
+        conditions=(
+            Condition(
+                lambda config: kv_heads(config) == config["num_attention_heads"],
+                "it has as many key heads as query heads there",
+            ),
+            equal("tie_word_embeddings", False, "it wants an output head of its own there"),
+        ),
+    ),
 )

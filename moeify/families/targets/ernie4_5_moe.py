@@ -14,9 +14,11 @@ from moeify.families.base import (
     SGLANG,
     TRANSFORMERS,
     VLLM,
+    Condition,
     Config,
     Family,
     Fields,
+    Gguf,
     Pair,
     expert_size,
     experts,
@@ -52,6 +54,23 @@ def _fields(plan: Plan, config: Config) -> Fields:
     }
 
 
+def _keys(config: Config) -> Fields:
+    size, shared = config["moe_intermediate_size"], config["moe_num_shared_experts"]
+    return {
+        "expert_feed_forward_length": size,
+        "expert_shared_count": shared,
+        "interleave_moe_layer_step": config["moe_layer_interval"],
+        "leading_dense_block_count": config["moe_layer_start_index"],
+        **({"expert_shared_feed_forward_length": size * shared} if shared else {}),
+    }
+
+
+_TO_THE_END = Condition(
+    lambda config: config["moe_layer_end_index"] + 1 == config["num_hidden_layers"],
+    "only the first layers can stay dense there",
+)
+
+
 FAMILY = Family(
     model_type="ernie4_5_moe",
     architecture="Ernie4_5_MoeForCausalLM",
@@ -71,4 +90,5 @@ FAMILY = Family(
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA),
     dense="outer",
     shared=True,
+    gguf=Gguf("ernie4_5-moe", _keys, conditions=(_TO_THE_END,)),
 )

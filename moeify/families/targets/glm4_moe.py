@@ -12,7 +12,7 @@ from moeify.families.conditions import (
     NO_OUTPUT_BIAS,
     NO_SLIDING_WINDOW,
 )
-from moeify.families.sigmoid import OPTIONS, sigmoid_fields, sigmoid_tensors
+from moeify.families.sigmoid import GLM4_GGUF, OPTIONS, sigmoid_fields, sigmoid_tensors
 
 FAMILY = Family(
     model_type="glm4_moe",
@@ -38,5 +38,6 @@ FAMILY = Family(
     renormalizes=False,
     shared=True,
     untied=True,
-    note="llama.cpp's converter takes GLM's own tokenizer only",
+    note="llama.cpp's converter takes GLM's own tokenizer only: write a .gguf file instead",
+    gguf=GLM4_GGUF,
 )

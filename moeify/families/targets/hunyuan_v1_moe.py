@@ -6,6 +6,7 @@ from moeify.families.base import (
     TRANSFORMERS,
     TRT,
     Family,
+    Gguf,
     Pair,
     expert_size,
     experts,
@@ -30,4 +31,12 @@ FAMILY = Family(
         "output_router_logits": False,
     },
     engines=(TRANSFORMERS, SGLANG, LLAMA_CPP, TRT),
+    gguf=Gguf(
+        "hunyuan-moe",
+        lambda config: {
+            "expert_feed_forward_length": config["moe_intermediate_size"],
+            "expert_shared_count": config["num_shared_expert"],
+            "expert_shared_feed_forward_length": config["intermediate_size"],
+        },
+    ),
 )

@@ -1,5 +1,7 @@
 """LFM2 MoE: short convolutions and attention in turns; a sigmoid router with a selection bias."""
 
+from __future__ import annotations
+
 from moeify.families.base import (
     EXLLAMA,
     LLAMA_CPP,
@@ -7,16 +9,38 @@ from moeify.families.base import (
     SGLANG,
     TRANSFORMERS,
     VLLM,
+    Config,
     Family,
+    Fields,
+    Gguf,
     Pair,
+    Rewrite,
     expert_size,
     experts,
     first_converted,
     router,
     selection_bias,
 )
+from moeify.families.conditions import equal
 
 _MOE = "model.layers.{layer}.feed_forward"
+
+
+def _keys(config: Config) -> Fields:
+    from gguf import ExpertGatingFuncType
+
+    heads = config["num_key_value_heads"]
+    return {
+        "head_count_kv": [heads if kind == "full_attention" else 0 for kind in config["layer_types"]],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_gating_func": ExpertGatingFuncType.SIGMOID,
+        "leading_dense_block_count": config["num_dense_layers"],
+        "vocab_size": config["vocab_size"],
+        "shortconv_l_cache": config["conv_L_cache"],
+    }
+
+
+_CONV = Rewrite(r"(model\.layers\.\d+\.conv\.conv\.weight)", {r"\1": lambda tensor, config: tensor.squeeze(1)})
 
 FAMILY = Family(
     model_type="lfm2_moe",
@@ -43,4 +67,13 @@ FAMILY = Family(
     router="sigmoid",
     options=frozenset({"routed_scaling_factor"}),
     renormalizes=False,
+    gguf=Gguf(
+        "lfm2moe",
+        _keys,
+        (_CONV,),
+        (
+            equal("routed_scaling_factor", 1.0, "it does not scale the output of the experts there"),
+            equal("norm_topk_prob", True, "it always renormalizes there"),
+        ),
+    ),
 )

@@ -1,6 +1,6 @@
 """Mixtral: the format for what is a Llama in its attention."""
 
-from moeify.families.attention import SPLIT_GATE_UP, SPLIT_QKV
+from moeify.families.attention import HALVES_TO_PAIRS, SPLIT_GATE_UP, SPLIT_QKV
 from moeify.families.base import (
     EXLLAMA,
     LLAMA_CPP,
@@ -10,6 +10,7 @@ from moeify.families.base import (
     TRT,
     VLLM,
     Family,
+    Gguf,
     Pair,
     expert_size,
     experts,
@@ -46,4 +47,10 @@ FAMILY = Family(
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA, TRT),
     untied=True,
     note="mlx-lm's Mixtral ignores rope scaling and a head_dim other than hidden_size / num_attention_heads",
+    gguf=Gguf(
+        "llama",
+        lambda config: {"vocab_size": config["vocab_size"], "rope_dimension_count": head_dim(config)},
+        HALVES_TO_PAIRS,
+        factors=True,
+    ),
 )

@@ -11,6 +11,7 @@ from moeify.families.base import (
     Config,
     Family,
     Fields,
+    Gguf,
     Pair,
     dense_layers,
     experts,
@@ -85,4 +86,12 @@ FAMILY = Family(
     shared=True,
     untied=True,
     note="llama.cpp and mlx-lm do not renormalize the weights of Qwen2-MoE: they compute something else",
+    gguf=Gguf(
+        "qwen2moe",
+        lambda config: {
+            "expert_feed_forward_length": config["moe_intermediate_size"],
+            "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
+        },
+        differs=True,
+    ),
 )

@@ -9,6 +9,7 @@ from moeify.families.base import (
     TRT,
     VLLM,
     Family,
+    Gguf,
     Pair,
     dense_layers,
     experts,
@@ -35,4 +36,5 @@ FAMILY = Family(
     dense="any",
     renormalizes=False,
     untied=True,
+    gguf=Gguf("qwen3moe", lambda config: {"expert_feed_forward_length": config["moe_intermediate_size"]}),
 )

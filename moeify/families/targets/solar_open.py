@@ -3,7 +3,7 @@
 from moeify.families.attention import whole_rotary
 from moeify.families.base import EXLLAMA, LLAMA_CPP, MLX, TRANSFORMERS, Family, Pair
 from moeify.families.conditions import NO_ATTENTION_BIAS, NO_MLP_BIAS
-from moeify.families.sigmoid import OPTIONS, sigmoid_fields, sigmoid_tensors
+from moeify.families.sigmoid import GLM4_GGUF, OPTIONS, sigmoid_fields, sigmoid_tensors
 
 FAMILY = Family(
     model_type="solar_open",
@@ -16,4 +16,5 @@ FAMILY = Family(
     options=OPTIONS,
     renormalizes=False,
     shared=True,
+    gguf=GLM4_GGUF,
 )

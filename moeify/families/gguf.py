@@ -1,0 +1,143 @@
+"""What a GGUF file says of a native MoE: llama.cpp's keys for its config, and how its experts are stacked.
+
+What is true of one family only is in that family's file. llama.cpp's converter, `convert_hf_to_gguf.py`, writes the
+same keys and tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moeify.families.base import DOWN, GATE, UP, Config, ExpertWeight, Family, Fields, Gguf, Held, head_dim, kv_heads
+from moeify.families.table import FAMILIES
+from moeify.families.words import MOEIFY
+from moeify.plan import Plan
+
+# llama.cpp has one tensor for a weight of all experts of a layer.
+_EXPERTS = {
+    f"blk.{{layer}}.ffn_{name}_exps.weight": weight for name, weight in (("gate", GATE), ("up", UP), ("down", DOWN))
+}
+
+
+def gguf_of(plan: Plan) -> Gguf:
+    """Return how a GGUF file holds the target of a plan, for which `why_not_gguf` has found no reason."""
+    found = FAMILIES[plan.target].gguf
+    assert found is not None
+    return found
+
+
+def why_not_gguf(plan: Plan, config: Config) -> str | None:
+    """Return why the target of a plan is not written as GGUF, None if it is.
+
+    Args:
+        plan: What is converted.
+        config: The config of the MoE.
+    """
+    known = ", ".join(name for name, family in FAMILIES.items() if family.gguf)
+    if plan.target == MOEIFY:
+        return f"a GGUF file cannot hold the moeify format, which llama.cpp does not read: choose --to {known}"
+    form = FAMILIES[plan.target].gguf
+    if form is None:
+        return f"--to {plan.target} is not written as GGUF: choose {known}, or write a folder"
+    why = next((condition.otherwise for condition in form.conditions if not condition.holds(config)), None)
+    kind = _rope(config).get("rope_type", "default")
+    if kind not in {"default", "linear", "yarn", *(("llama3", "longrope") if form.factors else ())}:
+        why = f"it does not scale rotary positions as {kind} does there"
+    return why and f"llama.cpp would not compute this {plan.target} ({form.architecture}) as it is meant: {why}"
+
+
+def stacked(family: Family) -> Mapping[str, Held]:
+    """Return what the tensors of a layer hold in a GGUF file; those besides the experts have their native names."""
+    others = {key: held for key, held in family.tensors.items() if not isinstance(held, ExpertWeight)}
+    return {**others, **_EXPERTS}
+
+
+def keys(plan: Plan, config: Config) -> Fields:
+    """Return what a GGUF file says of the MoE, by the names of the `add_…` methods of `gguf.GGUFWriter`.
+
+    Args:
+        plan: What is converted, for a family for which `why_not_gguf` has no reason.
+        config: The config of the MoE.
+    """
+    size = config.get("head_dim")
+    always = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "head_count": config["num_attention_heads"],
+        "head_count_kv": kv_heads(config),
+        "layer_norm_rms_eps": config["rms_norm_eps"] if "rms_norm_eps" in config else config["norm_eps"],
+        "expert_count": plan.config.experts,
+        "expert_used_count": plan.config.top_k,
+        **({"key_length": size, "value_length": size} if size else {}),
+        **_rope_keys(config),
+    }
+    return {**always, **gguf_of(plan).keys(config)}
+
+
+def _rope(config: Config) -> Config:
+    found: Config = config.get("rope_parameters") or {}
+    return found
+
+
+def _rope_keys(config: Config) -> Fields:
+    from gguf import RopeScalingType
+
+    rope = _rope(config)
+    found: Fields = {"rope_freq_base": rope["rope_theta"]}
+    match rope.get("rope_type"):
+        case "linear":
+            found |= {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": rope["factor"]}
+        case "yarn":
+            found |= {
+                "rope_scaling_type": RopeScalingType.YARN,
+                "rope_scaling_factor": rope["factor"],
+                "rope_scaling_orig_ctx_len": _first_length(config),
+            }
+            names = {"attention_factor": "attn_factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+            found |= {f"rope_scaling_yarn_{key}": rope[name] for name, key in names.items() if rope.get(name)}
+        case "longrope":
+            found |= {
+                "rope_scaling_type": RopeScalingType.LONGROPE,
+                "rope_scaling_orig_ctx_len": _first_length(config),
+                "rope_scaling_attn_factors": rope.get("attention_factor") or _long_factor(config),
+            }
+    return found
+
+
+def _first_length(config: Config) -> int:
+    """Return the context length before it was extended."""
+    rope = _rope(config)
+    return int(rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
+
+
+def _long_factor(config: Config) -> float:
+    """Return by how much long-context Phi scales its attention (Ding et al. 2024, arXiv:2402.13753)."""
+    before = _first_length(config)
+    scale = config["max_position_embeddings"] / before
+    return math.sqrt(1 + math.log(scale) / math.log(before)) if scale > 1 else 1.0
+
+
+def rope_tensors(config: Config) -> dict[str, Tensor]:
+    """Return the factors that llama.cpp divides rotary frequencies by, by their names in a GGUF file."""
+    rope = _rope(config)
+    if rope.get("rope_type") == "llama3":
+        return {"rope_freqs.weight": _llama3_factors(rope, head_dim(config))}
+    if rope.get("rope_type") == "longrope":
+        return {f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"]) for kind in ("long", "short")}
+    return {}
+
+
+def _llama3_factors(rope: Config, size: int) -> Tensor:
+    """Return one for short waves, the whole factor for long ones, and a mixture between (Llama 3.1)."""
+    waves = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    first, factor = rope["original_max_position_embeddings"], rope["factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = ((first / waves - low) / (high - low)).clamp(0, 1)
+    factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
+    return factors
