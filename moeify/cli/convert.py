@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeify.cli.options import LAYERS, Dtype, Size, command_line, example_inputs_option, source_options
+from moeify.cli.options import LAYERS, Dtype, PartOf, Size, command_line, example_inputs_option, source_options
 from moeify.cli.parallel import Ranks, estimated, parallel_options, show
 from moeify.cli.recipe import recipe_option, recipe_text
 from moeify.cli.settings import config_from, config_options
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moeify.config import MoEConfig
+    from moeify.conversion.checkpoint import Callbacks, Output
     from moeify.conversion.dense import DenseCheckpoint
     from moeify.plan import Plan
 
@@ -44,6 +45,8 @@ class _Options:
     as_yaml: bool
     shard_size: int
     workers: int
+    part: tuple[int, int] | None
+    join: bool
     resume: bool
     overwrite: bool
     strict: bool
@@ -74,6 +77,8 @@ class _Options:
 @click.option("--yaml", "as_yaml", is_flag=True, help="With --dry-run: print these options as YAML, for --config.")
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of the output.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 256), help="Processes that write.")
+@click.option("--part", type=PartOf(), metavar="I/N", help="Write one of N parts; the last to finish makes DST.")
+@click.option("--join", is_flag=True, help="Make DST of parts that are all written.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
 @click.option("--strict", is_flag=True, help="Refuse weights that hold NaN or Inf instead of warning.")
@@ -118,6 +123,8 @@ def _check_usage(dst: Path | None, options: _Options, settings: dict[str, object
         raise click.UsageError("--yaml goes with --dry-run and without --json")
     if options.ranks and (options.as_json or options.as_yaml or not options.dry_run):
         raise click.UsageError("--ep goes with --dry-run, without --json and --yaml (moeify inspect has --ep --json)")
+    if (options.part or options.join) and (options.dry_run or (options.part and options.join)):
+        raise click.UsageError("--part and --join go without each other and without --dry-run")
     given = [name for name, value in settings.items() if value not in (None, ())]
     if options.plan_file and given:
         raise click.UsageError(f"{given[0]} goes without --plan: the plan says how to convert")
@@ -172,7 +179,7 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from moeify.cli import display
-    from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint
+    from moeify.conversion.checkpoint import Callbacks, Output
     from moeify.names import left_out
 
     console, dtype = display.stderr(), _DTYPES.get(options.dtype or "")
@@ -200,13 +207,34 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     how = (options.overwrite, options.resume, options.workers, command_line())
     try:
         with progress:
-            convert_checkpoint(dense, plan, Output(dst, options.shard_size, dtype, *how), callbacks)
+            left = _carry_out(dense, plan, Output(dst, options.shard_size, dtype, *how), callbacks, options)
     except KeyboardInterrupt as stop:
-        hint = ": run again with --resume to go on" if can_resume(dst) else ""
+        again = "" if options.part else " with --resume"
+        hint = f": run again{again} to go on" if options.part or can_resume(dst) else ""
         raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop
-    console.print(f"written to {dst}")
-    if plan.target != MOEIFY and plan.config.aux_loss:
+    console.print(left or f"written to {dst}")
+    if not left and plan.target != MOEIFY and plan.config.aux_loss:
         console.print(_BEFORE_TRAINING)
+
+
+def _carry_out(
+    dense: DenseCheckpoint, plan: Plan, output: Output, callbacks: Callbacks, options: _Options
+) -> str | None:
+    """Write the output or a part of it; return why there is no output yet, if there is none."""
+    from moeify.conversion.checkpoint import convert_checkpoint
+    from moeify.conversion.parts import convert_part, join_parts
+
+    if options.join:
+        join_parts(dense, plan, output, callbacks)
+    elif options.part is None:
+        convert_checkpoint(dense, plan, output, callbacks)
+    else:
+        missing, part = convert_part(dense, plan, output, callbacks, *options.part), "{}/{}".format(*options.part)
+        if missing is None:
+            return f"part {part} is written, and another run makes {output.folder} of all parts"
+        if missing:
+            return f"part {part} is written; {output.folder} is made when these are: {', '.join(map(str, missing))}"
+    return None
 
 
 def _prove(dense: DenseCheckpoint, folder: Path, plan: Plan, options: _Options, console: Console) -> object:
