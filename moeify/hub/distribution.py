@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moeify.errors import ConfigError
 from moeify.layers import Experts, MoELayer, moe_layers
 from moeify.layers.implementations import OURS
+from moeify.parallel.agreement import check_agreement
 from moeify.parallel.shard import connect_ranks
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _distribute(original: Callable[..., Any], model: Any, config: _Sizes | None,
         return original(model, config, meshes)
     model._fsdp_plan = _fsdp_plan(model, layers)
     if config.ep_size > 1:
-        _check(layers, config)
+        check_agreement(model, _problem(layers, config))
         _offer_ours()
         model._ep_plan = _ep_plan(layers)
         config = copy.copy(config)
@@ -116,6 +117,14 @@ def _inside(name: str, others: set[str]) -> bool:
 
 def _any_layer(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+def _problem(layers: dict[str, MoELayer], config: _Sizes) -> ConfigError | None:
+    try:
+        _check(layers, config)
+    except ConfigError as error:
+        return error
+    return None
 
 
 def _check(layers: dict[str, MoELayer], config: _Sizes) -> None:

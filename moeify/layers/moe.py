@@ -145,9 +145,9 @@ class SparseMoE(MoELayer):
         mask_T, token_ids_T = self.model_inputs.tokens(x, token_ids, mask)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         routing = self.router(x_TH, RoutingContext(mask_T, token_ids_T, factor))
-        self._refuse_nonfinite(routing, mask_T)
         sequences = x.shape[0] if x.dim() == 3 else 1
         record = ForwardRecord(routing, mask_T, sequences, self._counts_of_step(routing, mask_T))
+        self._refuse_nonfinite(routing, mask_T)  # not before: other ranks wait for the counts
         if factor is not None and not self.config.router.keeps_capacity:
             routing, record.dropped = self._limit(routing, mask_T, factor)
         if self.training and self.config.attach_losses and not self.defers_losses:
@@ -173,7 +173,7 @@ class SparseMoE(MoELayer):
             return None
         if in_backward() and self._step is not None:
             return self._step[1]
-        step = step_counts(routing, self.config, mask_T=mask_T)
+        step = step_counts(routing, self.config, mask_T=mask_T, path=self.path)
         if step is None or torch.compiler.is_compiling():
             return step
         weight = next(self.router.parameters())
@@ -206,11 +206,12 @@ class SparseMoE(MoELayer):
             return
         wrong_TE = ~torch.isfinite(logits_TE if mask_T is None else logits_TE[mask_T])
         if wrong_TE.any():
-            self.dispatcher.abandon(logits_TE.device)
-            raise MoeifyError(
+            why = (
                 f"{self.path or 'an MoE layer'}: {int(wrong_TE.any(-1).sum())} of {len(wrong_TE)} tokens have a router "
                 "logit that is NaN or infinite; look for what made the activations or the router's weight so"
             )
+            self.dispatcher.abandon(logits_TE.device, why)
+            raise MoeifyError(why)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

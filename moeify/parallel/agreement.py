@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moeify.errors import ConfigError, MoeifyError
+from moeify.errors import ConfigError, MoeifyError, told_as
 from moeify.layers import moe_layers
 
 _VALUES = 8  # of each parameter: enough to tell two seeds apart
@@ -25,7 +25,8 @@ def check_agreement(model: nn.Module, problem: MoeifyError | None) -> None:
     """
     mine = {"": str(problem)} if problem else _description(model)
     everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
+    with told_as(f"rank {dist.get_rank()} could not compare its model with the other ranks: one of them has ended"):
+        dist.all_gather_object(everyone, mine)
     if problem:
         raise problem
     for rank, theirs in enumerate(everyone):

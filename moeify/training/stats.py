@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moeify.contract.found import FoundLayer
-from moeify.errors import MoeifyError
+from moeify.errors import MoeifyError, told_as
 from moeify.layers.forward_record import ForwardRecord
 from moeify.routing.losses import expert_counts
 from moeify.training.layers_of import ran_layers
@@ -67,7 +67,8 @@ def _stats(layer: FoundLayer, record: ForwardRecord, group: dist.ProcessGroup | 
     ranks = 1
     if group is not None:
         together = torch.tensor(numbers, dtype=torch.float64, device=scores_TE.device)
-        dist.all_reduce(together, group=group)
+        with told_as(f"{layer.path}: rank {dist.get_rank()} could not sum its statistics with the other ranks"):
+            dist.all_reduce(together, group=group)
         numbers, ranks = together.tolist(), dist.get_world_size(group)
     tokens, dropped, total, *values = numbers
     if total != total:

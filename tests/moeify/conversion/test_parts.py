@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint, 
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.parts import convert_part, join_parts
 from moeify.errors import CheckpointError
+from moeify.plan import Plan
 from tests.moeify import tiny
 
 Do = Callable[..., Any]
@@ -40,13 +42,15 @@ def whole(src: Path) -> dict[str, bytes]:
     return contents(src.parent / "one" / "moe")
 
 
+@functools.cache
+def planned(src: Path, config: MoEConfig) -> tuple[DenseCheckpoint, Plan]:
+    dense = DenseCheckpoint(open_source(src))
+    return dense, plan_checkpoint(dense, config)
+
+
 def run(src: Path, dst: Path, do: Do, *part: int, config: MoEConfig = NOISE, size: int = 60_000, **how: Any) -> Any:
-    """Convert, as a process of its own would."""
     callbacks = {name: how.pop(name) for name in ("check", "written") if name in how}
-    with open_source(src) as source:
-        dense = DenseCheckpoint(source)
-        output = Output(dst, size, **how)
-        return do(dense, plan_checkpoint(dense, config), output, Callbacks(**callbacks), *part)
+    return do(*planned(src, config), Output(dst, size, **how), Callbacks(**callbacks), *part)
 
 
 def test_parts_in_any_order_are_what_one_run_writes(src: Path, whole: dict[str, bytes], tmp_path: Path) -> None:

@@ -229,15 +229,17 @@ def case_layers_give_what_they_give_on_one_rank(rank: int, world: int) -> None:
             assert (actual - wanted).abs().max() <= tolerance * wanted.abs().max(), (name, key)
 
 
-def case_a_rank_that_stops_is_named_on_the_others(rank: int, world: int) -> None:
-    layer = make.layer(MoEConfig(4, 2), dtype=torch.float64)
-    layer.dispatcher = ExpertParallel(Link(group(), ("model.layers.1.mlp",), 0), 4 // world, 4 // world)
-    x = make.inputs(2, 5, dtype=torch.float64)
-    if rank == 1:
-        x[0, 0] = torch.nan
-    reason = "NaN or infinite" if rank == 1 else r"mlp: rank \d stops because rank 1 stopped at model.layers.1.mlp"
-    with pytest.raises(MoeifyError, match=reason):
-        layer(x)
+def case_what_stops_one_rank_is_said_by_all(rank: int, world: int) -> None:
+    for level in ("batch", "global"):  # of which one counts on all ranks first
+        layer = make.layer(MoEConfig(4, 2, balance_level=level), dtype=torch.float64)
+        layer.dispatcher = ExpertParallel(Link(group(), ("model.layers.1.mlp",), 0), 4 // world, 4 // world)
+        x = make.inputs(2, 5, dtype=torch.float64)
+        if rank == 1:
+            x[0, 0] = torch.nan
+        with pytest.raises(MoeifyError) as caught:
+            layer(x)
+        said = "rank 1: model.layers.1.mlp: 1 of 10 tokens have a router logit that is NaN or infinite; look for"
+        assert str(caught.value).startswith(said)
 
 
 def case_ranks_at_different_layers_or_dtypes_are_told(rank: int, world: int) -> None:
