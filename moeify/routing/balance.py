@@ -59,7 +59,7 @@ def layer_losses(
         losses["balance"] = _balance(routing, config, mask_T, sequences, step)
     if config.z_loss:
         clean_TE = routing.logits_TE if routing.clean_logits_TE is None else routing.clean_logits_TE
-        losses["z"] = z_loss(clean_TE, mask_T=mask_T)
+        losses["z"] = _weighed(z_loss(clean_TE, mask_T=mask_T), step)
     return losses
 
 
@@ -124,6 +124,11 @@ def _balance(
         sequences=sequences if config.balance_level == "sequence" else 1,
         counts_E=None if step is None else step.counts_E,
     )
+    return _weighed(loss, step)
+
+
+def _weighed(loss: Tensor, step: StepCounts | None) -> Tensor:
+    """Let ranks count by their tokens, where the mean over ranks is to be one process's loss."""
     return loss if step is None or step.weight is None else loss * step.weight.to(loss.dtype)
 
 
