@@ -154,9 +154,9 @@ def _has_labels(given: Mapping[str, object]) -> bool:
 
 
 def _share(model: Any, given: Mapping[str, object], layers: Iterable[MoELayer]) -> Tensor | float:
-    """Return what multiplies the layers' losses: this pass's part of the step, at the level "global" its mean over ranks.
+    """Return what multiplies the layers' losses: this pass's part of the step.
 
-    At that level each rank's losses count by its tokens already.
+    At the level "global" that is its mean over ranks: there each rank's losses count by its tokens already.
     """
     share = share_of_step(model, given)
     level = any(layer.config.balance_level == "global" for layer in layers)

@@ -165,7 +165,7 @@ class SparseMoE(MoELayer):
             ids_TK = ids_TK.masked_fill(~mask_T.unsqueeze(-1), config.experts)
         capacity = expert_capacity(ids_TK.shape[0], config.experts, config.top_k, factor, minimum=config.min_capacity)
         ids_TK, dropped = drop_overflow(ids_TK, routing.scores_TE, capacity, order=config.drop_order)
-        return replace(routing, expert_ids_TK=ids_TK), dropped
+        return replace(routing, expert_ids_TK=ids_TK, capacity=capacity), dropped
 
     def _counts_of_step(self, routing: Routing, mask_T: Tensor | None) -> StepCounts | None:
         """Count choices on all ranks, and add those of the earlier micro-batches of the same optimizer step."""

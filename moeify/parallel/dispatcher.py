@@ -11,7 +11,6 @@ R rows received, n ranks, e experts on each.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -99,16 +98,7 @@ class ExpertParallel:
         """
         ranks = dist.get_world_size(self.link.group)
         self._announce(torch.zeros(ranks, self.experts, dtype=torch.int64, device=device), 0, 0, 0, 1)
-        self._stop(why)
-
-    def _stop(self, why: str) -> NoReturn:
-        """Raise what the first of the ranks that stop says; all ranks know that one does, and come here."""
-        said = [""] * dist.get_world_size(self.link.group)
-        with self.link.told():
-            dist.all_gather_object(said, why, group=self.link.group)
-        raise MoeifyError(
-            next(f"rank {rank}: {text}" for rank, text in zip(self.link.ranks, said, strict=True) if text)
-        )
+        self.link.stop(why)
 
     def _sizes(self, counts_ne: Tensor, x_TH: Tensor, weights_TK: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """Return the counts of all ranks for the experts here, and the rows for and from each rank."""
@@ -131,7 +121,7 @@ class ExpertParallel:
     def _check(self, headers: list[tuple[int, ...]], mine: tuple[int, ...]) -> None:
         """Refuse sizes that the ranks see differently: torch would end the process (SIGABRT), or mix rows up."""
         if any(header[-1] for header in headers):
-            self._stop("")
+            self.link.stop("")
         for rank, header in zip(self.link.ranks, headers, strict=True):
             for name, here, there in zip(_FIELDS, mine, header, strict=True):
                 if here != there:

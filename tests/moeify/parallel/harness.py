@@ -1,6 +1,7 @@
 """Runs functions `case_*` of a test module on several ranks: one process imports torch, forks, and all cases run.
 
-Functions `alone_*` end ranks: each gets ranks and a process group of its own, from the same process.
+Functions `alone_*` end ranks: each gets ranks and a process group of its own, from the same process. What a function
+`before` returns, called in a process without ranks, is `before.json` in the folder of `REPORT`.
 
 `python -m tests.moeify.parallel.harness MODULE WORLD FOLDER`
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +21,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,7 +29,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[3]
 SECONDS = 200
 Case = Callable[[int, int], None]
-REPORT = "REPORT_OF_THIS_CASE"
+REPORT, BEFORE = "REPORT_OF_THIS_CASE", "before.json"
 
 
 def cases(module: str) -> list[str]:
@@ -50,6 +52,11 @@ def outcomes(module: str, world: int) -> dict[str, str]:
         return found
 
 
+def found_before() -> Any:
+    """What the module's function `before` returned."""
+    return json.loads(Path(os.environ[REPORT]).with_name(BEFORE).read_text())
+
+
 def die() -> NoReturn:
     """End this rank as a crash does, in the middle of a case."""
     Path(os.environ[REPORT]).write_text("")
@@ -61,6 +68,11 @@ def run(module: str, world: int, folder: Path) -> None:
     """Fork the ranks and wait for them."""
     torch.set_num_threads(1)
     import_module(module)
+    if before := getattr(import_module(module), "before", None):
+        if not (child := os.fork()):
+            (folder / BEFORE).write_text(json.dumps(before()))
+            os._exit(0)
+        _end(child)
     names = cases(module)
     together = [name for name in names if name.startswith("case_")]
     for group in [together, *([name] for name in names if name.startswith("alone_"))]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moeify import routers
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
-from moeify.layers.dispatch import LocalDispatcher
+from moeify.layers.dispatch import Dispatcher, LocalDispatcher
 from moeify.layers.experts import Experts
 from moeify.measure import TOLERANCE
 from moeify.parallel.costs import Layer, Setup
@@ -70,7 +70,10 @@ def routing(tokens: int, count: int, top_k: int, dtype: torch.dtype, seed: int) 
     return Routing(ids, weights, scores, scores)
 
 
-def compare(rank: int, world: int, sizes: list[int], count: int, top_k: int, dtype: torch.dtype, form: str) -> None:
+def compare(
+    rank: int, world: int, sizes: list[int], count: int, top_k: int, dtype: torch.dtype, form: str,
+    dispatcher: Dispatcher | None = None,
+) -> None:  # fmt: skip
     """Run all tokens in one process, then this rank's with the other ranks."""
     draw = torch.Generator().manual_seed(2)
     x = torch.randn(sum(sizes), HIDDEN, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
@@ -83,9 +86,9 @@ def compare(rank: int, world: int, sizes: list[int], count: int, top_k: int, dty
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     x_here = x.detach()[mine].clone().requires_grad_()
     weights = chosen.weights_TK.detach()[mine].clone().requires_grad_()
-    here = Routing(chosen.expert_ids_TK[mine], weights, chosen.logits_TE[mine], chosen.scores_TE[mine])
+    here = Routing(chosen.expert_ids_TK[mine], weights, chosen.logits_TE[mine], chosen.scores_TE[mine], capacity=1)
     local = part(whole, rank, world, form)
-    dispatcher = ExpertParallel(Link(group(), ("layer",), 0), count // world, count)
+    dispatcher = dispatcher or ExpertParallel(Link(group(), ("layer",), 0), count // world, count)
     sent = dispatcher.dispatch(x_here, here)
     out = dispatcher.combine(local(sent.x, sent.expert_ids, sent.weights), sent)
     torch.autograd.backward(out, g[mine])
