@@ -34,9 +34,10 @@ def main() -> None:
     processes: Any = multiprocessing
     with TemporaryDirectory() as folder:
         model, tokenizer = common.dense_model(args.model)
-        moeify.convert(model, CONFIG, args.layers).save_pretrained(folder)
+        converted: Any = moeify.convert(model, CONFIG, args.layers)
+        converted.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        del model
+        del model, converted
         for engine, ranks in (("one process", 1), ("transformers", RANKS), ("parallelize", RANKS)):
             processes.start_processes(train, (args, folder, engine, ranks), nprocs=ranks, start_method="fork")
     print(f"{RANKS} ranks: the losses of one process")

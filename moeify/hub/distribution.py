@@ -102,9 +102,9 @@ def _ep_plan(layers: dict[str, MoELayer]) -> dict[str, str]:
 def _fsdp_plan(model: Any, layers: dict[str, MoELayer]) -> dict[str, str]:
     """Return transformers' rules, as far as the model has what they name, one for each stack of layers, and routers.
 
-    FSDP takes one dtype at a time, and routers stay in float32. A head that is tied to the embeddings is left to the unit
-    of the whole model, which then holds both: transformers 5.24 shards them apart, and where the ranks do not divide the
-    vocabulary evenly, the head goes on with the weights that were loaded.
+    FSDP takes one dtype at a time, and routers stay in float32. A head that is tied to the embeddings is left to the
+    unit of the whole model, which then holds both: transformers 5.24 shards them apart, and where the ranks do not
+    divide the vocabulary evenly, the head goes on with the weights that were loaded.
     """
     modules = {_any_layer(path): module for path, module in model.named_modules()}
     plan = {name: style for name, style in model._fsdp_plan.items() if name in modules}

@@ -57,7 +57,7 @@ class Link:
         raise MoeifyError(next(f"rank {rank}: {text}" for rank, text in zip(self.ranks, said, strict=True) if text))
 
     def even(self, x: Tensor) -> Tensor:
-        """Send the ranks equal numbers of rows of (S, …), and return theirs; it can be compiled as a part of a graph."""
+        """Send the ranks equal numbers of rows of (S, …), and return theirs; a graph may hold it."""
         if torch.compiler.is_compiling():
             every = funcol.all_to_all_single_autograd if x.requires_grad else funcol.all_to_all_single
             return every(x, None, None, self.group)

@@ -1,7 +1,7 @@
 """The dispatcher whose sizes are known beforehand: each rank sends every expert as many rows as a capacity holds.
 
-All messages have one size, so that no host waits for counts, and dispatch and combine are one graph. Rows that no choice
-fills are sent too, and nothing computes them. Ranks may have other numbers of tokens, as long as their capacity fits.
+All messages have one size, so that no host waits for counts, and dispatch and combine are one graph. Rows that no
+choice fills are sent too, and nothing computes them. Ranks may have other numbers of tokens if their capacity fits.
 
 Shape legend: T tokens, H hidden size, K choices per token, S = T·K choices, n ranks, e experts on each, E = n·e,
 C choices that an expert takes of each rank, R = E·C rows.

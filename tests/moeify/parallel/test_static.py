@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,8 +37,7 @@ def case_outputs_and_gradients_are_equal_to_the_last_bit(rank: int, world: int) 
 def case_every_message_has_its_size_whatever_is_chosen(rank: int, world: int) -> None:
     local, seen = experts(8 // world, torch.float32), []
     for tokens in (5, 0, 9):
-        chosen = Routing(*(getattr(routing(tokens, 8, 2, torch.float32, rank), n) for n in
-                           ("expert_ids_TK", "weights_TK", "logits_TE", "scores_TE")), capacity=4)  # fmt: skip
+        chosen = replace(routing(tokens, 8, 2, torch.float32, rank), capacity=4)
         dispatcher, x = static(8, world, 9), torch.randn(tokens, HIDDEN, requires_grad=True)
         with counted(rank, world) as sent_bytes:
             sent = dispatcher.dispatch(x, chosen)

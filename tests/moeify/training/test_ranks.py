@@ -42,7 +42,8 @@ class Texts(torch.utils.data.Dataset[dict[str, Any]]):
 
 def saved(place: Path, config: MoEConfig) -> Path:
     torch.manual_seed(0)
-    moeify.convert(tiny.build("llama"), config).save_pretrained(place)
+    model: Any = moeify.convert(tiny.build("llama"), config)
+    model.save_pretrained(place)
     return place
 
 
