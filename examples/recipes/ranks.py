@@ -30,8 +30,9 @@ def main() -> None:
     args = common.options(__doc__)
     with TemporaryDirectory() as folder:
         model, tokenizer = common.dense_model(args.model)
-        moeify.convert(model, common.CONFIG, args.layers).save_pretrained(folder)
-        del model
+        converted: Any = moeify.convert(model, common.CONFIG, args.layers)
+        converted.save_pretrained(folder)
+        del model, converted
         processes: Any = multiprocessing
         processes.start_processes(train, (args, folder, tokenizer), nprocs=RANKS, start_method="fork")
         again = common.evaluate(moeify.load(args.out), tokenizer)

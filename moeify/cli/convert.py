@@ -209,12 +209,16 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
         with progress:
             left = _carry_out(dense, plan, Output(dst, options.shard_size, dtype, *how), callbacks, options)
     except KeyboardInterrupt as stop:
-        again = "" if options.part else " with --resume"
-        hint = f": run again{again} to go on" if options.part or can_resume(dst) else ""
-        raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop
+        raise CheckpointError(f"interrupted; {dst} was not made{_how_to_go_on(dst, options)}") from stop
     console.print(left or f"written to {dst}")
     if not left and plan.target != MOEIFY and plan.config.aux_loss:
         console.print(_BEFORE_TRAINING)
+
+
+def _how_to_go_on(dst: Path, options: _Options) -> str:
+    if options.part:
+        return ": run again to go on"
+    return ": run again with --resume to go on" if can_resume(dst) else ""
 
 
 def _carry_out(

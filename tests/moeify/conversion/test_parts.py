@@ -151,6 +151,18 @@ def test_what_is_of_another_conversion_is_refused(src: Path, tmp_path: Path) -> 
     refused("part-1-of-2 is damaged: remove it, and run the part again", join_parts)
 
 
+def test_parts_that_began_together_are_compared_when_they_are_joined(src: Path, tmp_path: Path) -> None:
+    run(src, tmp_path / "moe", convert_part, 1, 2)
+    record = tmp_path / "moe.part-1-of-2" / ".moeify-part"
+
+    def meanwhile(_: int) -> None:
+        record.write_text(record.read_text().upper())
+
+    with pytest.raises(CheckpointError, match=r"\(part 1 of 2\) was written for another source"):
+        run(src, tmp_path / "moe", convert_part, 2, 2, written=meanwhile)
+    assert not (tmp_path / "moe").exists()
+
+
 def test_the_command(src: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     words = ["convert", str(src), str(tmp_path / "moe"), "--experts", "4", "--top-k", "2", "--method", "noise"]
     words += ["--shard-size", "60KB", "--no-verify"]

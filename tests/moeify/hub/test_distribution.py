@@ -83,6 +83,26 @@ def case_gradients_are_those_of_one_process(rank: int, world: int) -> None:
         small.remove(place)
 
 
+def case_tied_embeddings_stay_tied_over_steps(rank: int, world: int) -> None:
+    """The ranks do not divide the vocabulary of 101 evenly."""
+    place = saved("llama")
+    sizes = DistributedConfig(fsdp_size=world, ep_size=2)
+    model: Any = moeify.load(place, dtype=torch.float32, distributed_config=sizes).train()
+    alone: Any = moeify.load(place, dtype=torch.float32).train()
+    assert alone.lm_head.weight is alone.model.embed_tokens.weight
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (model, alone)]
+    for _ in range(3):
+        torch.autograd.backward(mine := loss(model, rank))
+        terms = [loss(alone, other) / world for other in range(world)]
+        torch.autograd.backward(sum(terms[1:], terms[0]))
+        dist.all_reduce(mean := mine.detach().clone())
+        torch.testing.assert_close(mean / world, sum(terms[1:], terms[0]).detach())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    small.remove(place)
+
+
 def case_routers_stay_in_float32(rank: int, world: int) -> None:
     place = saved("llama")
     sizes = DistributedConfig(fsdp_size=world, ep_size=2)
