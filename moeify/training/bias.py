@@ -34,7 +34,7 @@ def update_selection_bias(model: nn.Module, group: dist.ProcessGroup | None = No
     ]
     if dist.is_initialized():
         together = torch.cat([counts_E.to(device) for counts_E in counts])
-        with told_as(f"rank {dist.get_rank()} could not sum the choices of its layers with the other ranks"):
+        with told_as("the choices of the layers could not be summed over the ranks: one of them has ended or hangs"):
             dist.all_reduce(together, group=group)
         counts = list(torch.split(together, [len(counts_E) for counts_E in counts]))
     for layer, counts_E in zip(layers, counts, strict=True):
