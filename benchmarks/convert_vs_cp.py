@@ -1,6 +1,6 @@
 """`moeify convert` against the disk: a Llama of a billion parameters becomes 13 GB of MoE, beside `cp -r` of the same.
 
-    python -m benchmarks.convert_vs_cp --work FOLDER
+    python -m benchmarks.convert_vs_cp --work FOLDER                 # --layers 3 makes 3 GB of it
 
 The peak memory is also measured on one layer of that model, 1 GB of output. The table is printed, and written beside
 this file.
@@ -26,25 +26,32 @@ def make_source(dst: Path, layers: int) -> Path:
     return dst
 
 
-def convert(name: str, src: Path, out: Path) -> Command:
+def convert(name: str, src: Path, out: Path, *more: str) -> Command:
     """The conversion that is measured."""
-    options = ("--experts", "8", "--top-k", "2", "--to", "mixtral", "--no-verify")
+    options = ("--experts", "8", "--top-k", "2", "--to", "mixtral", "--no-verify", "--shard-size", "1GB", *more)
     return Command(name, (sys.executable, "-m", "moeify", "convert", src, out, *options), out)
 
 
-def compare(work: Path, repeats: int) -> str:
+def compare(work: Path, repeats: int, layers: int) -> str:
     """The report, in Markdown."""
     one_layer = convert("moeify convert, 1 layer", make_source(work / "one-layer", 1), work / "one-layer-moe")
     runs = by_turns([one_layer], repeats)
-    source = make_source(work / "dense", 16)
+    source = make_source(work / "dense", layers)
     made = convert("the output to copy", source, work / "made")
     measure(made)
     copy = Command("cp -r", ("cp", "-r", made.out, work / "copy"), work / "copy")
-    runs |= by_turns([convert("moeify convert", source, work / "moe"), copy], repeats)
+    noise = ("--method", "noise")
+    commands = [
+        convert("moeify convert", source, work / "moe"),
+        convert("… --workers 2", source, work / "moe", "--workers", "2"),
+        convert("… --method noise", source, work / "moe", *noise),
+        convert("… --method noise --workers 2", source, work / "moe", *noise, "--workers", "2"),
+    ]
+    runs |= by_turns([*commands, copy], repeats)
     return (
         "# moeify convert against cp\n\n"
-        "Llama (hidden 2048, intermediate 8192, vocabulary 32000, 16 layers; random bf16 weights in three shards)\n"
-        f"→ Mixtral, 8 experts, top-2. {machine()}.\n"
+        "Llama (hidden 2048, intermediate 8192, vocabulary 32000; random bf16 weights), "
+        f"{layers} layers\n→ Mixtral, 8 experts, top-2. {machine()}.\n"
         "`cp -r` copies the same output. Run by turns, the disk flushed before each run.\n\n"
         f"{table(runs, against='cp -r')}\n"
     )
@@ -54,11 +61,12 @@ def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="a folder with 32 GiB free")
+    parser.add_argument("--layers", type=int, default=16, help="of the model; 16 for 13 GB of output")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    need_space(args.work, 32)
+    need_space(args.work, 2 * args.layers)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
-        report = compare(Path(work), args.repeats)
+        report = compare(Path(work), args.repeats, args.layers)
     HERE.with_suffix(".md").write_text(report)
     print(report)
 

@@ -71,14 +71,17 @@ class Text:
             starts = torch.randint(end, (BATCH,), generator=generator)
             yield torch.stack([self.ids[s : s + CONTEXT + 1] for s in starts.tolist()])
 
+    def held_out(self) -> Tensor:
+        """About a hundred windows of the last tenth, (N, CONTEXT + 1)."""
+        held_out = self.ids[len(self.ids) * 9 // 10 :]
+        windows = held_out[: len(held_out) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
+        return windows[:: max(len(windows) // 96, 1)]
+
     @torch.no_grad()
     def measure(self, model: nn.Module) -> float:
         """Mean loss in nats per byte on windows of the last tenth."""
         model.eval()
-        held_out = self.ids[len(self.ids) * 9 // 10 :]
-        windows = held_out[: len(held_out) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
-        windows = windows[:: max(len(windows) // 96, 1)]
-        losses = [loss_of(model, part) for part in torch.split(windows, 48)]
+        losses = [loss_of(model, part) for part in torch.split(self.held_out(), 48)]
         model.train()
         return float(torch.stack(losses).mean())
 

@@ -12,6 +12,7 @@ import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -28,62 +29,98 @@ from moeify.errors import CheckpointError
 from moeify.files.reading import read_bytes
 from moeify.files.staging import RESUME_RECORD
 
+DEPENDS_ON = ("source", "plan, settings or dtype", "--shard-size")
 _KEPT_PARTS = 4  # gate, up and down of one FFN, and one more
 
 
-def write_checkpoint(
-    source: Source,
-    tensors: Sequence[OutTensor],
-    dst_dir: Path,
-    *,
-    shard_size: int,
-    resume: bool,
-    on_bytes: Callable[[int], None],
-    on_nonfinite: Callable[[str], None],
-    plan_key: str = "",
-    workers: int = 1,
-) -> None:
-    """Write `tensors` into `dst_dir` as safetensors, with an index if one file is not enough, and the side files.
+@dataclass(frozen=True)
+class Files:
+    """What is to be written: whole, or a part of it.
+
+    Attributes:
+        source: Where rows are copied from.
+        shards: The files.
+        fingerprint: What they depend on, a line for each of `DEPENDS_ON`: a digest.
+    """
+
+    source: Source
+    shards: tuple[Shard, ...]
+    fingerprint: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files."""
+        return sum(len(_header(shard)) + shard.nbytes for shard in self.shards)
+
+
+def plan_files(source: Source, tensors: Sequence[OutTensor], shard_size: int, plan_key: str = "") -> Files:
+    """Cut tensors into files, and check what is known before anything is computed.
 
     Args:
         source: Where rows are copied from.
         tensors: What to write, in order.
-        dst_dir: An existing folder; see `staged_folder` for one that appears whole or not at all.
         shard_size: Bytes of values that a file may hold.
-        resume: Keep the shards of an interrupted run that hold what is to be written; remove what else is in `dst_dir`.
+        plan_key: What computed parts depend on beside the source, such as the plan.
+
+    Raises:
+        CheckpointError: The source lacks a tensor.
+        ValueError: A tensor's parts do not make up its dtype and shape.
+    """
+    _check_parts(source, tensors)
+    shards = tuple(plan_shards(tensors, shard_size))
+    return Files(source, shards, _fingerprint(source, shards, plan_key))
+
+
+def write_shards(
+    files: Files,
+    folder: Path,
+    *,
+    resume: bool,
+    on_bytes: Callable[[int], None],
+    on_nonfinite: Callable[[str], None],
+    workers: int = 1,
+) -> None:
+    """Write shards as safetensors, and the side files, into a folder.
+
+    Args:
+        files: What to write.
+        folder: An existing folder; see `staged_folder` for one that appears whole or not at all.
+        resume: Keep the shards of an interrupted run that hold what is to be written; remove what else is in `folder`.
         on_bytes: Called with the number of bytes written since the last call.
         on_nonfinite: Called with the name of a source or computed tensor that holds NaN or Inf, once and before its
             first byte is written; it may raise to stop.
         workers: Processes that write; the files are the same for any number.
-        plan_key: What computed parts depend on beside the source, such as the plan; `resume` needs an equal one.
 
     Raises:
-        CheckpointError: The source is damaged or lacks a tensor, or its tokenizer cannot be built.
-        ValueError: A tensor's parts do not make up its dtype and shape.
+        CheckpointError: The source is damaged, or its tokenizer cannot be built.
     """
-    shards = plan_shards(tensors, shard_size)
-    _check_parts(source, tensors)
-    fingerprint = _plan_fingerprint(source, shards, plan_key)
     if resume:
-        _keep_shards(dst_dir, fingerprint, shards)
-    (dst_dir / RESUME_RECORD).write_text(fingerprint)
-    source.write_side_files(dst_dir)  # before hours of writing, as it may be refused
-    _write_shards(shards, partial(_ShardWriter, source, tensors, dst_dir), workers, on_bytes, on_nonfinite)
-    if len(shards) > 1:
-        write_index(dst_dir, shards)
-
-
-def _write_shards(
-    shards: Sequence[Shard],
-    writer: Callable[[Callable[[int], None], Callable[[str], None]], _ShardWriter],
-    workers: int,
-    on_bytes: Callable[[int], None],
-    on_nonfinite: Callable[[str], None],
-) -> None:
-    left = write_with_workers(shards, workers, writer, on_bytes, on_nonfinite) if workers > 1 else shards
+        _keep_shards(folder, files)
+    (folder / RESUME_RECORD).write_text(files.fingerprint)
+    files.source.write_side_files(folder)  # before hours of writing, as it may be refused
+    writer = partial(_ShardWriter, files, folder)
+    left: Sequence[Shard] = files.shards
+    if workers > 1:
+        left = write_with_workers(files.shards, workers, writer, on_bytes, on_nonfinite)
     here = writer(on_bytes, on_nonfinite)
     for shard in left:
         here.write(shard)
+
+
+def holds_header(path: Path, shard: Shard) -> bool:
+    """Return whether a file has the size and the header of a shard; its values are not read."""
+    with path.open("rb", buffering=0) as file:
+        return _has_header(file, shard)
+
+
+def _has_header(file: FileIO, shard: Shard) -> bool:
+    header = _header(shard)
+    size = os.fstat(file.fileno()).st_size
+    return size == len(header) + shard.nbytes and same_bytes(memoryview(header), file)
+
+
+def _header(shard: Shard) -> bytes:
+    return encode_header(tensor.info for tensor in shard.tensors)
 
 
 def _check_parts(source: Source, tensors: Iterable[OutTensor]) -> None:
@@ -115,24 +152,25 @@ def _bytes_of_rows(info: TensorInfo, part: SourceRows) -> tuple[int, int]:
     return start * row, (stop - start) * row
 
 
-def _plan_fingerprint(source: Source, shards: Iterable[Shard], plan_key: str) -> str:
+def _fingerprint(source: Source, shards: Iterable[Shard], plan_key: str) -> str:
     plan = [
         (shard.name, [(t.name, t.dtype, t.shape, [_describe(part) for part in t.parts]) for t in shard.tensors])
         for shard in shards
     ]
-    return hashlib.sha256(json.dumps([source.fingerprint(), plan_key, plan]).encode()).hexdigest()
+    each = (source.fingerprint(), plan_key, json.dumps(plan))
+    return "".join(f"{hashlib.sha256(text.encode()).hexdigest()}\n" for text in each)
 
 
 def _describe(part: SourceRows | Compute) -> list[object]:
     return [part.source_name, part.rows] if isinstance(part, SourceRows) else ["computed"]
 
 
-def _keep_shards(folder: Path, fingerprint: str, shards: Iterable[Shard]) -> None:
+def _keep_shards(folder: Path, files: Files) -> None:
     """Keep the shards of an interrupted run if it followed the same plan, and remove everything else."""
     same = False
     with suppress(CheckpointError):
-        same = read_bytes(folder / RESUME_RECORD, len(fingerprint)) == fingerprint.encode()
-    kept = {shard.name for shard in shards} if same else set()
+        same = read_bytes(folder / RESUME_RECORD, len(files.fingerprint)) == files.fingerprint.encode()
+    kept = {shard.name for shard in files.shards} if same else set()
     for old in folder.iterdir():
         if old.is_dir() and not old.is_symlink():
             shutil.rmtree(old)
@@ -154,24 +192,23 @@ class _ShardWriter:
 
     def __init__(
         self,
-        source: Source,
-        tensors: Sequence[OutTensor],
+        files: Files,
         folder: Path,
         on_bytes: Callable[[int], None],
         on_nonfinite: Callable[[str], None],
     ) -> None:
-        self._source, self._folder = source, folder
+        self._source, self._folder = files.source, folder
         self._on_bytes = on_bytes
         self._on_nonfinite = on_nonfinite
-        self._uses = Counter(part for tensor in tensors for part in tensor.parts)
+        self._uses = Counter(part for shard in files.shards for tensor in shard.tensors for part in tensor.parts)
         self._kept: OrderedDict[SourceRows | Compute, memoryview] = OrderedDict()
         self._checked: set[str] = set()
 
     def write(self, shard: Shard) -> None:
         """Write one shard, unless an interrupted run has written it as it is to be."""
-        header = encode_header(tensor.info for tensor in shard.tensors)
+        header = _header(shard)
         path = self._folder / shard.name
-        if path.exists() and self._holds(path, header, shard):
+        if path.exists() and self._holds(path, shard):
             self._on_bytes(len(header) + shard.nbytes)
             return
         begun = self._folder / f".{shard.name}.partial"
@@ -182,12 +219,10 @@ class _ShardWriter:
                 self._write_tensor(tensor, file)
         begun.rename(path)
 
-    def _holds(self, path: Path, header: bytes, shard: Shard) -> bool:
+    def _holds(self, path: Path, shard: Shard) -> bool:
         """Compare a file with what would be written: after a power cut, or by another hand, it may hold anything."""
         with path.open("rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != len(header) + shard.nbytes:
-                return False
-            return same_bytes(memoryview(header), file) and all(
+            return _has_header(file, shard) and all(
                 self._same_part(tensor, part, file) for tensor in shard.tensors for part in tensor.parts
             )
 

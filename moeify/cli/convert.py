@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeify.cli.options import LAYERS, Dtype, Size, command_line, example_inputs_option, source_options
+from moeify.cli.options import LAYERS, Dtype, PartOf, Size, command_line, example_inputs_option, source_options
 from moeify.cli.parallel import Ranks, estimated, parallel_options, show
 from moeify.cli.recipe import recipe_option, recipe_text
 from moeify.cli.settings import config_from, config_options
@@ -46,6 +46,8 @@ class _Options:
     as_yaml: bool
     shard_size: int
     workers: int
+    part: tuple[int, int] | None
+    join: bool
     resume: bool
     overwrite: bool
     strict: bool
@@ -80,6 +82,8 @@ class _Options:
 @click.option("--yaml", "as_yaml", is_flag=True, help="With --dry-run: print these options as YAML, for --config.")
 @click.option("--shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of the output.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1, 256), help="Processes that write.")
+@click.option("--part", type=PartOf(), metavar="I/N", help="Write one of N parts; the last to finish makes DST.")
+@click.option("--join", is_flag=True, help="Make DST of parts that are all written.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder, or a .gguf file.")
 @click.option("--strict", is_flag=True, help="Refuse weights that hold NaN or Inf instead of warning.")
@@ -126,6 +130,8 @@ def _check_usage(dst: Path | None, options: _Options, settings: dict[str, object
         raise click.UsageError("--yaml goes with --dry-run and without --json")
     if options.ranks and (options.as_json or options.as_yaml or not options.dry_run):
         raise click.UsageError("--ep goes with --dry-run, without --json and --yaml (moeify inspect has --ep --json)")
+    if (options.part or options.join) and (options.dry_run or (options.part and options.join)):
+        raise click.UsageError("--part and --join go without each other and without --dry-run")
     given = [name for name, value in settings.items() if value not in (None, ())]
     if options.plan_file and given:
         raise click.UsageError(f"{given[0]} goes without --plan: the plan says how to convert")
@@ -141,8 +147,9 @@ def _check_place(dst: Path | None, options: _Options) -> None:
     """Refuse what does not go with a folder, or with a GGUF file, and look at what is there."""
     if not _is_gguf(dst) and options.dtype in _QUANTIZED:
         raise click.UsageError(f"--dtype {options.dtype} goes with a DST that ends in {_GGUF}")
-    if _is_gguf(dst) and (options.resume or options.workers > 1):
-        raise click.UsageError(f"--resume and --workers go with a folder: a {_GGUF} file is written in one go")
+    if _is_gguf(dst) and (options.resume or options.workers > 1 or options.part or options.join):
+        what = "--resume, --workers, --part and --join go"
+        raise click.UsageError(f"{what} with a folder: a {_GGUF} file is written in one go")
     if _is_gguf(dst) and options.target == MOEIFY:
         raise click.UsageError(f"--to {MOEIFY} goes with a folder: llama.cpp does not read it from a {_GGUF} file")
     if dst is not None and not options.dry_run:
@@ -221,27 +228,44 @@ def _write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options) -> 
     )
     try:
         with progress:
-            _carry_out(dense, plan, dst, options, callbacks)
+            left = _carry_out(dense, plan, dst, options, callbacks)
     except KeyboardInterrupt as stop:
-        hint = ": run again with --resume to go on" if can_resume(dst) else ""
-        raise CheckpointError(f"interrupted; {dst} was not made{hint}") from stop
-    console.print(f"written to {dst}")
-    if plan.target != MOEIFY and plan.config.aux_loss and not _is_gguf(dst):
+        raise CheckpointError(f"interrupted; {dst} was not made{_how_to_go_on(dst, options)}") from stop
+    console.print(left or f"written to {dst}")
+    if not left and plan.target != MOEIFY and plan.config.aux_loss and not _is_gguf(dst):
         console.print(_BEFORE_TRAINING)
 
 
-def _carry_out(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options, callbacks: Callbacks) -> None:
-    """Write a folder or a GGUF file."""
+def _how_to_go_on(dst: Path, options: _Options) -> str:
+    if options.part:
+        return ": run again to go on"
+    return ": run again with --resume to go on" if can_resume(dst) else ""
+
+
+def _carry_out(dense: DenseCheckpoint, plan: Plan, dst: Path, options: _Options, callbacks: Callbacks) -> str | None:
+    """Write a folder, a part of it, or a GGUF file; return why there is no output yet, if there is none."""
     from moeify.conversion.checkpoint import Output, convert_checkpoint
+    from moeify.conversion.parts import convert_part, join_parts
 
     if _is_gguf(dst):
         from moeify.conversion.gguf import GgufOutput, convert_to_gguf
 
         kind = {**_DTYPES, **_QUANTIZED}.get(options.dtype or "")
         convert_to_gguf(dense, plan, GgufOutput(dst, kind, options.overwrite, command_line()), callbacks)
-        return
+        return None
     how = (options.overwrite, options.resume, options.workers, command_line())
-    convert_checkpoint(dense, plan, Output(dst, options.shard_size, _DTYPES.get(options.dtype or ""), *how), callbacks)
+    output = Output(dst, options.shard_size, _DTYPES.get(options.dtype or ""), *how)
+    if options.join:
+        join_parts(dense, plan, output, callbacks)
+    elif options.part is None:
+        convert_checkpoint(dense, plan, output, callbacks)
+    else:
+        missing, part = convert_part(dense, plan, output, callbacks, *options.part), "{}/{}".format(*options.part)
+        if missing is None:
+            return f"part {part} is written, and another run makes {dst} of all parts"
+        if missing:
+            return f"part {part} is written; {dst} is made when these are: {', '.join(map(str, missing))}"
+    return None
 
 
 def _prove(

@@ -12,18 +12,19 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., object])
 COMMAND = "moeify.command"  # where click's context keeps what was typed
+_OF_A_RUN = {"--resume": False, "--join": False, "--workers": True, "--part": True}  # and whether a value follows
 
 
 def command_line() -> str:
-    """Return the command that is running, as a shell reads it, without `--resume` and `--workers`.
-
-    They make no other output.
-    """
-    typed = list(click.get_current_context().meta[COMMAND])
-    while "--workers" in typed:
-        place = typed.index("--workers")
-        del typed[place : place + 2]
-    kept = [word for word in typed if word != "--resume" and not word.startswith("--workers=")]
+    """Return the command that is running, as a shell reads it, without the options that make no other output."""
+    kept: list[str] = []
+    typed = iter(click.get_current_context().meta[COMMAND])
+    for word in typed:
+        name, _, value = word.partition("=")
+        if name not in _OF_A_RUN:
+            kept.append(word)
+        elif _OF_A_RUN[name] and not value:
+            next(typed, None)
     return shlex.join(["moeify", *kept])
 
 
@@ -78,3 +79,21 @@ class Size(click.ParamType[int]):
         if not 1 <= size <= _LARGEST:
             self.fail(f"{value!r} is not a size: write 5GB, 500MB, 10GiB or a number of bytes", param, ctx)
         return size
+
+
+class PartOf(click.ParamType[tuple[int, int]]):
+    """A part of several such as 2/4."""
+
+    name = "part"
+
+    def convert(
+        self, value: str | tuple[int, int], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Parse the text."""
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", value, re.ASCII)
+        number, count = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 1 <= number <= count:
+            self.fail(f"{value!r} is no part: write 1/4, 2/4, 3/4 and 4/4 for the four parts of one output", param, ctx)
+        return number, count

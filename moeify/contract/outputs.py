@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, make_dataclass
 from typing import Any, get_args, get_type_hints
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils.generic import ModelOutput
@@ -84,9 +85,9 @@ class RouterOutputs:
         for layer in layers if self.leads else ():
             layer.led = False
         if self.wanted and isinstance(output, ModelOutput):
-            return self._with_router_outputs(model, output, layers, share_of_step(model, kwargs))
+            return self._with_router_outputs(model, output, layers, _share(model, kwargs, layers))
         if self.attaches and not any(layer.record is not None and layer.record.balanced for layer in layers):
-            return _with_gradients(output, layers, share_of_step(model, kwargs))
+            return _with_gradients(output, layers, _share(model, kwargs, layers))
         return None  # it stays
 
     def _with_router_outputs(
@@ -150,6 +151,20 @@ def _has_labels(given: Mapping[str, object]) -> bool:
     """Whether the model is called for a loss."""
     names = (name for name, value in given.items() if value is not None and value is not False)
     return any("label" in name or name in {"start_positions", "return_loss"} for name in names)
+
+
+def _share(model: Any, given: Mapping[str, object], layers: Iterable[MoELayer]) -> Tensor | float:
+    """Return what multiplies the layers' losses: this pass's part of the step.
+
+    At the level "global" that is its mean over ranks: there each rank's losses count by its tokens already.
+    """
+    share = share_of_step(model, given)
+    level = any(layer.config.balance_level == "global" for layer in layers)
+    if not (level and model.training and isinstance(share, Tensor) and dist.is_initialized()):
+        return share
+    together = share.detach().double()
+    dist.all_reduce(together)
+    return (together / dist.get_world_size()).to(share.dtype)
 
 
 def share_of_step(model: Any, given: Mapping[str, object]) -> Tensor | float:

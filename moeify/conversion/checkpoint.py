@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from moeify.checkpoint.folder import CARD
-from moeify.checkpoint.safetensors_file import encode_header
-from moeify.checkpoint.shards import OutTensor, plan_shards
 from moeify.checkpoint.tensor_info import torch_dtype
-from moeify.checkpoint.writer import write_checkpoint
+from moeify.checkpoint.writer import Files, plan_files, write_index, write_shards
 from moeify.config import MoEConfig
 from moeify.contract.model import describe
 from moeify.conversion.card import model_card
@@ -165,29 +163,52 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
     Raises:
         CheckpointError: The source lacks a tensor or changes meanwhile, or the output cannot be written.
     """
-    source, dtype = dense.source, output.dtype
-    check_space(output.folder, least_bytes(dense, plan, dtype))  # at once: listing millions of tensors takes minutes
-    tensors = list(output_tensors(dense, plan, dtype, callbacks.unused))
-    total = sum(_file_bytes(shard.tensors) for shard in plan_shards(tensors, output.shard_size))
-    callbacks.total(total)
+    check_space(output.folder, least_bytes(dense, plan, output.dtype))  # at once: listing tensors can take minutes
+    files = planned_files(dense, plan, output, callbacks)
+    callbacks.total(files.nbytes)
     options = {"overwrite": output.overwrite, "resume": output.resume}
-    with staged_folder(output.folder, source=source.path, nbytes=total, **options) as folder:
-        write_checkpoint(
-            source,
-            tensors,
-            folder,
-            shard_size=output.shard_size,
-            resume=output.resume,
-            on_bytes=callbacks.written,
-            on_nonfinite=callbacks.nonfinite,
-            plan_key=plan.to_json() + str(dtype),
-            workers=output.workers,
-        )
-        _write_json(folder / "config.json", output_config(dense, plan, dtype))
-        proof = callbacks.check(folder)
-        _write_json(folder / PLAN_FILE, {**plan.to_dict(), "cast_to": dtype, "verification": proof})
-        (folder / CARD).write_text(model_card(dense, plan, output.folder.name, proof, output.command), "utf-8")
-        source.check_unchanged()
+    with staged_folder(output.folder, source=files.source.path, nbytes=files.nbytes, **options) as folder:
+        write_planned(files, folder, output, callbacks, resume=output.resume)
+        complete(dense, plan, output, callbacks, files, folder)
+
+
+def planned_files(dense: DenseCheckpoint, plan: Plan, output: Output, callbacks: Callbacks) -> Files:
+    """List the files of the output.
+
+    Raises:
+        CheckpointError: The source lacks a tensor.
+    """
+    tensors = list(output_tensors(dense, plan, output.dtype, callbacks.unused))
+    return plan_files(dense.source, tensors, output.shard_size, plan.to_json() + str(output.dtype))
+
+
+def write_planned(files: Files, folder: Path, output: Output, callbacks: Callbacks, *, resume: bool) -> None:
+    """Write files, all or some, into a staged folder."""
+    write_shards(
+        files,
+        folder,
+        resume=resume,
+        on_bytes=callbacks.written,
+        on_nonfinite=callbacks.nonfinite,
+        workers=output.workers,
+    )
+
+
+def complete(
+    dense: DenseCheckpoint, plan: Plan, output: Output, callbacks: Callbacks, files: Files, folder: Path
+) -> None:
+    """Make a model of a staged folder that has all files: index, config, proof, plan and card.
+
+    Raises:
+        CheckpointError: The source has changed meanwhile.
+    """
+    if len(files.shards) > 1:
+        write_index(folder, files.shards)
+    _write_json(folder / "config.json", output_config(dense, plan, output.dtype))
+    proof = callbacks.check(folder)
+    _write_json(folder / PLAN_FILE, {**plan.to_dict(), "cast_to": output.dtype, "verification": proof})
+    (folder / CARD).write_text(model_card(dense, plan, output.folder.name, proof, output.command), "utf-8")
+    files.source.check_unchanged()
 
 
 def output_config(dense: DenseCheckpoint, plan: Plan, dtype: str | None) -> dict[str, Any]:
@@ -197,10 +218,6 @@ def output_config(dense: DenseCheckpoint, plan: Plan, dtype: str | None) -> dict
         return native_config(FAMILIES[plan.target], plan, dense.config, torch_name)
     fields = {name: value for name, value in dense.source.config.items() if name != "auto_map"}  # it knows no experts
     return describe({**fields, "dtype": torch_name}, dense.model.config, plan)
-
-
-def _file_bytes(tensors: Sequence[OutTensor]) -> int:
-    return len(encode_header(tensor.info for tensor in tensors)) + sum(tensor.nbytes for tensor in tensors)
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

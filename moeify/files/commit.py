@@ -16,7 +16,7 @@ from pathlib import Path
 from moeify.errors import CheckpointError
 from moeify.files.work_folder import WorkFolder
 
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_SYNC = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -115,7 +115,7 @@ def _move(path: Path, place: Path) -> None:
             os.unlink(path)
             return
         except OSError as error:
-            if error.errno not in _NO_LINKS or os.path.lexists(place):
+            if error.errno not in NO_LINKS or os.path.lexists(place):
                 raise
     os.rename(path, place)
 

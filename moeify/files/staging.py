@@ -44,7 +44,7 @@ def staged_folder(
         CheckpointError: `dst` exists, must not be replaced, overlaps the source, or cannot be written; another run is
             writing it; the disk is full; a file of the source cannot be read.
     """
-    target = _resolved(dst)
+    target = output_path(dst)
     if source is not None:
         _refuse_overlap(target, source.resolve())
     output = _Output(target, (target.name,), lambda: _check_folder(target, overwrite=overwrite), overwrite)
@@ -74,7 +74,7 @@ def staged_file(
         CheckpointError: see `check_file`; or `path` overlaps the source or cannot be written, another run is writing
             it, the disk is full.
     """
-    target = _resolved(path)
+    target = output_path(path)
     if source is not None:
         _refuse_overlap(target, source.resolve())
     names = (target.name + companion, target.name) if companion else (target.name,)
@@ -99,7 +99,7 @@ def check_folder(dst: str | Path, *, overwrite: bool) -> None:
     Raises:
         CheckpointError: It must not be replaced, or another run is writing it.
     """
-    target = _resolved(dst)
+    target = output_path(dst)
     with _explained(target, (target.name,)):
         _settle(target, resumable=True)
         _check_folder(target, overwrite=overwrite)
@@ -111,9 +111,9 @@ def check_space(dst: str | Path, nbytes: int) -> None:
     Raises:
         CheckpointError: There is not.
     """
-    target = _resolved(dst)
+    target = output_path(dst)
     with _explained(target, (target.name,)):
-        _check_space(WorkFolder(target).new / target.name, target, nbytes)
+        _check_space(begun_folder(target), target, nbytes)
 
 
 def check_file(path: str | Path, *, overwrite: bool, companion: str = "") -> None:
@@ -122,16 +122,21 @@ def check_file(path: str | Path, *, overwrite: bool, companion: str = "") -> Non
     Raises:
         CheckpointError: It or its companion must not be replaced, or another run is writing it.
     """
-    target = _resolved(path)
+    target = output_path(path)
     names = (target.name + companion, target.name) if companion else (target.name,)
     with _explained(target, names):
         _settle(target, resumable=False)
         _check_file(target, names, overwrite=overwrite)
 
 
+def begun_folder(target: Path) -> Path:
+    """Return where a run writes an output folder until it is whole."""
+    return WorkFolder(target).new / target.name
+
+
 def can_resume(dst: str | Path) -> bool:
     """Return whether an interrupted run has left something for a run with `resume`."""
-    return WorkFolder(_resolved(dst)).holds_work()
+    return WorkFolder(output_path(dst)).holds_work()
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,8 @@ def _settle(target: Path, *, resumable: bool) -> None:
         work.close()
 
 
-def _resolved(path: str | Path) -> Path:
+def output_path(path: str | Path) -> Path:
+    """Return the place of an output, or refuse what cannot be one."""
     try:
         target = Path(path).expanduser().resolve()
         os.fsencode(target)

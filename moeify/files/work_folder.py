@@ -26,6 +26,10 @@ _TRIES = 100
 WORK_SUFFIX = ".moeify-partial"
 
 
+class BusyError(CheckpointError):
+    """An output that another run is writing."""
+
+
 class WorkFolder:
     """The work folder of one output; nothing is made before `open`.
 
@@ -49,7 +53,8 @@ class WorkFolder:
         """Make the folder and its parents where they are missing, and lock it.
 
         Raises:
-            CheckpointError: Another run holds it, or it is a link, another user's, or not made by moeify.
+            BusyError: Another run holds it.
+            CheckpointError: It is a link, another user's, or not made by moeify.
             OSError: It cannot be made.
         """
         try:
@@ -134,7 +139,7 @@ class WorkFolder:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if isinstance(error, BlockingIOError):
-                raise CheckpointError(self._busy()) from error
+                raise BusyError(self._busy()) from error
             if error.errno not in _NO_LOCKS:
                 raise
         with suppress(FileNotFoundError):

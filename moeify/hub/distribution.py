@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moeify.errors import ConfigError
 from moeify.layers import Experts, MoELayer, moe_layers
 from moeify.layers.implementations import OURS
+from moeify.parallel.agreement import check_agreement
 from moeify.parallel.shard import connect_ranks
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ def _distribute(original: Callable[..., Any], model: Any, config: _Sizes | None,
     layers = moe_layers(model)
     if not layers or config is None or meshes is None:
         return original(model, config, meshes)
+    model.tie_weights()
     model._fsdp_plan = _fsdp_plan(model, layers)
     if config.ep_size > 1:
-        _check(layers, config)
+        check_agreement(model, _problem(layers, config))
         _offer_ours()
         model._ep_plan = _ep_plan(layers)
         config = copy.copy(config)
@@ -100,12 +102,17 @@ def _ep_plan(layers: dict[str, MoELayer]) -> dict[str, str]:
 def _fsdp_plan(model: Any, layers: dict[str, MoELayer]) -> dict[str, str]:
     """Return transformers' rules, as far as the model has what they name, one for each stack of layers, and routers.
 
-    FSDP takes one dtype at a time, and routers stay in float32.
+    FSDP takes one dtype at a time, and routers stay in float32. A head that is tied to the embeddings is left to the
+    unit of the whole model, which then holds both: transformers 5.24 shards them apart, and where the ranks do not
+    divide the vocabulary evenly, the head goes on with the weights that were loaded.
     """
     modules = {_any_layer(path): module for path, module in model.named_modules()}
     plan = {name: style for name, style in model._fsdp_plan.items() if name in modules}
     stacks = {name for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
     routers = {_any_layer(f"{path}.router") for path in layers}
+    if getattr(model, "all_tied_weights_keys", None):
+        head = model.get_output_embeddings()
+        plan = {name: style for name, style in plan.items() if modules[name] is not head}
     alone = {name for name in stacks if not _inside(name, stacks)} | routers
     return dict.fromkeys(alone, "free_full_weight") | plan
 
@@ -116,6 +123,14 @@ def _inside(name: str, others: set[str]) -> bool:
 
 def _any_layer(path: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+def _problem(layers: dict[str, MoELayer], config: _Sizes) -> ConfigError | None:
+    try:
+        _check(layers, config)
+    except ConfigError as error:
+        return error
+    return None
 
 
 def _check(layers: dict[str, MoELayer], config: _Sizes) -> None:

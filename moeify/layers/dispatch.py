@@ -40,7 +40,7 @@ class Dispatcher(Protocol):
     def combine(self, y_RH: Tensor, sent: Sent) -> Tensor:
         """Return the sum of each token's results, (T, H), from what the experts made of `sent`, (R, H)."""
 
-    def abandon(self, device: torch.device) -> None:
+    def abandon(self, device: torch.device, why: str) -> None:
         """Say, instead of dispatching, that the layer stops here with an error: others may be waiting."""
 
 
@@ -55,5 +55,5 @@ class LocalDispatcher:
         """Hand on the results."""
         return y_RH
 
-    def abandon(self, device: torch.device) -> None:
+    def abandon(self, device: torch.device, why: str) -> None:
         """Do nothing: nobody waits."""

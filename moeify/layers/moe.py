@@ -145,9 +145,9 @@ class SparseMoE(MoELayer):
         mask_T, token_ids_T = self.model_inputs.tokens(x, token_ids, mask)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         routing = self.router(x_TH, RoutingContext(mask_T, token_ids_T, factor))
-        self._refuse_nonfinite(routing, mask_T)
         sequences = x.shape[0] if x.dim() == 3 else 1
         record = ForwardRecord(routing, mask_T, sequences, self._counts_of_step(routing, mask_T))
+        self._refuse_nonfinite(routing, mask_T)  # not before: other ranks wait for the counts
         if factor is not None and not self.config.router.keeps_capacity:
             routing, record.dropped = self._limit(routing, mask_T, factor)
         if self.training and self.config.attach_losses and not self.defers_losses:
@@ -165,7 +165,7 @@ class SparseMoE(MoELayer):
             ids_TK = ids_TK.masked_fill(~mask_T.unsqueeze(-1), config.experts)
         capacity = expert_capacity(ids_TK.shape[0], config.experts, config.top_k, factor, minimum=config.min_capacity)
         ids_TK, dropped = drop_overflow(ids_TK, routing.scores_TE, capacity, order=config.drop_order)
-        return replace(routing, expert_ids_TK=ids_TK), dropped
+        return replace(routing, expert_ids_TK=ids_TK, capacity=capacity), dropped
 
     def _counts_of_step(self, routing: Routing, mask_T: Tensor | None) -> StepCounts | None:
         """Count choices on all ranks, and add those of the earlier micro-batches of the same optimizer step."""
@@ -173,7 +173,7 @@ class SparseMoE(MoELayer):
             return None
         if in_backward() and self._step is not None:
             return self._step[1]
-        step = step_counts(routing, self.config, mask_T=mask_T)
+        step = step_counts(routing, self.config, mask_T=mask_T, path=self.path)
         if step is None or torch.compiler.is_compiling():
             return step
         weight = next(self.router.parameters())
@@ -206,11 +206,12 @@ class SparseMoE(MoELayer):
             return
         wrong_TE = ~torch.isfinite(logits_TE if mask_T is None else logits_TE[mask_T])
         if wrong_TE.any():
-            self.dispatcher.abandon(logits_TE.device)
-            raise MoeifyError(
+            why = (
                 f"{self.path or 'an MoE layer'}: {int(wrong_TE.any(-1).sum())} of {len(wrong_TE)} tokens have a router "
                 "logit that is NaN or infinite; look for what made the activations or the router's weight so"
             )
+            self.dispatcher.abandon(logits_TE.device, why)
+            raise MoeifyError(why)
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:

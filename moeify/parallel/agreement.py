@@ -6,26 +6,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moeify.errors import ConfigError, MoeifyError
+from moeify.errors import ConfigError, MoeifyError, told_as
 from moeify.layers import moe_layers
 
 _VALUES = 8  # of each parameter: enough to tell two seeds apart
 
 
-def check_agreement(model: nn.Module, problem: MoeifyError | None) -> None:
+def check_agreement(model: nn.Module, problem: MoeifyError | None, sizes: object = None) -> None:
     """Compare the models of all ranks, which must all call it.
 
     Args:
         model: The model, whole on every rank.
         problem: Why this rank cannot go on: the others must not wait for it.
+        sizes: What the sizes of messages follow from, if they are fixed.
 
     Raises:
         MoeifyError: The problem.
         ConfigError: Another rank has one, or another model, other settings or other values.
     """
-    mine = {"": str(problem)} if problem else _description(model)
+    mine = {"": str(problem)} if problem else {**_description(model), "the sizes of messages": repr(sizes)}
     everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
+    with told_as(f"rank {dist.get_rank()} could not compare its model with the other ranks: one of them has ended"):
+        dist.all_gather_object(everyone, mine)
     if problem:
         raise problem
     for rank, theirs in enumerate(everyone):

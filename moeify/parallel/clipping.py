@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moeify.errors import ConfigError
+from moeify.errors import ConfigError, told_as
 
 
 @torch.no_grad()
@@ -26,6 +26,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
     Raises:
         ConfigError: `max_norm` is not a positive number.
+        MoeifyError: Another rank has ended or hangs.
     """
     if not max_norm > 0 or math.isnan(max_norm):
         raise ConfigError(f"max_norm is {max_norm}: choose a number above 0")
@@ -33,9 +34,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     for parameter in model.parameters():
         if parameter.grad is not None:
             groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
-    norms = [
-        _whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups.values()
-    ]
+    with told_as("the norm of the gradients could not be summed over the ranks: one of them has ended or hangs"):
+        norms = [_norm([p.grad for p in group if p.grad is not None]) for group in groups.values()]
     if not norms:
         return torch.zeros(())
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
@@ -44,5 +44,6 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     return total
 
 
-def _whole(norm: Tensor) -> Tensor:
+def _norm(gradients: list[Tensor]) -> Tensor:
+    norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

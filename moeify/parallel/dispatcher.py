@@ -90,10 +90,15 @@ class ExpertParallel:
         y_SH = y_SH.index_select(0, ways.inverse_S)
         return y_SH.view(tokens, top_k, y_SH.shape[1]).sum(1)
 
-    def abandon(self, device: torch.device) -> None:
-        """Tell the other ranks, which wait for tokens, that this one stops here with an error of its own."""
+    def abandon(self, device: torch.device, why: str) -> None:
+        """Stop with an error of this rank's own, and all ranks, which wait for its tokens, with the same words.
+
+        Raises:
+            MoeifyError: Always.
+        """
         ranks = dist.get_world_size(self.link.group)
         self._announce(torch.zeros(ranks, self.experts, dtype=torch.int64, device=device), 0, 0, 0, 1)
+        self.link.stop(why)
 
     def _sizes(self, counts_ne: Tensor, x_TH: Tensor, weights_TK: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """Return the counts of all ranks for the experts here, and the rows for and from each rank."""
@@ -115,12 +120,9 @@ class ExpertParallel:
 
     def _check(self, headers: list[tuple[int, ...]], mine: tuple[int, ...]) -> None:
         """Refuse sizes that the ranks see differently: torch would end the process (SIGABRT), or mix rows up."""
+        if any(header[-1] for header in headers):
+            self.link.stop("")
         for rank, header in zip(self.link.ranks, headers, strict=True):
-            if header[-1]:
-                raise MoeifyError(
-                    f"{self.link.path}: rank {dist.get_rank()} stops because rank {rank} stopped at "
-                    f"{self.link.paths[header[0]]} with an error of its own: see its message"
-                )
             for name, here, there in zip(_FIELDS, mine, header, strict=True):
                 if here != there:
                     what = (self.link.paths[n] for n in (here, there)) if name == "layer" else (here, there)

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-from moeify.errors import told_as
+from moeify.errors import MoeifyError, told_as
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,22 @@ class Link:
             f"{self.path}: rank {dist.get_rank()} could not exchange tokens with ranks {self.ranks}: one of them has "
             "ended or hangs, and its own message says why"
         )
+
+    def stop(self, why: str) -> NoReturn:
+        """Raise what the first of the ranks that stop says; all ranks know that one does, and call this."""
+        said = [""] * dist.get_world_size(self.group)
+        with self.told():
+            dist.all_gather_object(said, why, group=self.group)
+        raise MoeifyError(next(f"rank {rank}: {text}" for rank, text in zip(self.ranks, said, strict=True) if text))
+
+    def even(self, x: Tensor) -> Tensor:
+        """Send the ranks equal numbers of rows of (S, …), and return theirs; a graph may hold it."""
+        if torch.compiler.is_compiling():
+            every = funcol.all_to_all_single_autograd if x.requires_grad else funcol.all_to_all_single
+            return every(x, None, None, self.group)
+        ranks = dist.get_world_size(self.group)
+        rows = [x.shape[0] // ranks] * ranks
+        return self.exchange(x, rows, rows)
 
     def swap(self, x: Tensor) -> Tensor:
         """Send row r of (n, …) to the r-th rank, and return what each rank sent here; not differentiable."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -20,7 +21,7 @@ from moeify.checkpoint.safetensors_file import encode_header, tensor_bytes
 from moeify.checkpoint.shards import OutTensor, plan_shards
 from moeify.checkpoint.tensor_info import dtype_name
 from moeify.checkpoint.writer import write_index
-from moeify.errors import CheckpointError, ConfigError
+from moeify.errors import CheckpointError, ConfigError, told_as
 from moeify.files.staging import staged_folder
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     tensors = _stored(inner)
     _check(inner, tensors)
-    link = _Asking(list(tensors.values()))
+    link = _Asking(list(tensors.values()), path)
     if dist.is_initialized() and dist.get_rank() != 0:
         if not link.answer():
             raise CheckpointError(f"rank 0 could not write {path}: see its message")
@@ -54,7 +55,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     try:
         _write(cast("PreTrainedModel", inner), tensors, link.ask, Path(path))
     except BaseException:
-        link.say(_FAILED)
+        with suppress(CheckpointError):  # the others have ended
+            link.say(_FAILED)
         raise
     link.say(_DONE)
 
@@ -92,36 +94,48 @@ class _Asking:
 
     Args:
         tensors: In the same order on all ranks.
+        path: Where they are written, for messages.
     """
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: list[Tensor], path: str | Path) -> None:
+        self.tensors, self.path = tensors, path
         self.device = next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def say(self, number: int) -> None:
         """Tell the others which tensor is next, or that there is none."""
         if dist.is_initialized():
-            dist.broadcast(torch.tensor([number], device=self.device), src=0)
+            with self.told():
+                dist.broadcast(torch.tensor([number], device=self.device), src=0)
 
     def ask(self, number: int) -> Tensor:
         """Return a whole tensor, on the CPU."""
         tensor = self.tensors[number]
         if isinstance(tensor, DTensor):
             self.say(number)
-            tensor = tensor.full_tensor()
+            tensor = self._gather(tensor)
         return tensor.cpu()
 
     def answer(self) -> bool:
         """Give the parts that the first rank asks for; return whether it wrote everything."""
         while True:
             heard = torch.empty(1, dtype=torch.int64, device=self.device)
-            dist.broadcast(heard, src=0)
+            with self.told():
+                dist.broadcast(heard, src=0)
             number = int(heard)
             if number < 0:
                 return number == _DONE
             tensor = self.tensors[number]
             assert isinstance(tensor, DTensor)
-            tensor.full_tensor()
+            self._gather(tensor)
+
+    def told(self) -> AbstractContextManager[None]:
+        """Turn an error of torch's into one line."""
+        said = f"{self.path} was not written: rank {dist.get_rank()} lost another rank, which has ended or hangs"
+        return told_as(said, CheckpointError)
+
+    def _gather(self, tensor: DTensor) -> Tensor:
+        with self.told():
+            return tensor.full_tensor()
 
 
 def _write(model: PreTrainedModel, tensors: dict[str, Tensor], ask: Callable[[int], Tensor], path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from moeify.arguments import check_model
 from moeify.errors import ConfigError
 from moeify.layers import MoELayer, moe_layers
+from moeify.layers.dispatch import LocalDispatcher
 from moeify.layers.experts import Experts
 from moeify.parallel.agreement import check_agreement
 from moeify.parallel.dispatcher import ExpertParallel
@@ -22,11 +23,13 @@ from moeify.parallel.exchange import Link
 from moeify.parallel.gradients import LocalWeights
 from moeify.parallel.mesh import Ranks, ranks_of
 from moeify.parallel.noise import NoiseOfRank
+from moeify.parallel.static import StaticExpertParallel
+from moeify.routing.capacity import expert_capacity
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def parallelize(model: ModelT, mesh: DeviceMesh) -> ModelT:
+def parallelize(model: ModelT, mesh: DeviceMesh, *, tokens: int | None = None) -> ModelT:
     """Let every rank hold and compute a part of the experts; all ranks must call it.
 
     The stacked parameters become DTensors, sharded over their first dimension; the model may be on the meta device and
@@ -36,40 +39,71 @@ def parallelize(model: ModelT, mesh: DeviceMesh) -> ModelT:
     Args:
         model: A converted model, the same on every rank.
         mesh: The dimension "ep" of a mesh over all ranks, whose other dimensions are data-parallel.
+        tokens: The most tokens that a rank has in a forward pass. Messages then have one size, that of the capacity of
+            so many tokens, and no host waits for counts. None for messages of the choices that are kept.
 
     Returns:
         The model, changed in place.
 
     Raises:
         ConfigError: The mesh does not fit, the experts cannot be divided by its size, an optimizer holds them already,
-            the model is wrapped or parallel already or has no experts, or the ranks hold different models.
+            the model is wrapped or parallel already or has no experts, a layer has no capacity for `tokens`, or the
+            ranks hold different models.
     """
-    ranks, problem = ranks_of(mesh), None
+    ranks, problem, rows = ranks_of(mesh), None, None
     layers: dict[str, MoELayer] = {}
     try:
         check_model(model)
         layers = moe_layers(model)
         _check(model, layers, ranks.size)
+        rows = None if tokens is None else _rows_of_all(layers, tokens)
     except ConfigError as error:
         problem = error
-    check_agreement(model, problem)
+    check_agreement(model, problem, rows)
     for name, layer in layers.items():
         _shard(layer.experts, ranks)
         LocalWeights(ranks, layer.path or name or "the MoE layer").attach(layer.experts)
-    connect_ranks(layers, ranks.group)
+    connect_ranks(layers, ranks.group, rows)
     ignored = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)  # type: ignore[no-untyped-call]
     return model
 
 
-def connect_ranks(layers: dict[str, MoELayer], group: dist.ProcessGroup) -> None:
-    """Let layers whose experts are sharded send tokens between the ranks of a group, and draw noise of their own."""
+def connect_ranks(layers: dict[str, MoELayer], group: dist.ProcessGroup, rows: list[int] | None = None) -> None:
+    """Let layers whose experts are sharded send tokens between the ranks of a group, and draw noise of their own.
+
+    Args:
+        layers: The layers of a model, by their paths.
+        group: The ranks.
+        rows: For messages of one size: the choices that an expert of each layer takes of a rank.
+    """
     paths = tuple(layer.path or name for name, layer in layers.items())
     size = dist.get_world_size(group)
     widest = max(layer.config.experts for layer in layers.values()) // size
     for number, layer in enumerate(layers.values()):
         NoiseOfRank().attach(layer)
-        layer.dispatcher = ExpertParallel(Link(group, paths, number), layer.config.experts // size, widest)
+        link, here = Link(group, paths, number), layer.config.experts // size
+        layer.dispatcher = (
+            ExpertParallel(link, here, widest) if rows is None else StaticExpertParallel(link, here, rows[number])
+        )
+
+
+def _rows_of_all(layers: dict[str, MoELayer], tokens: int) -> list[int]:
+    """Return the choices that an expert of each layer takes of a rank with so many tokens."""
+    if tokens < 1:
+        raise ConfigError(f"tokens is {tokens}: give the most tokens that a rank has in a forward pass")
+    rows = []
+    for name, layer in layers.items():
+        config, factors = layer.config, (layer.capacity_factor, layer.eval_capacity_factor)
+        fixed = [factor for factor in factors if factor is not None]
+        if not fixed or config.router.keeps_capacity:
+            raise ConfigError(
+                f"{name or 'the MoE layer'} has no capacity factor, so its messages have no size: leave out tokens, or "
+                "call moeify.set_capacity(model, 1.25) before"
+            )
+        sizes = (expert_capacity(tokens, config.experts, config.top_k, f, minimum=config.min_capacity) for f in fixed)
+        rows.append(max(sizes))
+    return rows
 
 
 def _check(model: nn.Module, layers: dict[str, MoELayer], size: int) -> None:
@@ -82,7 +116,7 @@ def _check(model: nn.Module, layers: dict[str, MoELayer], size: int) -> None:
             "layers there is from_pretrained(…, distributed_config=…))"
         )
     for name, layer in layers.items():
-        if isinstance(layer.dispatcher, ExpertParallel):
+        if not isinstance(layer.dispatcher, LocalDispatcher):
             raise ConfigError(f"{name or kind} is parallel already: call moeify.parallelize once")
         if not isinstance(layer.experts, Experts):
             raise ConfigError(f"{name or kind} has no stacked experts: moeify.stack(model) gives them back")

@@ -5,6 +5,7 @@ Shape legend: T tokens, E experts, K choices per token.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeify.config import MoEConfig
+from moeify.errors import told_as
 from moeify.routing.losses import (
     deepseek_sequence_loss,
     expert_counts,
@@ -57,7 +59,7 @@ def layer_losses(
         losses["balance"] = _balance(routing, config, mask_T, sequences, step)
     if config.z_loss:
         clean_TE = routing.logits_TE if routing.clean_logits_TE is None else routing.clean_logits_TE
-        losses["z"] = z_loss(clean_TE, mask_T=mask_T)
+        losses["z"] = _weighed(z_loss(clean_TE, mask_T=mask_T), step)
     return losses
 
 
@@ -68,10 +70,13 @@ def weighted_sum(losses: dict[str, Tensor], config: MoEConfig, share: float = 1.
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def step_counts(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None) -> StepCounts | None:
+def step_counts(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None, path: str = "") -> StepCounts | None:
     """Return how often the level "global" sees each expert chosen on all ranks, or None at other levels.
 
     All ranks must call it.
+
+    Raises:
+        MoeifyError: A rank has ended or hangs; the layer is named by its path.
     """
     if config.balance_level != "global" or config.balance not in {"topk", "first_choice"}:
         return None
@@ -80,8 +85,18 @@ def step_counts(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None) -
         return StepCounts(counts_E)
     tokens = counts_E.new_tensor([routing.scores_TE.shape[0]]) if mask_T is None else mask_T.sum().view(1)
     together = torch.cat([counts_E, tokens])
-    dist.all_reduce(together)
+    with _told(path):
+        dist.all_reduce(together)
     return StepCounts(together[:-1], tokens[0].double() * dist.get_world_size() / together[-1].clamp(min=1))
+
+
+def _told(path: str) -> AbstractContextManager[object]:
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return told_as(
+        f"{path or 'an MoE layer'}: rank {dist.get_rank()} could not count choices with the other ranks: one of them "
+        "has ended or hangs, and its own message says why"
+    )
 
 
 def _counted(routing: Routing, config: MoEConfig) -> Tensor:
@@ -109,6 +124,11 @@ def _balance(
         sequences=sequences if config.balance_level == "sequence" else 1,
         counts_E=None if step is None else step.counts_E,
     )
+    return _weighed(loss, step)
+
+
+def _weighed(loss: Tensor, step: StepCounts | None) -> Tensor:
+    """Let ranks count by their tokens, where the mean over ranks is to be one process's loss."""
     return loss if step is None or step.weight is None else loss * step.weight.to(loss.dtype)
 
 

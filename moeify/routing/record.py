@@ -41,6 +41,7 @@ class Routing:
         scores_TE: What balancing losses take as the probability of each expert, and capacity as its priority.
         clean_logits_TE: Noisy top-k only: the logits before the noise, which the z-loss then takes.
         noise_std_TE: Noisy top-k only: the standard deviation of the noise on each logit.
+        capacity: Choices that an expert takes at most, where the layer has dropped others.
     """
 
     expert_ids_TK: Tensor
@@ -49,3 +50,4 @@ class Routing:
     scores_TE: Tensor
     clean_logits_TE: Tensor | None = None
     noise_std_TE: Tensor | None = None
+    capacity: int | None = None

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moeify.contract.found import FoundLayer
-from moeify.errors import MoeifyError
+from moeify.errors import MoeifyError, told_as
 from moeify.layers.forward_record import ForwardRecord
 from moeify.routing.losses import expert_counts
 from moeify.training.layers_of import ran_layers
@@ -59,7 +59,8 @@ class _Sums:
     def stats(self, path: str, group: dist.ProcessGroup | None) -> LayerStats:
         """Return the numbers over all ranks; waits for the device."""
         if group is not None:
-            dist.all_reduce(self.values, group=group)
+            with told_as(f"{path}: rank {dist.get_rank()} could not sum its statistics with the other ranks"):
+                dist.all_reduce(self.values, group=group)
         passes, tokens, dropped, entropy, squares, *rest = self.values.tolist()
         if entropy != entropy:
             raise MoeifyError(f"{path}: its router logits hold a NaN; look for what made its input or its weight NaN")

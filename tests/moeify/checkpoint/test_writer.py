@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from moeify.checkpoint.shards import OutTensor, SourceRows
 from moeify.checkpoint.source import Source, open_source
-from moeify.checkpoint.writer import write_checkpoint
+from moeify.checkpoint.writer import plan_files, write_index, write_shards
 from moeify.errors import CheckpointError
 from moeify.files.staging import staged_folder
 
@@ -78,8 +78,12 @@ def nothing(_: object) -> None:
 
 def write(source: Source, folder: Path, tensors: list[OutTensor] | None = None, **changes: Any) -> None:
     folder.mkdir(exist_ok=True)
-    how: dict[str, Any] = {"shard_size": 300, "resume": False, "on_bytes": nothing, "on_nonfinite": nothing}
-    write_checkpoint(source, upcycled(source) if tensors is None else tensors, folder, **(how | changes))
+    how: dict[str, Any] = {"resume": False, "on_bytes": nothing, "on_nonfinite": nothing} | changes
+    planned = how.pop("shard_size", 300), how.pop("plan_key", "")
+    files = plan_files(source, upcycled(source) if tensors is None else tensors, *planned)
+    write_shards(files, folder, **how)
+    if len(files.shards) > 1:
+        write_index(folder, files.shards)
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "a pattern": (["src", "dst", *BASE, "--layers", "foo["], 2, "not a regular expression"),
     "a count": (["src", "dst", *BASE, "--layers", "last:x"], 2, "expected a positive number"),
     "a dtype": (["src", "dst", *BASE, "--dtype", "fp8"], 2, "'bf16'"),
+    "a part": (["src", "dst", *BASE, "--part", "5/4"], 2, "write 1/4, 2/4, 3/4 and 4/4"),
     "a size": (["src", "dst", *BASE, "--shard-size", "10GoB"], 2, "10GiB"),
     "an output that exists": (["src", ".", *BASE], 1, "exists: choose another output folder"),
     "--json alone": (["src", "dst", *BASE, "--json"], 2, "--json goes with --dry-run"),

@@ -53,9 +53,7 @@ def test_of_two_runs_at_once_one_writes_and_one_says_why_not(write: type, tenth:
     first_status, first_why = first.wait()
     assert sorted([status, first_status]) == [0, FAILED], (why, first_why)
     assert is_whole(folder, "second" if status == 0 else "first")
-    held = (
-        rf"CheckpointError: another run (process {first.pid} on {socket.gethostname()}) is writing {folder / 'out'}: "
-    )
+    held = rf"BusyError: another run (process {first.pid} on {socket.gethostname()}) is writing {folder / 'out'}: "
     why = (why or first_why).replace(
         "another run is", f"another run (process {first.pid} on {socket.gethostname()}) is"
     )

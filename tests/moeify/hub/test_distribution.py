@@ -14,7 +14,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 import moeify
 from moeify.config import MoEConfig
-from moeify.errors import ConfigError
+from moeify.errors import CheckpointError, ConfigError
 from moeify.hub import distribution
 from tests.moeify.parallel import harness, small
 from tests.moeify.tiny import MODELS
@@ -73,7 +73,34 @@ def case_gradients_are_those_of_one_process(rank: int, world: int) -> None:
         loaded.append({key: small.full(value) for key, value in apart.state_dict().items()})
         for back in loaded:
             assert all(value.equal(back[key]) for key, value in alone.state_dict().items())
+        dist.barrier()
+        if rank == 0:
+            sorted((place / "parts").glob("*.safetensors"))[-1].unlink()
+        dist.barrier()
+        with pytest.raises(CheckpointError, match="mismatched tensor") as caught:
+            moeify.load(place / "parts", dtype=torch.float32, distributed_config=others)
+        assert "\n" not in str(caught.value)
         small.remove(place)
+
+
+def case_tied_embeddings_stay_tied_over_steps(rank: int, world: int) -> None:
+    """The ranks do not divide the vocabulary of 101 evenly."""
+    place = saved("llama")
+    sizes = DistributedConfig(fsdp_size=world, ep_size=2)
+    model: Any = moeify.load(place, dtype=torch.float32, distributed_config=sizes).train()
+    alone: Any = moeify.load(place, dtype=torch.float32).train()
+    assert alone.lm_head.weight is alone.model.embed_tokens.weight
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (model, alone)]
+    for _ in range(3):
+        torch.autograd.backward(mine := loss(model, rank))
+        terms = [loss(alone, other) / world for other in range(world)]
+        torch.autograd.backward(sum(terms[1:], terms[0]))
+        dist.all_reduce(mean := mine.detach().clone())
+        torch.testing.assert_close(mean / world, sum(terms[1:], terms[0]).detach())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    small.remove(place)
 
 
 def case_routers_stay_in_float32(rank: int, world: int) -> None:
@@ -101,8 +128,11 @@ def case_wrong_use_is_one_line(rank: int, world: int) -> None:
     odd = saved("llama", MoEConfig(6, 2))
     with pytest.raises(ConfigError, match="6 experts, which 4 ranks cannot share evenly"):
         moeify.load(odd, dtype=torch.float32, distributed_config=sizes)
-    small.remove(place)
-    small.remove(odd)
+    other = saved("llama", replace(CONFIG, top_k=1))
+    with pytest.raises(ConfigError, match="rank 0 and rank 1 differ in the settings"):
+        moeify.load(other if rank == 1 else place, dtype=torch.float32, distributed_config=sizes)
+    for folder in (place, odd, other):
+        small.remove(folder)
 
 
 @pytest.mark.parametrize("world", [4])

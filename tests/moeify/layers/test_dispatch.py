@@ -78,7 +78,8 @@ def test_a_dispatcher_that_splits_the_choices_gives_the_same_outputs_and_gradien
 
 
 def test_the_local_dispatcher_hands_on_what_it_gets() -> None:
-    x, routing = make.inputs(7), Routing(*(torch.zeros(7, 2) for _ in range(4)))
+    x, zeros = make.inputs(7), torch.zeros(7, 2)
+    routing = Routing(zeros, zeros.long(), zeros, zeros)
     local = LocalDispatcher()
     sent = local.dispatch(x, routing)
     assert sent.x is x and sent.expert_ids is routing.expert_ids_TK and sent.weights is routing.weights_TK

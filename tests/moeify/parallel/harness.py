@@ -1,5 +1,8 @@
 """Runs functions `case_*` of a test module on several ranks: one process imports torch, forks, and all cases run.
 
+Functions `alone_*` end ranks: each gets ranks and a process group of its own, from the same process. What a function
+`before` returns, called in a process without ranks, is `before.json` in the folder of `REPORT`.
+
 `python -m tests.moeify.parallel.harness MODULE WORLD FOLDER`
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -14,9 +18,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,11 +29,12 @@ import torch.distributed as dist
 ROOT = Path(__file__).parents[3]
 SECONDS = 200
 Case = Callable[[int, int], None]
+REPORT, BEFORE = "REPORT_OF_THIS_CASE", "before.json"
 
 
 def cases(module: str) -> list[str]:
     """The names of the cases in a module, in its order."""
-    return [name for name in vars(import_module(module)) if name.startswith("case_")]
+    return [name for name in vars(import_module(module)) if name.startswith(("case_", "alone_"))]
 
 
 @functools.cache
@@ -46,15 +52,40 @@ def outcomes(module: str, world: int) -> dict[str, str]:
         return found
 
 
+def found_before() -> Any:
+    """What the module's function `before` returned."""
+    return json.loads(Path(os.environ[REPORT]).with_name(BEFORE).read_text())
+
+
+def die() -> NoReturn:
+    """End this rank as a crash does, in the middle of a case."""
+    Path(os.environ[REPORT]).write_text("")
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
 def run(module: str, world: int, folder: Path) -> None:
     """Fork the ranks and wait for them."""
     torch.set_num_threads(1)
     import_module(module)
+    if before := getattr(import_module(module), "before", None):
+        if not (child := os.fork()):
+            (folder / BEFORE).write_text(json.dumps(before()))
+            os._exit(0)
+        _end(child)
+    names = cases(module)
+    together = [name for name in names if name.startswith("case_")]
+    for group in [together, *([name] for name in names if name.startswith("alone_"))]:
+        if group:
+            _fork(module, group, world, folder)
+
+
+def _fork(module: str, names: Sequence[str], world: int, folder: Path) -> None:
     children = []
     for rank in range(world):
         if not (child := os.fork()):
             try:
-                _rank(module, rank, world, folder)
+                _rank(module, names, rank, world, folder)
             finally:
                 sys.stderr.flush()
                 os._exit(0)
@@ -73,21 +104,19 @@ def _end(child: int) -> None:
         time.sleep(0.02)
 
 
-def _rank(module: str, rank: int, world: int, folder: Path) -> None:
+def _rank(module: str, names: Sequence[str], rank: int, world: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     timeout = datetime.timedelta(seconds=60)
-    meet = f"file://{folder}/store"
+    meet = f"file://{folder}/{names[0]}.store"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timeout)
-    for case in cases(module):
-        report = ""
+    for case in names:
+        report, place = "", folder / f"{case}.{rank}"
+        os.environ[REPORT] = str(place)
         try:
             getattr(import_module(module), case)(rank, world)
-        except SystemExit:
-            (folder / f"{case}.{rank}").write_text("")
-            return  # the case ends this rank on purpose
         except BaseException:
             report = traceback.format_exc()
-        (folder / f"{case}.{rank}").write_text(report)
+        place.write_text(report)
         if report:
             return  # the other ranks may be anywhere: what follows would say nothing
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moeify import routers
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
-from moeify.layers.dispatch import LocalDispatcher
+from moeify.layers.dispatch import Dispatcher, LocalDispatcher
 from moeify.layers.experts import Experts
 from moeify.measure import TOLERANCE
 from moeify.parallel.costs import Layer, Setup
@@ -70,7 +70,10 @@ def routing(tokens: int, count: int, top_k: int, dtype: torch.dtype, seed: int) 
     return Routing(ids, weights, scores, scores)
 
 
-def compare(rank: int, world: int, sizes: list[int], count: int, top_k: int, dtype: torch.dtype, form: str) -> None:
+def compare(
+    rank: int, world: int, sizes: list[int], count: int, top_k: int, dtype: torch.dtype, form: str,
+    dispatcher: Dispatcher | None = None,
+) -> None:  # fmt: skip
     """Run all tokens in one process, then this rank's with the other ranks."""
     draw = torch.Generator().manual_seed(2)
     x = torch.randn(sum(sizes), HIDDEN, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
@@ -83,9 +86,9 @@ def compare(rank: int, world: int, sizes: list[int], count: int, top_k: int, dty
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     x_here = x.detach()[mine].clone().requires_grad_()
     weights = chosen.weights_TK.detach()[mine].clone().requires_grad_()
-    here = Routing(chosen.expert_ids_TK[mine], weights, chosen.logits_TE[mine], chosen.scores_TE[mine])
+    here = Routing(chosen.expert_ids_TK[mine], weights, chosen.logits_TE[mine], chosen.scores_TE[mine], capacity=1)
     local = part(whole, rank, world, form)
-    dispatcher = ExpertParallel(Link(group(), ("layer",), 0), count // world, count)
+    dispatcher = dispatcher or ExpertParallel(Link(group(), ("layer",), 0), count // world, count)
     sent = dispatcher.dispatch(x_here, here)
     out = dispatcher.combine(local(sent.x, sent.expert_ids, sent.weights), sent)
     torch.autograd.backward(out, g[mine])
@@ -229,15 +232,17 @@ def case_layers_give_what_they_give_on_one_rank(rank: int, world: int) -> None:
             assert (actual - wanted).abs().max() <= tolerance * wanted.abs().max(), (name, key)
 
 
-def case_a_rank_that_stops_is_named_on_the_others(rank: int, world: int) -> None:
-    layer = make.layer(MoEConfig(4, 2), dtype=torch.float64)
-    layer.dispatcher = ExpertParallel(Link(group(), ("model.layers.1.mlp",), 0), 4 // world, 4 // world)
-    x = make.inputs(2, 5, dtype=torch.float64)
-    if rank == 1:
-        x[0, 0] = torch.nan
-    reason = "NaN or infinite" if rank == 1 else r"mlp: rank \d stops because rank 1 stopped at model.layers.1.mlp"
-    with pytest.raises(MoeifyError, match=reason):
-        layer(x)
+def case_what_stops_one_rank_is_said_by_all(rank: int, world: int) -> None:
+    for level in ("batch", "global"):  # of which one counts on all ranks first
+        layer = make.layer(MoEConfig(4, 2, balance_level=level), dtype=torch.float64)
+        layer.dispatcher = ExpertParallel(Link(group(), ("model.layers.1.mlp",), 0), 4 // world, 4 // world)
+        x = make.inputs(2, 5, dtype=torch.float64)
+        if rank == 1:
+            x[0, 0] = torch.nan
+        with pytest.raises(MoeifyError) as caught:
+            layer(x)
+        said = "rank 1: model.layers.1.mlp: 1 of 10 tokens have a router logit that is NaN or infinite; look for"
+        assert str(caught.value).startswith(said)
 
 
 def case_ranks_at_different_layers_or_dtypes_are_told(rank: int, world: int) -> None:

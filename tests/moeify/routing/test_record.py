@@ -13,7 +13,7 @@ def test_a_router_that_is_told_nothing_sees_no_padding_no_ids_and_no_limit() -> 
 
 
 def test_a_routing_cannot_be_changed() -> None:
-    routing = Routing(*(randn(3, 2) for _ in range(4)))
+    routing = Routing(randn(3, 2), randn(3, 2), randn(3, 2), randn(3, 2))
     assert routing.clean_logits_TE is routing.noise_std_TE is None
     with pytest.raises(FrozenInstanceError):
         routing.weights_TK = randn(3, 2)  # type: ignore[misc]
