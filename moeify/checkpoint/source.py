@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
 from moeify.checkpoint.config_file import load_config
+from moeify.checkpoint.derived import DerivedFiles
 from moeify.checkpoint.folder import (
     CARD,
     CONFIG,
@@ -25,6 +26,7 @@ from moeify.checkpoint.folder import (
 from moeify.checkpoint.gguf_file import GgufFile
 from moeify.checkpoint.part_files import PartFiles, find_parts
 from moeify.checkpoint.pickle_file import PickleFiles
+from moeify.checkpoint.quantized.schemes import entry_of
 from moeify.checkpoint.safetensors_file import SafetensorsFiles
 from moeify.checkpoint.tensor_info import Span, TensorInfo
 from moeify.errors import CheckpointError, first_line
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 _ADAPTER = "adapter_config.json"
-_Stored: TypeAlias = SafetensorsFiles | PickleFiles | PartFiles | GgufFile
+_Stored: TypeAlias = SafetensorsFiles | PickleFiles | PartFiles | GgufFile | DerivedFiles
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -48,7 +50,7 @@ class Source:
         config: The contents of `config.json`, or the GGUF metadata as transformers translates it.
         tensors: Every tensor by its name, in the order of the files and of the data in them.
         unused: Names of tensors that are in the file and in no model of its kind; they cannot be read.
-        in_parts: Whether tensors lie in parts in the files of several ranks.
+        computed: Whether some tensors lie in no file as they are: only `read` puts them together.
     """
 
     def __init__(self, path: Path, config: JsonObject, stored: _Stored) -> None:
@@ -56,7 +58,7 @@ class Source:
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(stored.tensors)
         self.unused = stored.unused if isinstance(stored, GgufFile) else ()
-        self.in_parts = isinstance(stored, PartFiles)
+        self.computed = isinstance(stored, PartFiles | DerivedFiles)
         self._stored = stored
         self._opened = self.fingerprint()
 
@@ -85,7 +87,7 @@ class Source:
         return self._stored.read(name)
 
     def span(self, name: str) -> Span | None:
-        """Return where the values of a tensor lie as they are in a file; None for GGUF, pickles and parts."""
+        """Return where the values of a tensor lie as they are in a file; None for GGUF, pickles, computed tensors."""
         self.info(name)
         return self._stored.span(name)
 
@@ -138,8 +140,21 @@ class Source:
         self._stored.close()
 
 
+class Accepted(TypedDict, total=False):
+    """What is accepted of a checkpoint; see `open_source`."""
+
+    allow_pickle: bool
+    trust_remote_code: bool
+    dequantize: bool
+
+
 def open_source(
-    src: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False, revision: str | None = None
+    src: str | Path,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    dequantize: bool = False,
+    revision: str | None = None,
 ) -> Source:
     """Open a checkpoint and check its headers; no tensor is read.
 
@@ -147,16 +162,23 @@ def open_source(
         src: A model folder in Hugging Face layout, a GGUF file or a folder with exactly one, or a hub id.
         allow_pickle: Also accept `pytorch_model.bin`, with torch's `weights_only` guard.
         trust_remote_code: Accept a config that names Python code in the folder; the code is not run here.
+        dequantize: Also accept quantized weights (FP8, bitsandbytes, GPTQ, AWQ, compressed-tensors), and read them as
+            if they were not.
         revision: Branch, tag or commit of a hub id; None for its main branch.
 
     Raises:
         CheckpointError: One line that says what is wrong with the checkpoint and what to do.
     """
     path = user_path(src)
+    accepted: Accepted = {
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+        "dequantize": dequantize,
+    }
     if not exists(path) and not is_file(path):  # the second says why it cannot be known
         path = _download(src, allow_pickle, revision)
     if is_folder(path):
-        return _open_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        return _open_folder(path, accepted)
     if path.suffix != ".gguf":
         raise CheckpointError(f"{path} is a file but not a .gguf file: give the folder that holds the model")
     return _open_gguf(path)
@@ -167,20 +189,34 @@ def _open_gguf(file: Path) -> Source:
     return Source(file, stored.config, stored)
 
 
-def _open_folder(folder: Path, *, allow_pickle: bool, trust_remote_code: bool) -> Source:
+def _open_folder(folder: Path, accepted: Accepted) -> Source:
     open_files: type[SafetensorsFiles] | type[PickleFiles] = SafetensorsFiles
     shards = find_shards(folder, SAFETENSORS)
     if shards is None and (parts := find_parts(folder)):
-        return Source(folder, load_config(folder, trust_remote_code=trust_remote_code), PartFiles(parts))
+        return _plain(folder, _config(folder, accepted), PartFiles(parts))
     if shards is None:
         ggufs = [path for path in list_folder(folder) if path.suffix == ".gguf" and is_file(path)]
         if len(ggufs) == 1:
             return _open_gguf(ggufs[0])
-        shards, open_files = _find_pickles(folder, ggufs, allow_pickle), PickleFiles
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+        shards, open_files = _find_pickles(folder, ggufs, accepted["allow_pickle"]), PickleFiles
+    config = _config(folder, accepted)
     stored = open_files(tuple(shards))
     check_index(shards, stored.file_of)
-    return Source(folder, config, stored)
+    return _plain(folder, config, stored)
+
+
+def _config(folder: Path, accepted: Accepted) -> JsonObject:
+    return load_config(folder, trust_remote_code=accepted["trust_remote_code"], dequantize=accepted["dequantize"])
+
+
+def _plain(folder: Path, config: JsonObject, stored: _Stored) -> Source:
+    """Return the source, without its quantization if it has one, which was accepted."""
+    if not entry_of(config):
+        return Source(folder, config, stored)
+    from moeify.checkpoint.quantized.files import dequantized
+
+    derived, plain = dequantized(stored, config, folder)
+    return Source(folder, plain, derived)
 
 
 def _find_pickles(folder: Path, ggufs: Sequence[Path], allow_pickle: bool) -> dict[Path, set[str]]:
