@@ -12,10 +12,12 @@ LIBRARY = ("moeify", "passes", "kernels")
 # `covered_by` too.
 COVERED_BY = {
     "moeify/families/targets": "tests/moeify/families/test_pairs.py",
+    "moeify/families/gemma.py": "tests/moeify/families/test_pairs.py",
     "moeify/families/granite.py": "tests/moeify/families/test_pairs.py",
     "moeify/families/sigmoid.py": "tests/moeify/families/test_pairs.py",
     "moeify/checkpoint/quantized/base.py": "tests/moeify/checkpoint/quantized/test_gptq.py",
     "moeify/checkpoint/quantized/schemes.py": "tests/moeify/checkpoint/quantized/test_files.py",
+    "moeify/checkpoint/download.py": "tests/moeify/checkpoint/test_source.py",
     "moeify/checkpoint/derived.py": "tests/moeify/checkpoint/quantized/test_files.py",
     "moeify/__init__.py": "tests/test_packaging.py",
     "moeify/cli/__init__.py": "tests/moeify/cli/test_convert.py",

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
+from moeify.checkpoint.adapter import ADAPTER, ADAPTER_WEIGHTS, Adapter, merged, read_adapter
 from moeify.checkpoint.config_file import load_config
 from moeify.checkpoint.derived import DerivedFiles
+from moeify.checkpoint.download import download
 from moeify.checkpoint.folder import (
-    CARD,
-    CONFIG,
     PICKLE,
     SAFETENSORS,
-    SIDE_FILES,
     check_index,
     find_shards,
     index_name,
@@ -29,7 +27,7 @@ from moeify.checkpoint.pickle_file import PickleFiles
 from moeify.checkpoint.quantized.schemes import entry_of
 from moeify.checkpoint.safetensors_file import SafetensorsFiles
 from moeify.checkpoint.tensor_info import Span, TensorInfo
-from moeify.errors import CheckpointError, first_line
+from moeify.errors import CheckpointError
 from moeify.files.json_text import JsonObject
 from moeify.files.limits import SIDE_FILE_BYTES
 from moeify.files.reading import exists, is_file, is_folder, list_folder, read_bytes, user_path
@@ -37,9 +35,7 @@ from moeify.files.reading import exists, is_file, is_folder, list_folder, read_b
 if TYPE_CHECKING:
     import torch
 
-_ADAPTER = "adapter_config.json"
 _Stored: TypeAlias = SafetensorsFiles | PickleFiles | PartFiles | GgufFile | DerivedFiles
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class Source:
@@ -47,20 +43,26 @@ class Source:
 
     Attributes:
         path: The folder or GGUF file.
+        base: The model that an adapter changes; None for a whole one.
         config: The contents of `config.json`, or the GGUF metadata as transformers translates it.
         tensors: Every tensor by its name, in the order of the files and of the data in them.
         unused: Names of tensors that are in the file and in no model of its kind; they cannot be read.
         computed: Whether some tensors lie in no file as they are: only `read` puts them together.
     """
 
-    def __init__(self, path: Path, config: JsonObject, stored: _Stored) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: JsonObject, stored: _Stored, base: Source | None = None) -> None:
+        self.path, self.base = path, base
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(stored.tensors)
         self.unused = stored.unused if isinstance(stored, GgufFile) else ()
         self.computed = isinstance(stored, PartFiles | DerivedFiles)
         self._stored = stored
         self._opened = self.fingerprint()
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where it lies, and where its base model lies."""
+        return (self.path, *(() if self.base is None else self.base.folders))
 
     @property
     def model_type(self) -> str:
@@ -92,7 +94,12 @@ class Source:
         return self._stored.span(name)
 
     def write_side_files(self, dst: Path) -> None:
-        """Copy the files beside the weights into `dst`; for GGUF, build tokenizer and generation config."""
+        """Copy the files beside the weights into `dst`; for GGUF, build tokenizer and generation config.
+
+        Those of an adapter take the place of its base model's.
+        """
+        if self.base is not None:
+            self.base.write_side_files(dst)
         if isinstance(self._stored, GgufFile):
             self._stored.write_side_files(dst)
             return
@@ -105,8 +112,18 @@ class Source:
         Raises:
             CheckpointError: One of them is a link that leads outside the folder, or is damaged.
         """
+        if self.base is not None:
+            self.base.check_side_files()
         if not isinstance(self._stored, GgufFile):
             side_files(self.path)
+
+    def merged(self, adapter: Adapter, stored: SafetensorsFiles | PickleFiles) -> Source:
+        """Return this model with an adapter in its weights.
+
+        Raises:
+            CheckpointError: They do not fit each other.
+        """
+        return Source(adapter.folder, self.config, merged(adapter, stored, self._stored), self)
 
     def fingerprint(self) -> str:
         """Return a digest that changes with the source: headers, config, and what the system says of its files."""
@@ -176,7 +193,7 @@ def open_source(
         "dequantize": dequantize,
     }
     if not exists(path) and not is_file(path):  # the second says why it cannot be known
-        path = _download(src, allow_pickle, revision)
+        path = download(src, allow_pickle, revision)
     if is_folder(path):
         return _open_folder(path, accepted)
     if path.suffix != ".gguf":
@@ -194,6 +211,8 @@ def _open_folder(folder: Path, accepted: Accepted) -> Source:
     shards = find_shards(folder, SAFETENSORS)
     if shards is None and (parts := find_parts(folder)):
         return _plain(folder, _config(folder, accepted), PartFiles(parts))
+    if shards is None and is_file(folder / ADAPTER):
+        return _open_adapter(folder, accepted)
     if shards is None:
         ggufs = [path for path in list_folder(folder) if path.suffix == ".gguf" and is_file(path)]
         if len(ggufs) == 1:
@@ -219,40 +238,37 @@ def _plain(folder: Path, config: JsonObject, stored: _Stored) -> Source:
     return Source(folder, plain, derived)
 
 
+def _open_adapter(folder: Path, accepted: Accepted) -> Source:
+    adapter, (safe, pickled) = read_adapter(folder), (folder / name for name in ADAPTER_WEIGHTS)
+    if not is_file(safe) and not is_file(pickled):
+        raise CheckpointError(f"{folder} is an adapter without {safe.name}: download it again")
+    if not is_file(safe) and not accepted["allow_pickle"]:
+        raise _is_pickled(folder, pickled)
+    stored = SafetensorsFiles((safe,)) if is_file(safe) else PickleFiles((pickled,))
+    near = [path for path in (user_path(adapter.base), folder / adapter.base) if is_folder(path)]
+    base = near[0] if near else download(adapter.base, accepted["allow_pickle"], adapter.revision, cached=True)
+    if is_file(base / ADAPTER) and find_shards(base, SAFETENSORS) is None:
+        raise CheckpointError(f"{folder} is an adapter of {base}, which is one too: merge that with PEFT first")
+    return _open_folder(base, accepted).merged(adapter, stored)
+
+
+def _is_pickled(folder: Path, file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} has its weights only as pickles ({file.name}), a format that can carry code: "
+        "use a safetensors version, or pass --allow-pickle (in Python allow_pickle=True)"
+    )
+
+
 def _find_pickles(folder: Path, ggufs: Sequence[Path], allow_pickle: bool) -> dict[Path, set[str]]:
     if ggufs:
         names = ", ".join(file.name for file in ggufs)
         raise CheckpointError(f"{folder} holds {len(ggufs)} GGUF files: give the path of one of {names}")
     shards = find_shards(folder, PICKLE)
-    if shards is None and is_file(folder / _ADAPTER):
-        raise CheckpointError(
-            f"{folder} is an adapter ({_ADAPTER}), which has no model of its own: load it on its base model with PEFT, "
-            "merge_and_unload() it, save_pretrained() that, and give its folder"
-        )
     if shards is None:
         raise CheckpointError(
             f"{folder} is not a model folder: it has no {SAFETENSORS}, no {index_name(SAFETENSORS)}, no .gguf file, "
             f"no {PICKLE} and no {index_name(PICKLE)}"
         )
     if not allow_pickle:
-        raise CheckpointError(
-            f"{folder} has its weights only as pickles ({next(iter(shards)).name}), a format that can carry code: "
-            "use a safetensors version, or pass --allow-pickle (in Python allow_pickle=True)"
-        )
+        raise _is_pickled(folder, next(iter(shards)))
     return shards
-
-
-def _download(src: str | Path, allow_pickle: bool, revision: str | None) -> Path:
-    if isinstance(src, Path) or not _HUB_ID.fullmatch(src) or src.endswith((".gguf", ".safetensors", ".bin")):
-        raise CheckpointError(f"{src} does not exist: give a model folder, a .gguf file or a hub id")
-    from huggingface_hub import constants, snapshot_download
-
-    wanted = [CONFIG, CARD, "model*.safetensors", index_name(SAFETENSORS), *SIDE_FILES]
-    if allow_pickle:
-        wanted += ["pytorch_model*.bin", index_name(PICKLE)]
-    try:
-        return Path(snapshot_download(src, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        where = f"is not a folder here, not in the hub's cache {constants.HF_HUB_CACHE}"
-        raise CheckpointError(f"{src} {where}, and cannot be downloaded from the hub: {reason}") from error

@@ -152,7 +152,7 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
     total = sum(_file_bytes(shard.tensors) for shard in plan_shards(tensors, output.shard_size))
     callbacks.total(total)
     options = {"overwrite": output.overwrite, "resume": output.resume}
-    with staged_folder(output.folder, source=source.path, nbytes=total, **options) as folder:
+    with staged_folder(output.folder, sources=source.folders, nbytes=total, **options) as folder:
         write_checkpoint(
             source,
             tensors,

@@ -26,7 +26,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def staged_folder(
-    dst: str | Path, *, overwrite: bool, resume: bool, source: Path | None = None, nbytes: int = 0
+    dst: str | Path, *, overwrite: bool, resume: bool, sources: Sequence[Path] = (), nbytes: int = 0
 ) -> Iterator[Path]:
     """Yield a folder to write into; it becomes `dst` when the block ends without an error.
 
@@ -37,7 +37,7 @@ def staged_folder(
         dst: The output folder.
         overwrite: Replace `dst` if it is a model folder; the old one is removed only when the new one is whole.
         resume: Start from what an interrupted run left.
-        source: The source's path; the output must not overlap it.
+        sources: Where the source lies; the output must not overlap it.
         nbytes: Bytes that will be written, compared with the free space before anything is written.
 
     Raises:
@@ -45,7 +45,7 @@ def staged_folder(
             writing it; the disk is full; a file of the source cannot be read.
     """
     target = _resolved(dst)
-    if source is not None:
+    for source in sources:
         _refuse_overlap(target, source.resolve())
     output = _Output(target, (target.name,), lambda: _check_folder(target, overwrite=overwrite), overwrite)
 

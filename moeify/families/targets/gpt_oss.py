@@ -66,8 +66,8 @@ FAMILY = Family(
                 "layer_types": ["full_attention"] * config["num_hidden_layers"],
             },
             added={"model.layers.{layer}.self_attn.sinks": no_sinks},
-            only="transformers alone reads the activation of GPT-OSS from the config, and it loses digits in 16 bits, "
-            "where 1 is taken from the up projection and added again",
+            only="transformers 5.24 alone reads the activation of GPT-OSS from the config: older ones and all other "
+            "engines compute another; and in 16 bits it loses digits, where 1 is taken from the up projection and added",
         ),
     },
     tensors={
