@@ -67,7 +67,7 @@ FAMILY = Family(
             },
             added={"model.layers.{layer}.self_attn.sinks": no_sinks},
             only="transformers 5.24 alone reads the activation of GPT-OSS from the config: older ones and all other "
-            "engines compute another; and in 16 bits it loses digits, where 1 is taken from the up projection and added",
+            "engines compute another. In 16 bits it loses digits: 1 is taken from the up projection, and added again",
         ),
     },
     tensors={
