@@ -44,8 +44,8 @@ def load_config(folder: Path, *, trust_remote_code: bool, dequantize: bool = Fal
         raise CheckpointError(f"{path} names no model_type: it is not the config of a transformers model")
     if not trust_remote_code and (field := _asks_for_code(config)):
         raise CheckpointError(
-            f"{folder} asks to run Python code of its own ({field} in {CONFIG}): "
-            "read that code, and pass --trust-remote-code (in Python trust_remote_code=True) if you trust it"
+            f"{folder} asks to run Python code of its own ({field} in {CONFIG}), which is not run here: pass "
+            "--trust-remote-code (in Python trust_remote_code=True) to take the class of transformers in its place"
         )
     _check_quantization(folder, entry_of(config), dequantize)
     check_counts(path, config)
