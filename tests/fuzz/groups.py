@@ -10,7 +10,20 @@ from random import Random
 
 from tests.fuzz import commands as do
 from tests.fuzz.commands import Command
-from tests.fuzz.damage import code, config, gguf, index, leftovers, onnx, parts, pickles, safetensors, side, yamls
+from tests.fuzz.damage import (
+    code,
+    config,
+    gguf,
+    index,
+    leftovers,
+    onnx,
+    parts,
+    pickles,
+    quantized,
+    safetensors,
+    side,
+    yamls,
+)
 from tests.fuzz.sources import copy_of
 
 Damage = Callable[[Random, Path], str]
@@ -84,6 +97,11 @@ GROUPS = {
                                              index.shard, index.shards), _CONVERT, 30),
     "parts": Group(("parts",), (parts.offsets, parts.offsets, parts.files_of_ranks, safetensors.bits,
                                 safetensors.header_entry, safetensors.tensors), _CONVERT, 15),
+    "quantized": Group(("fp8", "gptq", "nf4", "packed"), (quantized.settings, quantized.settings, safetensors.bits,
+                                                          safetensors.header_entry, safetensors.tensors, config.named),
+                       (do.convert_dequantized,), 20),
+    "adapter": Group(("adapter",), (quantized.adapter, quantized.adapter, safetensors.bits, safetensors.header_entry,
+                                    safetensors.tensors), (do.convert, do.convert, do.inspect), 15),
     "config": Group(_FOLDERS, _CONFIG, _CONVERT, 40),
     "gguf": Group(("llama.gguf",), (gguf.counts, gguf.metadata, gguf.metadata, gguf.tensor, gguf.tensor, gguf.bits,
                                     gguf.cut, gguf.place, gguf.tokenizer, gguf.tokenizer), _CONVERT, 45),

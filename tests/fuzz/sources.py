@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from moeify.config import MoEConfig
 from tests.fuzz.damage.gguf import small_gguf
+from tests.fuzz.quantized import adapt, quantize
 from tests.moeify import tiny
 from tests.moeify.parts import halves, write_parts
 from tests.moeify.runtime.decoder import WORD_LEVEL, decoder
@@ -71,6 +72,11 @@ def _parts(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def _quantized(name: str, folder: Path) -> None:
+    llama(folder)
+    quantize(folder, name)
+
+
 def _converted(folder: Path, target: str) -> None:
     tiny.convert_files(source("llama"), folder, MoEConfig(3, 2), target=target)
 
@@ -86,6 +92,8 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "sharded": lambda folder: llama(folder, max_shard_size="6KB"),
     "pickle": _pickle,
     "parts": _parts,
+    **{name: partial(_quantized, name) for name in ("fp8", "gptq", "nf4", "packed")},
+    "adapter": lambda folder: adapt(source("llama"), folder),
     "moeify": lambda folder: _converted(folder, "moeify"),
     "mixtral": lambda folder: _converted(folder, "mixtral"),
     "llama.gguf": small_gguf,
