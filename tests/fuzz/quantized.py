@@ -67,7 +67,7 @@ def quantize(folder: Path, name: str) -> None:
     """Turn the projections of a checkpoint into random numbers of a format."""
     part, settings = _FORMATS[name]
     torch.manual_seed(0)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for key, value in load_file(folder / "model.safetensors").items():
         module = key.removesuffix(".weight")
         found = part(value) if "_proj" in key else {"weight": value}
@@ -80,7 +80,7 @@ def quantize(folder: Path, name: str) -> None:
 def adapt(base: Path, folder: Path) -> None:
     """Write an adapter of a checkpoint."""
     folder.mkdir()
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for key, value in load_file(base / "model.safetensors").items():
         if key.endswith("q_proj.weight"):
             module = f"base_model.model.{key.removesuffix('.weight')}"

@@ -77,6 +77,10 @@ def _quantized(name: str, folder: Path) -> None:
     quantize(folder, name)
 
 
+def _adapter(folder: Path) -> None:
+    adapt(source("llama"), folder)
+
+
 def _converted(folder: Path, target: str) -> None:
     tiny.convert_files(source("llama"), folder, MoEConfig(3, 2), target=target)
 
@@ -93,7 +97,7 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "pickle": _pickle,
     "parts": _parts,
     **{name: partial(_quantized, name) for name in ("fp8", "gptq", "nf4", "packed")},
-    "adapter": lambda folder: adapt(source("llama"), folder),
+    "adapter": _adapter,
     "moeify": lambda folder: _converted(folder, "moeify"),
     "mixtral": lambda folder: _converted(folder, "mixtral"),
     "llama.gguf": small_gguf,
