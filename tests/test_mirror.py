@@ -12,7 +12,6 @@ LIBRARY = ("moeify", "passes", "kernels")
 # `covered_by` too.
 COVERED_BY = {
     "moeify/families/targets": "tests/moeify/families/test_pairs.py",
-    "moeify/families/gemma.py": "tests/moeify/families/test_pairs.py",
     "moeify/families/granite.py": "tests/moeify/families/test_pairs.py",
     "moeify/families/sigmoid.py": "tests/moeify/families/test_pairs.py",
     "moeify/checkpoint/quantized/base.py": "tests/moeify/checkpoint/quantized/test_gptq.py",
