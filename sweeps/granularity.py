@@ -28,7 +28,7 @@ from sweeps.families import load_stock
 from sweeps.models import DOCS
 
 RECORD = DOCS / "granularity.json"
-TARGETS, CUTS, TOKENS = ("mixtral", "glm4_moe"), (2, 4, 8), 4096
+TARGETS, CUTS, TOKENS = ("mixtral", "glm4_moe"), (2, 4, 8), 1024
 
 
 def smollm2() -> Path:
