@@ -33,6 +33,12 @@ _HYBRID = {**_GRANITE, "num_local_experts": 0, "shared_intermediate_size": 48, "
            "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2,
            "position_embedding_type": "rope"}  # fmt: skip
 
+_HYBRID_FFN = {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "head_dim": 8,
+               "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
+               "chunk_size": 8}  # fmt: skip
+_GEMMA4 = {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 101,
+           "layer_types": _MIXED, "sliding_window": 5}  # fmt: skip
+
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
@@ -76,6 +82,12 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"layer_types": ["full_attention"] * _LAYERS}),
     "olmo3 window": ("olmo3", {"layer_types": _MIXED, "sliding_window": 5}),
+    "gemma": ("gemma", {"head_dim": 8}),
+    "gemma head_dim": ("gemma", {"head_dim": 16}),
+    "gemma4_text": ("gemma4_text", _GEMMA4),
+    "gemma4_text wide": ("gemma4_text", {**_GEMMA4, "use_double_wide_mlp": True}),
+    "nemotron_h": ("nemotron_h", _HYBRID_FFN),
+    "nemotron_h mlp_bias": ("nemotron_h", {**_HYBRID_FFN, "mlp_bias": True}),
     "qwen3_5_text": ("qwen3_5_text", {**_LINEAR, "layer_types": ["linear_attention", "full_attention"]}),
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Convert every dense source into every native family that says it is exact, and write docs/families.json and .md.
 
-    python -m sweeps.families                    measures every pair (minutes)
-    python -m sweeps.families --older PYTHON     loads the outputs in another environment, with transformers 4
-    python -m sweeps.families --page             only writes the page
+    python -m sweeps.families [SOURCE...]                    measures every pair (minutes), or those of some sources
+    python -m sweeps.families --older PYTHON [SOURCE...]     loads the outputs in another environment: transformers 4
+    python -m sweeps.families --page                         only writes the page
 
 The output is loaded by transformers alone; a tensor that is missing or unexpected is an error. With experts that are
 copies its logits are compared with the dense model's, with experts that differ with those of the same plan carried out
@@ -39,6 +39,15 @@ from moeify.plan import Plan
 from sweeps.dense_sources import SOURCES, build
 from sweeps.models import DOCS
 
+# Formats that look as if they could be made from a dense model, and why they are not among the families.
+LEFT_OUT = (
+    "llama4_text, from Llama: its router multiplies the *input* of an expert by a sigmoid s, and E(s·x) ≠ s·E(x) for "
+    "an FFN with a gate, so no expert that holds the dense FFN is exact. The only exact Llama 4 keeps the dense FFN as "
+    "its shared expert beside experts whose down projections are zeros: none of its experts is made of the dense FFN, "
+    "and that is not a conversion.",
+    "Gemma 2 and 3: norms before and after attention and FFN, with two rotary bases or a soft cap. The one MoE format "
+    "with these norms, Gemma 4, normalizes values too, and does not scale attention.",
+)
 RESULTS, PAGE = DOCS / "families.json", DOCS / "families.md"
 NOISE = MoEConfig(experts=4, top_k=2, method=Noise(std=0.3))
 TOKENS = torch.randint(3, 101, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -113,6 +122,14 @@ def measure(name: str, source: Measured) -> dict[str, Any]:
     return found
 
 
+def measure_again(name: str, before: dict[str, Any]) -> dict[str, Any]:
+    """Return what is measured of one source now, with what an older transformers said of it before."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(name, Measured(build(name), Path(folder)))
+    kept = {target: {"older": pair["older"]} for target, pair in before.items() if "older" in pair}
+    return {target: {**pair, **kept.get(target, {})} for target, pair in found.items()}
+
+
 def measure_older(python: str, results: dict[str, dict[str, Any]]) -> None:
     """Load every exact output in another environment; add what it says to the results, under its version."""
     with tempfile.TemporaryDirectory() as room:
@@ -157,6 +174,10 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "| source | family | copies | differing | transformers 4 |",
         "|---|---|--:|--:|--:|",
         *(_row(source, target, found) for source, pairs in results.items() for target, found in pairs.items()),
+        "",
+        "## Left out",
+        "",
+        *(f"- {reason}" for reason in LEFT_OUT),
     ]
     return "\n".join(text) + "\n"
 
@@ -166,9 +187,13 @@ def _family_row(name: str) -> str:
     shared = "any number" if family.shared else "-"
     if family.idle is not None:
         shared += f"; else an idle one{f' of size {family.idle}' if family.idle else ''}"
+    notes = [
+        family.note,
+        *dict.fromkeys(f"from {source}: {pair.only}" for source, pair in family.sources.items() if pair.only),
+    ]
     return (
         f"| {name} | {', '.join(family.sources)} | {family.dense} | {family.router} | {shared} "
-        f"| {', '.join(family.engines)}{f'. Note: {family.note}' if family.note else ''} |"
+        f"| {', '.join(family.engines)}{''.join(f'. Note: {note}' for note in notes if note)} |"
     )
 
 
@@ -190,17 +215,16 @@ def main() -> None:
     match sys.argv[1:]:
         case ["--page"]:
             pass
-        case ["--older", python]:
+        case ["--older", python, *names]:
             results = json.loads(RESULTS.read_text())
-            measure_older(python, results)
+            measure_older(python, {name: results[name] for name in names or results})
             write(results)
-        case _:
-            results = {}
-            for name in SOURCES:
-                with tempfile.TemporaryDirectory() as folder:
-                    results[name] = measure(name, Measured(build(name), Path(folder)))
-                print(name, json.dumps(results[name]), flush=True)
-            write(results)
+        case names:
+            known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            for name in names or SOURCES:
+                known[name] = measure_again(name, known.get(name, {}))
+                print(name, json.dumps(known[name]), flush=True)
+            write({name: known[name] for name in SOURCES})
     PAGE.write_text(page(json.loads(RESULTS.read_text())))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from moeify.checkpoint.folder import CONFIG
+from moeify.checkpoint.quantized.schemes import FIELDS, MODULES, entry_of, scheme_of
 from moeify.errors import CheckpointError
 from moeify.files.json_text import JsonObject, read_json_object
 from moeify.files.limits import CONFIG_BYTES, CONFIG_VALUES, EXPERTS, HEADS, LABELS, LAYERS, SIZES
@@ -21,11 +22,16 @@ _COUNTS = (
     (re.compile(r"^num_labels$"), LABELS),
     (re.compile(r"(^|_)(dim|size)s?$|^(d_model|d_ff|n_embd|n_inner)$"), SIZES),
 )
-_NO_FIELDS = {"id2label", "label2id", "quantization_config", FIELD}  # what is inside is named by users, or is no config
+_NO_FIELDS = {"id2label", "label2id", *FIELDS, FIELD}  # what is inside is named by users, or is no config
 
 
-def load_config(folder: Path, *, trust_remote_code: bool) -> JsonObject:
+def load_config(folder: Path, *, trust_remote_code: bool, dequantize: bool = False) -> JsonObject:
     """Read `config.json` and refuse a model that cannot be converted as it is.
+
+    Args:
+        folder: The model folder.
+        trust_remote_code: Accept a config that names Python code in the folder.
+        dequantize: Accept quantized weights of a format that can be undone here.
 
     Raises:
         CheckpointError: The file is missing or damaged, the weights are quantized, or the model needs remote code.
@@ -38,10 +44,10 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> JsonObject:
         raise CheckpointError(f"{path} names no model_type: it is not the config of a transformers model")
     if not trust_remote_code and (field := _asks_for_code(config)):
         raise CheckpointError(
-            f"{folder} asks to run Python code of its own ({field} in {CONFIG}): "
-            "read that code, and pass --trust-remote-code (in Python trust_remote_code=True) if you trust it"
+            f"{folder} asks to run Python code of its own ({field} in {CONFIG}), which is not run here: pass "
+            "--trust-remote-code (in Python trust_remote_code=True) to take the class of transformers in its place"
         )
-    _check_quantization(folder, config.get("quantization_config"))
+    _check_quantization(folder, entry_of(config), dequantize)
     check_counts(path, config)
     return config
 
@@ -61,14 +67,19 @@ def check_counts(path: Path, config: Mapping[str, object]) -> None:
                 raise CheckpointError(f"{path} has {name} = {number:.6g}, expected at most {limit}: download it again")
 
 
-def _check_quantization(folder: Path, entry: object) -> None:
-    scheme = entry.get("quant_method", "unnamed") if isinstance(entry, dict) else entry
+def _check_quantization(folder: Path, entry: JsonObject, dequantize: bool) -> None:
+    scheme = scheme_of(entry)
     if scheme == FIELD:
         raise CheckpointError(f"{folder} cannot be read: {OLDER_FORMAT}")
-    if entry:
+    if entry and scheme not in MODULES:
         raise CheckpointError(
             f"{folder} is quantized (scheme: {scheme}) and cannot be converted: dequantize it first, "
             "or start from the checkpoint before quantization"
+        )
+    if entry and not dequantize:
+        raise CheckpointError(
+            f"{folder} is quantized (scheme: {scheme}): pass --dequantize (in Python dequantize=True) to undo that on "
+            "the way, or start from the checkpoint before quantization, which has lost nothing"
         )
 
 

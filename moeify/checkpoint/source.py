@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
+from moeify.checkpoint.adapter import ADAPTER, ADAPTER_WEIGHTS, Adapter, merged, read_adapter
 from moeify.checkpoint.config_file import load_config
+from moeify.checkpoint.derived import DerivedFiles
+from moeify.checkpoint.download import download
 from moeify.checkpoint.folder import (
-    CARD,
-    CONFIG,
     PICKLE,
     SAFETENSORS,
-    SIDE_FILES,
     check_index,
     find_shards,
     index_name,
@@ -25,9 +24,10 @@ from moeify.checkpoint.folder import (
 from moeify.checkpoint.gguf_file import GgufFile
 from moeify.checkpoint.part_files import PartFiles, find_parts
 from moeify.checkpoint.pickle_file import PickleFiles
+from moeify.checkpoint.quantized.schemes import entry_of
 from moeify.checkpoint.safetensors_file import SafetensorsFiles
 from moeify.checkpoint.tensor_info import Span, TensorInfo
-from moeify.errors import CheckpointError, first_line
+from moeify.errors import CheckpointError
 from moeify.files.json_text import JsonObject
 from moeify.files.limits import SIDE_FILE_BYTES
 from moeify.files.reading import exists, is_file, is_folder, list_folder, read_bytes, user_path
@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGUFWriter
 
-_ADAPTER = "adapter_config.json"
-_Stored: TypeAlias = SafetensorsFiles | PickleFiles | PartFiles | GgufFile
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_Stored: TypeAlias = SafetensorsFiles | PickleFiles | PartFiles | GgufFile | DerivedFiles
 
 
 class Source:
@@ -46,20 +44,26 @@ class Source:
 
     Attributes:
         path: The folder or GGUF file.
+        base: The model that an adapter changes; None for a whole one.
         config: The contents of `config.json`, or the GGUF metadata as transformers translates it.
         tensors: Every tensor by its name, in the order of the files and of the data in them.
         unused: Names of tensors that are in the file and in no model of its kind; they cannot be read.
-        in_parts: Whether tensors lie in parts in the files of several ranks.
+        computed: Whether some tensors lie in no file as they are: only `read` puts them together.
     """
 
-    def __init__(self, path: Path, config: JsonObject, stored: _Stored) -> None:
-        self.path = path
+    def __init__(self, path: Path, config: JsonObject, stored: _Stored, base: Source | None = None) -> None:
+        self.path, self.base = path, base
         self.config = config
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(stored.tensors)
         self.unused = stored.unused if isinstance(stored, GgufFile) else ()
-        self.in_parts = isinstance(stored, PartFiles)
+        self.computed = isinstance(stored, PartFiles | DerivedFiles)
         self._stored = stored
         self._opened = self.fingerprint()
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where it lies, and where its base model lies."""
+        return (self.path, *(() if self.base is None else self.base.folders))
 
     @property
     def model_type(self) -> str:
@@ -86,12 +90,17 @@ class Source:
         return self._stored.read(name)
 
     def span(self, name: str) -> Span | None:
-        """Return where the values of a tensor lie as they are in a file; None for GGUF, pickles and parts."""
+        """Return where the values of a tensor lie as they are in a file; None for GGUF, pickles, computed tensors."""
         self.info(name)
         return self._stored.span(name)
 
     def write_side_files(self, dst: Path) -> None:
-        """Copy the files beside the weights into `dst`; for GGUF, build tokenizer and generation config."""
+        """Copy the files beside the weights into `dst`; for GGUF, build tokenizer and generation config.
+
+        Those of an adapter take the place of its base model's.
+        """
+        if self.base is not None:
+            self.base.write_side_files(dst)
         if isinstance(self._stored, GgufFile):
             self._stored.write_side_files(dst)
             return
@@ -108,8 +117,18 @@ class Source:
         Raises:
             CheckpointError: One of them is a link that leads outside the folder, or is damaged.
         """
+        if self.base is not None:
+            self.base.check_side_files()
         if not isinstance(self._stored, GgufFile):
             side_files(self.path)
+
+    def merged(self, adapter: Adapter, stored: SafetensorsFiles | PickleFiles) -> Source:
+        """Return this model with an adapter in its weights.
+
+        Raises:
+            CheckpointError: They do not fit each other.
+        """
+        return Source(adapter.folder, self.config, merged(adapter, stored, self._stored), self)
 
     def fingerprint(self) -> str:
         """Return a digest that changes with the source: headers, config, and what the system says of its files."""
@@ -143,8 +162,21 @@ class Source:
         self._stored.close()
 
 
+class Accepted(TypedDict, total=False):
+    """What is accepted of a checkpoint; see `open_source`."""
+
+    allow_pickle: bool
+    trust_remote_code: bool
+    dequantize: bool
+
+
 def open_source(
-    src: str | Path, *, allow_pickle: bool = False, trust_remote_code: bool = False, revision: str | None = None
+    src: str | Path,
+    *,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    dequantize: bool = False,
+    revision: str | None = None,
 ) -> Source:
     """Open a checkpoint and check its headers; no tensor is read.
 
@@ -152,16 +184,23 @@ def open_source(
         src: A model folder in Hugging Face layout, a GGUF file or a folder with exactly one, or a hub id.
         allow_pickle: Also accept `pytorch_model.bin`, with torch's `weights_only` guard.
         trust_remote_code: Accept a config that names Python code in the folder; the code is not run here.
+        dequantize: Also accept quantized weights (FP8, bitsandbytes, GPTQ, AWQ, compressed-tensors), and read them as
+            if they were not.
         revision: Branch, tag or commit of a hub id; None for its main branch.
 
     Raises:
         CheckpointError: One line that says what is wrong with the checkpoint and what to do.
     """
     path = user_path(src)
+    accepted: Accepted = {
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+        "dequantize": dequantize,
+    }
     if not exists(path) and not is_file(path):  # the second says why it cannot be known
-        path = _download(src, allow_pickle, revision)
+        path = download(src, allow_pickle, revision)
     if is_folder(path):
-        return _open_folder(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+        return _open_folder(path, accepted)
     if path.suffix != ".gguf":
         raise CheckpointError(f"{path} is a file but not a .gguf file: give the folder that holds the model")
     return _open_gguf(path)
@@ -172,20 +211,57 @@ def _open_gguf(file: Path) -> Source:
     return Source(file, stored.config, stored)
 
 
-def _open_folder(folder: Path, *, allow_pickle: bool, trust_remote_code: bool) -> Source:
+def _open_folder(folder: Path, accepted: Accepted) -> Source:
     open_files: type[SafetensorsFiles] | type[PickleFiles] = SafetensorsFiles
     shards = find_shards(folder, SAFETENSORS)
     if shards is None and (parts := find_parts(folder)):
-        return Source(folder, load_config(folder, trust_remote_code=trust_remote_code), PartFiles(parts))
+        return _plain(folder, _config(folder, accepted), PartFiles(parts))
+    if shards is None and is_file(folder / ADAPTER):
+        return _open_adapter(folder, accepted)
     if shards is None:
         ggufs = [path for path in list_folder(folder) if path.suffix == ".gguf" and is_file(path)]
         if len(ggufs) == 1:
             return _open_gguf(ggufs[0])
-        shards, open_files = _find_pickles(folder, ggufs, allow_pickle), PickleFiles
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+        shards, open_files = _find_pickles(folder, ggufs, accepted["allow_pickle"]), PickleFiles
+    config = _config(folder, accepted)
     stored = open_files(tuple(shards))
     check_index(shards, stored.file_of)
-    return Source(folder, config, stored)
+    return _plain(folder, config, stored)
+
+
+def _config(folder: Path, accepted: Accepted) -> JsonObject:
+    return load_config(folder, trust_remote_code=accepted["trust_remote_code"], dequantize=accepted["dequantize"])
+
+
+def _plain(folder: Path, config: JsonObject, stored: _Stored) -> Source:
+    """Return the source, without its quantization if it has one, which was accepted."""
+    if not entry_of(config):
+        return Source(folder, config, stored)
+    from moeify.checkpoint.quantized.files import dequantized
+
+    derived, plain = dequantized(stored, config, folder)
+    return Source(folder, plain, derived)
+
+
+def _open_adapter(folder: Path, accepted: Accepted) -> Source:
+    adapter, (safe, pickled) = read_adapter(folder), (folder / name for name in ADAPTER_WEIGHTS)
+    if not is_file(safe) and not is_file(pickled):
+        raise CheckpointError(f"{folder} is an adapter without {safe.name}: download it again")
+    if not is_file(safe) and not accepted["allow_pickle"]:
+        raise _is_pickled(folder, pickled)
+    stored = SafetensorsFiles((safe,)) if is_file(safe) else PickleFiles((pickled,))
+    near = [path for path in (user_path(adapter.base), folder / adapter.base) if is_folder(path)]
+    base = near[0] if near else download(adapter.base, accepted["allow_pickle"], adapter.revision, cached=True)
+    if is_file(base / ADAPTER) and find_shards(base, SAFETENSORS) is None:
+        raise CheckpointError(f"{folder} is an adapter of {base}, which is one too: merge that with PEFT first")
+    return _open_folder(base, accepted).merged(adapter, stored)
+
+
+def _is_pickled(folder: Path, file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} has its weights only as pickles ({file.name}), a format that can carry code: "
+        "use a safetensors version, or pass --allow-pickle (in Python allow_pickle=True)"
+    )
 
 
 def _find_pickles(folder: Path, ggufs: Sequence[Path], allow_pickle: bool) -> dict[Path, set[str]]:
@@ -193,35 +269,11 @@ def _find_pickles(folder: Path, ggufs: Sequence[Path], allow_pickle: bool) -> di
         names = ", ".join(file.name for file in ggufs)
         raise CheckpointError(f"{folder} holds {len(ggufs)} GGUF files: give the path of one of {names}")
     shards = find_shards(folder, PICKLE)
-    if shards is None and is_file(folder / _ADAPTER):
-        raise CheckpointError(
-            f"{folder} is an adapter ({_ADAPTER}), which has no model of its own: load it on its base model with PEFT, "
-            "merge_and_unload() it, save_pretrained() that, and give its folder"
-        )
     if shards is None:
         raise CheckpointError(
             f"{folder} is not a model folder: it has no {SAFETENSORS}, no {index_name(SAFETENSORS)}, no .gguf file, "
             f"no {PICKLE} and no {index_name(PICKLE)}"
         )
     if not allow_pickle:
-        raise CheckpointError(
-            f"{folder} has its weights only as pickles ({next(iter(shards)).name}), a format that can carry code: "
-            "use a safetensors version, or pass --allow-pickle (in Python allow_pickle=True)"
-        )
+        raise _is_pickled(folder, next(iter(shards)))
     return shards
-
-
-def _download(src: str | Path, allow_pickle: bool, revision: str | None) -> Path:
-    if isinstance(src, Path) or not _HUB_ID.fullmatch(src) or src.endswith((".gguf", ".safetensors", ".bin")):
-        raise CheckpointError(f"{src} does not exist: give a model folder, a .gguf file or a hub id")
-    from huggingface_hub import constants, snapshot_download
-
-    wanted = [CONFIG, CARD, "model*.safetensors", index_name(SAFETENSORS), *SIDE_FILES]
-    if allow_pickle:
-        wanted += ["pytorch_model*.bin", index_name(PICKLE)]
-    try:
-        return Path(snapshot_download(src, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        where = f"is not a folder here, not in the hub's cache {constants.HF_HUB_CACHE}"
-        raise CheckpointError(f"{src} {where}, and cannot be downloaded from the hub: {reason}") from error

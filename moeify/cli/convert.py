@@ -20,6 +20,7 @@ from moeify.planning.selection import check_selection
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moeify.checkpoint.source import Accepted
     from moeify.config import MoEConfig
     from moeify.conversion.checkpoint import Callbacks
     from moeify.conversion.dense import DenseCheckpoint
@@ -55,7 +56,17 @@ class _Options:
     example_inputs: Path | None
     allow_pickle: bool
     trust_remote_code: bool
+    dequantize: bool
     ranks: Ranks | None
+
+    @property
+    def accepted(self) -> Accepted:
+        """What is accepted of the source."""
+        return {
+            "allow_pickle": self.allow_pickle,
+            "trust_remote_code": self.trust_remote_code,
+            "dequantize": self.dequantize,
+        }
 
 
 @click.command()
@@ -107,7 +118,7 @@ def convert(src: str, dst: Path | None, **typed: Any) -> None:
     from moeify.tracing.given_inputs import read_inputs
 
     inputs = None if options.example_inputs is None else read_inputs(options.example_inputs)
-    with open_source(src, allow_pickle=options.allow_pickle, trust_remote_code=options.trust_remote_code) as source:
+    with open_source(src, **options.accepted) as source:
         dense = DenseCheckpoint(source, inputs)
         plan = _plan(dense, config, options, gguf=_is_gguf(dst))
         if dst is not None and not options.dry_run:

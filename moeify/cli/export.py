@@ -38,7 +38,7 @@ _DTYPES = ", ".join(f"{target.default_dtype} for {target.name}" for target in TA
 @source_options
 def export(
     src: Path, out: Path, target: str, quantize: str | None, dtype: str | None, layers: str, overwrite: bool,
-    as_json: bool, allow_pickle: bool, trust_remote_code: bool, **settings: object,
+    as_json: bool, allow_pickle: bool, trust_remote_code: bool, dequantize: bool, **settings: object,
 ) -> None:  # fmt: skip
     """Export the checkpoint SRC to the ONNX file OUT, or, without .onnx in its name, to a folder.
 
@@ -60,7 +60,7 @@ def export(
     from moeify.export.pipeline import export as export_file
 
     with without_bars():
-        trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "dequantize": dequantize}
         model, tokenizer = _load(src, request.dtype, config, layers, trust), _tokenizer(src)
         entries = {"source": src.name, **_text_entries(src, model, tokenizer)}
         if file == out:

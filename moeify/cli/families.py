@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from moeify.cli.options import json_option, source_options
+
+if TYPE_CHECKING:
+    from moeify.checkpoint.source import Accepted
 
 
 @click.command()
@@ -14,7 +18,7 @@ from moeify.cli.options import json_option, source_options
 @click.option("--layers", default="all", show_default=True, help="all, every:N, last:N, first:N, 0,3-7, or a regex.")
 @json_option
 @source_options
-def families(src: str | None, layers: str, as_json: bool, allow_pickle: bool, trust_remote_code: bool) -> None:
+def families(src: str | None, layers: str, as_json: bool, **accepted: Unpack[Accepted]) -> None:
     """List the native formats with the engines that run them; for SRC, which are exact, and what the others fail.
 
     SRC is a folder in Hugging Face layout, a GGUF file, or a hub id. No weight is read.
@@ -29,7 +33,7 @@ def families(src: str | None, layers: str, as_json: bool, allow_pickle: bool, tr
         found = {name: ", ".join(family.sources) for name, family in FAMILIES.items()}
         title = "made from"
     else:
-        with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
+        with open_source(src, **accepted) as source:
             found = {name: why or "exact" for name, why in native_targets(DenseCheckpoint(source), layers).items()}
         title = "for this checkpoint"
     if as_json:

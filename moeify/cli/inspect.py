@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
@@ -15,6 +15,7 @@ from moeify.cli.parallel import Ranks, estimated, parallel_options, show
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moeify.checkpoint.source import Accepted
     from moeify.conversion.summary import Summary
     from moeify.parallel.costs import Estimate
 
@@ -37,9 +38,8 @@ def inspect(
     whole: bool,
     example_inputs: Path | None,
     as_json: bool,
-    allow_pickle: bool,
-    trust_remote_code: bool,
     ranks: Ranks | None,
+    **accepted: Unpack[Accepted],
 ) -> None:
     """Show what is in SRC: MoE layers, FFNs, what an MoE of them would cost, and look-alikes with reasons.
 
@@ -52,7 +52,7 @@ def inspect(
     from moeify.tracing.given_inputs import read_inputs
 
     inputs = None if example_inputs is None else read_inputs(example_inputs)
-    with open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
+    with open_source(src, **accepted) as source:
         seen = describe(source, MoEConfig(experts, top_k), inputs)
     estimate = None if ranks is None else _estimated(seen, ranks)
     if as_json:

@@ -30,6 +30,9 @@ def command_line() -> str:
 
 def source_options(command: Command) -> Command:
     """Add the options of every command that opens checkpoints."""
+    command = click.option("--dequantize", is_flag=True, help="Accept quantized weights, and undo that on the way.")(
+        command
+    )
     command = click.option(
         "--trust-remote-code", is_flag=True, help="Accept a model whose config names Python code of its own."
     )(command)

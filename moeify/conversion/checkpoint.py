@@ -167,7 +167,7 @@ def convert_checkpoint(dense: DenseCheckpoint, plan: Plan, output: Output, callb
     files = planned_files(dense, plan, output, callbacks)
     callbacks.total(files.nbytes)
     options = {"overwrite": output.overwrite, "resume": output.resume}
-    with staged_folder(output.folder, source=files.source.path, nbytes=files.nbytes, **options) as folder:
+    with staged_folder(output.folder, sources=files.source.folders, nbytes=files.nbytes, **options) as folder:
         write_planned(files, folder, output, callbacks, resume=output.resume)
         complete(dense, plan, output, callbacks, files, folder)
 

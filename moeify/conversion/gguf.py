@@ -85,7 +85,7 @@ def convert_to_gguf(dense: DenseCheckpoint, plan: Plan, output: GgufOutput, call
     check_space(output.file, total + sum(each.nbytes for each in first))
     callbacks.total(total)
     nonfinite = _once(callbacks.nonfinite)
-    with staged_file(output.file, overwrite=output.overwrite, source=source.path) as staged:
+    with staged_file(output.file, overwrite=output.overwrite, sources=source.folders) as staged:
         folder = staged.with_name(output.file.stem)
         folder.mkdir()
         write_checkpoint(source, first, folder, shard_size=_ONE_FILE, resume=False, on_bytes=lambda _: None,

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.config import MoEConfig
-from moeify.families.base import Config, ExpertWeight, Held, SharedWeight, layer_number, random_rows
+from moeify.families.base import Config, ExpertWeight, Held, SharedWeight, layer_count, layer_number, random_rows
 from moeify.families.table import FAMILIES
 from moeify.families.words import MOEIFY
 from moeify.plan import Plan, Rows, Site
@@ -87,6 +87,7 @@ class LayerTensor:
         start: How a tensor is computed that the dense model lacks.
         copied: Name of the dense parameter or buffer that it equals, which a custom activation reads.
         axis: What the blocks follow each other along: 0 for the output rows, 1 for the inputs.
+        turned: What is stored of one expert's blocks, one below the other; None for themselves.
     """
 
     name: str
@@ -96,6 +97,7 @@ class LayerTensor:
     start: StartValue | None = None
     copied: str | None = None
     axis: int = 0
+    turned: Callable[[Tensor], Tensor] | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -161,6 +163,9 @@ def _native_tensors(plan: Plan, site: Site, held: Mapping[str, Held]) -> Iterato
                 continue
             some = experts if number is None else experts[number : number + 1]
             stacked = _stacked(name, [expert[weight.stack][weight.blocks] for expert in some], routed=True)
+            if weight.turned is not None:
+                one = weight.turned(torch.empty(stacked.shape[1:], device="meta"))
+                stacked = replace(stacked, shape=(len(some), *one.shape), turned=weight.turned)
             yield stacked if number is None else replace(stacked, shape=stacked.shape[1:])
 
 
@@ -178,7 +183,7 @@ def extra_tensors(plan: Plan, dense: Config, names: Iterable[str]) -> Iterator[L
     if family.untied and dense.get("tie_word_embeddings") and HEAD not in names:
         yield LayerTensor(HEAD, (), copied=EMBEDDING)
     for key, build in family.sources[plan.model_type].added.items():
-        for layer in range(dense["num_hidden_layers"] if "{layer}" in key else 1):
+        for layer in range(layer_count(dense) if "{layer}" in key else 1):
             value = partial(build, dense)
             yield LayerTensor(key.format(layer=layer), tuple(value().shape),
                               start=StartValue(tuple(value().shape), None, value, short=True))  # fmt: skip

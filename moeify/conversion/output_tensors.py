@@ -8,6 +8,7 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from moeify.checkpoint.shards import Compute, OutTensor, SourceRows
 from moeify.checkpoint.tensor_info import TensorInfo, torch_dtype, widest
@@ -83,6 +84,7 @@ class _Outputs:
     dense: DenseCheckpoint
     dtype: str | None
     pieces: dict[Block, Piece] = field(default_factory=dict)
+    whole: dict[tuple[Block, ...], Compute] = field(default_factory=dict)
 
     def copied(self, stored: str, name: str) -> OutTensor:
         """Describe a tensor that stays what it is, under the model's name for it."""
@@ -94,18 +96,19 @@ class _Outputs:
 
     def rewritten(self, stored: str, name: str, plan: Plan) -> Iterator[OutTensor]:
         """Describe what a native format stores of a tensor that stays what it is, or takes another form there."""
-        parts = rewrites(plan, name)
-        if parts is None:
+        rewrite = rewrites(plan, name)
+        if rewrite is None:
             yield self.copied(stored, name)
             return
         info, config = self.dense.source.tensors[stored], self.dense.config
-        for part, compute in parts.items():
+        dtype = "F32" if rewrite.wide else self.stored_dtype(info)
+        for part, compute in rewrite.parts.items():
             shape = tuple(compute(torch.empty(info.shape, device="meta"), config).shape)
-            yield OutTensor(part, self.stored_dtype(info), shape, (partial(self.computed, info, compute),))
+            yield OutTensor(part, dtype, shape, (partial(self.computed, info, compute, dtype),))
 
-    def computed(self, info: TensorInfo, compute: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def computed(self, info: TensorInfo, compute: Callable[..., torch.Tensor], dtype: str) -> torch.Tensor:
         """Compute what is stored of a tensor in another form."""
-        return compute(self.cast(info), self.dense.config).contiguous()
+        return compute(self.cast(info).to(torch_dtype(dtype)), self.dense.config).contiguous()
 
     def of(self, tensor: LayerTensor, site: Site) -> OutTensor:
         """Describe a tensor of a new layer, in the widest dtype of what it replaces.
@@ -124,6 +127,8 @@ class _Outputs:
         if tensor.start is not None:
             build, dtype = tensor.start.build, tensor.start.stored(dtype)
             return OutTensor(tensor.name, dtype, tensor.shape, (lambda: build().to(torch_dtype(dtype)),))
+        if tensor.turned is not None:
+            return OutTensor(tensor.name, dtype, tensor.shape, tuple(self.turned(tensor, dtype)))
         if tensor.axis:
             return OutTensor(tensor.name, dtype, tensor.shape, (lambda: self.side_by_side(tensor, dtype),))
         return OutTensor(tensor.name, dtype, tensor.shape, tuple(self.piece(block, dtype) for block in tensor.blocks))
@@ -133,6 +138,19 @@ class _Outputs:
         filled = torch.empty(tensor.shape, dtype=torch_dtype(dtype))
         tensor.fill(filled, self.read)
         return filled
+
+    def turned(self, tensor: LayerTensor, dtype: str) -> Iterator[Compute]:
+        """Yield the computation of each expert's part of a stacked tensor that is stored in a form of its own."""
+        assert tensor.turned is not None
+        count = len(tensor.blocks) // tensor.shape[0]
+        for start in range(0, len(tensor.blocks), count):
+            blocks = tensor.blocks[start : start + count]
+            yield self.whole.setdefault(blocks, partial(self.one_turned, blocks, tensor.turned, dtype))
+
+    def one_turned(self, blocks: tuple[Block, ...], turn: Callable[[Tensor], Tensor], dtype: str) -> Tensor:
+        """Compute one expert's part of it."""
+        rows = torch.cat([block.value(self.read) for block in blocks])
+        return turn(rows.to(torch_dtype(dtype))).contiguous()
 
     def piece(self, block: Block, dtype: str) -> Piece:
         """Return the source's own bytes where a block is nothing else, or the computation of its values."""

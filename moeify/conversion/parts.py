@@ -80,7 +80,7 @@ def join_parts(dense: DenseCheckpoint, plan: Plan, output: Output, callbacks: Ca
 
 def _write_part(mine: Files, parts: Parts, number: int, output: Output, callbacks: Callbacks) -> None:
     place = parts.folder(number)
-    with staged_folder(place, overwrite=False, resume=True, source=mine.source.path, nbytes=mine.nbytes) as folder:
+    with staged_folder(place, overwrite=False, resume=True, sources=mine.source.folders, nbytes=mine.nbytes) as folder:
         write_planned(mine, folder, output, callbacks, resume=True)
         mine.source.check_unchanged()
         parts.finish(folder, mine.fingerprint)
@@ -89,7 +89,7 @@ def _write_part(mine: Files, parts: Parts, number: int, output: Output, callback
 def _join(dense: DenseCheckpoint, plan: Plan, output: Output, callbacks: Callbacks, files: Files, parts: Parts) -> None:
     parts.check(files.fingerprint, DEPENDS_ON)  # again: parts that began together could not see each other
     options = {"overwrite": output.overwrite, "resume": False}
-    with staged_folder(output.folder, source=files.source.path, **options) as folder:
+    with staged_folder(output.folder, sources=files.source.folders, **options) as folder:
         for place, shard in enumerate(files.shards):
             number = place % parts.count + 1
             parts.take(number, shard.name, folder)

@@ -42,10 +42,12 @@ class Rewrite:
     Attributes:
         pattern: A regular expression for the whole name.
         parts: What is stored instead, by name (`\\1` is the first group of the pattern), computed from the tensor.
+        wide: Stored in float32 whatever the rest is: 16 bits do not hold what is computed.
     """
 
     pattern: str
     parts: Mapping[str, Callable[[Tensor, Config], Tensor]]
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,20 +59,32 @@ class Pair:
         fields: Config fields that it needs, from its own config.
         rewrites: Its tensors, besides those of FFNs that are converted, that the family stores otherwise.
         added: Tensors that the family has and it lacks, by name, for each layer where that has `{layer}`.
+        activation: Of its FFNs, by the name that is found for it; the fields say it to the family.
+        only: Why transformers alone computes this pair: "auto" does not take it. Empty if every engine of the family
+            does.
     """
 
     conditions: tuple[Condition, ...] = ()
     fields: Callable[[Config], Fields] = lambda config: {}
     rewrites: tuple[Rewrite, ...] = ()
     added: Mapping[str, Callable[[Config], Tensor]] = field(default_factory=dict)
+    activation: str = "silu"
+    only: str = ""
 
 
 @dataclass(frozen=True)
 class ExpertWeight:
-    """A weight of an expert: some of the projections that moeify stacks in one tensor."""
+    """A weight of an expert: some of the projections that moeify stacks in one tensor.
+
+    Attributes:
+        stack: The tensor.
+        blocks: Which projections.
+        turned: What is stored of them for one expert; None for themselves, (out, in).
+    """
 
     stack: str
     blocks: slice
+    turned: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ class SharedWeight:
 
 
 GATE, UP, GATE_UP = (ExpertWeight("gate_up_proj", blocks) for blocks in (slice(0, 1), slice(1, 2), slice(2)))
-DOWN = ExpertWeight("down_proj", slice(1))
+DOWN, UP_ALONE = ExpertWeight("down_proj", slice(1)), ExpertWeight("up_proj", slice(1))
 # What starts a tensor that the dense model lacks, from its name on disk, its place and the settings.
 Start: TypeAlias = Callable[[str, Site, MoEConfig], StartValue]
 Held: TypeAlias = ExpertWeight | SharedWeight | Start
@@ -132,6 +146,7 @@ class Family:
         dense: Layers that can stay dense: "none", "any", the "first" ones, or the "outer" ones: some at each end.
         router: The router that it has: the word of a file in `moeify/routers/`.
         options: Options of the router that it can hold.
+        gated: Whether its experts have a gate.
         renormalizes: Whether it always does; else its config says.
         shared: Whether it holds shared experts: none (0), 1, or any number.
         untied: Some engine wants the output head stored apart from the embedding.
@@ -148,6 +163,7 @@ class Family:
     dense: Literal["none", "any", "first", "outer"] = "none"
     router: str = "softmax"
     options: frozenset[str] = frozenset()
+    gated: bool = True
     renormalizes: bool = True
     shared: bool = False
     untied: bool = False
@@ -205,10 +221,15 @@ def layer_number(site: Site) -> int:
     raise CheckpointError(f"a plan converts {site.path!r}, which is in no numbered layer: make the plan again")
 
 
+def layer_count(config: Config) -> int:
+    """Return the number of layers."""
+    return int(config.get("num_hidden_layers") or len(config["layers_block_type"]))
+
+
 def dense_layers(plan: Plan, config: Config) -> list[int]:
     """Return the numbers of the layers that stay dense."""
     converted = {layer_number(site) for site in plan.sites}
-    return [layer for layer in range(config["num_hidden_layers"]) if layer not in converted]
+    return [layer for layer in range(layer_count(config)) if layer not in converted]
 
 
 def first_converted(plan: Plan) -> int:

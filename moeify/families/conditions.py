@@ -47,3 +47,4 @@ PLAIN_ROPE = Condition(
     lambda config: (config.get("rope_parameters") or {}).get("rope_type", "default") == "default",
     "it scales its rotary positions (rope_type), which the format cannot say",
 )
+CAUSAL = equal("use_bidirectional_attention", None, "the format has causal attention only")

@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from importlib import import_module
 
-from torch import Tensor
-
 from moeify.config import MoEConfig
 from moeify.errors import RefusedError
 from moeify.families import targets
-from moeify.families.base import Config, Family, Pair, dense_layers, expert_size, layer_number
+from moeify.families.base import Config, Family, Pair, Rewrite, dense_layers, expert_size, layer_count, layer_number
 from moeify.families.conditions import LANGUAGE_MODEL
 from moeify.families.words import MOEIFY, NATIVE, check_target
 from moeify.plan import Plan
@@ -49,8 +47,9 @@ def fit_target(plan: Plan, config: Config, wanted: str, suits: Callable[[Plan], 
         return replace(plan, target=MOEIFY)
     if wanted == "auto":
         exact = [family for family in FAMILIES.values() if not why_not(family, plan, config)]
-        best = max(filter(lambda family: suits(_fitted(family, plan)), exact),
-                   key=lambda family: _worth(family, plan), default=None)  # fmt: skip
+        portable = [family for family in exact if not family.sources[plan.model_type].only]
+        suitable = [family for family in portable if suits(_fitted(family, plan))]
+        best = max(suitable, key=lambda family: _worth(family, plan), default=None)
         return replace(plan, target=MOEIFY) if best is None else _fitted(best, plan)
     reason = why_not(FAMILIES[wanted], plan, config)
     if reason:
@@ -105,11 +104,14 @@ def _unfit(family: Family, plan: Plan, config: Config) -> Iterator[str]:
 
 def _odd_sites(family: Family, plan: Plan) -> Iterator[str]:
     """Yield why FFNs are none that experts of a family can compute."""
+    expected = family.sources[plan.model_type].activation
     for site in plan.sites:
-        if not site.gated:
+        if site.gated != family.gated and family.gated:
             yield f"its activation at {site.path} has no name here, so it is not known which projection is the gate"
-        elif site.activation != "silu":
-            yield f"its activation is {site.activation}, and engines compute silu whatever the config says"
+        elif site.gated != family.gated:
+            yield f"the FFN at {site.path} has a gate, and the experts of {family.model_type} have none"
+        elif site.activation != expected:
+            yield f"its activation is {site.activation}, and engines compute {expected} whatever the config says"
         if site.up_bias or site.down.bias:
             yield f"the FFN at {site.path} has biases, and the experts of {family.model_type} have none"
 
@@ -122,18 +124,18 @@ def _misplaced(family: Family, plan: Plan, config: Config) -> str | None:
     if family.dense == "none":
         return f"{len(dense)} of its layers stay dense, and every layer of {family.model_type} is an MoE"
     in_a_row = converted == list(range(converted[0], converted[-1] + 1))
-    if not in_a_row or (family.dense == "first" and converted[-1] + 1 < config["num_hidden_layers"]):
+    if not in_a_row or (family.dense == "first" and converted[-1] + 1 < layer_count(config)):
         where = "the first layers" if family.dense == "first" else "layers at the beginning and at the end"
         return f"in {family.model_type} only {where} can stay dense"
     return None
 
 
-def rewrites(plan: Plan, name: str) -> dict[str, Callable[[Tensor, Config], Tensor]] | None:
-    """Return what a plan's target stores in place of a dense tensor, by name; None for that tensor as it is."""
+def rewrites(plan: Plan, name: str) -> Rewrite | None:
+    """Return what a plan's target stores in place of a dense tensor, with its names; None for that tensor as it is."""
     pair = FAMILIES[plan.target].sources[plan.model_type] if plan.target != MOEIFY else Pair()
     for rewrite in pair.rewrites:
         if found := re.fullmatch(rewrite.pattern, name):
-            return {found.expand(part): compute for part, compute in rewrite.parts.items()}
+            return replace(rewrite, parts={found.expand(part): compute for part, compute in rewrite.parts.items()})
     return None
 
 
@@ -149,4 +151,4 @@ def remarks(plan: Plan) -> list[str]:
             f"{plan.target} insists on a shared expert: each layer gets one of intermediate size {size} that outputs "
             "zeros until it is trained"
         )
-    return [*found, *([family.note] if family.note else [])]
+    return [*found, *filter(None, (family.sources[plan.model_type].only, family.note))]

@@ -26,7 +26,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def staged_folder(
-    dst: str | Path, *, overwrite: bool, resume: bool, source: Path | None = None, nbytes: int = 0
+    dst: str | Path, *, overwrite: bool, resume: bool, sources: Sequence[Path] = (), nbytes: int = 0
 ) -> Iterator[Path]:
     """Yield a folder to write into; it becomes `dst` when the block ends without an error.
 
@@ -37,7 +37,7 @@ def staged_folder(
         dst: The output folder.
         overwrite: Replace `dst` if it is a model folder; the old one is removed only when the new one is whole.
         resume: Start from what an interrupted run left.
-        source: The source's path; the output must not overlap it.
+        sources: Where the source lies; the output must not overlap it.
         nbytes: Bytes that will be written, compared with the free space before anything is written.
 
     Raises:
@@ -45,7 +45,7 @@ def staged_folder(
             writing it; the disk is full; a file of the source cannot be read.
     """
     target = output_path(dst)
-    if source is not None:
+    for source in sources:
         _refuse_overlap(target, source.resolve())
     output = _Output(target, (target.name,), lambda: _check_folder(target, overwrite=overwrite), overwrite)
 
@@ -60,7 +60,7 @@ def staged_folder(
 
 @contextmanager
 def staged_file(
-    path: str | Path, *, overwrite: bool, companion: str = "", source: Path | None = None
+    path: str | Path, *, overwrite: bool, companion: str = "", sources: Sequence[Path] = ()
 ) -> Iterator[Path]:
     """Yield a path to write to; it becomes `path` when the block ends without an error, and else nothing is left.
 
@@ -68,14 +68,14 @@ def staged_file(
         path: The output file.
         overwrite: Replace `path` if it exists, and its companion with it.
         companion: What to append to the name for a second file of the output, which the block may write or not.
-        source: The source's path; the output must not overlap it.
+        sources: Where the source lies; the output must not overlap it.
 
     Raises:
         CheckpointError: see `check_file`; or `path` overlaps the source or cannot be written, another run is writing
             it, the disk is full.
     """
     target = output_path(path)
-    if source is not None:
+    for source in sources:
         _refuse_overlap(target, source.resolve())
     names = (target.name + companion, target.name) if companion else (target.name,)
     output = _Output(target, names, lambda: _check_file(target, names, overwrite=overwrite), overwrite)

@@ -6,12 +6,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moeify.checkpoint.source import Source, open_source
+from moeify.checkpoint.source import Accepted, Source, open_source
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.errors import CheckpointError, ConfigError
 from moeify.files.json_text import JsonObject
@@ -24,6 +24,8 @@ from moeify.tracing.skeleton import config_of, model_class
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_OF_SOURCES = ("revision", "allow_pickle", "trust_remote_code", "dequantize")
+
 
 def load(path: str | Path, *, linear: bool | None = None, **kwargs: Any) -> PreTrainedModel:
     """Load a checkpoint: dense, native MoE or in moeify format; every tensor must have its place.
@@ -34,17 +36,17 @@ def load(path: str | Path, *, linear: bool | None = None, **kwargs: Any) -> PreT
             they are stored; None for the form in which it was saved.
         kwargs: For `from_pretrained` (`dtype`, `device_map`, `revision`, `distributed_config`, …). `allow_pickle=True`
             accepts pickles, read with weights_only; `trust_remote_code=True` a config that names code of its own, which
-            is not run.
+            is not run; `dequantize=True` quantized weights, in full size.
 
     Raises:
         CheckpointError: A tensor is missing, unexpected or of another shape, where transformers would only log it; or
             there is no such model.
         ConfigError: A form is asked for of a model that moeify has not converted.
     """
-    trust = {name: kwargs.pop(name) for name in ("revision", "allow_pickle", "trust_remote_code") if name in kwargs}
+    trust = {name: kwargs.pop(name) for name in _OF_SOURCES if name in kwargs}
     with open_source(path, **trust) as source:
         config = source.config if linear is None else _in_form(source, linear)
-        if source.in_parts:  # torch's reader would leave what no file holds as it finds it
+        if source.computed:  # torch's reader would leave what no file holds as it finds it
             return _load_present(source, config, **kwargs)
         cls = model_class(source.config)
     if linear is not None:
@@ -76,21 +78,18 @@ def load_whole(source: Source, *, unused: bool = False, **kwargs: Any) -> PreTra
     return load_first_layers(source, None, unused=unused, **kwargs)
 
 
-def load_sparingly(
-    path: Path, dtype: torch.dtype, *, allow_pickle: bool = False, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_sparingly(path: Path, dtype: torch.dtype, **accepted: Unpack[Accepted]) -> PreTrainedModel:
     """Load a checkpoint in the memory of its weights: `load` maps whole files, so what is merged is there twice.
 
     Args:
         path: A folder or a GGUF file.
         dtype: Of its weights in memory.
-        allow_pickle: As for `open_source`.
-        trust_remote_code: As for `open_source`.
+        accepted: As for `open_source`.
 
     Raises:
         CheckpointError: A tensor is missing, unexpected or of another shape.
     """
-    with open_source(path, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
+    with open_source(path, **accepted) as source:
         if not present(source, source.tensors):
             return load_whole(source, dtype=dtype)
         return _load_present(source, source.config, dtype=dtype)

@@ -62,8 +62,8 @@ class Present:
 
 
 @dataclass(frozen=True)
-class InParts(Present):
-    """A tensor in the files of several ranks; it is put together when the loader asks."""
+class MadeWhenAsked(Present):
+    """A tensor that no file holds as it is; it is put together or computed when the loader asks."""
 
     def __getitem__(self, index: object) -> torch.Tensor:
         values: torch.Tensor = self.open()[index]
@@ -77,8 +77,8 @@ def present(source: Source, names: Iterable[str]) -> dict[str, Present]:
     It maps a file as long as one of its tensors is used, and all that was read counts as memory. So each list of
     experts has a mapping of its own, which is gone when they are merged.
     """
-    if source.in_parts:
-        return {name: InParts(source.info(name), partial(source.read, name)) for name in names}
+    if source.computed:
+        return {name: MadeWhenAsked(source.info(name), partial(source.read, name)) for name in names}
     mapped = cache(lambda file, _: safe_open(file, framework="pt"))
     spans = {name: source.span(name) for name in names}
     return {

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from moeify.checkpoint.source import Source, open_source
+from moeify.checkpoint.source import Accepted, Source, open_source
 from moeify.errors import CheckpointError, ConfigError, VerificationError, told_as
 from moeify.hub.loading import load_structure
 from moeify.hub.streaming import load_streamed
@@ -33,7 +33,7 @@ _MAX_TOKENS = 512  # of a text
 
 
 def verify_checkpoints(
-    dense: Path, moe: Path, *, text: str | None = None, allow_pickle: bool = False, trust_remote_code: bool = False
+    dense: Path, moe: Path, *, text: str | None = None, **accepted: Unpack[Accepted]
 ) -> VerifyReport:
     """Compare two checkpoints: layers on equal inputs in float64, logits in float32, and stored tensors with the plan.
 
@@ -44,8 +44,8 @@ def verify_checkpoints(
         dense: A folder or GGUF file; tensors that its model has no place for are left out, as a conversion does.
         moe: A folder.
         text: Text to run them on, through the tokenizer beside the MoE; None takes random token ids.
-        allow_pickle: As for `open_source`; for the dense checkpoint.
-        trust_remote_code: As for `open_source`; the code is not run here either.
+        accepted: As for `open_source`, for the dense checkpoint; of the MoE only a config that names code, which is
+            not run here either.
 
     Raises:
         CheckpointError: A tensor of either is missing, one of the MoE is unexpected, or its record is damaged.
@@ -54,8 +54,8 @@ def verify_checkpoints(
     """
     promise = read_promise(moe)
     ids = None if text is None else _token_ids(moe, text)
-    with open_source(moe, trust_remote_code=trust_remote_code) as converted:
-        with open_source(dense, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
+    with open_source(moe, trust_remote_code=accepted.get("trust_remote_code", False)) as converted:
+        with open_source(dense, **accepted) as source:
             before = _run_dense(source, partial(_inputs, ids), promise.cast_to, chains_of(_structure(converted)))
             altered = () if promise.plan is None else altered_tensors(source, converted, promise.plan, promise.cast_to)
         report = _run_moe(converted, before, promise.exact)

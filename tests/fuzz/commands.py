@@ -31,6 +31,10 @@ def convert(rng: Random, src: Path) -> list[str]:
     return ["convert", src.name, DST, *BASE, *way.split()]
 
 
+def convert_dequantized(rng: Random, src: Path) -> list[str]:
+    return [*convert(rng, src), *rng.choice(([], *[["--dequantize"]] * 5))]
+
+
 def convert_pickle(rng: Random, src: Path) -> list[str]:
     return [*convert(rng, src), *rng.choice(([], ["--allow-pickle"], ["--allow-pickle"]))]
 

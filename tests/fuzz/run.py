@@ -77,7 +77,7 @@ def _check(case: Case, work: Path) -> str:
     """Load the output strictly, with its card, and compare it with its source; return what is wrong."""
     if said := wrong_card(work / "dst/README.md"):
         return said
-    trust = [option for option in ("--allow-pickle", "--trust-remote-code") if option in case.arguments]
+    trust = [option for option in ("--allow-pickle", "--trust-remote-code", "--dequantize") if option in case.arguments]
     compared = execute(["verify", case.source.name, "dst", *trust], work)
     return (compared.stderr.splitlines() or ["no reason"])[-1][:300] if compared.code else ""
 

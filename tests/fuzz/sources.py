@@ -21,6 +21,7 @@ from moeify.config import MoEConfig
 from moeify.training.run_log import RunLog
 from moeify.training.stats import LayerStats
 from tests.fuzz.damage.gguf import small_gguf
+from tests.fuzz.quantized import adapt, quantize
 from tests.moeify import tiny
 from tests.moeify.parts import halves, write_parts
 from tests.moeify.runtime.decoder import WORD_LEVEL, decoder
@@ -73,6 +74,15 @@ def _parts(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
+def _quantized(name: str, folder: Path) -> None:
+    llama(folder)
+    quantize(folder, name)
+
+
+def _adapter(folder: Path) -> None:
+    adapt(source("llama"), folder)
+
+
 def _converted(folder: Path, target: str) -> None:
     tiny.convert_files(source("llama"), folder, MoEConfig(3, 2), target=target)
 
@@ -95,6 +105,8 @@ _MAKERS: dict[str, Callable[[Path], None]] = {
     "sharded": lambda folder: llama(folder, max_shard_size="6KB"),
     "pickle": _pickle,
     "parts": _parts,
+    **{name: partial(_quantized, name) for name in ("fp8", "gptq", "nf4", "packed")},
+    "adapter": _adapter,
     "moeify": lambda folder: _converted(folder, "moeify"),
     "mixtral": lambda folder: _converted(folder, "mixtral"),
     "llama.gguf": small_gguf,

@@ -1,8 +1,9 @@
 """Granite MoE: a Llama with multipliers."""
 
+from moeify.families import gemma
 from moeify.families.attention import scaled_as_usual
 from moeify.families.base import LLAMA_CPP, MLX, SGLANG, TRANSFORMERS, VLLM, Family, Pair
-from moeify.families.conditions import NO_MLP_BIAS, PLAIN_HEAD_DIM, WHOLE_ROTARY
+from moeify.families.conditions import CAUSAL, NO_MLP_BIAS, PLAIN_HEAD_DIM, WHOLE_ROTARY
 from moeify.families.granite import GRANITE_GGUF, granite_fields, granite_tensors
 
 FAMILY = Family(
@@ -11,6 +12,17 @@ FAMILY = Family(
     sources={
         "granite": Pair((NO_MLP_BIAS,)),
         "llama": Pair((NO_MLP_BIAS, PLAIN_HEAD_DIM, WHOLE_ROTARY), scaled_as_usual),
+        "gemma": Pair(
+            (PLAIN_HEAD_DIM, CAUSAL),
+            lambda config: {
+                **scaled_as_usual(config),
+                **gemma.gelu(config),
+                "embedding_multiplier": gemma.embedding_scale(config),
+            },
+            (gemma.NORMS,),
+            activation=gemma.ACTIVATION,
+            only=gemma.ONLY,
+        ),
     },
     tensors=granite_tensors("model.layers.{layer}.block_sparse_moe"),
     fields=lambda plan, config: granite_fields(plan),

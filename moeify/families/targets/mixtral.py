@@ -1,5 +1,6 @@
 """Mixtral: the format for what is a Llama in its attention."""
 
+from moeify.families import gemma
 from moeify.families.attention import HALVES_TO_PAIRS, SPLIT_GATE_UP, SPLIT_QKV
 from moeify.families.base import (
     EXLLAMA,
@@ -17,7 +18,7 @@ from moeify.families.base import (
     head_dim,
     router,
 )
-from moeify.families.conditions import ALL_ROTATE, NO_ATTENTION_BIAS, NO_MLP_BIAS, ONE_WINDOW, WHOLE_ROTARY
+from moeify.families.conditions import ALL_ROTATE, CAUSAL, NO_ATTENTION_BIAS, NO_MLP_BIAS, ONE_WINDOW, WHOLE_ROTARY
 
 _MOE = "model.layers.{layer}.block_sparse_moe"
 
@@ -32,6 +33,13 @@ FAMILY = Family(
             lambda config: {} if "sliding_attention" in (config.get("layer_types") or ()) else {"sliding_window": None},
         ),
         "smollm3": Pair((NO_ATTENTION_BIAS, NO_MLP_BIAS, ALL_ROTATE, ONE_WINDOW)),
+        "gemma": Pair(
+            (NO_ATTENTION_BIAS, CAUSAL),
+            lambda config: {**gemma.gelu(config), "head_dim": head_dim(config)},
+            (gemma.NORMS, gemma.EMBEDDING),
+            activation=gemma.ACTIVATION,
+            only=gemma.ONLY,
+        ),
         "phi3": Pair((WHOLE_ROTARY,), lambda config: {"head_dim": head_dim(config)}, (SPLIT_QKV, SPLIT_GATE_UP)),
     },
     tensors={f"{_MOE}.gate.weight": router, **experts(_MOE, "w1", "w3", "w2")},

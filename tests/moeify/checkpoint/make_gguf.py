@@ -13,13 +13,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 Q = gguf.GGMLQuantizationType
 
 
-def open_writer(path: Path, architecture: str) -> gguf.GGUFWriter:
-    """One layer, hidden 64, two heads, FFN 96."""
+def open_writer(path: Path, architecture: str, times: int = 1) -> gguf.GGUFWriter:
+    """One layer, hidden 64, two heads, FFN 96, or a multiple of that."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(1)
     writer.add_context_length(32)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
+    writer.add_embedding_length(64 * times)
+    writer.add_feed_forward_length(96 * times)
     writer.add_head_count(2)
     return writer
 
@@ -30,18 +30,33 @@ def close_writer(writer: gguf.GGUFWriter, shapes: dict[str, tuple[int, ...]], ty
     for name, shape in shapes.items():
         kind = types.get(name.split(".")[-2], Q.F32)
         values = rng.standard_normal(shape, dtype=np.float32)
-        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        try:
+            stored = gguf.quants.quantize(values, kind)
+        except NotImplementedError:
+            stored = blocks(shape, kind, rng)
+        writer.add_tensor(name, stored, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+def blocks(shape: tuple[int, ...], kind: Q, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Random bytes of a type that the library does not write; where its scale is no number, smaller ones."""
+    values, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    stored = rng.integers(0, 256, (*shape[:-1], shape[-1] // values, nbytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        read = gguf.quants.dequantize(stored.reshape(-1, nbytes), kind)
+    stored.reshape(-1, nbytes)[~np.isfinite(read).all(-1)] &= 0x3F
+    return stored.reshape(*shape[:-1], -1)
+
+
 def write_llama(
-    path: Path, types: dict[str, Q], *, architecture: str = "llama", vocab_size: int = 11, chats: bool = False
-) -> Path:
+    path: Path, types: dict[str, Q], *, architecture: str = "llama", vocab_size: int = 11, chats: bool = False,
+    times: int = 1,
+) -> Path:  # fmt: skip
     """One key-value head, so that queries and keys are permuted differently; with a tokenizer if it chats."""
-    writer = open_writer(path, architecture)
+    writer = open_writer(path, architecture, times)
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)
@@ -51,7 +66,8 @@ def write_llama(
     layer = {"attn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
     layer |= {"ffn_norm": (64,), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
     shapes |= {f"blk.0.{name}": shape for name, shape in layer.items()}
-    close_writer(writer, {f"{name}.weight": shape for name, shape in shapes.items()}, types)
+    larger = {name: tuple(n if n == rows else n * times for n in shape) for name, shape in shapes.items()}
+    close_writer(writer, {f"{name}.weight": shape for name, shape in larger.items()}, types)
     return path
 
 

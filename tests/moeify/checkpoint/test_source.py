@@ -154,7 +154,7 @@ def test_a_hub_id_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    def download(repo_id: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def download(repo_id: str, *, revision: str, allow_patterns: list[str], **_: Any) -> str:
         asked.append([*allow_patterns, revision])
         return str(write_model(tmp_path))
 

@@ -135,8 +135,3 @@ def test_what_a_source_can_be_mistaken_for(tmp_path: Path) -> None:
         assert f"up_proj.weight has dtype {word}, the model of config.json expects float32: if it is q" in refused(
             tmp_path / "src"
         )
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    save_file({"a": torch.ones(2)}, adapter / "adapter_model.safetensors")
-    assert "is an adapter (adapter_config.json)" in refused(adapter)

@@ -33,7 +33,7 @@ WRONG: dict[str, tuple[list[str], int, str]] = {
     "--yaml alone": (["src", "dst", *BASE, "--yaml"], 2, "--yaml goes with --dry-run"),
     "a type of GGUF in a folder": (["src", "dst", *BASE, "--dtype", "q8_0"], 2, "goes with a DST that ends in .gguf"),
     "moeify format as GGUF": (["src", "x.gguf", *BASE, "--to", "moeify"], 2, "--to moeify goes with a folder"),
-    "going on with GGUF": (["src", "x.gguf", *BASE, "--resume"], 2, "--resume and --workers go with a folder"),
+    "going on with GGUF": (["src", "x.gguf", *BASE, "--resume"], 2, "--part and --join go with a folder"),
     "no recipe": (["--config", "nothing.yaml"], 1, "nothing.yaml cannot be read"),
 }
 PROGRAM = """

@@ -74,6 +74,7 @@ def test_auto_takes_the_exact_family_that_most_engines_run(
         ("qwen3", {"attention_bias": True}, "glm4_moe", "no bias of o_proj"),
         ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "mixtral", "partial_rotary_factor"),
         ("gpt2", {}, "mixtral", "can be made from llama, mistral"),
+        ("gemma", {"use_bidirectional_attention": True}, "mixtral", "causal attention only"),
     ],
 )
 def test_a_condition_that_fails_is_said(
@@ -197,3 +198,12 @@ def test_what_a_user_must_know_is_said(tmp_path: Path) -> None:
     shared = replace(plan, config=MoEConfig(3, 2, shared_experts=1))
     assert len(remarks(fit_target(shared, dense, "qwen2_moe"))) == 1
     assert remarks(fit_target(plan, dense, "moeify")) == []
+
+
+def test_auto_leaves_out_what_transformers_alone_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, dense = plan_for("llama", tmp_path)
+    for name in list(FAMILIES):
+        if name != "gpt_oss":
+            monkeypatch.delitem(FAMILIES, name)
+    assert fit_target(plan, dense, "auto").target == "moeify"
+    assert "older ones and all other engines compute another" in remarks(fit_target(plan, dense, "gpt_oss"))[0]

@@ -181,7 +181,7 @@ def test_source_and_output_may_not_overlap(tmp_path: Path, src: str, dst: str) -
     (tmp_path / "link").symlink_to(tmp_path / "m")
     with (
         pytest.raises(CheckpointError, match="overlap"),
-        staged_folder(tmp_path / dst, overwrite=True, resume=False, source=tmp_path / src),
+        staged_folder(tmp_path / dst, overwrite=True, resume=False, sources=[tmp_path / src]),
     ):
         pass
     assert names(tmp_path / "m") == ["inner"]

