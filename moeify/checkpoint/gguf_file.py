@@ -43,7 +43,7 @@ class GgufFile:
         self._state = state_of(file)
         reader, places = _open(file)
         self.header_bytes = bytes(reader.data[: reader.data_offset])
-        self._has_tokenizer = _TOKENIZER in reader.fields
+        self.has_tokenizer = _TOKENIZER in reader.fields
         architecture = str(reader.fields["general.architecture"].contents())
         self._hf_config = _read_config(file, architecture)
         self.config = cast("JsonObject", parse_json(self._hf_config.to_json_string()))
@@ -102,7 +102,7 @@ class GgufFile:
         """
         from transformers import GenerationConfig
 
-        if self._has_tokenizer:
+        if self.has_tokenizer:
             save_tokenizer(load_tokenizer(self.files[0]), dst)
         GenerationConfig.from_model_config(self._hf_config).save_pretrained(dst)
 

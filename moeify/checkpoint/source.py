@@ -17,9 +17,11 @@ from moeify.checkpoint.folder import (
     PICKLE,
     SAFETENSORS,
     SIDE_FILES,
+    TOKENIZER_FILES,
     check_index,
     find_shards,
     index_name,
+    is_of,
     side_files,
 )
 from moeify.checkpoint.gguf_file import GgufFile
@@ -35,9 +37,9 @@ from moeify.files.reading import exists, is_file, is_folder, list_folder, read_b
 if TYPE_CHECKING:
     import torch
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _ADAPTER = "adapter_config.json"
 _Stored: TypeAlias = SafetensorsFiles | PickleFiles | PartFiles | GgufFile
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class Source:
@@ -96,6 +98,13 @@ class Source:
             return
         for path in side_files(self.path):
             (dst / path.name).write_bytes(read_bytes(path, SIDE_FILE_BYTES))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there are files of a tokenizer, damaged or not, or a GGUF file that holds one."""
+        if isinstance(self._stored, GgufFile):
+            return self._stored.has_tokenizer
+        return any(is_of(path.name, TOKENIZER_FILES) for path in side_files(self.path))
 
     def check_side_files(self) -> None:
         """Check the files beside the weights before hours of work.
@@ -207,7 +216,7 @@ def _find_pickles(folder: Path, ggufs: Sequence[Path], allow_pickle: bool) -> di
 
 
 def _download(src: str | Path, allow_pickle: bool, revision: str | None) -> Path:
-    if isinstance(src, Path) or not _HUB_ID.fullmatch(src) or src.endswith((".gguf", ".safetensors", ".bin")):
+    if isinstance(src, Path) or not HUB_ID.fullmatch(src) or src.endswith((".gguf", ".safetensors", ".bin")):
         raise CheckpointError(f"{src} does not exist: give a model folder, a .gguf file or a hub id")
     from huggingface_hub import constants, snapshot_download
 

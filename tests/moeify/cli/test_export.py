@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moeify.cli import main
+from moeify.cli.export import _tokenizer
 from tests.moeify import tiny
 
 
@@ -46,6 +48,20 @@ def test_a_dense_checkpoint_converts_exports_and_speaks(
     assert again.exit_code == 1 and "exists" in again.stderr and len(again.stderr.splitlines()) == 1
     nowhere = moeify("run", out, "--prompt", "w1", "--provider", "cuda")
     assert nowhere.exit_code == 2 and "onnxruntime-gpu" in nowhere.stderr
+
+
+def test_a_tokenizer_that_does_not_load_is_told(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _tokenizer(source, {}) is not None
+    damaged = shutil.copytree(source, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{")
+    assert _tokenizer(damaged, {}) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and line.endswith("the output has none")
+    for file in damaged.glob("tokenizer*"):
+        file.unlink()
+    assert _tokenizer(damaged, {}) is None and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
