@@ -59,9 +59,9 @@ def export(
     from moeify.export.folder import export_folder  # needs the packages that were just checked
     from moeify.export.pipeline import export as export_file
 
+    trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    tokenizer = _tokenizer(src, **trust)  # what is wrong with it is told before minutes of work
     with without_bars():
-        trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-        tokenizer = _tokenizer(src, trust)  # what is wrong with it is told before minutes of work
         model = _load(src, request.dtype, config, layers, trust)
         entries = {"source": src.name, **_text_entries(model, tokenizer)}
         if file == out:
@@ -87,19 +87,21 @@ def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str, trust: d
     return model if config is None else convert(model, config, layers)
 
 
-def _tokenizer(src: Path, trust: dict[str, bool]) -> PreTrainedTokenizerBase | None:
+def _tokenizer(src: Path, *, allow_pickle: bool, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer, if there is one, as for a vision model there is not; say so if it does not load."""
     from moeify.checkpoint.source import open_source
     from moeify.cli import display
+    from moeify.cli.quiet import without_bars
     from moeify.pretrained import load_tokenizer
 
-    with open_source(src, **trust) as source:
+    with without_bars(), open_source(src, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code) as source:
         if not source.has_tokenizer:
             return None
     try:
-        return load_tokenizer(src)
+        with without_bars():
+            return load_tokenizer(src)
     except CheckpointError as error:
-        display.stderr().print(f"warning: {error}: the output has none")
+        display.stderr().print(f"warning: {error}; the output has no tokenizer")
         return None
 
 

@@ -67,7 +67,7 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[in
         CheckpointError: They are no numbers.
     """
     held = (getattr(model, "generation_config", None), text_config(model), tokenizer)
-    found = next((ends for ends in (getattr(each, _ENDS, None) for each in held) if ends is not None), [])
+    found: Any = next((ends for ends in (getattr(each, _ENDS, None) for each in held) if ends is not None), [])
     ends = found if isinstance(found, list) else [found]
     if not all(isinstance(number, int) for number in ends):
         raise CheckpointError(f"{_ENDS} is {found!r}: expected the number of a token, or a list of them")

@@ -50,7 +50,8 @@ def test_a_decoder_with_all_that_engines_read(tmp_path: Path) -> None:
 
 
 def test_the_tokens_that_end_a_text_and_who_says_so() -> None:
-    model, tokenizer = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None)), SimpleNamespace()
+    model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    tokenizer: Any = SimpleNamespace()
     assert end_tokens(model, None) == []
     tokenizer.eos_token_id = 5
     assert end_tokens(model, tokenizer) == [5]
