@@ -241,7 +241,8 @@ class FirstWithoutGradients(SetApart):
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             x = x + self.ffn(x)
-        return x + self.ffn(x)
+        out: Tensor = x + self.ffn(x)
+        return out
 
 
 def test_an_ffn_that_is_also_called_in_such_a_block_is_named_and_converts_where_all_is_without_gradients() -> None:
