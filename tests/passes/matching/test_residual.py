@@ -112,7 +112,9 @@ ELSEWHERE: dict[str, Function] = {
         lambda w, y: torch.einsum("btn,bth->btnh", w, y),
         lambda w, h: m.other(h),
     ),
-    "an attention to the stream": lambda m, x: x + torch.einsum("bth,bsh->bts", m.mlps[0](m.norm(x)), x).mean(-1, True),
+    "an attention with its result": lambda m, x: (
+        x + torch.einsum("bth,bsh->bts", m.mlps[0](x), m.other(x)).mean(-1, True)
+    ),
     "a stack that is not summed": lambda m, x: torch.stack([x, m.mlps[0](m.norm(x))]).mean(2).tanh(),
     "added to something else": lambda m, x: m.other(x) + m.mlps[0](m.other(x)),
 }
