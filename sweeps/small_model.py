@@ -195,6 +195,8 @@ def draw_weights(model: nn.Module) -> None:
                 continue
             if isinstance(module, nn.Embedding):
                 parameter.normal_(std=0.5)
+                if module.padding_idx is not None:  # torch never trains this row, and some models zero it when loaded
+                    parameter[module.padding_idx] = 0
             elif name == "weight" and parameter.dim() > 1:
                 parameter.normal_(std=0.7 / (prod(parameter.shape[1:]) or 1) ** 0.5)
             else:

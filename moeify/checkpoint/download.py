@@ -9,7 +9,7 @@ from moeify.checkpoint.adapter import ADAPTER, ADAPTER_WEIGHTS
 from moeify.checkpoint.folder import CARD, CONFIG, PICKLE, SAFETENSORS, SIDE_FILES, index_name
 from moeify.errors import CheckpointError, first_line
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 def download(src: str | Path, allow_pickle: bool, revision: str | None, *, cached: bool = False) -> Path:
@@ -24,7 +24,7 @@ def download(src: str | Path, allow_pickle: bool, revision: str | None, *, cache
     Raises:
         CheckpointError: It is no hub id, or cannot be had.
     """
-    if isinstance(src, Path) or not _HUB_ID.fullmatch(src) or src.endswith((".gguf", ".safetensors", ".bin")):
+    if isinstance(src, Path) or not HUB_ID.fullmatch(src) or src.endswith((".gguf", ".safetensors", ".bin")):
         raise CheckpointError(f"{src} does not exist: give a model folder, a .gguf file or a hub id")
     from huggingface_hub import constants, snapshot_download
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -22,13 +22,9 @@ _NAME_BYTES = 255  # of a file's name, on every usual file system
 # The files that belong to a model beside its weights and its config. This is a list of what to copy and not of what to
 # leave out: model folders also collect training state, code and notes on the dense model, which would be wrong beside
 # the converted model.
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.spm", "*.tiktoken")
 SIDE_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.spm",
-    "*.tiktoken",
+    *TOKENIZER_FILES,
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template*",
@@ -126,6 +122,11 @@ def check_index(shards: Mapping[Path, set[str]], file_of: Mapping[str, Path]) ->
             )
 
 
+def is_of(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a file's name is one of these."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
 def side_files(folder: Path) -> tuple[Path, ...]:
     """Return the files to copy along with the weights: tokenizer, templates, generation config, license.
 
@@ -135,9 +136,7 @@ def side_files(folder: Path) -> tuple[Path, ...]:
     found = tuple(
         path
         for path in list_folder(folder)
-        if not path.name.endswith((".py", ".index.json"))
-        and any(fnmatch(path.name, pattern) for pattern in SIDE_FILES)
-        and is_file(path)
+        if not path.name.endswith((".py", ".index.json")) and is_of(path.name, SIDE_FILES) and is_file(path)
     )
     for path in found:
         if leads_outside(path, folder):

@@ -43,7 +43,7 @@ class GgufFile:
         self._state = state_of(file)
         reader, places = open_gguf(file)
         self.header_bytes = bytes(reader.data[: reader.data_offset])
-        self._has_tokenizer = _TOKENIZER in reader.fields
+        self.has_tokenizer = _TOKENIZER in reader.fields
         architecture = str(reader.fields["general.architecture"].contents())
         self._hf_config = _read_config(file, architecture)
         self.config = cast("JsonObject", parse_json(self._hf_config.to_json_string()))
@@ -102,7 +102,7 @@ class GgufFile:
         """
         from transformers import GenerationConfig
 
-        if self._has_tokenizer:
+        if self.has_tokenizer:
             save_tokenizer(load_tokenizer(self.files[0]), dst)
         GenerationConfig.from_model_config(self._hf_config).save_pretrained(dst)
 
@@ -118,7 +118,7 @@ class GgufFile:
             plain = [v.tobytes() if item == GGUFValueType.STRING else v.tolist()[0] for v in values]
             is_array = kind == GGUFValueType.ARRAY
             writer.add_key_value(name, plain if is_array else plain[0], kind, item if is_array else None)
-        return self._has_tokenizer
+        return self.has_tokenizer
 
     def close(self) -> None:
         """Release the mapped file."""

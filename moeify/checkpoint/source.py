@@ -16,9 +16,11 @@ from moeify.checkpoint.download import download
 from moeify.checkpoint.folder import (
     PICKLE,
     SAFETENSORS,
+    TOKENIZER_FILES,
     check_index,
     find_shards,
     index_name,
+    is_of,
     side_files,
 )
 from moeify.checkpoint.gguf_file import GgufFile
@@ -110,6 +112,15 @@ class Source:
     def copy_tokenizer(self, writer: GGUFWriter) -> bool:
         """Add the tokenizer of a GGUF file to another; return whether this is one, and has one."""
         return isinstance(self._stored, GgufFile) and self._stored.copy_tokenizer(writer)
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Where a tokenizer lies, damaged or not: this folder or GGUF file, or that of an adapter's base model."""
+        if isinstance(self._stored, GgufFile):
+            return self.path if self._stored.has_tokenizer else None
+        if any(is_of(path.name, TOKENIZER_FILES) for path in side_files(self.path)):
+            return self.path
+        return None if self.base is None else self.base.tokenizer_path
 
     def check_side_files(self) -> None:
         """Check the files beside the weights before hours of work.

@@ -59,10 +59,11 @@ def export(
     from moeify.export.folder import export_folder  # needs the packages that were just checked
     from moeify.export.pipeline import export as export_file
 
+    trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "dequantize": dequantize}
+    tokenizer = _tokenizer(src, **trust)  # what is wrong with it is told before minutes of work
     with without_bars():
-        trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "dequantize": dequantize}
-        model, tokenizer = _load(src, request.dtype, config, layers, trust), _tokenizer(src)
-        entries = {"source": src.name, **_text_entries(src, model, tokenizer)}
+        model = _load(src, request.dtype, config, layers, trust)
+        entries = {"source": src.name, **_text_entries(model, tokenizer)}
         if file == out:
             report = export_file(model, request, None, entries)
         else:
@@ -86,27 +87,33 @@ def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str, trust: d
     return model if config is None else convert(model, config, layers)
 
 
-def _tokenizer(src: Path) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer, if there is one."""
+def _tokenizer(src: Path, **trust: bool) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer, if there is one, as for a vision model there is not; say so if it does not load."""
+    from moeify.checkpoint.source import open_source
+    from moeify.cli import display
+    from moeify.cli.quiet import without_bars
     from moeify.pretrained import load_tokenizer
 
+    with without_bars(), open_source(src, **trust) as source:
+        place = source.tokenizer_path
+    if place is None:
+        return None
     try:
-        return load_tokenizer(src)
-    except CheckpointError:
-        return None  # a vision model
+        with without_bars():
+            return load_tokenizer(place)
+    except CheckpointError as error:
+        display.stderr().print(f"warning: {error}; the output has no tokenizer")
+        return None
 
 
-def _text_entries(src: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:
+def _text_entries(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:
     """What `moeify run` needs: the tokenizer, and the tokens that end a text."""
+    from moeify.export.folder import end_tokens
+
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if tokenizer is None or backend is None:
+    if backend is None:
         return {}  # it has no file of its own
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(isinstance(number, int) for number in ids):
-        raise CheckpointError(f"{src}: eos_token_id is {ends!r}: expected the number of a token, or a list of them")
-    return {"tokenizer": backend.to_str(), "eos_token_ids": " ".join(map(str, ids))}
+    return {"tokenizer": backend.to_str(), "eos_token_ids": " ".join(map(str, end_tokens(model, tokenizer)))}
 
 
 def _operators(report: OnnxReport) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,10 +21,12 @@ class StockLoss:
 
     Args:
         model: A model that adds the loss itself (see `adds_loss`).
+        holder: What it reads the coefficient from.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.coefficient: float = model.router_aux_loss_coef
+    def __init__(self, model: nn.Module, holder: Any) -> None:
+        self.holder = holder
+        self.coefficient: float = holder.router_aux_loss_coef
         self.handles: tuple[RemovableHandle, ...] = (
             model.register_forward_pre_hook(self.ask, with_kwargs=True),
             model.register_forward_hook(self.restore, always_call=True),
@@ -32,19 +35,21 @@ class StockLoss:
     @classmethod
     def on(cls, model: nn.Module) -> list[StockLoss]:
         """Hook what adds the loss of its layers, in a model or wrapped in it."""
-        return [cls(module) for module in model.modules() if adds_loss(module)]
+        models = [(module, _holder(module)) for module in model.modules() if adds_loss(module)]
+        return [cls(module, holder) for module, holder in models if getattr(holder, COEFFICIENT, 0)]
 
     def ask(self, model: Any, args: object, kwargs: Mapping[str, object]) -> tuple[object, dict[str, object]]:
         """Ask for the loss, and weigh it."""
         given = dict(kwargs)
         if model.training and given.get("labels") is not None:
             given.setdefault(ASK, True)
-            model.router_aux_loss_coef = self.coefficient * share_of_step(model, given)
+            # A tensor, so that nothing waits for the device; a config would take a float only.
+            vars(self.holder)[COEFFICIENT] = self.coefficient * share_of_step(model, given)
         return args, given
 
-    def restore(self, model: Any, *_: object) -> None:
+    def restore(self, *_: object) -> None:
         """Leave the coefficient as it was."""
-        model.router_aux_loss_coef = self.coefficient
+        vars(self.holder)[COEFFICIENT] = self.coefficient
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -52,6 +57,15 @@ class StockLoss:
             handle.remove()
 
 
-def adds_loss(module: Any) -> bool:
-    """Return whether a model of transformers adds a balancing loss to its own where it is asked for router logits."""
-    return bool(getattr(module, COEFFICIENT, 0)) and hasattr(text_config(module), ASK)
+def adds_loss(model: nn.Module) -> bool:
+    """Return whether the code of a model adds a balancing loss to its own, where it is asked for router logits.
+
+    A head that transformers makes for any model (sequence classification) does not, though its base has routers.
+    """
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return code is not None and "load_balancing_loss_func" in code.co_names
+
+
+def _holder(model: nn.Module) -> Any:
+    """Return what a model reads the coefficient from: itself, or the config of its text (Qwen3-VL)."""
+    return model if hasattr(model, COEFFICIENT) else text_config(model)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moeify.config import MoEConfig
 from moeify.contract.scores import scores_of, scoring_of
 from moeify.layers.forward_record import ForwardRecord
 from moeify.layers.model_inputs import ModelInputs, exporting
@@ -174,7 +175,8 @@ class Watch:
     ) -> tuple[Tensor, Tensor]:
         if mask_T is not None:
             ids_TK = ids_TK.masked_fill(~mask_T.unsqueeze(-1), self.num_experts)
-        capacity = expert_capacity(ids_TK.shape[0], self.num_experts, ids_TK.shape[-1], factor)
+        tokens, top_k = ids_TK.shape
+        capacity = expert_capacity(tokens, self.num_experts, top_k, factor, minimum=MoEConfig.min_capacity)
         return drop_overflow(ids_TK, logits_TE, capacity)
 
     def _dropped_by_router(self, routed: tuple[object, ...], mask_T: Tensor | None) -> Tensor | None:

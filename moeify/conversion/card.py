@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from moeify.checkpoint.download import HUB_ID
 from moeify.checkpoint.folder import CARD, leads_outside
 from moeify.checkpoint.source import Source
 from moeify.config.choice import Choice
@@ -26,7 +27,6 @@ from moeify.plan import Plan
 _TAGS = ("moe", "mixture-of-experts", "moeify")
 _FRONT = re.compile(rb"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|!&~$])")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _WORD, _WORDS = 100, 100  # characters of a tag or a name, and how many of them are carried over
 
 
@@ -60,7 +60,7 @@ def model_card(
 def _metadata(source: Source) -> ModelCardData:
     """Return the front matter: ours, and of the source's what stays true of the MoE."""
     card = source_metadata(source)
-    base = _hub_id(source.path) or [word for word in _words(card.get("base_model")) if _HUB_ID.fullmatch(word)] or None
+    base = _hub_id(source.path) or [word for word in _words(card.get("base_model")) if HUB_ID.fullmatch(word)] or None
     return ModelCardData(
         base_model=base,
         language=_words(card.get("language")) or None,
@@ -101,7 +101,7 @@ def _hub_id(path: Path) -> str | None:
     for parent in path.absolute().parents:
         if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
             found = parent.parent.name.removeprefix("models--").replace("--", "/")
-            return found if _HUB_ID.fullmatch(found) else None
+            return found if HUB_ID.fullmatch(found) else None
     return None
 
 

@@ -89,12 +89,13 @@ def _refuse_blocks(graph_module: fx.GraphModule, found: Inspection) -> None:
     """Refuse FFNs in what torch.export sets apart, `with torch.no_grad()` and `with autocast`: passes do not go in."""
     if not any(op_name(node).startswith("wrap_with_") for node in graph_module.graph.nodes):
         return
-    seen = {ffn.down.weight for ffn in found.ffns}
+    seen = {ffn.down.weight: len(ffn.calls) for ffn in found.ffns}
     inlined = find_ffns_in(inline_blocks(copy_graph(graph_module)))
-    hidden = [ffn for ffn in inlined.ffns if ffn.down.weight not in seen]
+    hidden = [ffn for ffn in inlined.ffns if len(ffn.calls) > seen.get(ffn.down.weight, 0)]
     if hidden:
         more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
         raise RefusedError(
             f"{hidden[0].name}{more}: computed in a block `with torch.no_grad()` or `with autocast` (checkpoint's "
-            "use_reentrant=True is one), which torch.export sets apart: export without it, or convert in place"
+            "use_reentrant=True is one), which torch.export sets apart: export without it (all under "
+            "torch.no_grad(), say), or convert in place"
         )

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from moeify.contract.found import text_config
+from moeify.errors import CheckpointError
 from moeify.export.capture.interface import PRESENT, STATE
 from moeify.export.pipeline import export
 from moeify.files.staging import staged_folder
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from moeify.export.report import OnnxReport
 
 GENAI = "genai_config.json"
+_ENDS = "eos_token_id"
 _KIND = "llama"  # how genai calls a decoder with these inputs; it knows no Mixtral, and asks the graph for the rest
 
 
@@ -51,13 +54,27 @@ def export_folder(
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             save_tokenizer(tokenizer, folder)
-        genai = genai_config(file, model)
+        genai = genai_config(file, model, tokenizer)
         if genai is not None:
             (folder / GENAI).write_text(json.dumps(genai, indent=2) + "\n", "utf-8")
     return replace(report, path=str(request.path))
 
 
-def genai_config(file: Path, model: Any) -> dict[str, object] | None:
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Return the tokens that end a text: of the generation config, else of the model's config, else of the tokenizer.
+
+    Raises:
+        CheckpointError: They are no numbers.
+    """
+    held = (getattr(model, "generation_config", None), text_config(model), tokenizer)
+    found: Any = next((ends for ends in (getattr(each, _ENDS, None) for each in held) if ends is not None), [])
+    ends = found if isinstance(found, list) else [found]
+    if not all(isinstance(number, int) for number in ends):
+        raise CheckpointError(f"{_ENDS} is {found!r}: expected the number of a token, or a list of them")
+    return ends
+
+
+def genai_config(file: Path, model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, object] | None:
     """Return what onnxruntime-genai has to know of a decoder; None for a graph that it cannot run."""
     graph = onnx.load(file, load_external_data=False).graph
     shapes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.input}
@@ -70,8 +87,9 @@ def genai_config(file: Path, model: Any) -> dict[str, object] | None:
         return None  # layers with other heads, or other caches
     config, generation = model.config.get_text_config(), model.generation_config
     _, heads, _, size = states[0]
-    ids = {name: getattr(generation, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ids["eos_token_id"] = ids["eos_token_id"] if ids["eos_token_id"] is not None else config.eos_token_id
+    ids: dict[str, object] = {name: getattr(generation, name, None) for name in ("bos_token_id", "pad_token_id")}
+    ends = end_tokens(model, tokenizer)
+    ids[_ENDS] = ends if len(ends) > 1 else next(iter(ends), None)
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": file.name,

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moeify.checkpoint.source import Source
 from moeify.errors import CheckpointError, ConfigError, told_as
-from moeify.files.reading import is_folder, list_folder
 from moeify.pretrained import load_tokenizer
 from moeify.proving.proof import random_inputs
 from moeify.report.watching import PASSAGE
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TOKENS, _WINDOW = 2048, 512
-_NAMES, _SUFFIXES = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges"), {".model", ".tiktoken"}
 _LOGITS = 2**28  # of one forward pass: 1 GB
 
 
@@ -74,10 +72,10 @@ def tokens_for(source: Source, model: PreTrainedModel, text: str | None, name: s
         if text is not None:
             raise ConfigError(f"--text is for models of text, and {type(model).__name__} takes {model.main_input_name}")
         return Tokens("random values", random_inputs(model))
-    if not _has_tokenizer(source):
+    if source.tokenizer_path is None:
         return _random(model, "there is no tokenizer beside the model")
     try:
-        tokenizer = load_tokenizer(source.path)
+        tokenizer = load_tokenizer(source.tokenizer_path)
         ids = _ids(tokenizer, sample_text()[: _TOKENS * 8] if text is None else text)
     except CheckpointError as error:
         return _random(model, f"its tokenizer cannot be used ({error})")
@@ -108,13 +106,6 @@ def _windows(model: PreTrainedModel, ids: list[int]) -> dict[str, object]:
         mask_BL[-1, window - short :] = 0
         inputs["attention_mask"] = mask_BL
     return inputs | _decoder(model, ids_BL)
-
-
-def _has_tokenizer(source: Source) -> bool:
-    """Return whether there are files of a tokenizer: transformers makes an empty one of nothing for some models."""
-    if not is_folder(source.path):
-        return True  # it is in the GGUF file
-    return any(file.name.startswith(_NAMES) or file.suffix in _SUFFIXES for file in list_folder(source.path))
 
 
 def _random(model: PreTrainedModel, why: str) -> Tokens:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from moeify.arguments import check_model
 from moeify.contract.found import FoundLayer, text_config
 from moeify.contract.outputs import ASK, COEFFICIENT, RouterOutputs
+from moeify.contract.stock_loss import adds_loss
 from moeify.contract.watch import stock_losses
 from moeify.errors import ConfigError, MoeifyError
 from moeify.layers import MoELayer
@@ -121,16 +121,14 @@ def _refuse_twice(model: nn.Module) -> None:
         text = text_config(module)
         if not getattr(text, ASK, False) or not getattr(text, COEFFICIENT, 0):
             continue
-        if _adds_loss(module):
+        if adds_loss(module) or _asks_for_loss(module):
             raise ConfigError(
                 f"{type(module).__name__} adds the balancing loss itself ({ASK} is on, {COEFFICIENT} is "
                 f"{getattr(text, COEFFICIENT)}): leave out aux_loss, or set model.config.{ASK} = False"
             )
 
 
-def _adds_loss(module: nn.Module) -> bool:
-    """Return whether a model with a loss of its own adds to it what its routers ask for."""
-    if "labels" not in inspect.signature(module.forward).parameters:
-        return False
-    ours = any(isinstance(hook, RouterOutputs) for hook in module._forward_pre_hooks.values())
-    return ours or hasattr(sys.modules[type(module).__module__], "load_balancing_loss_func")
+def _asks_for_loss(module: nn.Module) -> bool:
+    """Return whether a converted model adds to its loss what its routers ask for."""
+    hooked = any(isinstance(hook, RouterOutputs) for hook in module._forward_pre_hooks.values())
+    return hooked and "labels" in inspect.signature(module.forward).parameters

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,22 @@ def test_a_dense_checkpoint_converts_exports_and_speaks(
     assert again.exit_code == 1 and "exists" in again.stderr and len(again.stderr.splitlines()) == 1
     nowhere = moeify("run", out, "--prompt", "w1", "--provider", "cuda")
     assert nowhere.exit_code == 2 and "onnxruntime-gpu" in nowhere.stderr
+
+
+def test_a_tokenizer_that_does_not_load_is_told(source: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(source, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{")
+
+    def warned() -> list[str]:
+        result = moeify("export", damaged, tmp_path / "x.onnx", "--experts", 3, "--top-k", 2, "--layers", "none")
+        assert result.exit_code == 2 and "'none'" in result.stderr  # it got to the model
+        return [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+
+    (line,) = warned()
+    assert "tokenizer.json is not valid JSON" in line and line.endswith("; the output has no tokenizer")
+    for file in damaged.glob("tokenizer*"):
+        file.unlink()
+    assert not warned()
 
 
 @pytest.mark.parametrize(

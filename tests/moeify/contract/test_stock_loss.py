@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -60,4 +61,25 @@ def test_evaluation_and_failures_leave_it_as_it_was() -> None:
 
 
 def test_models_that_add_no_loss_are_passed_by() -> None:
-    assert not adds_loss(nn.Linear(1, 1)) and not adds_loss(tiny.build("llama")) and not StockLoss.on(mixtral().model)
+    tf: Any = transformers
+    small = {**mixtral().config.to_dict(), "num_hidden_layers": 1}
+    head = tf.MixtralForSequenceClassification(MixtralConfig(**small))  # its base has routers, its code no such loss
+    assert not any(map(adds_loss, (nn.Linear(1, 1), tiny.build("llama"), head))) and adds_loss(mixtral())
+    assert not StockLoss.on(mixtral().model) and not StockLoss.on(head)
+
+
+def test_a_coefficient_that_is_read_from_the_config_of_the_text() -> None:
+    tf: Any = transformers
+    sizes = {"hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12}
+    text = {**sizes, "num_hidden_layers": 1, "num_experts": 4, "moe_intermediate_size": 8, "vocab_size": 50,
+            "mlp_only_layers": [], "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 24}
+    config = tf.Qwen3VLMoeConfig(text_config=text, vision_config=vision, image_token_id=49, vision_start_token_id=48)
+    config.text_config.router_aux_loss_coef = 0.5
+    model, ids = tf.Qwen3VLMoeForConditionalGeneration(config).train(), IDS[:2] % 40
+    alone, whole = (model(input_ids=ids, labels=ids, output_router_logits=asked).loss for asked in (False, True))
+    StockLoss.on(model)
+    half = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(40))
+    expected = alone * 20 / 40 + (whole - alone) / 2
+    assert whole > alone and relative_difference(half.loss, expected) <= TOLERANCE["float32"]
+    assert config.text_config.router_aux_loss_coef == 0.5

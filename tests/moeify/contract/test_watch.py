@@ -59,13 +59,14 @@ def test_padding_takes_no_capacity() -> None:
     watch = watch_of(model)
     watch.set_capacity(train=None, evaluation=100.0)
     mask = torch.zeros_like(given["input_ids"])
-    mask[0, :3] = 1
+    mask[0] = 1
     model(**given, attention_mask=mask)
     assert watch.record is not None and watch.record.dropped == 0
     watch.set_capacity(train=None, evaluation=0.01)
     model(**given, attention_mask=mask)
-    kept = len(set(watch.record.routing.expert_ids_TK[:3].flatten().tolist()))
-    assert watch.record is not None and watch.record.dropped == 3 * native.TOP_K - kept
+    counts = watch.record.routing.expert_ids_TK[:11].flatten().bincount()
+    least = 4  # as of a converted layer: in decoding there are few tokens
+    assert watch.record is not None and watch.record.dropped == (counts - least).clamp(min=0).sum() > 0
 
 
 @torch.no_grad()

@@ -235,6 +235,25 @@ def test_ffns_in_blocks_that_export_sets_apart_are_named() -> None:
         convert_graph(torch.export.export(SetApart(), (torch.randn(2, 5, 10),)), CONFIG)
 
 
+class FirstWithoutGradients(SetApart):
+    """A recurrent model that trains its last cycle only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = x + self.ffn(x)
+        out: Tensor = x + self.ffn(x)
+        return out
+
+
+def test_an_ffn_that_is_also_called_in_such_a_block_is_named_and_converts_where_all_is_without_gradients() -> None:
+    model, x = FirstWithoutGradients(), torch.randn(2, 5, 10)
+    with pytest.raises(RefusedError, match=r"^ffn: computed in a block .*all under torch.no_grad\(\)"):
+        convert_graph(torch.export.export(model, (x,)), CONFIG)
+    with torch.no_grad():
+        converted = convert_graph(torch.export.export(model, (x,)), CONFIG)
+        assert tiny.relative(converted(x), model(x)) < FP32
+
+
 class Frozen(nn.Module):
     def __init__(self) -> None:
         super().__init__()

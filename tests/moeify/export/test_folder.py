@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import moeify
 from moeify.config import MoEConfig
-from moeify.export.folder import GENAI, export_folder
+from moeify.errors import CheckpointError
+from moeify.export.folder import GENAI, end_tokens, export_folder
 from moeify.export.onnx_file import check_request
 from moeify.export.report import OnnxReport
 from moeify.pretrained import load_tokenizer
@@ -45,6 +47,21 @@ def test_a_decoder_with_all_that_engines_read(tmp_path: Path) -> None:
     tokenizer = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"  # of transformers 4, which optimum has
     assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]  # it adds another
+
+
+def test_the_tokens_that_end_a_text_and_who_says_so() -> None:
+    model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    tokenizer: Any = SimpleNamespace()
+    assert end_tokens(model, None) == []
+    tokenizer.eos_token_id = 5
+    assert end_tokens(model, tokenizer) == [5]
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(eos_token_id=3))
+    assert end_tokens(model, tokenizer) == [3]
+    model.generation_config.eos_token_id = [2, 7]
+    assert end_tokens(model, tokenizer) == [2, 7]
+    model.generation_config.eos_token_id = "</s>"
+    with pytest.raises(CheckpointError, match="eos_token_id is '</s>': expected the number of a token"):
+        end_tokens(model, tokenizer)
 
 
 def test_an_encoder_is_nothing_for_genai(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from moeify.passes.matching.axes import reads_features
+from moeify.passes.matching.axes import axis_after, axis_before, reads_features
 from moeify.tracing.trace import trace
 from tests.passes.blocks import HIDDEN, TOKENS, Mlp, find, only_reason
 
@@ -94,3 +94,71 @@ def test_a_projection_writes_features_last() -> None:
     (node,) = graph.output_node().all_input_nodes
     assert reads_features(node, -1, {node})
     assert not reads_features(node, -2, {node})
+
+
+def _ones(x: Tensor, *sizes: int) -> Tensor:
+    return torch.ones(sizes, dtype=x.dtype, device=x.device)
+
+
+# Of (3, 4, 5, 6), which no two dimensions share a size of.
+FOLLOWED: dict[str, Turn] = {
+    "an elementwise operator": lambda x: x.sin(),
+    "a broadcast to more dimensions": lambda x: x * _ones(x, 7, 1, 1, 1, 1),
+    "a new dimension": lambda x: x.unsqueeze(-2),
+    "a selection": lambda x: x[:, 1],
+    "a transposition": lambda x: x.permute(2, 0, 3, 1),
+    "joined dimensions": lambda x: x.flatten(1, 2),
+    "a sum": lambda x: x.sum(1),
+    "a mean that keeps its dimension": lambda x: x.mean(2, keepdim=True),
+    "a stack": lambda x: torch.stack([x, x], 1),
+    "the first factor of a product": lambda x: x @ _ones(x, 6, 2),
+    "the second factor of a product": lambda x: _ones(x, 2, 5) @ x,
+    "a factor beside a vector": lambda x: x @ _ones(x, 6),
+    "a factor after a vector": lambda x: _ones(x, 5) @ x,
+    "a stack of products": lambda x: torch.bmm(_ones(x, 4, 2, 5), x[0]),
+    "a linear layer": lambda x: torch.nn.functional.linear(x, _ones(x, 2, 6)),
+    "an einsum": lambda x: torch.einsum("abcd, ca -> dbc", x, _ones(x, 5, 3)),
+    "an einsum without a result": lambda x: torch.einsum("dcba,bf", x, _ones(x, 5, 2)),
+    "an einsum of any number of dimensions": lambda x: torch.einsum("...d,n...->n...", x, _ones(x, 2, 1, 5)),
+}
+
+
+@pytest.mark.parametrize("function", FOLLOWED.values(), ids=FOLLOWED)
+def test_where_an_operator_leaves_a_dimension(function: Turn) -> None:
+    """A change at one index of the input reaches one index of the dimension that follows from it, and all of others."""
+
+    class Followed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    x = torch.rand(3, 4, 5, 6, dtype=torch.float64) + 1
+    graph = trace(Followed(), x).graph
+    source = next(node for node in graph.nodes if node.op == "placeholder")
+    (result,) = graph.output_node().all_input_nodes
+    for axis in range(-4, 0):
+        changed = x.clone()
+        changed.select(axis, 1).mul_(2)
+        reached = function(changed) != function(x)
+        at = [
+            dim
+            for dim in range(-reached.dim(), 0)
+            if reached.shape[dim] == x.shape[axis]
+            and reached.transpose(0, dim).flatten(1).any(1).tolist() == [i == 1 for i in range(x.shape[axis])]
+        ]
+        node: fx.Node = source
+        found: int | None = axis
+        for user in _path(source, result):
+            after = axis_after(node, user, found)
+            assert after is None or axis_before(user, node, after) in {found, None}  # None: not known
+            node, found = user, after
+            if found is None:
+                break
+        assert ([] if found is None else [found]) == at, axis
+
+
+def _path(source: fx.Node, result: fx.Node) -> list[fx.Node]:
+    """The operators from an input to the result."""
+    path = [source]
+    while path[-1] is not result:
+        path.append(next(iter(path[-1].users)))
+    return path[1:]

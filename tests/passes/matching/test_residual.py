@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moeify.passes.matching.projection import find_projections
 from moeify.passes.matching.residual import End, ResidualStreams, follows_choice
 from moeify.tracing.stand_in import standing_in
 from moeify.tracing.trace import trace
 from tests.passes.blocks import HIDDEN, TOKENS, Function, Mlp, Model, find, only_reason, residual
+
+Products = Callable[[Tensor, Tensor], Tensor]
 
 
 def streams(m: Model, x: Tensor, *, joined: bool = True) -> Tensor:
@@ -20,6 +25,21 @@ def streams(m: Model, x: Tensor, *, joined: bool = True) -> Tensor:
     h = m.other.weight[:4, :4].softmax(-1) @ h + y.unsqueeze(-2) * m.other.bias[:4, None]
     out: Tensor = h.sum(-2)
     return out
+
+
+def spread(m: Model, x: Tensor, read: Products, write: Products, mix: Products) -> Tensor:
+    """Hyper-connections with products: streams are read by weights, the result is written to them, they are mixed."""
+    h = torch.stack([x, 2 * x, -x, x / 2], dim=-2)
+    weights = m.other(h.mean(-2)).sigmoid()
+    y = m.mlps[0](m.norm(read(weights[..., :4], h)))
+    return mix((weights[..., :4, None] * weights[..., None, 4:8]).softmax(-1), h) + write(weights[..., 4:8], y)
+
+
+def over_streams(m: Model, x: Tensor) -> Tensor:
+    """Streams mixed by a linear layer, whose features are the streams."""
+    h, mix = torch.stack([x, 2 * x, -x, x / 2], dim=-1), m.other.weight[:4, :4]
+    y = m.mlps[0](m.norm(F.linear(h, mix[:1]).squeeze(-1)))
+    return F.linear(h, mix) + F.linear(y.unsqueeze(-1), mix[:, :1])
 
 
 JOINS: dict[str, Function] = {
@@ -41,6 +61,25 @@ JOINS: dict[str, Function] = {
     "layer scale in one operator": lambda m, x: torch.addcmul(x, m.mlps[0](m.norm(x)), m.norm.weight),
     "a scaled stream in one operator": lambda m, x: torch.addcmul(m.mlps[0](m.norm(x)), x, m.norm.weight),
     "four streams, mixed by a matrix": lambda m, x: streams(m, x),
+    "four streams, by einsum": lambda m, x: spread(
+        m,
+        x,
+        lambda w, h: torch.einsum("btn,btnh->bth", w, h),
+        lambda w, y: torch.einsum("...n, ...h -> ...nh", w, y),
+        lambda w, h: torch.einsum("btnm,btmh->btnh", w, h),
+    ),
+    "four streams, by matmul": lambda m, x: spread(
+        m,
+        x,
+        lambda w, h: (w.unsqueeze(-2) @ h).squeeze(-2),
+        lambda w, y: w.unsqueeze(-1) @ y.unsqueeze(-2),
+        lambda w, h: w @ h,
+    ),
+    "four streams, by a linear layer": over_streams,
+    "the sum of a stack": lambda m, x: torch.einsum(
+        "n,nbth->bth", m.other.bias[:2], torch.stack([m.mlps[0](m.norm(x)), x])
+    ),
+    "the mean of a stack": lambda m, x: torch.stack([x, m.mlps[0](m.norm(x))], -2).mean(2),
     "rows in a list": lambda m, x: x + m.mlps[0](m.norm(x).reshape(-1, HIDDEN)).view_as(x),
     "some rows only": lambda m, x: x.index_put((torch.tensor([0, 1]),), m.mlps[0](x[:2])) + x,
     "streams mixed before and after": lambda m, x: x + x.roll(1, 1) * m.mlps[0](x[:, :1] * 0.3 + x * 0.7),
@@ -66,6 +105,17 @@ ELSEWHERE: dict[str, Function] = {
     "interpolated with something else": lambda m, x: torch.lerp(m.other(x), m.mlps[0](m.other(x)), 0.3),
     "other streams, mixed by a matrix": lambda m, x: streams(m, x, joined=False),
     "squeeze and excite": lambda m, x: x * m.mlps[0](x.mean(1, keepdim=True)).sigmoid() + x,
+    "other streams, by einsum": lambda m, x: spread(
+        m,
+        x,
+        lambda w, h: m.other(h.sum(-2)),
+        lambda w, y: torch.einsum("btn,bth->btnh", w, y),
+        lambda w, h: m.other(h),
+    ),
+    "an attention with its result": lambda m, x: (
+        x + torch.einsum("bth,bsh->bts", m.mlps[0](x), m.other(x)).mean(-1, True)
+    ),
+    "a stack that is not summed": lambda m, x: torch.stack([x, m.mlps[0](m.norm(x))]).mean(2).tanh(),
     "added to something else": lambda m, x: m.other(x) + m.mlps[0](m.other(x)),
 }
 
@@ -126,6 +176,16 @@ def test_routed_experts_are_told_apart_from_the_shared_one(dense: bool) -> None:
     found = find(Router(dense))
     assert [(ffn.name, ffn.shared_expert) for ffn in found.ffns] == [("shared", True)]
     assert "a router chooses its tokens" in only_reason(found, "experts.1.down")
+
+
+def test_experts_that_a_product_weighs_are_no_dense_ffns() -> None:
+    def run(m: Model, x: Tensor) -> Tensor:
+        kept = torch.zeros_like(scores := m.other(x)[..., :2]).scatter(-1, scores.topk(1).indices, 1.0)
+        out: Tensor = x + torch.einsum("btn,nbth->bth", kept, torch.stack([mlp(m.norm(x)) for mlp in m.mlps]))
+        return out
+
+    found = find(Model(run, Mlp(), Mlp()))
+    assert not found.ffns and "a router chooses its tokens" in only_reason(found, "mlps.1.down")
 
 
 def test_a_norm_over_the_shared_and_the_routed_experts_together_is_no_router() -> None:
