@@ -16,18 +16,18 @@ from torch import Tensor
 from moeify.kernels.layout import RoutingLayout, TileMap, max_tiles, wide_enough
 
 
-@triton.jit
-def count_kernel(IDS, COUNTS, choices, blocks, E: tl.constexpr, X: tl.constexpr, BLOCK: tl.constexpr):
-    """COUNTS_XP: how many choices of each block go to each expert. Grid: (P,)."""
+@triton.jit(do_not_specialize=["choices"])
+def count_kernel(IDS, COUNTS, choices, E: tl.constexpr, X: tl.constexpr, BLOCK: tl.constexpr):
+    """COUNTS_PX: how many choices of each block go to each expert. Grid: (P,)."""
     choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(IDS + choice, mask=choice < choices, other=0)
     ids = tl.where((ids < 0) | (ids >= E), E, ids).to(tl.int32)
     expert = tl.arange(0, X)
     hits = (ids[:, None] == expert[None, :]) & (choice < choices)[:, None]
-    tl.store(COUNTS + expert.to(tl.int64) * blocks + tl.program_id(0), tl.sum(hits.to(tl.int32), 0))
+    tl.store(COUNTS + tl.program_id(0).to(tl.int64) * X + expert, tl.sum(hits.to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices", "blocks"])
 def place_kernel(IDS, STARTS, ORDER, INVERSE, choices, blocks, E: tl.constexpr, X: tl.constexpr, BLOCK: tl.constexpr):
     """Place each choice after those of its expert that come before it, in earlier blocks (STARTS_XP) or in its own."""
     choice = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -41,7 +41,7 @@ def place_kernel(IDS, STARTS, ORDER, INVERSE, choices, blocks, E: tl.constexpr, 
     tl.store(INVERSE + choice, row, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def tile_map_kernel(OFFSETS, TILE_EXPERT, TILE_ROW, tiles, E: tl.constexpr, X: tl.constexpr, BM: tl.constexpr):
     """Program e writes the tiles of expert e; program E marks the tiles past the last one as dead. Grid: (E + 1,)."""
     expert = tl.program_id(0)
@@ -70,11 +70,11 @@ def routing_layout(expert_ids_TK: Tensor, experts: int) -> RoutingLayout:
     choices, bins = ids_S.shape[0], triton.next_power_of_2(experts + 1)
     block = max(min(8192 // bins, 64), 16)  # what one program holds in registers: block x bins counters
     blocks = max(triton.cdiv(choices, block), 1)
-    counts_XP = ids_S.new_empty((bins, blocks), dtype=torch.int32)
+    counts_PX = ids_S.new_empty((blocks, bins), dtype=torch.int32)
     order_S, inverse_S = ids_S.new_empty((2, choices), dtype=torch.int32).unbind()
-    count_kernel[(blocks,)](ids_S, counts_XP, choices, blocks, E=experts, X=bins, BLOCK=block)
-    ends_XP = counts_XP.view(-1).cumsum(0, dtype=torch.int32).view(bins, blocks)
-    starts_XP = ends_XP - counts_XP
+    count_kernel[(blocks,)](ids_S, counts_PX, choices, E=experts, X=bins, BLOCK=block)
+    ends_XP = counts_PX.t().reshape(-1).cumsum(0, dtype=torch.int32).view(bins, blocks)
+    starts_XP = ends_XP.sub_(counts_PX.t())
     place_kernel[(blocks,)](ids_S, starts_XP, order_S, inverse_S, choices, blocks, E=experts, X=bins, BLOCK=block)
     return RoutingLayout(order_S, inverse_S, starts_XP[: experts + 1, 0].contiguous(), expert_ids_TK.shape[1])
 

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 
@@ -31,8 +34,19 @@ def architecture() -> str:
     """Return what the kernels will run on: "sm_90", "gfx942", or "interpreter"."""
     if interpreted():
         return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
+    driver = triton.runtime.driver.active
+    return _architecture(driver, driver.get_current_device())
+
+
+@cache
+def _architecture(driver: Any, device: int) -> str:
+    target = driver.get_current_target()  # of `device`; asking takes longer than a launch may
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def has_tma() -> bool:
+    """Whether the hardware copies whole blocks by tensor descriptor, or the interpreter does as if it did."""
+    return architecture() in {"sm_90", "sm_100", "sm_120", "interpreter"}
 
 
 def product_precision(dtype: torch.dtype) -> str:

@@ -78,17 +78,18 @@ def _sparse(name: str, kernel: Any, free: str, width: int | None) -> Iterator[Ca
 
 
 _FFN = {"HIDDEN": HIDDEN, "INTERMEDIATE": INTERMEDIATE, "TOP_K": TOP_K, "ACTIVATION": "silu", "GATED": True}
+_BY_COLUMN = {"K_MAJOR": True, "stride_wk": 1}  # each column of the weight lies in one piece
+_BY_ROW = {"K_MAJOR": False, "stride_wn": 1}
 _TOKENS = {"N": HIDDEN, "TOP_K": TOP_K, "WEIGHTED": True}
 _ROUTING = {"E": 128, "X": 256, "IDS": "*i64"}
-_SUM = {"TOP_K": TOP_K, "GATHER_L": False, "GATHER_R": False}
 CASES = (
-    Case("up", gemm.up_kernel, "up", _FFN | {"HAS_BIAS": False, "KEEP": True, "stride_wk": 1}),
-    Case("down", gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False, "stride_wk": 1}),
-    Case("d input", gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False, "stride_wn": 1}),
-    Case("d hidden", gemm.down_backward_kernel, "down_backward", _FFN | {"stride_wn": 1}),
-    Case("d up", gemm.weights_kernel, "weights", _SUM | {"M": 2 * INTERMEDIATE, "N": HIDDEN, "GATHER_R": True}),
+    Case("up", gemm.up_kernel, "up", _FFN | {"HAS_BIAS": False, "KEEP": True} | _BY_COLUMN),
+    Case("down", gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False} | _BY_COLUMN),
+    Case("d input", gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False} | _BY_ROW),
+    Case("d hidden", gemm.down_backward_kernel, "down_backward", _FFN | _BY_ROW),
+    Case("d up", gemm.weights_kernel, "weights", {"M": 2 * INTERMEDIATE, "N": HIDDEN}),
     Case("(dense)", dense_kernel, "up", {"N": HIDDEN}),
-    Case("d down", gemm.weights_kernel, "weights", _SUM | {"M": HIDDEN, "N": INTERMEDIATE, "GATHER_L": True}),
+    Case("d down", gemm.weights_kernel, "weights", {"M": HIDDEN, "N": INTERMEDIATE}),
     *_sparse("sdd", blocksparse.sdd_kernel, "K", None),
     *_sparse("dsd", blocksparse.dsd_kernel, "M", 64),
     *_sparse("dsd^T", blocksparse.dsd_transposed_kernel, "M", 64),
@@ -114,7 +115,8 @@ def measure(case: Case, tile: Tile, architecture: str, kind: str = "bf16") -> Re
     """Compile one case with one tile and read its resources."""
     dtype, precision = KINDS[kind]
     known = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP_M": tile.group_m, "PRECISION": precision, "EVEN": True}
-    known |= {"BLOCK": tile.m} | case.constants
+    known |= {"BLOCK": tile.m, "TMA": tile.tma} | case.constants
+    known |= _descriptors(known, tile, dtype) if tile.tma else {}
     arguments = {name: known.get(name, _type(name, dtype)) for name in case.kernel.arg_names}
     return static_analysis.resources(
         static_analysis.compile_kernel(case.kernel, arguments, architecture, tile), architecture
@@ -173,6 +175,13 @@ def slow_loops(found: list[Entry]) -> list[str]:
         for (name, tile), ratio in ratios.items()
         if name == "up" and ratio > DENSE_MARGIN * ratios["(dense)", tile]
     ]
+
+
+def _descriptors(known: dict[str, Any], tile: Tile, dtype: str) -> dict[str, str]:
+    """Return the types of the arguments that are tensor descriptors, for whichever kernel has them."""
+    weight = (tile.n, tile.k) if known.get("K_MAJOR") else (tile.k, tile.n)
+    blocks = {"W": (1, *weight), "P": (tile.m, tile.k), "L_TILES": (tile.k, tile.m), "R_TILES": (tile.k, tile.n)}
+    return {name: f"tensordesc<{dtype}{list(block)}>" for name, block in blocks.items()}
 
 
 def _type(name: str, dtype: str) -> str:

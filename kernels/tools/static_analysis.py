@@ -67,8 +67,8 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], architecture: str, ti
     signature = {n: arguments[n] if _is_type(arguments[n]) else "constexpr" for n in names}
     constants = {n: arguments[n] for n in names if signature[n] == "constexpr"}
     # Pointers, strides and widths are multiples of 16: else loads are scalar and nothing is asynchronous.
-    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n != "tiles"]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[names[i]] != "constexpr"}
+    aligned = [i for i, n in enumerate(names) if signature[n][0] in "*i" and n != "tiles"]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
@@ -83,7 +83,7 @@ def resources(compiled: Any, architecture: str) -> Resources:
 
 
 def _is_type(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"\*?(bf16|fp16|fp32|i32|i64)", value) is not None
+    return isinstance(value, str) and re.fullmatch(r"\*?(bf16|fp16|fp32|i32|i64)|tensordesc<.*>", value) is not None
 
 
 def _nvidia(compiled: Any, architecture: str) -> Resources:

@@ -1,6 +1,6 @@
 """More tiles than `moeify doctor --tune` tries, in bf16: each against the table's own tile.
 
-The winners go to a file that kernels read. Tiles of 256 columns are timed too, but the file's format ends at 128.
+The winners go to a file that kernels read.
 """
 
 from __future__ import annotations

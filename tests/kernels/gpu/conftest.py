@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 
@@ -89,17 +90,18 @@ def addresses_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     launch, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        allowed[:] = [extent(t) for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        read = [t.base if isinstance(t, TensorDescriptor) else t for t in (*args, *kwargs.values())]
+        allowed[:] = [extent(t) for t in read if isinstance(t, torch.Tensor)]
         return launch(self, *args, **kwargs)
 
     def checked(access: Any, mask_at: int) -> Any:
-        def run(self: Any, pointers: Any, *rest: Any) -> Any:
+        def run(self: Any, pointers: Any, *rest: Any, **named: Any) -> Any:
             used = pointers.data[rest[mask_at].data]
             inside = np.zeros(used.shape, bool)
             for start, stop in allowed:
                 inside |= (used >= start) & (used < stop)
             assert inside.all(), f"{(~inside).sum()} of {inside.size} addresses are outside the arguments"
-            return access(self, pointers, *rest)
+            return access(self, pointers, *rest, **named)
 
         return run
 
