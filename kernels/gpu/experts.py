@@ -29,7 +29,7 @@ from moeify.kernels.gpu.gemm import (
     up_kernel,
     weights_kernel,
 )
-from moeify.kernels.gpu.layout import routing_layout, tile_map
+from moeify.kernels.gpu.layout import route, tile_map
 from moeify.kernels.gpu.target import has_tma, product_precision
 from moeify.kernels.gpu.tiles import Tile, row_tile
 from moeify.kernels.inputs import ExpertInputs, Kept
@@ -40,9 +40,9 @@ WIDEST = 256  # rows or columns of the largest tile
 
 def experts_forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Kept]:
     """Return the output (T, H) and what the backward pass reads; the pre-activation has no rows unless `keep`."""
-    layout = routing_layout(inputs.expert_ids_TK, inputs.experts)
+    height = row_tile(inputs.expert_ids_TK.numel(), inputs.experts)
+    layout, tiles = route(inputs.expert_ids_TK, inputs.experts, height)
     order_S, offsets_E1 = layout.order_S, layout.offsets_E1
-    tiles = cut(offsets_E1, order_S.shape[0])
     z_SJ, a_SI = launch_up(inputs, order_S, offsets_E1, tiles, keep)
     y_SH = launch_rows(a_SI, inputs.down_EHI.transpose(1, 2), inputs.down_bias_EH, offsets_E1, tiles)
     out_TH = launch_combine(y_SH, inputs.weights_TK, layout.inverse_S, offsets_E1, inputs.x_TH.shape[0])

@@ -25,6 +25,10 @@ SHARED_MEMORY = {
 }
 
 
+TMA = frozenset({"sm_90", "sm_100", "sm_120"})  # copies blocks by tensor descriptor
+E4M3 = frozenset({"sm_89", "sm_90", "sm_100", "sm_120"})  # multiplies it, in the form that has no infinities
+
+
 def interpreted() -> bool:
     """Whether this process runs kernels in Triton's interpreter, on CPU: TRITON_INTERPRET=1 when it started."""
     return not isinstance(swizzle, triton.JITFunction)
@@ -46,7 +50,12 @@ def _architecture(driver: Any, device: int) -> str:
 
 def has_tma() -> bool:
     """Whether the hardware copies whole blocks by tensor descriptor, or the interpreter does as if it did."""
-    return architecture() in {"sm_90", "sm_100", "sm_120", "interpreter"}
+    return interpreted() or architecture() in TMA
+
+
+def has_e4m3() -> bool:
+    """Whether the hardware multiplies e4m3."""
+    return interpreted() or architecture() in E4M3
 
 
 def product_precision(dtype: torch.dtype) -> str:

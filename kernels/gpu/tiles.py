@@ -129,6 +129,12 @@ def block_tile(block: int, columns: int, itemsize: int) -> Tile:
     return Tile(block, columns, min(block, 32 if itemsize <= 2 else 16), 8 if columns > 64 else 4, 3)
 
 
+def quantized_tile(m: int, packed: bool) -> Tile:
+    """Return the tile of a product with quantized weights: the same everywhere."""
+    wide = m == 128
+    return Tile(m, 128 if wide else 64, 64 if packed else 128, 8 if wide else 4, 3)
+
+
 @cache
 def _table(architecture: str) -> Table:
     """Return the tiles of an architecture; cached, so that a process warns once of an unknown one."""

@@ -92,8 +92,12 @@ def _by_entry(shape: Shape, made: dict[str, Launch]) -> dict[str, Launch]:
 
 def entry_of(name: str, shape: Shape) -> str:
     """Return the entry in the table of tiles that the launch of this name uses."""
-    summed = {"rows": shape.intermediate, "rows, gradient of x": 2 * shape.intermediate}
-    return tiles.entry(name.partition(",")[0], summed.get(name, shape.hidden))
+    return tiles.entry(name.partition(",")[0], summed(name, shape))
+
+
+def summed(name: str, shape: Shape) -> int:
+    """Return how many elements the launch of this name sums, but for "weights", which sums rows."""
+    return {"rows": shape.intermediate, "rows, gradient of x": 2 * shape.intermediate}.get(name, shape.hidden)
 
 
 def _survivors(kernel: str, m: int, itemsize: int) -> list[Tile]:

@@ -68,6 +68,18 @@ def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, 
             assert found.async_copies.keys() & {"LDGSTS", "UTMALDG"}, name  # arguments were seen to be aligned
 
 
+def test_another_number_of_tokens_compiles_nothing_again(launches: list[tuple[str, int, Any]]) -> None:
+    compiled = []
+    for tokens in (1024, 1025, 1153):
+        inputs = oracle.make_inputs(tokens, 2, 128, 64, 4, gated=True, bias=True, dtype=torch.bfloat16)
+        arguments = ExpertInputs(*(*inputs.values(), "silu", True))
+        _, (z, _, _) = gpu_experts.experts_forward(arguments, keep=True)
+        order, offsets = sort_by_expert(inputs["ids"], 4)
+        gpu_experts.experts_backward(inputs["x"], arguments, Kept(z, order, offsets), [True] * 7)
+        compiled.append({(name, id(code)) for name, _, code in launches})
+    assert compiled[0] == compiled[2], compiled[2] - compiled[0]
+
+
 def test_block_sparse_products_launch(launches: list[tuple[str, int, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocksparse, "interpreted", lambda: True)  # tensors on CPU are let through
     topology = block_topology(torch.tensor([0, 60, 100], dtype=torch.int32), 100, 64, 64)
