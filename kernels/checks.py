@@ -46,19 +46,23 @@ def check_experts(inputs: ExpertInputs, implementation: str) -> None:
 
 def check_quantized(inputs: ExpertInputs, up: Quantized, down: Quantized, implementation: str) -> None:
     """Raise ValueError unless the arguments of `quantized_experts` fit together."""
-    for name, weight in {"up": up, "down": down}.items():
+    x_TH, whole = inputs.x_TH, []
+    for name, weight in (("up", up), ("down", down)):
+        scale = f"the scale of {name}"
         if weight.values.dtype not in {torch.float8_e4m3fn, torch.uint8}:
-            raise ValueError(f"{name} has dtype {weight.values.dtype}: expected float8_e4m3fn, or uint8 for packed int4")
+            raise ValueError(
+                f"{name} has dtype {weight.values.dtype}: expected float8_e4m3fn, or uint8 for packed int4; quantize it"
+            )
         check_shape(name, weight.values, (None, None, None))
-        check_shape(f"the scale of {name}", weight.scales, (weight.values.shape[0], None, None))
+        check_shape(scale, weight.scales, (weight.values.shape[0], None, None))
         if 0 in weight.block:
             raise ValueError(
-                f"the scale of {name} has shape {tuple(weight.scales.shape)}: expected a scale for all, each or 128 of the "
-                f"{weight.rows} rows, and for all, 128 or, of int4, a power of two from 32 on of the {weight.columns} columns"
+                f"{scale} has shape {tuple(weight.scales.shape)}: expected one for each, 128 or all of {weight.rows} "
+                f"rows, and for 32, 64, 128, … or all of {weight.columns} columns; check how it was quantized"
             )
-        _check_devices(inputs.x_TH, {name: weight.values, f"the scale of {name}": weight.scales})
-    whole = {n: inputs.x_TH.new_empty(()).expand(len(w.values), w.rows, w.columns) for n, w in (("up_EJH", up), ("down_EHI", down))}
-    check_experts(inputs._replace(**whole), implementation)
+        _check_devices(x_TH, {name: weight.values, scale: weight.scales})
+        whole.append(x_TH.new_empty(()).expand(weight.values.shape[0], weight.rows, weight.columns))
+    check_experts(inputs._replace(up_EJH=whole[0], down_EHI=whole[1]), implementation)
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         raise ValueError("quantized experts have no gradient: expected inputs that want none; use torch.no_grad()")
 

@@ -45,6 +45,8 @@ class Quantized(NamedTuple):
     def block(self) -> tuple[int, int]:
         """How many rows and columns share a scale; 0 for a number of scales that fits none of the ways."""
         rows, columns = self.scales.shape[1:]
+        if not rows * columns:
+            return 0, 0
         parts = self.columns // columns if self.columns % columns == 0 else 0
         power = parts >= 32 and parts & (parts - 1) == 0
         return _share(self.rows, rows, 1), parts if power else _share(self.columns, columns, 0)

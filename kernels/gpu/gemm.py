@@ -166,31 +166,37 @@ def rows_kernel(
 @triton.jit
 def _through_activation(
     da, s, live, Z, DZ, AS, first, m, col,
-    INTERMEDIATE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Write dZ and s * A of BN columns from `col` on; return their part of ds = <dA', A>."""
-    n = tl.arange(0, BN)
-    mask = live[:, None] & (n < INTERMEDIATE - col)[None, :]
-    width = 2 * INTERMEDIATE if GATED else INTERMEDIATE
-    base = first.to(tl.int64) * width + col
-    tile = m[:, None] * width + n[None, :]
-    gate = tl.load(Z + base + tile, mask=mask, other=0.0).to(tl.float32)
-    a, slope = activate(gate, ACTIVATION)
-    if GATED:
-        up = tl.load(Z + base + INTERMEDIATE + tile, mask=mask, other=0.0).to(tl.float32)
-        tl.store(DZ + base + INTERMEDIATE + tile, (s * da * a).to(DZ.dtype.element_ty), mask=mask)
-        a *= up
-        slope *= up
-    tl.store(DZ + base + tile, (s * da * slope).to(DZ.dtype.element_ty), mask=mask)
-    as_ptr = AS + first.to(tl.int64) * INTERMEDIATE + col + (m[:, None] * INTERMEDIATE + n[None, :])
-    tl.store(as_ptr, (s * a).to(AS.dtype.element_ty), mask=mask)
-    return tl.sum(tl.where(mask, da * a, 0.0), 1)
+    """Write dZ and s * A of BN columns from `col` on; return their part of ds = <dA', A>.
 
-
-@triton.jit
-def halves(x, BM: tl.constexpr, BN: tl.constexpr):
-    """Return the left and the right half of the columns of a tile; the compiler copies nothing."""
-    return tl.split(x.reshape(BM, 2, BN // 2).permute(0, 2, 1))
+    A wide tile is finished in parts of 32 columns, whose numbers fit into registers one after the other.
+    """
+    if BN >= 64:
+        HALF: tl.constexpr = BN // 2
+        left, right = tl.split(da.reshape(BM, 2, HALF).permute(0, 2, 1))  # columns that each thread holds: no copy
+        ds = _through_activation(left, s, live, Z, DZ, AS, first, m, col, INTERMEDIATE, ACTIVATION, GATED, BM, HALF)
+        ds += _through_activation(
+            right, s, live, Z, DZ, AS, first, m, col + HALF, INTERMEDIATE, ACTIVATION, GATED, BM, HALF
+        )
+    else:
+        n = tl.arange(0, BN)
+        mask = live[:, None] & (n < INTERMEDIATE - col)[None, :]
+        width = 2 * INTERMEDIATE if GATED else INTERMEDIATE
+        base = first.to(tl.int64) * width + col
+        tile = m[:, None] * width + n[None, :]
+        gate = tl.load(Z + base + tile, mask=mask, other=0.0).to(tl.float32)
+        a, slope = activate(gate, ACTIVATION)
+        if GATED:
+            up = tl.load(Z + base + INTERMEDIATE + tile, mask=mask, other=0.0).to(tl.float32)
+            tl.store(DZ + base + INTERMEDIATE + tile, (s * da * a).to(DZ.dtype.element_ty), mask=mask)
+            a *= up
+            slope *= up
+        tl.store(DZ + base + tile, (s * da * slope).to(DZ.dtype.element_ty), mask=mask)
+        as_ptr = AS + first.to(tl.int64) * INTERMEDIATE + col + (m[:, None] * INTERMEDIATE + n[None, :])
+        tl.store(as_ptr, (s * a).to(AS.dtype.element_ty), mask=mask)
+        ds = tl.sum(tl.where(mask, da * a, 0.0), 1)
+    return ds
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -205,7 +211,6 @@ def down_backward_kernel(
     """From dA' = dO[token] W_EHI, before the routing weight s: dZ, s * A, and partial sums of ds = <dA', A>.
 
     A is computed again from Z. DS is (S, cdiv(INTERMEDIATE, BN)): one partial sum per tile, to be summed in order.
-    A wide tile is finished in four parts, whose numbers fit into registers one after the other.
     Grid: (tiles * cdiv(INTERMEDIATE, BN),).
     """
     tiles_n = tl.cdiv(INTERMEDIATE, BN)
@@ -225,20 +230,7 @@ def down_backward_kernel(
         )  # fmt: skip
         live = row < end
         s = tl.load(WEIGHTS + choice).to(tl.float32)[:, None]
-        if BN < 128:
-            ds = _through_activation(da, s, live, Z, DZ, AS, first, m, col, INTERMEDIATE, ACTIVATION, GATED, BN)
-        else:
-            PART: tl.constexpr = BN // 4
-            left, right = halves(da, BM, BN)
-            d0, d1 = halves(left, BM, BN // 2)
-            d2, d3 = halves(right, BM, BN // 2)
-            ds = _through_activation(d0, s, live, Z, DZ, AS, first, m, col, INTERMEDIATE, ACTIVATION, GATED, PART)
-            col += PART
-            ds += _through_activation(d1, s, live, Z, DZ, AS, first, m, col, INTERMEDIATE, ACTIVATION, GATED, PART)
-            col += PART
-            ds += _through_activation(d2, s, live, Z, DZ, AS, first, m, col, INTERMEDIATE, ACTIVATION, GATED, PART)
-            col += PART
-            ds += _through_activation(d3, s, live, Z, DZ, AS, first, m, col, INTERMEDIATE, ACTIVATION, GATED, PART)
+        ds = _through_activation(da, s, live, Z, DZ, AS, first, m, col, INTERMEDIATE, ACTIVATION, GATED, BM, BN)
         tl.store(DS + row.to(tl.int64) * tiles_n + pid_n, ds, mask=live)
 
 

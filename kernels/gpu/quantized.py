@@ -95,7 +95,7 @@ def activate_kernel(
 
     Grid: (cdiv(rows, BM), cdiv(N, BN)).
     """
-    if ACTIVATION:
+    if ACTIVATION != "":
         rows = tl.load(VALID)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -103,7 +103,7 @@ def activate_kernel(
     row64 = row.to(tl.int64)
     x_ptr = X + row64[:, None] * stride_x + n[None, :]
     x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
-    if ACTIVATION:
+    if ACTIVATION != "":
         x, _ = activate(x, ACTIVATION)
         if GATED:
             x *= tl.load(x_ptr + N, mask=mask, other=0.0).to(tl.float32)
@@ -155,7 +155,7 @@ def launch_quantized_rows(
     """Multiply each row, or each choice's token if `gather`, with the weight of its expert."""
     (p, p_scales), values, scales = rows, w.values.contiguous(), w.scales.float().contiguous()
     bias = scales if bias_EN is None else bias_EN.contiguous()
-    tile = fit(quantized_tile(tiles.block_m, w.packed), w.rows, min(w.block[1], w.columns))
+    tile = fit(quantized_tile(tiles.block_m, w.packed), w.rows, max(w.block[1], 32))
     y_SN = p.new_empty((layout.order_S.shape[0], w.rows), dtype=dtype)
     count = tiles.expert_L.shape[0]
     quantized_rows_kernel[(count * triton.cdiv(w.rows, tile.n),)](

@@ -97,16 +97,16 @@ def entry(kernel: str, k: int) -> str:
 def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int) -> Tile:
     """Return the tile of `kernel` for tiles of `m` rows, no wider than the matrix and no deeper than its type allows.
 
-    The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the width of the kernels
-    that hold a gate beside the rest, for registers, of which products without tensor cores need more. The others' tiles
-    of 32 rows spill unless they are shallower still.
+    The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the widest tiles and those of
+    the kernels that hold a gate beside the rest, for registers, of which products without tensor cores need more. The
+    others' tiles of 32 rows spill unless they are shallower still.
     """
     table = _table(architecture)
     tile = table.get(entry(kernel, k), {}).get(m) or table[kernel][m]
     if itemsize > 2:
-        wide = kernel in {"up", "down_backward"} or tile.n > 128
-        depth = 4 if m == 32 and not wide else 2
-        tile = replace(tile, n=tile.n // 2 if wide else tile.n, k=tile.k // depth, tma=False)
+        gate = kernel in {"up", "down_backward"}
+        depth = 4 if m == 32 and not gate else 2
+        tile = replace(tile, n=min(tile.n // 2, 32) if gate else min(tile.n, 128), k=tile.k // depth, tma=False)
     return fit(tile, n, k)
 
 
@@ -131,8 +131,7 @@ def block_tile(block: int, columns: int, itemsize: int) -> Tile:
 
 def quantized_tile(m: int, packed: bool) -> Tile:
     """Return the tile of a product with quantized weights: the same everywhere."""
-    wide = m == 128
-    return Tile(m, 128 if wide else 64, 64 if packed else 128, 8 if wide else 4, 3)
+    return Tile(m, 128 if m == 128 else 64, 64 if packed else 128, 8 if m in {32, 128} else 4, 3)
 
 
 @cache

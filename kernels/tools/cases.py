@@ -92,6 +92,8 @@ _FFN = {"HIDDEN": HIDDEN, "INTERMEDIATE": INTERMEDIATE, "TOP_K": TOP_K, "ACTIVAT
 _BY_COLUMN = {"K_MAJOR": True, "stride_wk": 1}  # each column of the weight lies in one piece
 _BY_ROW = {"K_MAJOR": False, "stride_wn": 1}
 _TOKENS = {"N": HIDDEN, "TOP_K": TOP_K, "WEIGHTED": True}
+_ACTIVATE = {"N": INTERMEDIATE, "ACTIVATION": "silu", "GATED": True, "FP8": True, "TOP": 448.0, "Q": "*fp8e4nv",
+             "SCALES": "*fp32"}  # fmt: skip
 _ROUTING = {"E": 128, "X": 256, "IDS": "*i64"}
 CASES = (
     Case("up", gemm.up_kernel, "up", _FFN | {"HAS_BIAS": False, "KEEP": True} | _BY_COLUMN),
@@ -106,6 +108,7 @@ CASES = (
     *_sparse("dsd^T", blocksparse.dsd_transposed_kernel, "M", 64),
     _quantized("e4m3 down", False, P="*fp8e4nv", W="*fp8e4nv", P_SCALES="*fp32", SCALE_N=128, SCALE_K=128),
     _quantized("int4 down", True, W="*u8", SCALE_N=1, SCALE_K=128),
+    Case("quantize", quantized.activate_kernel, "", _ACTIVATE, (Tile(16, 128, 0, 4, 3),), False, E4M3),
     Case("gather", gemm.gather_kernel, "", _TOKENS, (Tile(16, 256, 0, 4, 3),), False),
     Case("d bias", gemm.bias_kernel, "", _TOKENS | {"GATHER": True}, (Tile(0, 64, 32, 4, 3),), False),
     Case("combine", gemm.combine_kernel, "", _TOKENS, (Tile(0, 1024, 0, 4, 3),), False),

@@ -19,6 +19,7 @@ from moeify.kernels.gpu import blocksparse, tuned_tiles
 from moeify.kernels.gpu import experts as gpu_experts
 from moeify.kernels.gpu import layout as gpu_layout
 from moeify.kernels.gpu.blocksparse import dds, dsd, sdd
+from moeify.kernels.gpu.quantized import quantized_experts
 from moeify.kernels.gpu.tiles import Tile
 from moeify.kernels.inputs import ExpertInputs, Kept
 from moeify.kernels.layout import sort_by_expert
@@ -26,6 +27,7 @@ from moeify.kernels.tools import static_analysis
 from moeify.kernels.topology import block_topology
 from tests.kernels import oracle
 from tests.kernels.no_driver import no_driver
+from tests.kernels.quantizing import to_e4m3, to_int4
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs kernels that are compiled")
 
@@ -88,6 +90,22 @@ def test_block_sparse_products_launch(launches: list[tuple[str, int, Any]], monk
     dds(torch.zeros(64, 100), data, topology)
     names = [name for name, _, _ in launches]
     assert names == ["sdd_kernel", "dsd_kernel", "dsd_transposed_kernel"]
+
+
+@pytest.mark.parametrize(("kind", "product"), [("e4m3", "QGMMA"), ("int4", "HGMMA")])
+def test_quantized_experts_launch(kind: str, product: str, launches: list[tuple[str, int, Any]]) -> None:
+    made = oracle.make_inputs(256, 2, 128, 64, 4, gated=True, bias=False, dtype=torch.bfloat16)
+    both = made["up"], made["down"]
+    up, down = (to_int4(w, 64) if kind == "int4" else to_e4m3(w, (w.shape[1], w.shape[2])) for w in both)
+    inputs = ExpertInputs(*(*(made | {"up": up.values, "down": down.values}).values(), "silu", True))
+    assert quantized_experts(inputs, up.scales, down.scales).dtype == torch.bfloat16
+    names = [name for name, _, _ in launches]
+    middle = ["quantized_rows_kernel", "activate_kernel", "quantized_rows_kernel"]
+    assert names[-4 - (kind == "e4m3") :] == [*["activate_kernel"] * (kind == "e4m3"), *middle, "combine_kernel"]
+    for name, _, compiled in launches:
+        if name == "quantized_rows_kernel":
+            found = static_analysis.resources(compiled, "sm_90")
+            assert product in found.tensor_ops and found.spill == 0 and "LDGSTS" in found.async_copies
 
 
 def test_no_launch_depends_on_the_routing(launches: list[tuple[str, int, Any]]) -> None:
