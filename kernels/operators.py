@@ -39,7 +39,6 @@ _LIBRARY.define(
 )
 _INPUT_COUNT = len(ExpertInputs._fields)
 _TENSOR_COUNT = 7  # the inputs before `activation`
-_BIASES = ExpertInputs._fields[5:7]
 T = TypeVar("T")
 
 
@@ -114,9 +113,10 @@ def _quantized_experts(backend: _Backend, *arguments: Any) -> Tensor:
         if quantized.has_kernels(inputs):
             return quantized.quantized_experts(inputs, up_scale, down_scale)
     wide = inputs.x_TH if inputs.x_TH.dtype == torch.float64 else inputs.x_TH.float()
-    biases = {n: b if b is None else b.to(wide.dtype) for n, b in zip(_BIASES, inputs.parameters[2:], strict=True)}
-    out = reference.experts(*inputs._replace(x_TH=wide, **biases), up_scale, down_scale)
-    return out.to(inputs.x_TH.dtype)
+    up_bias_EJ, down_bias_EH = (b if b is None else b.to(wide.dtype) for b in inputs.parameters[2:])
+    inputs = inputs._replace(x_TH=wide, up_bias_EJ=up_bias_EJ, down_bias_EH=down_bias_EH)
+    out = reference.experts(*inputs, up_scale, down_scale)
+    return out.to(given[0].dtype)
 
 
 def _experts_fake(x: Tensor, *_: object) -> Tensor:

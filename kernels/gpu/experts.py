@@ -217,7 +217,7 @@ def launch_down_backward(
 def launch_weights(left_SM: Tensor, right_SN: Tensor, offsets_E1: Tensor) -> Tensor:
     """Return the gradient of stacked weights, (E, M, N), from rows that are sorted by expert."""
     left_SM, right_SN, experts = _unit_stride(left_SM), _unit_stride(right_SN), offsets_E1.shape[0] - 1
-    (rows, m), n = left_SM.shape, right_SN.shape[1]
+    m, n = left_SM.shape[1], right_SN.shape[1]
     options = _options("weights", 128, m, n, left_SM, right_SN)
     depth, tma = options["BK"], options["TMA"]
     dw_EMN = left_SM.new_empty(experts, m, n)

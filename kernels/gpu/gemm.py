@@ -32,10 +32,7 @@ def load_weight(
 ):  # fmt: skip
     """Return the block (BK, BN) of an expert's weight at row `k0` and column `col`, zero past `depth`."""
     if TMA:
-        if K_MAJOR:
-            w = W.load([expert, col, k0]).reshape(BN, BK).T
-        else:
-            w = W.load([expert, k0, col]).reshape(BK, BN)
+        w = W.load([expert, col, k0]).reshape(BN, BK).T if K_MAJOR else W.load([expert, k0, col]).reshape(BK, BN)
     elif not EVEN:
         k_mask = (tl.arange(0, BK) < depth - k0)[:, None]
         w = tl.load(base + tile, mask=k_mask & n_mask if MASKED else k_mask, other=0.0)

@@ -24,9 +24,9 @@ FEW_BLOCKS = 4  # of choices, up to which one program that takes one after the o
 
 @triton.jit
 def _hits(IDS, first, choices, E: tl.constexpr, X: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the numbers of BLOCK choices from `first` on, which of them are choices, and a 1 where one goes (BLOCK, X).
+    """Return BLOCK numbers from `first` on, which of them are choices, and (BLOCK, X) a 1 at the bin of each.
 
-    Those without an expert go to bin E.
+    That of a choice without an expert is E.
     """
     choice = first + tl.arange(0, BLOCK)
     live = choice < choices

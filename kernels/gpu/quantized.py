@@ -32,10 +32,7 @@ def load_quantized(base, tile, k0, depth, PACKED: tl.constexpr, EVEN: tl.constex
     """Return a block (BN, BK) of raw weights: e4m3, or integers from -8 to 7, two of which lie in a byte."""
     BYTES: tl.constexpr = BK // 2 if PACKED else BK
     left = (depth - k0) // 2 if PACKED else depth - k0
-    if EVEN:
-        w = tl.load(base + tile)
-    else:
-        w = tl.load(base + tile, mask=(tl.arange(0, BYTES) < left)[None, :], other=0.0)
+    w = tl.load(base + tile) if EVEN else tl.load(base + tile, mask=(tl.arange(0, BYTES) < left)[None, :], other=0.0)
     if PACKED:
         w = tl.interleave(w & 15, w >> 4).to(tl.int8) - 8
     return w

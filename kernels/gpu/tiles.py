@@ -34,7 +34,7 @@ Table = dict[str, dict[int, Tile]]  # by kernel, then by height; "weights" has o
 def _tiles(*rows: str) -> dict[int, Tile]:
     """Read tiles written as rows x columns x summed, warps, stages, and "tma" where it is to be used."""
     written = ((row.removesuffix(" tma").replace("x", " ").split(), row.endswith(" tma")) for row in rows)
-    found = (Tile(*map(int, numbers), tma=tma) for numbers, tma in written)
+    found = (replace(Tile(*map(int, numbers)), tma=tma) for numbers, tma in written)
     return {tile.m: tile for tile in found}
 
 
@@ -97,9 +97,9 @@ def entry(kernel: str, k: int) -> str:
 def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int) -> Tile:
     """Return the tile of `kernel` for tiles of `m` rows, no wider than the matrix and no deeper than its type allows.
 
-    The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the widest tiles and those of
-    the kernels that hold a gate beside the rest, for registers, of which products without tensor cores need more. The
-    others' tiles of 32 rows spill unless they are shallower still.
+    The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the widest tiles and those
+    of the kernels that hold a gate beside the rest, for registers, of which products without tensor cores need more.
+    The others' tiles of 32 rows spill unless they are shallower still.
     """
     table = _table(architecture)
     tile = table.get(entry(kernel, k), {}).get(m) or table[kernel][m]

@@ -81,7 +81,14 @@ def _sparse(name: str, kernel: Any, free: str, width: int | None) -> Iterator[Ca
 
 
 def _quantized(name: str, packed: bool, **constants: Any) -> Case:
-    known = {"N": HIDDEN, "TOP_K": 0, "HAS_BIAS": False, "GROUP_K": 128, "PACKED": packed, "W_SCALES": "*fp32"} | constants
+    known = {
+        "N": HIDDEN,
+        "TOP_K": 0,
+        "HAS_BIAS": False,
+        "GROUP_K": 128,
+        "PACKED": packed,
+        "W_SCALES": "*fp32",
+    } | constants
     return Case(
         name, quantized.quantized_rows_kernel, "", known, tuple(quantized_tile(m, packed) for m in HEIGHTS),
         only=None if packed else E4M3,

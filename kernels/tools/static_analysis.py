@@ -88,7 +88,10 @@ def resources(compiled: Any, architecture: str) -> Resources:
 
 
 def _is_type(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"\*?(bf16|fp16|fp32|i32|i64)|\*(fp8e4nv|u8)|tensordesc<.*>", value) is not None
+    return (
+        isinstance(value, str)
+        and re.fullmatch(r"\*?(bf16|fp16|fp32|i32|i64)|\*(fp8e4nv|u8)|tensordesc<.*>", value) is not None
+    )
 
 
 def _nvidia(compiled: Any, architecture: str) -> Resources:
@@ -135,7 +138,7 @@ def _amd(compiled: Any, architecture: str) -> Resources:
 
 
 def _inner_loop(code: str) -> list[str]:
-    """Return the instructions of the shortest loop that has a tensor-core instruction; none if there is no such loop."""
+    """Return the instructions of the shortest loop that has one for tensor cores; none if there is no such loop."""
     lines = [line for line in code.splitlines() if re.search(r"^\.L_x_\d+:|/\*[0-9a-f]{4,}\*/\s+\S", line)]
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"^(\.L_x_\d+):", line))}
     loops = []

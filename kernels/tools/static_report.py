@@ -19,7 +19,8 @@ from moeify.kernels.tools.cases import Entry, entries, faults, slow_loops
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 START, END = "<!-- static report: start -->", "<!-- static report: end -->"
 HEADER = (
-    "| kernel | tile | warps | stages | registers | spill | shared | CTAs/SM | tensor cores | loads | per product | in flight |",
+    "| kernel | tile | warps | stages | registers | spill | shared | CTAs/SM | tensor cores | loads | per product "
+    "| in flight |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 

@@ -23,7 +23,7 @@ def to_e4m3(w_ENK: Tensor, block: tuple[int, int]) -> Quantized:
 
 def to_int4(w_ENK: Tensor, group: int) -> Quantized:
     """A scale for `group` columns of each row: its largest number becomes 7."""
-    scales = w_ENK.double().unflatten(2, (-1, group)).abs().amax(3) / 7
+    scales = w_ENK.double().reshape(*w_ENK.shape[:2], -1, group).abs().amax(3) / 7
     whole = (w_ENK.double() / scales.repeat_interleave(group, 2)).round().to(torch.int8) + 8
-    even, odd = whole.to(torch.uint8).unflatten(2, (-1, 2)).unbind(3)
-    return Quantized(even | odd << 4, scales.float())
+    whole = whole.to(torch.uint8)
+    return Quantized(whole[..., ::2] | whole[..., 1::2] << 4, scales.float())

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 from moeify.kernels.gpu import blocksparse, tuned_tiles
 from moeify.kernels.gpu import experts as gpu_experts
@@ -80,6 +81,15 @@ def test_another_number_of_tokens_compiles_nothing_again(launches: list[tuple[st
         gpu_experts.experts_backward(inputs["x"], arguments, Kept(z, order, offsets), [True] * 7)
         compiled.append({(name, id(code)) for name, _, code in launches})
     assert compiled[0] == compiled[2], compiled[2] - compiled[0]
+
+
+def test_a_decoded_token_takes_four_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: names.append(self.__name__))
+    monkeypatch.setattr(tuned_tiles, "architecture", lambda: "sm_90")
+    inputs = oracle.make_inputs(1, 2, 128, 64, 4, gated=True, bias=True, dtype=torch.bfloat16)
+    gpu_experts.experts_forward(ExpertInputs(*(*inputs.values(), "silu", True)), keep=False)
+    assert names == ["route_kernel", "up_kernel", "rows_kernel", "combine_kernel"]
 
 
 def test_block_sparse_products_launch(launches: list[tuple[str, int, Any]], monkeypatch: pytest.MonkeyPatch) -> None:

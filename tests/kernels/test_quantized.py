@@ -38,18 +38,17 @@ def test_rows_are_rounded_by_groups() -> None:
 @pytest.mark.parametrize("kind", ["e4m3", "int4"])
 def test_experts_are_those_with_the_weights_made_whole(kind: str) -> None:
     made = oracle.make_inputs(6, 2, 64, 32, 4, gated=True, bias=True, dtype=torch.float32)
-    both = made["up"], made["down"]
-    weights = [to_int4(w, 32) if kind == "int4" else to_e4m3(w, (w.shape[1], w.shape[2])) for w in both]
-    whole = made | dict(zip(("up", "down"), (dequantize(w, torch.float64) for w in weights), strict=True))
-    whole = {n: t if n == "ids" else t.double() for n, t in whole.items()}
+    up, down = (
+        to_int4(w, 32) if kind == "int4" else to_e4m3(w, (w.shape[1], w.shape[2])) for w in (made["up"], made["down"])
+    )
     got = ops.quantized_experts(
-        made["x"], made["ids"], made["weights"], *weights, made["up_bias"], made["down_bias"],
+        made["x"], made["ids"], made["weights"], up, down, made["up_bias"], made["down_bias"],
         activation="silu", gated=True,
     )  # fmt: skip
+    exact = {n: t if n == "ids" else t.double() for n, t in made.items()}
+    whole = exact | {"up": dequantize(up, torch.float64), "down": dequantize(down, torch.float64)}
     want = oracle.experts(whole, "silu", True)
     assert relative_difference(got, want) <= (TOLERANCE["float32"] if kind == "int4" else 0.1)
-    exact = reference.experts(
-        *(whole[n] for n in ("x", "ids", "weights")), *(w.values for w in weights),
-        *(whole[n] for n in ("up_bias", "down_bias")), "silu", True, *(w.scales for w in weights),
-    )  # fmt: skip
-    assert relative_difference(got, exact) <= (TOLERANCE["float32"] if kind == "int4" else 1e-2)
+    same = exact | {"up": up.values, "down": down.values}
+    rounded = reference.experts(*same.values(), "silu", True, up.scales, down.scales)
+    assert relative_difference(got, rounded) <= (TOLERANCE["float32"] if kind == "int4" else 1e-2)

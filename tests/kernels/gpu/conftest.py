@@ -1,8 +1,8 @@
 """Kernels in the Triton interpreter: real kernels, CPU tensors. Run with TRITON_INTERPRET=1.
 
 The interpreter stores bf16 as its bits, multiplies and adds those bits, and truncates when it casts (Triton issues
-11584, 11604, 10919). `types_as_on_a_gpu` makes it do what a GPU does: compute in fp32, round to nearest even. Its cast to
-e4m3 loses the carry where a number is rounded up to a power of two: torch's stands for it.
+11584, 11604, 10919). `types_as_on_a_gpu` makes it do what a GPU does: compute in fp32, round to nearest even. Its cast
+to e4m3 loses the carry where a number is rounded up to a power of two: torch's stands for it.
 """
 
 # mypy: disable-error-code="import-untyped"

@@ -39,7 +39,8 @@ def test_an_output_that_another_compiler_writes_otherwise_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "is_type"), [("*bf16", True), ("i32", True), ("fp32", True), ("silu", False), (16, False), ("*u8", True), ("*u7", False)]
+    ("value", "is_type"),
+    [("*bf16", True), ("i32", True), ("fp32", True), ("silu", False), (16, False), ("*u8", True), ("*u7", False)],
 )
 def test_types_are_told_from_values(value: object, is_type: bool) -> None:
     assert static_analysis._is_type(value) is is_type
