@@ -8,7 +8,7 @@ SM, then stages. Nothing was timed.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 
@@ -25,7 +25,7 @@ class Tile:
     warps: int
     stages: int
     group_m: int = 8
-    tma: bool = False
+    tma: bool = field(default=False, kw_only=True)
 
 
 Table = dict[str, dict[int, Tile]]  # by kernel, then by height; "weights" has one height, as it has no rows to fit
@@ -34,7 +34,7 @@ Table = dict[str, dict[int, Tile]]  # by kernel, then by height; "weights" has o
 def _tiles(*rows: str) -> dict[int, Tile]:
     """Read tiles written as rows x columns x summed, warps, stages, and "tma" where it is to be used."""
     written = ((row.removesuffix(" tma").replace("x", " ").split(), row.endswith(" tma")) for row in rows)
-    found = (replace(Tile(*map(int, numbers)), tma=tma) for numbers, tma in written)
+    found = (Tile(*map(int, numbers), tma=tma) for numbers, tma in written)
     return {tile.m: tile for tile in found}
 
 
@@ -131,7 +131,7 @@ def block_tile(block: int, columns: int, itemsize: int) -> Tile:
 
 def quantized_tile(m: int, packed: bool) -> Tile:
     """Return the tile of a product with quantized weights: the same everywhere."""
-    return Tile(m, 128 if m == 128 else 64, 64 if packed else 128, 8 if m in {32, 128} else 4, 3)
+    return Tile(m, 64, 64 if packed else 128, 8 if m in {32, 128} else 4, 3)
 
 
 @cache
