@@ -50,5 +50,5 @@ def test_experts_are_those_with_the_weights_made_whole(kind: str) -> None:
     want = oracle.experts(whole, "silu", True)
     assert relative_difference(got, want) <= (TOLERANCE["float32"] if kind == "int4" else 0.1)
     same = exact | {"up": up.values, "down": down.values}
-    rounded = reference.experts(*same.values(), "silu", True, up.scales, down.scales)
+    rounded = reference.experts(*(*same.values(), "silu", True, up.scales, down.scales))
     assert relative_difference(got, rounded) <= (TOLERANCE["float32"] if kind == "int4" else 1e-2)
