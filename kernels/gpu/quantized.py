@@ -152,7 +152,7 @@ def launch_quantized_rows(
     """Multiply each row, or each choice's token if `gather`, with the weight of its expert."""
     (p, p_scales), values, scales = rows, w.values.contiguous(), w.scales.float().contiguous()
     bias = scales if bias_EN is None else bias_EN.contiguous()
-    tile = fit(quantized_tile(tiles.block_m, w.packed), w.rows, max(w.block[1], 32))
+    tile = fit(quantized_tile(tiles.block_m, p.element_size()), w.rows, max(w.block[1], 32))
     y_SN = p.new_empty((layout.order_S.shape[0], w.rows), dtype=dtype)
     count = tiles.expert_L.shape[0]
     quantized_rows_kernel[(count * triton.cdiv(w.rows, tile.n),)](

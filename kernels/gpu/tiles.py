@@ -45,9 +45,9 @@ _AMPERE: Table = {
     "weights": _tiles("128x128x32 8 5"),
 }
 _SMALL_SHARED: Table = {  # 99 KB a block: sm_86, sm_89, sm_120
-    "up": _tiles("16x64x64 4 4", "32x64x64 4 3", "64x64x64 4 2", "128x64x32 8 3"),
+    "up": _tiles("16x64x64 4 4", "32x64x64 4 3", "64x64x64 4 3", "128x64x32 8 3"),
     "rows": _tiles("16x64x128 4 3", "32x128x64 4 3", "64x128x32 4 3", "128x128x32 8 3"),
-    "down_backward": _tiles("16x64x64 4 4", "32x64x64 4 3", "64x64x64 4 2", "128x64x32 8 3"),
+    "down_backward": _tiles("16x64x64 4 4", "32x64x64 4 3", "64x64x64 4 3", "128x64x32 8 3"),
     "weights": _tiles("128x128x32 8 4"),
 }
 _HOPPER: Table = {
@@ -129,9 +129,9 @@ def block_tile(block: int, columns: int, itemsize: int) -> Tile:
     return Tile(block, columns, min(block, 32 if itemsize <= 2 else 16), 8 if columns > 64 else 4, 3)
 
 
-def quantized_tile(m: int, packed: bool) -> Tile:
-    """Return the tile of a product with quantized weights: the same everywhere."""
-    return Tile(m, 64, 64 if packed else 128, 8 if m in {32, 128} else 4, 3)
+def quantized_tile(m: int, itemsize: int) -> Tile:
+    """Return the tile of a product with quantized weights, for rows of `itemsize` bytes: the same everywhere."""
+    return Tile(m, 64, 128 // itemsize, 8 if m in {32, 128} else 4, 3)
 
 
 @cache

@@ -90,7 +90,7 @@ def _quantized(name: str, packed: bool, **constants: Any) -> Case:
         "W_SCALES": "*fp32",
     } | constants
     return Case(
-        name, quantized.quantized_rows_kernel, "", known, tuple(quantized_tile(m, packed) for m in HEIGHTS),
+        name, quantized.quantized_rows_kernel, "", known, tuple(quantized_tile(m, 2 if packed else 1) for m in HEIGHTS),
         only=None if packed else E4M3,
     )  # fmt: skip
 
