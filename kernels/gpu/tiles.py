@@ -99,13 +99,13 @@ def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int
 
     The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the widest tiles and those
     of the kernels that hold a gate beside the rest, for registers, of which products without tensor cores need more.
-    The others' tiles of 32 rows spill unless they are shallower still.
+    The others' tiles of 32 rows, and the widest of the weights, spill unless they are shallower still.
     """
     table = _table(architecture)
     tile = table.get(entry(kernel, k), {}).get(m) or table[kernel][m]
     if itemsize > 2:
         gate = kernel in {"up", "down_backward"}
-        depth = 4 if m == 32 and not gate else 2
+        depth = 4 if (m == 32 and not gate) or (kernel == "weights" and tile.n > 128) else 2
         tile = replace(tile, n=min(tile.n // 2, 32) if gate else min(tile.n, 128), k=tile.k // depth, tma=False)
     return fit(tile, n, k)
 
