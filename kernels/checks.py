@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeify.kernels.activations import find_activation
 from moeify.kernels.inputs import ExpertInputs
+from moeify.kernels.quantized import Quantized
 
 IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,6 +42,29 @@ def check_experts(inputs: ExpertInputs, implementation: str) -> None:
     others = {"up": up_EJH, "down": down_EHI, "up_bias": up_bias_EJ, "down_bias": down_bias_EH}
     check_dtypes("x", x_TH, others)
     _check_devices(x_TH, {"expert_ids": expert_ids_TK, "weights": weights_TK} | others)
+
+
+def check_quantized(inputs: ExpertInputs, up: Quantized, down: Quantized, implementation: str) -> None:
+    """Raise ValueError unless the arguments of `quantized_experts` fit together."""
+    x_TH, whole = inputs.x_TH, []
+    for name, weight in (("up", up), ("down", down)):
+        scale = f"the scale of {name}"
+        if weight.values.dtype not in {torch.float8_e4m3fn, torch.uint8}:
+            raise ValueError(
+                f"{name} has dtype {weight.values.dtype}: expected float8_e4m3fn, or uint8 for packed int4; quantize it"
+            )
+        check_shape(name, weight.values, (None, None, None))
+        check_shape(scale, weight.scales, (weight.values.shape[0], None, None))
+        if 0 in weight.block:
+            raise ValueError(
+                f"{scale} has shape {tuple(weight.scales.shape)}: expected one for each, 128 or all of {weight.rows} "
+                f"rows, and for 32, 64, 128, … or all of {weight.columns} columns; check how it was quantized"
+            )
+        _check_devices(x_TH, {name: weight.values, scale: weight.scales})
+        whole.append(x_TH.new_empty(()).expand(weight.values.shape[0], weight.rows, weight.columns))
+    check_experts(inputs._replace(up_EJH=whole[0], down_EHI=whole[1]), implementation)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        raise ValueError("quantized experts have no gradient: expected inputs that want none; use torch.no_grad()")
 
 
 def check_grouped_linear(

@@ -3,6 +3,7 @@
 `moeify::experts` has one output, so that a captured graph shows one node. Its autograd rule runs
 `moeify::experts_forward`, which also returns what `moeify::experts_backward` reads: the pre-activation and the routing
 layout. Gradients can be differentiated again: a backward pass that is itself recorded runs the reference.
+`moeify::quantized_experts` has no gradient.
 
 Operators cannot return None: an empty tensor stands for what is not needed.
 """
@@ -30,6 +31,7 @@ _KEPT = "Tensor z, Tensor order, Tensor offsets"
 _LIBRARY.define(f"experts({_INPUTS}, str implementation) -> Tensor")
 _LIBRARY.define(f"experts_forward({_INPUTS}, str implementation) -> (Tensor out, {_KEPT})")
 _LIBRARY.define(f"experts_backward(Tensor grad, {_INPUTS}, {_KEPT}, bool[] needs, str implementation) -> Tensor[]")
+_LIBRARY.define(f"quantized_experts({_INPUTS}, Tensor up_scale, Tensor down_scale, str implementation) -> Tensor")
 _LIBRARY.define("grouped_linear(Tensor x, Tensor w, Tensor? b, Tensor offsets, str implementation) -> Tensor")
 _LIBRARY.define(
     "grouped_linear_backward(Tensor grad, Tensor x, Tensor w, Tensor? b, Tensor offsets, bool[] needs, "
@@ -100,6 +102,21 @@ def _experts_forward(backend: _Backend, *inputs: Any) -> tuple[Tensor, ...]:
 def _experts_backward(backend: _Backend, grad: Tensor, *rest: Any) -> list[Tensor]:
     inputs, (*kept, needs) = ExpertInputs(*rest[:_INPUT_COUNT]), rest[_INPUT_COUNT:]
     return backend.experts_backward(grad, inputs, Kept(*kept), needs)
+
+
+def _quantized_experts(backend: _Backend, *arguments: Any) -> Tensor:
+    *given, up_scale, down_scale = arguments
+    inputs = ExpertInputs(*given)
+    if backend is not cpu:
+        from moeify.kernels.gpu import quantized
+
+        if quantized.has_kernels(inputs):
+            return quantized.quantized_experts(inputs, up_scale, down_scale)
+    wide = inputs.x_TH if inputs.x_TH.dtype == torch.float64 else inputs.x_TH.float()
+    up_bias_EJ, down_bias_EH = (b if b is None else b.to(wide.dtype) for b in inputs.parameters[2:])
+    inputs = inputs._replace(x_TH=wide, up_bias_EJ=up_bias_EJ, down_bias_EH=down_bias_EH)
+    out = reference.experts(*inputs, up_scale, down_scale)
+    return out.to(given[0].dtype)
 
 
 def _experts_fake(x: Tensor, *_: object) -> Tensor:
@@ -193,6 +210,7 @@ _OPERATORS = {
     "experts": (_experts, _experts_fake),
     "experts_forward": (_experts_forward, _experts_forward_fake),
     "experts_backward": (_experts_backward, _backward_fake(_TENSOR_COUNT)),
+    "quantized_experts": (_quantized_experts, _experts_fake),
     "grouped_linear": (lambda backend, *args: backend.grouped_linear_forward(*args), _grouped_linear_fake),
     "grouped_linear_backward": (lambda backend, *args: backend.grouped_linear_backward(*args), _backward_fake(4)),
 }

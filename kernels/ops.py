@@ -18,6 +18,7 @@ from moeify.kernels import (
 )
 from moeify.kernels.inputs import ExpertInputs
 from moeify.kernels.layout import RoutingLayout
+from moeify.kernels.quantized import Quantized
 
 
 def experts(
@@ -67,6 +68,39 @@ def experts(
         return reference.experts(*inputs).to(dtype)
     out_TH: Tensor = torch.ops.moeify.experts(*inputs, implementation)
     return out_TH.to(dtype)
+
+
+def quantized_experts(
+    x_TH: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    up: Quantized,
+    down: Quantized,
+    up_bias_EJ: Tensor | None = None,
+    down_bias_EH: Tensor | None = None,
+    *,
+    activation: str,
+    gated: bool,
+    implementation: str = "auto",
+) -> Tensor:
+    """Compute what `experts` does with quantized weights, (E, J, H) and (E, H, I), and without gradients.
+
+    Rows that meet weights in e4m3 are rounded to e4m3 too, with a scale for every 128 columns. The other arguments are
+    those of `experts`. On CPU, and where a GPU has no products of e4m3, the reference computes it.
+
+    Returns:
+        (T, H) in x's dtype.
+
+    Raises:
+        ValueError: Shapes, dtypes or names do not fit together, or a gradient is asked for.
+    """
+    given = (x_TH, expert_ids_TK, weights_TK, up.values, down.values, up_bias_EJ, down_bias_EH)
+    inputs = ExpertInputs(*given, activation, gated)
+    checks.check_quantized(inputs, up, down, implementation)
+    if implementation == "reference":
+        return reference.experts(*inputs, up.scales, down.scales)
+    out_TH: Tensor = torch.ops.moeify.quantized_experts(*inputs, up.scales, down.scales, implementation)
+    return out_TH
 
 
 def grouped_linear(

@@ -15,6 +15,7 @@ from torch import Tensor
 from moeify.kernels.activations import find_activation
 from moeify.kernels.checks import check_offsets
 from moeify.kernels.layout import wide_enough
+from moeify.kernels.quantized import Quantized, dequantize, round_rows
 from moeify.kernels.topology import BlockTopology
 
 
@@ -28,22 +29,36 @@ def experts(
     down_bias_EH: Tensor | None,
     activation: str,
     gated: bool,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
-    """Sum over choices k of weights[t, k] * FFN of expert ids[t, k] applied to x[t]. Returns (T, H) in x's dtype."""
+    """Sum over choices k of weights[t, k] * FFN of expert ids[t, k] applied to x[t]. Returns (T, H) in x's dtype.
+
+    With scales the weights are the values of `moeify.kernels.quantized.Quantized`.
+    """
     act = find_activation(activation).forward
     expert_ids_TK, out_TH = wide_enough(expert_ids_TK), torch.zeros_like(x_TH)
     for e in range(up_EJH.shape[0]):
         token, choice = torch.where(expert_ids_TK == e)
-        z = F.linear(x_TH[token], up_EJH[e], None if up_bias_EJ is None else up_bias_EJ[e])
+        z = _linear(x_TH[token], up_EJH, up_scale, up_bias_EJ, e)
         if gated:
             gate, up = z.chunk(2, dim=-1)
             a = act(gate) * up
         else:
             a = act(z)
-        y = F.linear(a, down_EHI[e], None if down_bias_EH is None else down_bias_EH[e])
+        y = _linear(a, down_EHI, down_scale, down_bias_EH, e)
         weighted = y * weights_TK[token, choice, None]
         out_TH = out_TH.index_add(0, token, weighted.to(x_TH.dtype))
     return out_TH
+
+
+def _linear(x: Tensor, w_ENK: Tensor, scale: Tensor | None, b_EN: Tensor | None, e: int) -> Tensor:
+    """Apply one expert's linear layer; rows are rounded to e4m3 if its weight is of that type."""
+    w_NK = w_ENK[e]
+    if scale is not None:
+        x = x if w_ENK.dtype == torch.uint8 else round_rows(x)
+        w_NK = dequantize(Quantized(w_ENK[e : e + 1], scale[e : e + 1]), x.dtype)[0]
+    return F.linear(x, w_NK, None if b_EN is None else b_EN[e])
 
 
 def grouped_linear(x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor) -> Tensor:

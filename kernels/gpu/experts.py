@@ -11,35 +11,40 @@ size, J = 2*I if gated else I, N any number of columns. A trailing 1 is plus one
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moeify.kernels.gpu import tiles, tuned_tiles
+from moeify.kernels.gpu import tuned_tiles
 from moeify.kernels.gpu.gemm import (
     bias_kernel,
     combine_kernel,
     down_backward_kernel,
+    gather_kernel,
     rows_kernel,
     up_kernel,
     weights_kernel,
 )
-from moeify.kernels.gpu.layout import routing_layout, tile_map
-from moeify.kernels.gpu.target import product_precision
+from moeify.kernels.gpu.layout import route, tile_map
+from moeify.kernels.gpu.target import has_tma, product_precision
+from moeify.kernels.gpu.tiles import Tile, row_tile
 from moeify.kernels.inputs import ExpertInputs, Kept
-from moeify.kernels.layout import invert, wide_enough
+from moeify.kernels.layout import TileMap, invert, wide_enough
 
-WIDEST = 128  # rows or columns of the largest tile
+WIDEST = 256  # rows or columns of the largest tile
 
 
 def experts_forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Kept]:
     """Return the output (T, H) and what the backward pass reads; the pre-activation has no rows unless `keep`."""
-    layout = routing_layout(inputs.expert_ids_TK, inputs.experts)
+    height = row_tile(inputs.expert_ids_TK.numel(), inputs.experts)
+    layout, tiles = route(inputs.expert_ids_TK, inputs.experts, height)
     order_S, offsets_E1 = layout.order_S, layout.offsets_E1
-    z_SJ, a_SI = launch_up(inputs, order_S, offsets_E1, keep)
-    y_SH = launch_rows(a_SI, inputs.down_EHI.transpose(1, 2), inputs.down_bias_EH, offsets_E1)
+    z_SJ, a_SI = launch_up(inputs, order_S, offsets_E1, tiles, keep)
+    y_SH = launch_rows(a_SI, inputs.down_EHI.transpose(1, 2), inputs.down_bias_EH, offsets_E1, tiles)
     out_TH = launch_combine(y_SH, inputs.weights_TK, layout.inverse_S, offsets_E1, inputs.x_TH.shape[0])
     return out_TH, Kept(z_SJ, order_S, offsets_E1)
 
@@ -47,23 +52,25 @@ def experts_forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Kept]:
 def experts_backward(grad_TH: Tensor, inputs: ExpertInputs, kept: Kept, needs: list[bool]) -> list[Tensor]:
     """Return the gradients of the seven tensors of `inputs`, an empty tensor for each that `needs` leaves out."""
     grad_TH, inputs = _unit_stride(grad_TH), inputs._replace(weights_TK=inputs.weights_TK.contiguous())
-    x_TH, expert_ids_TK, weights_TK, up_EJH, down_EHI, _, down_bias_EH, _, _ = inputs
+    x_TH, expert_ids_TK, weights_TK, up_EJH, _, _, down_bias_EH, _, _ = inputs
     (_, order_S, offsets_E1), top_k = kept, inputs.top_k
-    dz_SJ, as_SI, ds_S = launch_down_backward(grad_TH, inputs, kept)
+    tiles = cut(offsets_E1, order_S.shape[0])
+    dz_SJ, as_SI, ds_S = launch_down_backward(grad_TH, inputs, kept, tiles)
     gradients = [x_TH.new_empty(0)] * 7
     inverse_S = invert(order_S)
     if needs[0]:
-        dx_SH = launch_rows(dz_SJ, up_EJH, None, offsets_E1)
+        dx_SH = launch_rows(dz_SJ, up_EJH, None, offsets_E1, tiles)
         gradients[0] = launch_combine(dx_SH, None, inverse_S, offsets_E1, x_TH.shape[0])
+        del dx_SH  # the gathered rows below take its memory
     if needs[2]:
         ds_TK = torch.where(inverse_S < offsets_E1[-1], ds_S[inverse_S], 0).view_as(weights_TK)
         if down_bias_EH is not None:
             ds_TK += _bias_scores(grad_TH, down_bias_EH, expert_ids_TK)
         gradients[2] = ds_TK.to(weights_TK.dtype)
     if needs[3]:
-        gradients[3] = launch_weights(dz_SJ, x_TH, order_S, offsets_E1, top_k, gather="right").view_as(up_EJH)
+        gradients[3] = launch_weights(dz_SJ, launch_gather(x_TH, order_S, offsets_E1, top_k), offsets_E1)
     if needs[4]:
-        gradients[4] = launch_weights(grad_TH, as_SI, order_S, offsets_E1, top_k, gather="left").view_as(down_EHI)
+        gradients[4] = launch_weights(launch_gather(grad_TH, order_S, offsets_E1, top_k), as_SI, offsets_E1)
     if needs[5]:
         gradients[5] = launch_bias(dz_SJ, None, order_S, offsets_E1, top_k)
     if needs[6]:
@@ -73,7 +80,7 @@ def experts_backward(grad_TH: Tensor, inputs: ExpertInputs, kept: Kept, needs: l
 
 def grouped_linear_forward(x_SH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, offsets_E1: Tensor) -> Tensor:
     """Compute what `moeify.kernels.ops.grouped_linear` says."""
-    return launch_rows(x_SH, w_ENH.transpose(1, 2), b_EN, offsets_E1, fill=True)
+    return launch_rows(x_SH, w_ENH.transpose(1, 2), b_EN, offsets_E1, cut(offsets_E1, x_SH.shape[0]), fill=True)
 
 
 def grouped_linear_backward(
@@ -82,21 +89,62 @@ def grouped_linear_backward(
     """Return the gradients of the four inputs of the forward pass, an empty tensor for each that `needs` leaves out."""
     gradients = [x_SH.new_empty(0)] * 4
     if needs[0]:
-        gradients[0] = launch_rows(grad_SN, w_ENH, None, offsets_E1, fill=True)
+        gradients[0] = launch_rows(grad_SN, w_ENH, None, offsets_E1, cut(offsets_E1, x_SH.shape[0]), fill=True)
     if needs[1]:
-        gradients[1] = launch_weights(grad_SN, x_SH, offsets_E1, offsets_E1, 1, gather="neither")
+        gradients[1] = launch_weights(grad_SN, x_SH, offsets_E1)
     if needs[2]:
         gradients[2] = launch_bias(grad_SN, None, offsets_E1, offsets_E1, 1)
     return gradients
 
 
-def _options(kernel: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the compile-time arguments of a matrix product: tile, schedule and precision."""
+def cut(offsets_E1: Tensor, choices: int) -> TileMap:
+    """Cut sorted rows into tiles, as high as an expert's share of them asks for: one map serves all of a layer."""
+    return tile_map(offsets_E1, choices, row_tile(choices, offsets_E1.shape[0] - 1))
+
+
+def _options(kernel: str, m: int, n: int, k: int, *blocks: Tensor) -> dict[str, Any]:
+    """Return the compile-time arguments of a matrix product: tile, schedule and precision.
+
+    Args:
+        kernel: Its name in the table of tiles.
+        m: Rows of a tile.
+        n: Columns of the result.
+        k: Elements that are summed.
+        blocks: What is read by tensor descriptor if the tile says so and their strides allow it.
+    """
+    dtype = blocks[0].dtype
     tile = tuned_tiles.pick(kernel, m, n, k, dtype.itemsize)
+    return _schedule(tile, product_precision(dtype), tile.tma and has_tma() and all(map(_has_blocks, blocks)))
+
+
+@cache
+def _schedule(tile: Tile, precision: str, tma: bool) -> dict[str, Any]:
     return {
-        "EVEN": k % tile.k == 0, "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP_M": tile.group_m,
-        "PRECISION": product_precision(dtype), "num_warps": tile.warps, "num_stages": tile.stages,
+        "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP_M": tile.group_m, "PRECISION": precision, "TMA": tma,
+        "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
+
+
+def _has_blocks(t: Tensor) -> bool:
+    """Whether a tensor descriptor can describe it: a dense last dimension, all else in steps of 16 bytes."""
+    steps = [t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:-1])]
+    return t.numel() > 0 and t.stride(-1) == 1 and 0 not in steps[1:] and all(step % 16 == 0 for step in steps)
+
+
+def _blocks(t: Tensor, tma: bool, *block: int) -> Any:
+    return TensorDescriptor.from_tensor(t, list(block)) if tma else t
+
+
+def _stored(w_EKN: Tensor) -> tuple[Tensor, bool]:
+    """Return stacked weights with the dense dimension last, and whether that is K."""
+    k_major = w_EKN.stride(1) == 1
+    return (w_EKN.transpose(1, 2) if k_major else w_EKN), k_major
+
+
+def _weight(stored: Tensor, k_major: bool, options: dict[str, Any]) -> Any:
+    """Return what a kernel gets for stacked weights: a tensor, or a descriptor of its blocks."""
+    n, k = options["BN"], options["BK"]
+    return _blocks(stored, options["TMA"], 1, *((n, k) if k_major else (k, n)))
 
 
 def _unit_stride(t: Tensor) -> Tensor:
@@ -108,82 +156,86 @@ def _within_reach(t: Tensor) -> Tensor:
     return t.contiguous() if WIDEST * sum(t.stride()[-2:]) >= 1 << 31 else t
 
 
-def launch_up(inputs: ExpertInputs, order_S: Tensor, offsets_E1: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+def launch_up(
+    inputs: ExpertInputs, order_S: Tensor, offsets_E1: Tensor, tiles: TileMap, keep: bool
+) -> tuple[Tensor, Tensor]:
     """Return the pre-activation `z_SJ`, without rows unless `keep`, and the activation `a_SI`."""
     x_TH, up_EJH, activation, gated = _unit_stride(inputs.x_TH), _within_reach(inputs.up_EJH), *inputs[-2:]
     bias = up_EJH if inputs.up_bias_EJ is None else _unit_stride(inputs.up_bias_EJ)
-    (experts, rows, hidden), choices = up_EJH.shape, order_S.shape[0]
+    (_, rows, hidden), choices, count = up_EJH.shape, order_S.shape[0], tiles.expert_L.shape[0]
     intermediate = rows // 2 if gated else rows
     z_SJ, a_SI = x_TH.new_empty(choices if keep else 0, rows), x_TH.new_empty(choices, intermediate)
-    options = _options("up", tiles.row_tile(choices, experts), intermediate, hidden, x_TH.dtype)
-    tile = tile_map(offsets_E1, choices, options["BM"])
-    count = tile.expert_L.shape[0]
+    stored, k_major = _stored(up_EJH.transpose(1, 2))
+    options = _options("up", tiles.block_m, intermediate, hidden, stored)
     up_kernel[(count * triton.cdiv(intermediate, options["BN"]),)](
-        x_TH, up_EJH, bias, order_S, offsets_E1, tile.expert_L, tile.row_L, z_SJ, a_SI, count,
-        x_TH.stride(0), *up_EJH.stride(), bias.stride(0),
+        x_TH, _weight(stored, k_major, options), bias, order_S, offsets_E1, tiles.expert_L, tiles.row_L, z_SJ, a_SI,
+        count, x_TH.stride(0), *up_EJH.stride(), bias.stride(0),
         HIDDEN=hidden, INTERMEDIATE=intermediate, TOP_K=inputs.top_k, ACTIVATION=activation, GATED=gated,
-        HAS_BIAS=inputs.up_bias_EJ is not None, KEEP=keep, **options,
+        HAS_BIAS=inputs.up_bias_EJ is not None, KEEP=keep, K_MAJOR=k_major, EVEN=hidden % options["BK"] == 0, **options,
     )  # fmt: skip
     return z_SJ, a_SI
 
 
-def launch_rows(p_SK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, offsets_E1: Tensor, fill: bool = False) -> Tensor:
+def launch_rows(
+    p_SK: Tensor, w_EKN: Tensor, bias_EN: Tensor | None, offsets_E1: Tensor, tiles: TileMap, fill: bool = False
+) -> Tensor:
     """Multiply each row with the weight of its expert; rows of no expert are zero if `fill`, else not written."""
     p_SK, w_EKN = _within_reach(_unit_stride(p_SK)), _within_reach(w_EKN)
-    (experts, depth, width), choices = w_EKN.shape, p_SK.shape[0]
+    (_, depth, width), choices, count = w_EKN.shape, p_SK.shape[0], tiles.expert_L.shape[0]
     bias = w_EKN if bias_EN is None else _unit_stride(bias_EN)
     y_SN = (p_SK.new_zeros if fill else p_SK.new_empty)(choices, width)
-    options = _options("rows", tiles.row_tile(choices, experts), width, depth, p_SK.dtype)
-    tile = tile_map(offsets_E1, choices, options["BM"])
-    count = tile.expert_L.shape[0]
+    stored, k_major = _stored(w_EKN)
+    options = _options("rows", tiles.block_m, width, depth, stored, p_SK)
     rows_kernel[(count * triton.cdiv(width, options["BN"]),)](
-        p_SK, w_EKN, bias, offsets_E1, tile.expert_L, tile.row_L, y_SN, count,
-        p_SK.stride(0), *w_EKN.stride(), bias.stride(0),
-        depth=depth, N=width, HAS_BIAS=bias_EN is not None, **options,
+        _blocks(p_SK, options["TMA"], options["BM"], options["BK"]), _weight(stored, k_major, options), bias,
+        offsets_E1, tiles.expert_L, tiles.row_L, y_SN, count, p_SK.stride(0), *w_EKN.stride(), bias.stride(0),
+        depth=depth, N=width, HAS_BIAS=bias_EN is not None, K_MAJOR=k_major, EVEN=depth % options["BK"] == 0, **options,
     )  # fmt: skip
     return y_SN
 
 
-def launch_down_backward(grad_TH: Tensor, inputs: ExpertInputs, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
+def launch_down_backward(
+    grad_TH: Tensor, inputs: ExpertInputs, kept: Kept, tiles: TileMap
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(dz_SJ, weight * a_SI, dweight_S)`; the last is fp32 and lacks the part of the down bias."""
     down_EHI, (z_SJ, order_S, offsets_E1) = _within_reach(inputs.down_EHI), kept
-    (experts, hidden, intermediate), choices = down_EHI.shape, order_S.shape[0]
-    options = _options("down_backward", tiles.row_tile(choices, experts), intermediate, hidden, grad_TH.dtype)
-    tile = tile_map(offsets_E1, choices, options["BM"])
-    count, columns = tile.expert_L.shape[0], triton.cdiv(intermediate, options["BN"])
+    (_, hidden, intermediate), choices, count = down_EHI.shape, order_S.shape[0], tiles.expert_L.shape[0]
+    stored, k_major = _stored(down_EHI)
+    options = _options("down_backward", tiles.block_m, intermediate, hidden, stored)
+    columns = triton.cdiv(intermediate, options["BN"])
     dz_SJ, as_SI = torch.empty_like(z_SJ), z_SJ.new_empty(choices, intermediate)
     partial = z_SJ.new_empty((choices, columns), dtype=torch.float32)
     down_backward_kernel[(count * columns,)](
-        grad_TH, down_EHI, z_SJ, inputs.weights_TK, order_S, offsets_E1, tile.expert_L, tile.row_L, dz_SJ, as_SI,
-        partial, count, grad_TH.stride(0), *down_EHI.stride(), depth=hidden, INTERMEDIATE=intermediate,
-        TOP_K=inputs.top_k, ACTIVATION=inputs.activation, GATED=inputs.gated, **options,
+        grad_TH, _weight(stored, k_major, options), z_SJ, inputs.weights_TK, order_S, offsets_E1, tiles.expert_L,
+        tiles.row_L, dz_SJ, as_SI, partial, count, grad_TH.stride(0), *down_EHI.stride(), depth=hidden,
+        INTERMEDIATE=intermediate, TOP_K=inputs.top_k, ACTIVATION=inputs.activation, GATED=inputs.gated,
+        K_MAJOR=k_major, EVEN=hidden % options["BK"] == 0, **options,
     )  # fmt: skip
     return dz_SJ, as_SI, partial.sum(1)
 
 
-def launch_weights(
-    left: Tensor, right: Tensor, order_S: Tensor, offsets_E1: Tensor, top_k: int, *, gather: str
-) -> Tensor:
-    """Return the gradient of stacked weights, (E, columns of left, columns of right).
-
-    Args:
-        left: (S, M), or (T, M) if `gather` is "left".
-        right: (S, N), or (T, N) if `gather` is "right".
-        order_S: As in `RoutingLayout`.
-        offsets_E1: As in `RoutingLayout`.
-        top_k: K.
-        gather: The side that holds tokens, whose rows are to be gathered: "left", "right" or "neither".
-    """
-    left, right, experts = _unit_stride(left), _unit_stride(right), offsets_E1.shape[0] - 1
-    (_, m), (_, n) = left.shape, right.shape
-    options = _options("weights", 128, m, n, left.dtype)
-    del options["EVEN"]
-    dw_EMN = left.new_empty(experts, m, n)
+def launch_weights(left_SM: Tensor, right_SN: Tensor, offsets_E1: Tensor) -> Tensor:
+    """Return the gradient of stacked weights, (E, M, N), from rows that are sorted by expert."""
+    left_SM, right_SN, experts = _unit_stride(left_SM), _unit_stride(right_SN), offsets_E1.shape[0] - 1
+    m, n = left_SM.shape[1], right_SN.shape[1]
+    options = _options("weights", 128, m, n, left_SM, right_SN)
+    depth, tma = options["BK"], options["TMA"]
+    dw_EMN = left_SM.new_empty(experts, m, n)
     weights_kernel[(triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]), experts)](
-        left, right, order_S, offsets_E1, dw_EMN, left.stride(0), right.stride(0),
-        M=m, N=n, GATHER_L=gather == "left", GATHER_R=gather == "right", TOP_K=top_k, **options,
+        left_SM, right_SN, _blocks(left_SM, tma, depth, options["BM"]), _blocks(right_SN, tma, depth, options["BN"]),
+        offsets_E1, dw_EMN, left_SM.stride(0), right_SN.stride(0), M=m, N=n, **options,
     )  # fmt: skip
     return dw_EMN
+
+
+def launch_gather(x_TN: Tensor, order_S: Tensor, offsets_E1: Tensor, top_k: int) -> Tensor:
+    """Return the token of each sorted row, (S, N); rows of no expert are not written."""
+    x_TN, (choices,) = _unit_stride(x_TN), order_S.shape
+    width, out_SN = x_TN.shape[1], x_TN.new_empty(choices, x_TN.shape[1])
+    gather_kernel[(triton.cdiv(choices, 16), triton.cdiv(width, 256))](
+        x_TN, order_S, offsets_E1[-1:], out_SN, x_TN.stride(0), N=width, TOP_K=top_k, BM=16, BN=256
+    )
+    return out_SN
 
 
 def launch_bias(rows: Tensor, weights_TK: Tensor | None, order_S: Tensor, offsets_E1: Tensor, top_k: int) -> Tensor:

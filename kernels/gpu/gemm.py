@@ -2,10 +2,13 @@
 
 The dataflow is SonicMoE's (arXiv:2512.14080). Rules kept by every kernel: int32 metadata and int64 addresses; fp32
 accumulators, one `tl.dot` per accumulator and iteration (two chained into one are miscompiled for sm_100 by Triton 3.6
-to 3.8); arithmetic in fp32; no atomics. Rows past the end of an expert read its last row again, so inner loops need
-masks only where a width is not a multiple of the tile (EVEN says that the summed one is). Addresses in loops are a
-64-bit base per tile plus 32-bit offsets within it. HIDDEN is a constant, which saves registers; `depth` is not, for the
-compiler would unroll its loop whole.
+to 3.8); arithmetic in fp32; no atomics. Rows past the end of an expert read its last row again or another expert's, so
+inner loops need masks only where a width is not a multiple of the tile (EVEN says that the summed one is). Addresses in
+loops are a 64-bit base per tile plus 32-bit offsets within it. HIDDEN is a constant, which saves registers; `depth` is
+not, for the compiler would unroll its loop whole.
+
+Where TMA is set, weights (and dense rows) are tensor descriptors instead of pointers: hardware copies whole blocks, and
+reads zeros past the edges. A descriptor of weights has an expert a layer.
 
 Shape legend: T tokens, K choices per token, S = T*K choices sorted by expert, E experts, H hidden size, I intermediate
 size, J = 2*I if gated else I, M and N tiles of the output, K (in BK) the dimension that is summed.
@@ -22,10 +25,75 @@ from moeify.kernels.gpu.math import activate, swizzle
 
 
 @triton.jit
+def load_weight(
+    W, base, tile, expert, k0, col, depth, n_mask,
+    K_MAJOR: tl.constexpr, MASKED: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Return the block (BK, BN) of an expert's weight at row `k0` and column `col`, zero past `depth`."""
+    if TMA:
+        w = W.load([expert, col, k0]).reshape(BN, BK).T if K_MAJOR else W.load([expert, k0, col]).reshape(BK, BN)
+    elif not EVEN:
+        k_mask = (tl.arange(0, BK) < depth - k0)[:, None]
+        w = tl.load(base + tile, mask=k_mask & n_mask if MASKED else k_mask, other=0.0)
+    elif MASKED:
+        w = tl.load(base + tile, mask=n_mask, other=0.0)
+    else:
+        w = tl.load(base + tile)
+    return w
+
+
+@triton.jit
+def multiply(
+    X, x_tile, x_row, W, expert, col, depth, stride_we, stride_wk, stride_wn,
+    N: tl.constexpr, PAIR: tl.constexpr, K_MAJOR: tl.constexpr, EVEN: tl.constexpr,
+    X_TMA: tl.constexpr, W_TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return X W_E (BM, BN), where X is read at `X + x_tile` or, by descriptor, from `x_row` on; the weight at `col`.
+
+    With PAIR also the product with the weight N columns further on, which shares the loads of X.
+    """
+    MASKED: tl.constexpr = N % BN != 0 and not K_MAJOR
+    k = tl.arange(0, BK)
+    n = tl.arange(0, BN)
+    n_mask = (n < N - col)[None, :]
+    if N % BN and K_MAJOR:
+        n = tl.minimum(n, N - 1 - col)  # the last column again instead of a mask in the loop
+    first, first_tile, second = W, n, W
+    if not W_TMA:
+        first = W + expert.to(tl.int64) * stride_we + col.to(tl.int64) * stride_wn
+        second = first + tl.full((), N, tl.int64) * stride_wn
+        first_tile = k[:, None] * stride_wk + n[None, :] * stride_wn
+    acc = tl.zeros((BM, BN), tl.float32)
+    other = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, depth, BK):
+        if X_TMA:
+            x = X.load([x_row, k0])
+        elif EVEN:
+            x = tl.load(X + x_tile)
+        else:
+            x = tl.load(X + x_tile, mask=(k < depth - k0)[None, :], other=0.0)
+        w = load_weight(W, first, first_tile, expert, k0, col, depth, n_mask, K_MAJOR, MASKED, EVEN, W_TMA, BN, BK)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if PAIR:
+            w = load_weight(
+                W, second, first_tile, expert, k0, col + N, depth, n_mask, K_MAJOR, MASKED, EVEN, W_TMA, BN, BK
+            )
+            other = tl.dot(x, w, other, input_precision=PRECISION)
+        if not X_TMA:
+            X += BK
+        if not W_TMA:
+            first += BK * stride_wk
+            second += BK * stride_wk
+    return acc, other
+
+
+@triton.jit(do_not_specialize=["tiles"])
 def up_kernel(
     X, W, BIAS, ORDER, OFFSETS, TILE_EXPERT, TILE_ROW, Z, A, tiles, stride_x, stride_we, stride_wn, stride_wk, stride_b,
     HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP: tl.constexpr, K_MAJOR: tl.constexpr, TMA: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -39,33 +107,18 @@ def up_kernel(
         end = tl.load(OFFSETS + expert + 1)
         row = tl.load(TILE_ROW + pid_m) + tl.arange(0, BM)
         token = (tl.load(ORDER + tl.minimum(row, end - 1)) // TOP_K).to(tl.int64)
+        gate, up = multiply(
+            X, token[:, None] * stride_x + tl.arange(0, BK)[None, :], 0, W, expert, pid_n * BN, HIDDEN,
+            stride_we, stride_wk, stride_wn, INTERMEDIATE, GATED, K_MAJOR, EVEN, False, TMA, BM, BN, BK, PRECISION,
+        )  # fmt: skip
         col = pid_n * BN + tl.arange(0, BN)
-        n = tl.minimum(tl.arange(0, BN), INTERMEDIATE - 1 - pid_n * BN) if INTERMEDIATE % BN else tl.arange(0, BN)
-        k = tl.arange(0, BK)
-        x_ptr = X + token[:, None] * stride_x + k[None, :]
-        gate_base = W + expert.to(tl.int64) * stride_we + (pid_n * BN).to(tl.int64) * stride_wn
-        up_base = gate_base + tl.full((), INTERMEDIATE, tl.int64) * stride_wn
-        w_tile = n[None, :] * stride_wn + k[:, None] * stride_wk
-        gate = tl.zeros((BM, BN), tl.float32)
-        up = tl.zeros((BM, BN), tl.float32)
-        for k0 in range(0, HIDDEN, BK):
-            x = tl.load(x_ptr) if EVEN else tl.load(x_ptr, mask=k[None, :] < HIDDEN - k0, other=0.0)
-            gate_ptr = gate_base + w_tile
-            w = tl.load(gate_ptr) if EVEN else tl.load(gate_ptr, mask=k[:, None] < HIDDEN - k0, other=0.0)
-            gate = tl.dot(x, w, gate, input_precision=PRECISION)
-            if GATED:
-                up_ptr = up_base + w_tile
-                u = tl.load(up_ptr) if EVEN else tl.load(up_ptr, mask=k[:, None] < HIDDEN - k0, other=0.0)
-                up = tl.dot(x, u, up, input_precision=PRECISION)
-                up_base += BK * stride_wk
-            x_ptr += BK
-            gate_base += BK * stride_wk
+        live = col < INTERMEDIATE
         if HAS_BIAS:
-            bias_ptr = BIAS + expert.to(tl.int64) * stride_b + pid_n * BN + n
-            gate += tl.load(bias_ptr)[None, :].to(tl.float32)
+            bias_ptr = BIAS + expert.to(tl.int64) * stride_b + col
+            gate += tl.load(bias_ptr, mask=live, other=0.0)[None, :].to(tl.float32)
             if GATED:
-                up += tl.load(bias_ptr + INTERMEDIATE)[None, :].to(tl.float32)
-        mask = (row < end)[:, None] & (col < INTERMEDIATE)[None, :]
+                up += tl.load(bias_ptr + INTERMEDIATE, mask=live, other=0.0)[None, :].to(tl.float32)
+        mask = (row < end)[:, None] & live[None, :]
         row64 = row.to(tl.int64)[:, None]
         if KEEP:
             z_ptr = Z + row64 * (2 * INTERMEDIATE if GATED else INTERMEDIATE) + col[None, :]
@@ -78,10 +131,10 @@ def up_kernel(
         tl.store(A + row64 * INTERMEDIATE + col[None, :], a.to(A.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def rows_kernel(
     P, W, BIAS, OFFSETS, TILE_EXPERT, TILE_ROW, Y, tiles, stride_p, stride_we, stride_wk, stride_wn, stride_b,
-    depth, N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    depth, N: tl.constexpr, HAS_BIAS: tl.constexpr, K_MAJOR: tl.constexpr, TMA: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -95,39 +148,60 @@ def rows_kernel(
         end = tl.load(OFFSETS + expert + 1)
         first = tl.load(TILE_ROW + pid_m)
         m = tl.arange(0, BM)
-        row = first + m
+        p_tile = tl.minimum(m, end - 1 - first)[:, None] * stride_p + tl.arange(0, BK)[None, :]
+        acc, _ = multiply(
+            P if TMA else P + first.to(tl.int64) * stride_p, p_tile, first, W, expert, pid_n * BN, depth,
+            stride_we, stride_wk, stride_wn, N, False, K_MAJOR, EVEN, TMA, TMA, BM, BN, BK, PRECISION,
+        )  # fmt: skip
         col = pid_n * BN + tl.arange(0, BN)
-        k = tl.arange(0, BK)
-        p_base = P + first.to(tl.int64) * stride_p
-        p_tile = tl.minimum(m, end - 1 - first)[:, None] * stride_p + k[None, :]
-        w_base = W + expert.to(tl.int64) * stride_we + (pid_n * BN).to(tl.int64) * stride_wn
-        w_tile = k[:, None] * stride_wk + tl.arange(0, BN)[None, :] * stride_wn
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k0 in range(0, depth, BK):
-            p_ptr = p_base + p_tile
-            p = tl.load(p_ptr) if EVEN else tl.load(p_ptr, mask=k[None, :] < depth - k0, other=0.0)
-            w_ptr = w_base + w_tile
-            if not EVEN:
-                w = tl.load(w_ptr, mask=(k[:, None] < depth - k0) & (col[None, :] < N), other=0.0)
-            elif N % BN:
-                w = tl.load(w_ptr, mask=col[None, :] < N, other=0.0)
-            else:
-                w = tl.load(w_ptr)
-            acc = tl.dot(p, w, acc, input_precision=PRECISION)
-            p_base += BK
-            w_base += BK * stride_wk
         if HAS_BIAS:
             acc += tl.load(BIAS + expert.to(tl.int64) * stride_b + col, mask=col < N, other=0.0)[None, :].to(tl.float32)
-        mask = (row < end)[:, None] & (col < N)[None, :]
-        y_ptr = Y + first.to(tl.int64) * N + pid_n * BN + (m[:, None] * N + tl.arange(0, BN)[None, :])
-        tl.store(y_ptr, acc.to(Y.dtype.element_ty), mask=mask)
+        y_ptr = Y + (first + m).to(tl.int64)[:, None] * N + col[None, :]
+        tl.store(y_ptr, acc.to(Y.dtype.element_ty), mask=(first + m < end)[:, None] & (col < N)[None, :])
 
 
 @triton.jit
+def _through_activation(
+    da, s, live, Z, DZ, AS, first, m, col,
+    INTERMEDIATE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Write dZ and s * A of BN columns from `col` on; return their part of ds = <dA', A>.
+
+    A wide tile is finished in parts of 32 columns, whose numbers fit into registers one after the other.
+    """
+    if BN >= 64:
+        HALF: tl.constexpr = BN // 2
+        left, right = tl.split(da.reshape(BM, 2, HALF).permute(0, 2, 1))  # columns that each thread holds: no copy
+        ds = _through_activation(left, s, live, Z, DZ, AS, first, m, col, INTERMEDIATE, ACTIVATION, GATED, BM, HALF)
+        ds += _through_activation(
+            right, s, live, Z, DZ, AS, first, m, col + HALF, INTERMEDIATE, ACTIVATION, GATED, BM, HALF
+        )
+    else:
+        n = tl.arange(0, BN)
+        mask = live[:, None] & (n < INTERMEDIATE - col)[None, :]
+        width = 2 * INTERMEDIATE if GATED else INTERMEDIATE
+        base = first.to(tl.int64) * width + col
+        tile = m[:, None] * width + n[None, :]
+        gate = tl.load(Z + base + tile, mask=mask, other=0.0).to(tl.float32)
+        a, slope = activate(gate, ACTIVATION)
+        if GATED:
+            up = tl.load(Z + base + INTERMEDIATE + tile, mask=mask, other=0.0).to(tl.float32)
+            tl.store(DZ + base + INTERMEDIATE + tile, (s * da * a).to(DZ.dtype.element_ty), mask=mask)
+            a *= up
+            slope *= up
+        tl.store(DZ + base + tile, (s * da * slope).to(DZ.dtype.element_ty), mask=mask)
+        as_ptr = AS + first.to(tl.int64) * INTERMEDIATE + col + (m[:, None] * INTERMEDIATE + n[None, :])
+        tl.store(as_ptr, (s * a).to(AS.dtype.element_ty), mask=mask)
+        ds = tl.sum(tl.where(mask, da * a, 0.0), 1)
+    return ds
+
+
+@triton.jit(do_not_specialize=["tiles"])
 def down_backward_kernel(
     DO, W, Z, WEIGHTS, ORDER, OFFSETS, TILE_EXPERT, TILE_ROW, DZ, AS, DS, tiles,
     stride_do, stride_we, stride_wk, stride_wn,
     depth, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    K_MAJOR: tl.constexpr, TMA: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -145,54 +219,39 @@ def down_backward_kernel(
         m = tl.arange(0, BM)
         row = first + m
         choice = tl.load(ORDER + tl.minimum(row, end - 1))
-        col = pid_n * BN + tl.arange(0, BN)
-        k = tl.arange(0, BK)
-        do_ptr = DO + (choice // TOP_K).to(tl.int64)[:, None] * stride_do + k[None, :]
-        w_base = W + expert.to(tl.int64) * stride_we + (pid_n * BN).to(tl.int64) * stride_wn
-        w_tile = k[:, None] * stride_wk + tl.arange(0, BN)[None, :] * stride_wn
-        da = tl.zeros((BM, BN), tl.float32)
-        for k0 in range(0, depth, BK):
-            do = tl.load(do_ptr) if EVEN else tl.load(do_ptr, mask=k[None, :] < depth - k0, other=0.0)
-            w_ptr = w_base + w_tile
-            if not EVEN:
-                w = tl.load(w_ptr, mask=(k[:, None] < depth - k0) & (col[None, :] < INTERMEDIATE), other=0.0)
-            elif INTERMEDIATE % BN:
-                w = tl.load(w_ptr, mask=col[None, :] < INTERMEDIATE, other=0.0)
-            else:
-                w = tl.load(w_ptr)
-            da = tl.dot(do, w, da, input_precision=PRECISION)
-            do_ptr += BK
-            w_base += BK * stride_wk
+        col = pid_n * BN
+        do_tile = (choice // TOP_K).to(tl.int64)[:, None] * stride_do + tl.arange(0, BK)[None, :]
+        da, _ = multiply(
+            DO, do_tile, 0, W, expert, col, depth,
+            stride_we, stride_wk, stride_wn, INTERMEDIATE, False, K_MAJOR, EVEN, False, TMA, BM, BN, BK, PRECISION,
+        )  # fmt: skip
         live = row < end
-        mask = live[:, None] & (col < INTERMEDIATE)[None, :]
         s = tl.load(WEIGHTS + choice).to(tl.float32)[:, None]
-        width = 2 * INTERMEDIATE if GATED else INTERMEDIATE
-        base = first.to(tl.int64) * width + pid_n * BN
-        tile = m[:, None] * width + tl.arange(0, BN)[None, :]
-        gate = tl.load(Z + base + tile, mask=mask, other=0.0).to(tl.float32)
-        a, slope = activate(gate, ACTIVATION)
-        if GATED:
-            up = tl.load(Z + base + INTERMEDIATE + tile, mask=mask, other=0.0).to(tl.float32)
-            tl.store(DZ + base + INTERMEDIATE + tile, (s * da * a).to(DZ.dtype.element_ty), mask=mask)
-            a *= up
-            slope *= up
-        tl.store(DZ + base + tile, (s * da * slope).to(DZ.dtype.element_ty), mask=mask)
-        as_tile = m[:, None] * INTERMEDIATE + tl.arange(0, BN)[None, :]
-        as_ptr = AS + first.to(tl.int64) * INTERMEDIATE + pid_n * BN + as_tile
-        tl.store(as_ptr, (s * a).to(AS.dtype.element_ty), mask=mask)
-        ds = tl.sum(tl.where(mask, da * a, 0.0), 1)
+        ds = _through_activation(da, s, live, Z, DZ, AS, first, m, col, INTERMEDIATE, ACTIVATION, GATED, BM, BN)
         tl.store(DS + row.to(tl.int64) * tiles_n + pid_n, ds, mask=live)
 
 
 @triton.jit
+def load_rows(base, tile, cols, live, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr):
+    """Return a block (rows, columns) of sorted rows; zeros past WIDTH and, unless ALL are live, in dead rows."""
+    if ALL and WIDTH % BLOCK == 0:
+        x = tl.load(base + tile)
+    elif ALL:
+        x = tl.load(base + tile, mask=(cols < WIDTH)[None, :], other=0.0)
+    else:
+        x = tl.load(base + tile, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
 def weights_kernel(
-    L, R, ORDER, OFFSETS, DW, stride_l, stride_r,
-    M: tl.constexpr, N: tl.constexpr, GATHER_L: tl.constexpr, GATHER_R: tl.constexpr, TOP_K: tl.constexpr,
+    L, R, L_TILES, R_TILES, OFFSETS, DW, stride_l, stride_r, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DW_EMN[e] = sum over the rows r of expert e of L[r]^T R[r]; an expert without rows gets zeros.
 
-    Rows of L or R are tokens to be gathered where GATHER says so. Grid: (cdiv(M, BM) * cdiv(N, BN), E).
+    Whole blocks of rows need no masks; the last one, which may have fewer, comes after the loop.
+    L_TILES and R_TILES are descriptors of L and R if TMA. Grid: (cdiv(M, BM) * cdiv(N, BN), E).
     """
     pid_m, pid_n = swizzle(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     expert = tl.program_id(1)
@@ -200,25 +259,47 @@ def weights_kernel(
     end = tl.load(OFFSETS + expert + 1)
     m = pid_m * BM + tl.arange(0, BM)
     n = pid_n * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    l_tile = k[:, None] * stride_l + m[None, :]
+    r_tile = k[:, None] * stride_r + n[None, :]
+    l_base = L + start.to(tl.int64) * stride_l
+    r_base = R + start.to(tl.int64) * stride_r
     acc = tl.zeros((BM, BN), tl.float32)
-    for r0 in range(start, end, BK):
-        row = r0 + tl.arange(0, BK)
-        live = row < end
-        row_l = row.to(tl.int64)
-        row_r = row_l
-        if GATHER_L or GATHER_R:
-            token = (tl.load(ORDER + row, mask=live, other=0) // TOP_K).to(tl.int64)
-            if GATHER_L:
-                row_l = token
-            else:
-                row_r = token
-        l_mask = live[None, :] & (m < M)[:, None] if M % BM else live[None, :]
-        r_mask = live[:, None] & (n < N)[None, :] if N % BN else live[:, None]
-        left = tl.load(L + row_l[None, :] * stride_l + m[:, None], mask=l_mask, other=0.0)
-        right = tl.load(R + row_r[:, None] * stride_r + n[None, :], mask=r_mask, other=0.0)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    last = end - (end - start) % BK
+    for r0 in range(start, last, BK):
+        if TMA:
+            left = L_TILES.load([r0, pid_m * BM])
+            right = R_TILES.load([r0, pid_n * BN])
+        else:
+            left = load_rows(l_base, l_tile, m, None, M, BM, True)
+            right = load_rows(r_base, r_tile, n, None, N, BN, True)
+        acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
+        l_base += BK * stride_l
+        r_base += BK * stride_r
+    if last < end:
+        live = k < end - last
+        left = load_rows(l_base, l_tile, m, live, M, BM, False)
+        right = load_rows(r_base, r_tile, n, live, N, BN, False)
+        acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
     dw_ptr = DW + expert.to(tl.int64) * (M * N) + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(dw_ptr, acc.to(DW.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def gather_kernel(
+    X, ORDER, VALID, OUT, stride_x, N: tl.constexpr, TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """OUT_SN[r] = X_TN[token of row r]; rows from VALID[0] on are not written. Grid: (cdiv(S, BM), cdiv(N, BN))."""
+    first = tl.program_id(0) * BM
+    valid = tl.load(VALID)
+    if first < valid:
+        row = first + tl.arange(0, BM)
+        n = tl.program_id(1) * BN + tl.arange(0, BN)
+        live = row < valid
+        token = (tl.load(ORDER + row, mask=live, other=0) // TOP_K).to(tl.int64)
+        mask = live[:, None] & (n < N)[None, :]
+        x = tl.load(X + token[:, None] * stride_x + n[None, :], mask=mask)
+        tl.store(OUT + row.to(tl.int64)[:, None] * N + n[None, :], x, mask=mask)
 
 
 @triton.jit

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 
@@ -22,6 +25,10 @@ SHARED_MEMORY = {
 }
 
 
+TMA = frozenset({"sm_90", "sm_100", "sm_120"})  # copies blocks by tensor descriptor
+E4M3 = frozenset({"sm_89", "sm_90", "sm_100", "sm_120"})  # multiplies it, in the form that has no infinities
+
+
 def interpreted() -> bool:
     """Whether this process runs kernels in Triton's interpreter, on CPU: TRITON_INTERPRET=1 when it started."""
     return not isinstance(swizzle, triton.JITFunction)
@@ -31,8 +38,24 @@ def architecture() -> str:
     """Return what the kernels will run on: "sm_90", "gfx942", or "interpreter"."""
     if interpreted():
         return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
+    driver = triton.runtime.driver.active
+    return _architecture(driver, driver.get_current_device())
+
+
+@cache
+def _architecture(driver: Any, device: int) -> str:
+    target = driver.get_current_target()  # of `device`; asking takes longer than a launch may
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def has_tma() -> bool:
+    """Whether the hardware copies whole blocks by tensor descriptor, or the interpreter does as if it did."""
+    return interpreted() or architecture() in TMA
+
+
+def has_e4m3() -> bool:
+    """Whether the hardware multiplies e4m3."""
+    return interpreted() or architecture() in E4M3
 
 
 def product_precision(dtype: torch.dtype) -> str:

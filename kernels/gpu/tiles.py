@@ -8,13 +8,16 @@ SM, then stages. Nothing was timed.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a tile (rows m, columns n, summed k) and how the compiler schedules it."""
+    """The shape of a tile (rows m, columns n, summed k) and how the compiler schedules it.
+
+    With `tma`, weights and dense rows are read by tensor descriptor where their strides allow it.
+    """
 
     m: int
     n: int
@@ -22,14 +25,16 @@ class Tile:
     warps: int
     stages: int
     group_m: int = 8
+    tma: bool = field(default=False, kw_only=True)
 
 
 Table = dict[str, dict[int, Tile]]  # by kernel, then by height; "weights" has one height, as it has no rows to fit
 
 
 def _tiles(*rows: str) -> dict[int, Tile]:
-    """Read tiles written as rows x columns x summed, warps, stages."""
-    found = (Tile(*(int(number) for number in row.replace("x", " ").split())) for row in rows)
+    """Read tiles written as rows x columns x summed, warps, stages, and "tma" where it is to be used."""
+    written = ((row.removesuffix(" tma").replace("x", " ").split(), row.endswith(" tma")) for row in rows)
+    found = (Tile(*map(int, numbers), tma=tma) for numbers, tma in written)
     return {tile.m: tile for tile in found}
 
 
@@ -40,16 +45,17 @@ _AMPERE: Table = {
     "weights": _tiles("128x128x32 8 5"),
 }
 _SMALL_SHARED: Table = {  # 99 KB a block: sm_86, sm_89, sm_120
-    "up": _tiles("16x64x64 4 4", "32x64x64 4 3", "64x64x64 4 2", "128x64x32 8 3"),
+    "up": _tiles("16x64x64 4 4", "32x64x64 4 3", "64x64x64 4 3", "128x64x32 8 3"),
     "rows": _tiles("16x64x128 4 3", "32x128x64 4 3", "64x128x32 4 3", "128x128x32 8 3"),
-    "down_backward": _tiles("16x64x64 4 4", "32x64x64 4 3", "64x64x64 4 2", "128x64x32 8 3"),
+    "down_backward": _tiles("16x64x64 4 4", "32x64x64 4 3", "64x64x64 4 3", "128x64x32 8 3"),
     "weights": _tiles("128x128x32 8 4"),
 }
 _HOPPER: Table = {
     "up": _tiles("16x64x64 4 4", "32x64x64 4 4", "64x64x64 4 3", "128x128x64 8 3"),
-    "rows": _tiles("16x64x128 4 3", "32x128x64 4 3", "64x128x64 4 4", "128x128x64 8 4"),
-    "down_backward": _tiles("16x64x64 4 4", "32x64x64 4 4", "64x64x64 4 3", "128x64x64 8 3"),
-    "weights": _tiles("128x128x64 8 3"),
+    "rows": _tiles("16x64x128 4 3", "32x128x64 4 3", "64x128x64 4 4", "128x256x64 8 4 tma"),
+    "short_rows": _tiles("128x128x64 8 3 tma"),  # two blocks on each SM: one multiplies while the other stores
+    "down_backward": _tiles("16x64x64 4 4", "32x64x64 4 4", "64x64x64 4 3", "128x128x64 8 4"),
+    "weights": _tiles("128x256x64 8 4 tma"),
 }
 _CDNA3: Table = {  # 64 KB of LDS; the compiler pipelines loads through registers
     **dict.fromkeys(
@@ -67,6 +73,8 @@ TILES: dict[str, Table] = {
     "gfx942": _CDNA3,
 }
 HEIGHTS = (16, 32, 64, 128)  # of a tile of rows
+TALL = 192  # rows of an expert from which the tallest tiles, which multiply twice as fast, are worth their empty part
+SHORT = 1024  # summed elements of "rows" up to which "short_rows" has tiles of its own
 UNKNOWN = _SMALL_SHARED  # for an architecture that the table does not have: these fit everywhere
 
 
@@ -77,22 +85,28 @@ def row_tile(choices: int, experts: int) -> int:
     32 are for decoding, where reading the weights takes the time.
     """
     share = choices // experts
-    return 16 if share <= 16 else 32 if share <= 32 else 64 if share < 512 else 128
+    return 16 if share <= 16 else 32 if share <= 32 else 64 if share < TALL else 128
 
 
+def entry(kernel: str, k: int) -> str:
+    """Return the name in a table of tiles of `kernel` where `k` elements are summed."""
+    return "short_rows" if kernel == "rows" and k <= SHORT else kernel
+
+
+@cache
 def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int) -> Tile:
     """Return the tile of `kernel` for tiles of `m` rows, no wider than the matrix and no deeper than its type allows.
 
-    The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the width of the kernels
-    that hold a gate beside the rest, for registers, of which products without tensor cores need more. The others' tiles
-    of 32 rows spill unless they are shallower still.
+    The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the widest tiles and those
+    of the kernels that hold a gate beside the rest, for registers, of which products without tensor cores need more.
+    The others' tiles of 32 rows, and the widest of the weights, spill unless they are shallower still.
     """
-    tile = _table(architecture)[kernel][m]
+    table = _table(architecture)
+    tile = table.get(entry(kernel, k), {}).get(m) or table[kernel][m]
     if itemsize > 2:
-        if kernel in {"up", "down_backward"}:
-            tile = replace(tile, n=tile.n // 2, k=tile.k // 2)
-        else:
-            tile = replace(tile, k=tile.k // (4 if m == 32 else 2))
+        gate = kernel in {"up", "down_backward"}
+        depth = 4 if (m == 32 and not gate) or (kernel == "weights" and tile.n > 128) else 2
+        tile = replace(tile, n=min(tile.n // 2, 32) if gate else min(tile.n, 128), k=tile.k // depth, tma=False)
     return fit(tile, n, k)
 
 
@@ -104,17 +118,20 @@ def fit(tile: Tile, n: int, k: int) -> Tile:
 def least_shared(kernel: str, tile: Tile, itemsize: int) -> int:
     """Return a lower bound of the bytes of shared memory that `kernel` needs, whatever the compiler does.
 
-    The compiler keeps at least one buffer less than there are stages; in "weights", where the rows to load are
-    themselves loaded by index, half as many.
+    The compiler keeps at least one buffer less than there are stages.
     """
     columns = 2 * tile.n if kernel == "up" else tile.n
-    buffers = (tile.stages - 1) // 2 if kernel == "weights" else tile.stages - 1
-    return (tile.m + columns) * tile.k * itemsize * max(buffers, 1)
+    return (tile.m + columns) * tile.k * itemsize * max(tile.stages - 1, 1)
 
 
 def block_tile(block: int, columns: int, itemsize: int) -> Tile:
     """Return the tile of a block-sparse product whose result has blocks of `block` rows: the same everywhere."""
     return Tile(block, columns, min(block, 32 if itemsize <= 2 else 16), 8 if columns > 64 else 4, 3)
+
+
+def quantized_tile(m: int, itemsize: int) -> Tile:
+    """Return the tile of a product with quantized weights, for rows of `itemsize` bytes: the same everywhere."""
+    return Tile(m, 64, 128 // itemsize, 8 if m in {32, 128} else 4, 3)
 
 
 @cache

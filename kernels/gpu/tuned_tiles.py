@@ -24,7 +24,7 @@ from moeify.kernels.gpu.target import SHARED_MEMORY, architecture
 from moeify.kernels.gpu.tiles import Tile
 
 Table = Mapping[tuple[str, int, int], Tile]  # by kernel, height of a tile of rows, bytes of an element
-KERNELS = {"up", "rows", "down_backward", "weights"}
+KERNELS = {"up", "rows", "short_rows", "down_backward", "weights"}
 _VARIABLE = "MOEIFY_TILES"
 _trial: ContextVar[Tile | None] = ContextVar("trial", default=None)
 
@@ -36,7 +36,7 @@ def pick(kernel: str, m: int, n: int, k: int, itemsize: int) -> Tile:
         ValueError: MOEIFY_TILES names a file that is not for this GPU and Triton, or that holds an unusable tile.
     """
     file = os.environ.get(_VARIABLE)
-    tile = _trial.get() or (_read(file).get((kernel, m, itemsize)) if file else None)
+    tile = _trial.get() or (_read(file).get((tiles.entry(kernel, k), m, itemsize)) if file else None)
     return tiles.choose(kernel, architecture(), m, n, k, itemsize) if tile is None else tiles.fit(tile, n, k)
 
 
@@ -82,12 +82,14 @@ def _read(path: str) -> Table:
     return table
 
 
-def _tile(kernel: str, itemsize: int, **sides: int) -> Tile:
+def _tile(kernel: str, itemsize: int, tma: bool = False, **sides: int) -> Tile:
     """Return a tile; ValueError if the compiler cannot take one of its numbers."""
-    tile = Tile(**sides)
+    tile = Tile(**sides, tma=tma)
     heights = (128,) if kernel == "weights" else tiles.HEIGHTS
-    powers = all(type(side) is int and side in (16, 32, 64, 128) for side in (tile.n, tile.k))
-    schedule = tile.warps in (2, 4, 8) and tile.stages in range(1, 9) and tile.group_m in range(1, 65)
+    powers = all(type(side) is int and side in (16, 32, 64, 128, 256) for side in (tile.n, tile.k))
+    schedule = (
+        tile.warps in (2, 4, 8) and tile.stages in range(1, 9) and tile.group_m in range(1, 65) and type(tma) is bool
+    )
     if kernel not in KERNELS or itemsize not in (2, 4) or tile.m not in heights or not powers or not schedule:
         raise ValueError(f"no kernel {kernel!r} takes {tile} with {itemsize} bytes")
     return tile

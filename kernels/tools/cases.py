@@ -14,8 +14,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from moeify.kernels.gpu import blocksparse, gemm, layout
-from moeify.kernels.gpu.tiles import TILES, Tile, block_tile, choose
+from moeify.kernels.gpu import blocksparse, gemm, layout, quantized
+from moeify.kernels.gpu.target import E4M3
+from moeify.kernels.gpu.tiles import HEIGHTS, SHORT, TILES, Tile, block_tile, choose, quantized_tile
 from moeify.kernels.tools import static_analysis
 from moeify.kernels.tools.static_analysis import Resources
 
@@ -59,6 +60,7 @@ class Case:
         constants: Arguments by name: values, or types of those that `_type` would take for something else.
         tiles: The tiles of a kernel that is not in the table.
         products: Whether it multiplies matrices.
+        only: The architectures that can, if not all can.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Case:
     constants: dict[str, Any]
     tiles: tuple[Tile, ...] = ()
     products: bool = True
+    only: frozenset[str] | None = None
 
 
 def _sparse(name: str, kernel: Any, free: str, width: int | None) -> Iterator[Case]:
@@ -77,27 +80,53 @@ def _sparse(name: str, kernel: Any, free: str, width: int | None) -> Iterator[Ca
         yield Case(name, kernel, "", constants, (block_tile(block, width or block, 2),))
 
 
+def _quantized(name: str, packed: bool, **constants: Any) -> Case:
+    known = {
+        "N": HIDDEN,
+        "TOP_K": 0,
+        "HAS_BIAS": False,
+        "GROUP_K": 128,
+        "PACKED": packed,
+        "W_SCALES": "*fp32",
+    } | constants
+    return Case(
+        name, quantized.quantized_rows_kernel, "", known, tuple(quantized_tile(m, 2 if packed else 1) for m in HEIGHTS),
+        only=None if packed else E4M3,
+    )  # fmt: skip
+
+
 _FFN = {"HIDDEN": HIDDEN, "INTERMEDIATE": INTERMEDIATE, "TOP_K": TOP_K, "ACTIVATION": "silu", "GATED": True}
+_BY_COLUMN = {"K_MAJOR": True, "stride_wk": 1}  # each column of the weight lies in one piece
+_BY_ROW = {"K_MAJOR": False, "stride_wn": 1}
 _TOKENS = {"N": HIDDEN, "TOP_K": TOP_K, "WEIGHTED": True}
+_ACTIVATE = {"N": INTERMEDIATE, "ACTIVATION": "silu", "GATED": True, "FP8": True, "TOP": 448.0, "Q": "*fp8e4nv",
+             "SCALES": "*fp32"}  # fmt: skip
 _ROUTING = {"E": 128, "X": 256, "IDS": "*i64"}
-_SUM = {"TOP_K": TOP_K, "GATHER_L": False, "GATHER_R": False}
 CASES = (
-    Case("up", gemm.up_kernel, "up", _FFN | {"HAS_BIAS": False, "KEEP": True, "stride_wk": 1}),
-    Case("down", gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False, "stride_wk": 1}),
-    Case("d input", gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False, "stride_wn": 1}),
-    Case("d hidden", gemm.down_backward_kernel, "down_backward", _FFN | {"stride_wn": 1}),
-    Case("d up", gemm.weights_kernel, "weights", _SUM | {"M": 2 * INTERMEDIATE, "N": HIDDEN, "GATHER_R": True}),
+    Case("up", gemm.up_kernel, "up", _FFN | {"HAS_BIAS": False, "KEEP": True} | _BY_COLUMN),
+    Case("down", gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False} | _BY_COLUMN),
+    Case("d input", gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False} | _BY_ROW),
+    Case("d hidden", gemm.down_backward_kernel, "down_backward", _FFN | _BY_ROW),
+    Case("d up", gemm.weights_kernel, "weights", {"M": 2 * INTERMEDIATE, "N": HIDDEN}),
     Case("(dense)", dense_kernel, "up", {"N": HIDDEN}),
-    Case("d down", gemm.weights_kernel, "weights", _SUM | {"M": HIDDEN, "N": INTERMEDIATE, "GATHER_L": True}),
+    Case("d down", gemm.weights_kernel, "weights", {"M": HIDDEN, "N": INTERMEDIATE}),
     *_sparse("sdd", blocksparse.sdd_kernel, "K", None),
     *_sparse("dsd", blocksparse.dsd_kernel, "M", 64),
     *_sparse("dsd^T", blocksparse.dsd_transposed_kernel, "M", 64),
+    _quantized("e4m3 down", False, P="*fp8e4nv", W="*fp8e4nv", P_SCALES="*fp32", SCALE_N=128, SCALE_K=128),
+    _quantized("int4 down", True, W="*u8", SCALE_N=1, SCALE_K=128),
+    Case("quantize", quantized.activate_kernel, "", _ACTIVATE, (Tile(16, 128, 0, 4, 3),), False, E4M3),
+    Case("gather", gemm.gather_kernel, "", _TOKENS, (Tile(16, 256, 0, 4, 3),), False),
     Case("d bias", gemm.bias_kernel, "", _TOKENS | {"GATHER": True}, (Tile(0, 64, 32, 4, 3),), False),
     Case("combine", gemm.combine_kernel, "", _TOKENS, (Tile(0, 1024, 0, 4, 3),), False),
     Case("count", layout.count_kernel, "", _ROUTING, (Tile(32, 0, 0, 4, 3),), False),
     Case("place", layout.place_kernel, "", _ROUTING, (Tile(32, 0, 0, 4, 3),), False),
+    Case("route", layout.route_kernel, "", _ROUTING | {"BM": 16}, (Tile(32, 0, 0, 8, 3),), False),
     Case("tile map", layout.tile_map_kernel, "", _ROUTING | {"X": 128}, (Tile(64, 0, 0, 4, 3),), False),
 )
+
+
+BF16_ONLY = (dense_kernel, quantized.quantized_rows_kernel)
 
 
 @dataclass(frozen=True)
@@ -114,7 +143,8 @@ def measure(case: Case, tile: Tile, architecture: str, kind: str = "bf16") -> Re
     """Compile one case with one tile and read its resources."""
     dtype, precision = KINDS[kind]
     known = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP_M": tile.group_m, "PRECISION": precision, "EVEN": True}
-    known |= {"BLOCK": tile.m} | case.constants
+    known |= {"BLOCK": tile.m, "TMA": tile.tma} | case.constants
+    known |= _descriptors(known, tile, dtype) if tile.tma else {}
     arguments = {name: known.get(name, _type(name, dtype)) for name in case.kernel.arg_names}
     return static_analysis.resources(
         static_analysis.compile_kernel(case.kernel, arguments, architecture, tile), architecture
@@ -127,7 +157,9 @@ def entries(architecture: str) -> Iterator[Entry]:
         if kind == "tf32" and architecture.startswith("gfx"):
             continue  # not used there
         for case in CASES:
-            if kind != "bf16" and (case.kernel is dense_kernel or not case.products):
+            if case.only is not None and architecture not in case.only:
+                continue
+            if kind != "bf16" and (case.kernel in BF16_ONLY or not case.products):
                 continue
             itemsize = 4 if dtype == "fp32" else 2
             for tile in _tiles(case, architecture, itemsize):
@@ -137,8 +169,12 @@ def entries(architecture: str) -> Iterator[Entry]:
 def _tiles(case: Case, architecture: str, itemsize: int) -> list[Tile]:
     if case.table:
         heights = TILES[architecture][case.table]
-        return [choose(case.table, architecture, m, HIDDEN, HIDDEN, itemsize) for m in heights]
-    return [block_tile(tile.m, tile.n, itemsize) if case.products else tile for tile in case.tiles]
+        tiles = [choose(case.table, architecture, m, HIDDEN, HIDDEN, itemsize) for m in heights]
+        if case.name == "down":
+            tiles += [choose("rows", architecture, m, HIDDEN, SHORT, itemsize) for m in heights]
+        return list(dict.fromkeys(tiles))
+    sparse = case.products and case.kernel not in BF16_ONLY
+    return [block_tile(tile.m, tile.n, itemsize) if sparse else tile for tile in case.tiles]
 
 
 def faults(entry: Entry) -> list[str]:
@@ -149,6 +185,7 @@ def faults(entry: Entry) -> list[str]:
         f"needs {found.shared} bytes of shared memory": not found.fits,
         "leaves no room for a block": found.ctas < 1,
         "uses no tensor cores": entry.case.products and entry.kind != "fp32" and not found.tensor_ops,
+        "waits for all its loads in each turn of its loop": bool(entry.case.table) and found.in_flight == 0,
     }
     if entry.case.kernel is dense_kernel:
         return []
@@ -160,7 +197,7 @@ def tile_faults(kernel: str, architecture: str, tile: Tile, itemsize: int) -> li
     if architecture not in TILES:
         raise ValueError(f"the limits of {architecture} are not known: expected one of {', '.join(TILES)}; do not tune")
     kinds = ["bf16"] if itemsize == 2 else ["fp32"] if architecture.startswith("gfx") else ["fp32", "tf32"]
-    uses = [case for case in CASES if case.table == kernel and case.kernel is not dense_kernel]
+    uses = [case for case in CASES if case.table == kernel.removeprefix("short_") and case.kernel is not dense_kernel]
     found = (Entry(case, kind, tile, measure(case, tile, architecture, kind)) for case in uses for kind in kinds)
     return next(filter(None, map(faults, found)), [])
 
@@ -173,6 +210,13 @@ def slow_loops(found: list[Entry]) -> list[str]:
         for (name, tile), ratio in ratios.items()
         if name == "up" and ratio > DENSE_MARGIN * ratios["(dense)", tile]
     ]
+
+
+def _descriptors(known: dict[str, Any], tile: Tile, dtype: str) -> dict[str, str]:
+    """Return the types of the arguments that are tensor descriptors, for whichever kernel has them."""
+    weight = (tile.n, tile.k) if known.get("K_MAJOR") else (tile.k, tile.n)
+    blocks = {"W": (1, *weight), "P": (tile.m, tile.k), "L_TILES": (tile.k, tile.m), "R_TILES": (tile.k, tile.n)}
+    return {name: f"tensordesc<{dtype}{list(block)}>" for name, block in blocks.items()}
 
 
 def _type(name: str, dtype: str) -> str:

@@ -25,7 +25,9 @@ REGISTERS = 65536  # of one multiprocessor
 RESERVED = 1024  # bytes of shared memory that the system takes for each block
 WARPS = {"sm_86": 48, "sm_89": 48, "sm_120": 48}  # of one multiprocessor; others have 64
 
-TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "DMMA", "v_mfma")
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA", "QMMA", "QGMMA", "UTCQMMA", "DMMA", "v_mfma")  # Q: of 8 bits
+PRODUCT = re.compile(rf"\s(?:{'|'.join(TENSOR_CORES)})\b")
+WAIT = re.compile(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)")
 ASYNC_COPIES = ("LDGSTS", "UTMALDG", "buffer_load", "global_load")
 
 
@@ -42,6 +44,8 @@ class Resources:
         tensor_ops: Tensor-core instructions by name.
         async_copies: Asynchronous copies by name; on AMD, vector loads.
         loop_ratio: Instructions per tensor-core instruction in the innermost loop that has any.
+        in_flight: Groups of asynchronous copies that the same loop leaves in flight when it waits for the next blocks;
+            None if it waits otherwise.
     """
 
     registers: int
@@ -52,6 +56,7 @@ class Resources:
     tensor_ops: dict[str, int]
     async_copies: dict[str, int]
     loop_ratio: float
+    in_flight: int | None = None
 
 
 def compile_kernel(kernel: Any, arguments: dict[str, Any], architecture: str, tile: Tile) -> Any:
@@ -67,8 +72,8 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], architecture: str, ti
     signature = {n: arguments[n] if _is_type(arguments[n]) else "constexpr" for n in names}
     constants = {n: arguments[n] for n in names if signature[n] == "constexpr"}
     # Pointers, strides and widths are multiples of 16: else loads are scalar and nothing is asynchronous.
-    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or n != "tiles"]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[names[i]] != "constexpr"}
+    aligned = [i for i, n in enumerate(names) if signature[n][0] in "*i" and n != "tiles"]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
@@ -83,7 +88,10 @@ def resources(compiled: Any, architecture: str) -> Resources:
 
 
 def _is_type(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"\*?(bf16|fp16|fp32|i32|i64)", value) is not None
+    return (
+        isinstance(value, str)
+        and re.fullmatch(r"\*?(bf16|fp16|fp32|i32|i64)|\*(fp8e4nv|u8)|tensordesc<.*>", value) is not None
+    )
 
 
 def _nvidia(compiled: Any, architecture: str) -> Resources:
@@ -98,6 +106,7 @@ def _nvidia(compiled: Any, architecture: str) -> Resources:
     warp_registers = -(-registers * 32 // 256) * 256  # allocated 256 at a time
     blocks = REGISTERS // (warp_registers * warps), WARPS.get(architecture, 64) // warps
     ctas = min(*blocks, (limit + RESERVED) // (shared + RESERVED))
+    loop = _inner_loop(code)
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code)
     return Resources(
         registers=registers,
@@ -107,7 +116,8 @@ def _nvidia(compiled: Any, architecture: str) -> Resources:
         ctas=ctas,
         tensor_ops=_count(instructions, TENSOR_CORES),
         async_copies=_count(instructions, ASYNC_COPIES),
-        loop_ratio=_loop_ratio(code),
+        loop_ratio=len(loop) / _products(loop) if loop else 0.0,
+        in_flight=min((int(found[1], 16) for line in loop if (found := WAIT.search(line))), default=None),
     )
 
 
@@ -127,8 +137,8 @@ def _amd(compiled: Any, architecture: str) -> Resources:
     )
 
 
-def _loop_ratio(code: str) -> float:
-    """Return the instructions per tensor-core instruction in the shortest loop that has one; 0 if there is none."""
+def _inner_loop(code: str) -> list[str]:
+    """Return the instructions of the shortest loop that has one for tensor cores; none if there is no such loop."""
     lines = [line for line in code.splitlines() if re.search(r"^\.L_x_\d+:|/\*[0-9a-f]{4,}\*/\s+\S", line)]
     labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"^(\.L_x_\d+):", line))}
     loops = []
@@ -136,10 +146,13 @@ def _loop_ratio(code: str) -> float:
         target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
         start = labels.get(target[1], end) if target else end
         body = [other for other in lines[start : end + 1] if not other.startswith(".L")]
-        products = sum(bool(re.search(r"\s(?:HMMA|HGMMA|UTCHMMA|DMMA)\b", other)) for other in body)
-        if start < end and products:
-            loops.append((len(body), products))
-    return min((length / products for length, products in sorted(loops)[:1]), default=0.0)
+        if start < end and _products(body):
+            loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def _products(lines: list[str]) -> int:
+    return sum(bool(PRODUCT.search(line)) for line in lines)
 
 
 def _run(*command: Any) -> str:

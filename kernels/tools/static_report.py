@@ -16,11 +16,12 @@ from pathlib import Path
 
 from moeify.kernels.tools.cases import Entry, entries, faults, slow_loops
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 START, END = "<!-- static report: start -->", "<!-- static report: end -->"
 HEADER = (
-    "| kernel | tile | warps | stages | registers | spill | shared | CTAs/SM | tensor cores | loads | per product |",
-    "|---|---|---|---|---|---|---|---|---|---|---|",
+    "| kernel | tile | warps | stages | registers | spill | shared | CTAs/SM | tensor cores | loads | per product "
+    "| in flight |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -32,7 +33,9 @@ def row(entry: Entry) -> str:
     resources = found.registers, found.spill, found.shared, found.ctas
     instructions = [", ".join(f"{n} {op}" for op, n in ops.items()) for ops in (found.tensor_ops, found.async_copies)]
     ratio = f"{found.loop_ratio:.1f}" if found.loop_ratio else ""
-    return "| " + " | ".join(map(str, (name, shape, tile.warps, tile.stages, *resources, *instructions, ratio))) + " |"
+    in_flight = "" if found.in_flight is None else found.in_flight
+    cells = name, shape, tile.warps, tile.stages, *resources, *instructions, ratio, in_flight
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main(arguments: list[str]) -> int:

@@ -15,15 +15,15 @@ import torch
 import triton
 from torch import Tensor
 
-from moeify.kernels.gpu import experts, tiles, tuned_tiles
-from moeify.kernels.gpu.target import architecture
+from moeify.kernels.gpu import experts, tiles
+from moeify.kernels.gpu.target import architecture, has_tma
 from moeify.kernels.gpu.tiles import Tile
 from moeify.kernels.inputs import ExpertInputs, Kept
 from moeify.kernels.layout import sort_by_expert
 from moeify.kernels.tools.cases import tile_faults
 from moeify.kernels.tools.trials import Launch, try_tiles
 
-SHARES = (16, 32, 256, 2048)  # rows of an expert, one for each height of a tile of rows: decoding to training
+SHARES = (16, 32, 128, 2048)  # rows of an expert, one for each height of a tile of rows: decoding to training
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -81,27 +81,48 @@ def tune(
             if time.time() > until:
                 return
             m = tiles.row_tile(share * shape.experts, shape.experts)
-            for kernel, launch in launches(shape, share, dtype, device).items():
-                if kernel not in tuned_tiles.KERNELS or (kernel == "weights" and m != 128):
-                    continue  # another use of a kernel; and tiles of "weights" do not follow the share
+            for kernel, launch in _by_entry(shape, launches(shape, share, dtype, device)).items():
+                if kernel == "weights" and m != 128:
+                    continue  # its tiles do not follow the share
                 trials = try_tiles(launch, _survivors(kernel, m, dtype.itemsize), timer, until, wrong)
                 times = {trial.tile: trial.milliseconds for trial in trials if trial.milliseconds is not None}
                 if times:
                     yield Timed(kernel, dtype.itemsize, min(times, key=times.__getitem__), times)
 
 
+def _by_entry(shape: Shape, made: dict[str, Launch]) -> dict[str, Launch]:
+    """Return one launch for each entry of the table: the first that uses it."""
+    found: dict[str, Launch] = {}
+    for name, launch in made.items():
+        found.setdefault(entry_of(name, shape), launch)
+    return found
+
+
+def entry_of(name: str, shape: Shape) -> str:
+    """Return the entry in the table of tiles that the launch of this name uses."""
+    return tiles.entry(name.partition(",")[0], summed(name, shape))
+
+
+def summed(name: str, shape: Shape) -> int:
+    """Return how many elements the launch of this name sums, but for "weights", which sums rows."""
+    return {"rows": shape.intermediate, "rows, gradient of x": 2 * shape.intermediate}.get(name, shape.hidden)
+
+
 def _survivors(kernel: str, m: int, itemsize: int) -> Iterable[Tile]:
     """Return those of the table's tile and its neighbors that neither spill nor fail to fit."""
-    base = tiles.choose(kernel, architecture(), m, 1 << 20, 1 << 20, itemsize)
+    short = kernel == "short_rows"
+    base = tiles.choose("rows" if short else kernel, architecture(), m, 1 << 20, tiles.SHORT << (not short), itemsize)
     near = [
         base,
         replace(base, n=base.n * 2),
         replace(base, n=base.n // 2),
+        replace(base, n=base.n // 2, stages=base.stages - 1),
         replace(base, k=base.k // 2, stages=base.stages + 1),
         replace(base, warps=12 - base.warps),  # 4 and 8
         replace(base, stages=base.stages + 1),
+        *([replace(base, tma=not base.tma)] if has_tma() and itemsize == 2 else []),
     ]
-    sane = (t for t in near if 16 <= t.n <= 128 and t.k >= 16)
+    sane = (t for t in near if 16 <= t.n <= 256 and t.k >= 16)
     return (tile for tile in sane if not tile_faults(kernel, architecture(), tile, itemsize))
 
 
@@ -127,13 +148,15 @@ def launches(shape: Shape, share: int, dtype: torch.dtype, device: torch.device)
     down_EHI = new(shape.experts, shape.hidden, shape.intermediate)
     inputs = ExpertInputs(x_TH, ids_TK, weights_TK, up_EJH, down_EHI, None, None, "silu", True)
     kept = Kept(new(choices, 2 * shape.intermediate), *sort_by_expert(ids_TK, shape.experts))
-    a_SI, routing = new(choices, shape.intermediate), kept[1:]
+    a_SI, offsets_E1 = new(choices, shape.intermediate), kept.offsets_E1
+    cut = experts.cut(offsets_E1, choices)
+    routing, x_SH = (*kept[1:], cut), experts.launch_gather(x_TH, *kept[1:], shape.top_k)
     return {
         "up": lambda: experts.launch_up(inputs, *routing, keep=True),
         "up, inference": lambda: experts.launch_up(inputs, *routing, keep=False),
-        "rows": lambda: experts.launch_rows(a_SI, down_EHI.transpose(1, 2), None, kept.offsets_E1),
-        "rows, gradient of x": lambda: experts.launch_rows(kept.z_SJ, up_EJH, None, kept.offsets_E1),
-        "down_backward": lambda: experts.launch_down_backward(x_TH, inputs, kept),
-        "weights": lambda: experts.launch_weights(kept.z_SJ, x_TH, *routing, shape.top_k, gather="right"),
-        "weights, down": lambda: experts.launch_weights(x_TH, a_SI, *routing, shape.top_k, gather="left"),
+        "rows": lambda: experts.launch_rows(a_SI, down_EHI.transpose(1, 2), None, offsets_E1, cut),
+        "rows, gradient of x": lambda: experts.launch_rows(kept.z_SJ, up_EJH, None, offsets_E1, cut),
+        "down_backward": lambda: experts.launch_down_backward(x_TH, inputs, kept, cut),
+        "weights": lambda: experts.launch_weights(kept.z_SJ, x_SH, offsets_E1),
+        "weights, down": lambda: experts.launch_weights(x_SH, a_SI, offsets_E1),
     }

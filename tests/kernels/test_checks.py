@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from moeify.kernels.gpu.blocksparse import sdd
-from moeify.kernels.ops import experts, grouped_linear
+from moeify.kernels.ops import experts, grouped_linear, quantized_experts
+from moeify.kernels.quantized import Quantized
 from moeify.kernels.topology import block_topology
 from tests.kernels import oracle
+from tests.kernels.quantizing import to_int4
 
 WRONG: dict[str, oracle.Inputs] = {
     "x has shape": {"x": torch.randn(3, 9)},
@@ -35,6 +37,31 @@ def test_wrong_arguments_are_named(message: str) -> None:
     inputs = oracle.make_inputs(3, 2, 6, 7, 4, gated=True, bias=True, dtype=torch.float32)
     with pytest.raises(ValueError, match=f"^{message}.*: expected .*;") as raised:
         experts(*(inputs | WRONG[message]).values(), activation="silu", gated=True)
+    assert "\n" not in str(raised.value)
+
+
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "up has dtype": {"up": Quantized(torch.zeros(4, 128, 64), torch.ones(4, 1, 1))},
+    "up has shape .4, 128, 32.": {"up": Quantized(torch.zeros(4, 128, 16, dtype=torch.uint8), torch.ones(4, 128, 1))},
+    "the scale of down has shape .3, 1, 1.": {"scale": torch.ones(3, 1, 1)},
+    "the scale of down has shape .4, 7, 2.": {"scale": torch.ones(4, 7, 2)},
+    "the scale of down has shape .4, 1, 4.": {"scale": torch.ones(4, 1, 4)},
+    "the scale of down is on meta": {"scale": torch.ones(4, 1, 1, device="meta")},
+    "x has shape": {"x": torch.randn(3, 62)},
+    "quantized experts have no gradient": {"x": torch.randn(3, 64, requires_grad=True)},
+}
+
+
+@pytest.mark.parametrize("message", QUANTIZED)
+def test_wrong_quantized_arguments_are_named(message: str) -> None:
+    made: dict[str, Any] = oracle.make_inputs(3, 2, 64, 64, 4, gated=True, bias=False, dtype=torch.float32)
+    made |= {"up": to_int4(made["up"], 32), "down": to_int4(made["down"], 32)}
+    assert quantized_experts(*made.values(), activation="silu", gated=True).isfinite().all()
+    change = dict(QUANTIZED[message])
+    if "scale" in change:
+        change = {"down": made["down"]._replace(scales=change["scale"])}
+    with pytest.raises(ValueError, match=f"^{message}.*: expected .*;") as raised:
+        quantized_experts(*(made | change).values(), activation="silu", gated=True)
     assert "\n" not in str(raised.value)
 
 

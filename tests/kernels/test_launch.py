@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 from moeify.kernels.gpu import blocksparse, tuned_tiles
 from moeify.kernels.gpu import experts as gpu_experts
 from moeify.kernels.gpu import layout as gpu_layout
 from moeify.kernels.gpu.blocksparse import dds, dsd, sdd
+from moeify.kernels.gpu.quantized import quantized_experts
 from moeify.kernels.gpu.tiles import Tile
 from moeify.kernels.inputs import ExpertInputs, Kept
 from moeify.kernels.layout import sort_by_expert
@@ -26,6 +28,7 @@ from moeify.kernels.tools import static_analysis
 from moeify.kernels.topology import block_topology
 from tests.kernels import oracle
 from tests.kernels.no_driver import no_driver
+from tests.kernels.quantizing import to_e4m3, to_int4
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="needs kernels that are compiled")
 
@@ -46,14 +49,14 @@ def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, 
         "place_kernel",
         "tile_map_kernel",
         "up_kernel",
-        "tile_map_kernel",
         "rows_kernel",
         "combine_kernel",
     ]
     order, offsets = sort_by_expert(inputs["ids"], 4)  # nothing ran: the kernels' own are not numbers
     grads = gpu_experts.experts_backward(inputs["x"], arguments, Kept(z, order, offsets), [True] * 7)
     backward = [name for name, _, _ in launches][len(forward) :]
-    assert backward.count("weights_kernel") == backward.count("bias_kernel") == 2
+    assert backward.count("tile_map_kernel") == 1
+    assert backward.count("weights_kernel") == backward.count("gather_kernel") == backward.count("bias_kernel") == 2
     assert (
         backward.count("down_backward_kernel") == backward.count("rows_kernel") == backward.count("combine_kernel") == 1
     )
@@ -65,7 +68,28 @@ def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, 
         assert programs > 0 and found.fits and found.spill == 0, name
         if name in {"up_kernel", "rows_kernel", "down_backward_kernel", "weights_kernel"}:
             assert found.tensor_ops, name
-            assert "LDGSTS" in found.async_copies, name  # arguments were seen to be aligned
+            assert found.async_copies.keys() & {"LDGSTS", "UTMALDG"}, name  # arguments were seen to be aligned
+
+
+def test_another_number_of_tokens_compiles_nothing_again(launches: list[tuple[str, int, Any]]) -> None:
+    compiled = []
+    for tokens in (1024, 1025, 1153):
+        inputs = oracle.make_inputs(tokens, 2, 128, 64, 4, gated=True, bias=True, dtype=torch.bfloat16)
+        arguments = ExpertInputs(*(*inputs.values(), "silu", True))
+        _, (z, _, _) = gpu_experts.experts_forward(arguments, keep=True)
+        order, offsets = sort_by_expert(inputs["ids"], 4)
+        gpu_experts.experts_backward(inputs["x"], arguments, Kept(z, order, offsets), [True] * 7)
+        compiled.append({(name, id(code)) for name, _, code in launches})
+    assert compiled[0] == compiled[2], compiled[2] - compiled[0]
+
+
+def test_a_decoded_token_takes_four_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: names.append(self.__name__))
+    monkeypatch.setattr(tuned_tiles, "architecture", lambda: "sm_90")
+    inputs = oracle.make_inputs(1, 2, 128, 64, 4, gated=True, bias=True, dtype=torch.bfloat16)
+    gpu_experts.experts_forward(ExpertInputs(*(*inputs.values(), "silu", True)), keep=False)
+    assert names == ["route_kernel", "up_kernel", "rows_kernel", "combine_kernel"]
 
 
 def test_block_sparse_products_launch(launches: list[tuple[str, int, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +100,22 @@ def test_block_sparse_products_launch(launches: list[tuple[str, int, Any]], monk
     dds(torch.zeros(64, 100), data, topology)
     names = [name for name, _, _ in launches]
     assert names == ["sdd_kernel", "dsd_kernel", "dsd_transposed_kernel"]
+
+
+@pytest.mark.parametrize(("kind", "product"), [("e4m3", "QGMMA"), ("int4", "HGMMA")])
+def test_quantized_experts_launch(kind: str, product: str, launches: list[tuple[str, int, Any]]) -> None:
+    made = oracle.make_inputs(256, 2, 128, 64, 4, gated=True, bias=False, dtype=torch.bfloat16)
+    both = made["up"], made["down"]
+    up, down = (to_int4(w, 64) if kind == "int4" else to_e4m3(w, (w.shape[1], w.shape[2])) for w in both)
+    inputs = ExpertInputs(*(*(made | {"up": up.values, "down": down.values}).values(), "silu", True))
+    assert quantized_experts(inputs, up.scales, down.scales).dtype == torch.bfloat16
+    names = [name for name, _, _ in launches]
+    middle = ["quantized_rows_kernel", "activate_kernel", "quantized_rows_kernel"]
+    assert names[-4 - (kind == "e4m3") :] == [*["activate_kernel"] * (kind == "e4m3"), *middle, "combine_kernel"]
+    for name, _, compiled in launches:
+        if name == "quantized_rows_kernel":
+            found = static_analysis.resources(compiled, "sm_90")
+            assert product in found.tensor_ops and found.spill == 0 and "LDGSTS" in found.async_copies
 
 
 def test_no_launch_depends_on_the_routing(launches: list[tuple[str, int, Any]]) -> None:
@@ -93,10 +133,10 @@ def test_a_file_of_tiles_changes_what_is_launched(
         tuned_tiles._read.cache_clear()
         offsets = torch.tensor([0, 7, 7, 20], dtype=torch.int32)
         a, w = torch.zeros(20, 72, dtype=torch.bfloat16), torch.zeros(3, 128, 72, dtype=torch.bfloat16)
-        gpu_experts.launch_rows(a, w.transpose(1, 2), None, offsets)
+        gpu_experts.launch_rows(a, w.transpose(1, 2), None, offsets, gpu_experts.cut(offsets, 20))
 
     file = tmp_path / "tiles.json"
-    file.write_text(tuned_tiles.text_of({("rows", 16, 2): Tile(16, 32, 64, 8, 2)}))
+    file.write_text(tuned_tiles.text_of({("short_rows", 16, 2): Tile(16, 32, 64, 8, 2)}))
     launch_rows()
     monkeypatch.setenv("MOEIFY_TILES", str(file))
     launch_rows()
@@ -104,4 +144,4 @@ def test_a_file_of_tiles_changes_what_is_launched(
     file.write_text("{")
     with pytest.raises(ValueError, match="is not a file of tiles"):
         launch_rows()
-    assert len(launches) == 4, "nothing was launched with the broken file"
+    assert [name for name, _, _ in launches].count("rows_kernel") == 2, "nothing was launched with the broken file"

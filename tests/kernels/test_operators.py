@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from moeify.kernels.ops import experts, grouped_linear
 from moeify.measure import TOLERANCE, relative_difference, tolerance_of
 from tests.kernels import oracle
+from tests.kernels.quantizing import to_int4
 
 
 class Experts(nn.Module):
@@ -48,6 +49,11 @@ def test_opcheck() -> None:
     offsets = torch.tensor([0, 1, 3, 4], dtype=torch.int32)
     args = (inputs["x"], inputs["up"], inputs["up_bias"], offsets, "auto")
     torch.library.opcheck(torch.ops.moeify.grouped_linear.default, args, test_utils=tests)
+    plain = oracle.make_inputs(5, 2, 32, 32, 3, gated=False, bias=True, dtype=torch.float32)
+    up, down = to_int4(plain["up"], 32), to_int4(plain["down"], 32)
+    plain |= {"up": up.values, "down": down.values}
+    args = (*plain.values(), "silu", False, up.scales, down.scales, "auto")
+    torch.library.opcheck(torch.ops.moeify.quantized_experts.default, args, test_utils=tests[:2])
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own

@@ -1,6 +1,6 @@
 """More tiles than `moeify doctor --tune` tries, in bf16: each against the table's own tile.
 
-The winners go to a file that kernels read. Tiles of 256 columns are timed too, but the file's format ends at 128.
+The winners go to a file that kernels read.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from benchmarks.gpu.stages.environment import dense_tflops
 from moeify.kernels.gpu import tiles, tuned_tiles
 from moeify.kernels.gpu.tiles import Tile
 from moeify.kernels.tools.trials import try_tiles
-from moeify.kernels.tools.tuning import launches
+from moeify.kernels.tools.tuning import entry_of, launches, summed
 from moeify.measure import TOLERANCE, relative_difference
 
 FILE = "tiles.json"
-SHARES = (2048, 256, 16, 32)  # rows of an expert, by what is worth most: training, then decoding
+SHARES = (2048, 128, 16, 32)  # rows of an expert, by what is worth most: training, then decoding
 USES = ("up", "rows", "rows, gradient of x", "down_backward", "weights", "weights, down")
 DEEP = ((64, 3), (64, 4), (64, 5), (32, 5), (128, 3))  # summed elements and stages of tall tiles
 SHALLOW = ((64, 4), (64, 6), (128, 3))
@@ -55,17 +55,18 @@ def candidates(dry: bool) -> Iterator[Trial]:
             kernel = use.partition(",")[0]
             if kernel == "weights" and height != 128:
                 continue
-            near = dict.fromkeys(tile for tile in _near(kernel, height) if _may_fit(kernel, tile))
+            table = tiles.choose(kernel, "sm_90", height, 1 << 20, summed(use, shape.for_tuning), 2)
+            near = dict.fromkeys(tile for tile in _near(table) if _may_fit(kernel, tile))
             yield from (Trial(shape, use, tile) for tile in near)
 
 
-def _near(kernel: str, height: int) -> Iterator[Tile]:
-    table = tiles.TILES["sm_90"][kernel][height]
+def _near(table: Tile) -> Iterator[Tile]:
     yield table
-    tall = height >= 64
+    yield replace(table, tma=not table.tma)
+    tall = table.m >= 64
     for n, warps, (k, stages) in product((64, 128, 256) if tall else (32, 64, 128), (4, 8), DEEP if tall else SHALLOW):
         yield replace(table, n=n, k=k, warps=warps, stages=stages)
-    if height == 128:
+    if table.m == 128:
         yield from (replace(table, group_m=group) for group in (1, 4, 16))
 
 
@@ -97,8 +98,8 @@ def stage(run: Run) -> None:
             if times:
                 _report(run, use, shape, trials[0].tile, times)
                 first = times.get(trials[0].tile)
-                found[use.partition(",")[0], trials[0].tile.m].append(
-                    {tile: ms / (first or ms) for tile, ms in times.items() if tile.n <= 128}
+                found[entry_of(use, shape.for_tuning), trials[0].tile.m].append(
+                    {tile: ms / (first or ms) for tile, ms in times.items()}
                 )
                 _write(run, found)
 
@@ -123,7 +124,7 @@ def _wrong(got: Tensor, want: Tensor) -> str:
 def _report(run: Run, use: str, shape: Shape, table: Tile, times: Times) -> None:
     ranked = sorted(times.items(), key=lambda item: item[1])
     own, (best, fastest) = times.get(table, float("nan")), ranked[0]
-    top = [f"{t.n}x{t.k} w{t.warps} s{t.stages} g{t.group_m} {ms:.3f}" for t, ms in ranked[:5]]
+    top = [f"{t.n}x{t.k} w{t.warps} s{t.stages} g{t.group_m}{' tma' * t.tma} {ms:.3f}" for t, ms in ranked[:5]]
     run.put(
         f"tuned {use}, {table.m} rows", rows=shape.share, table_ms=own, best_ms=fastest, gain=own / fastest,
         best=str(best), top=top,

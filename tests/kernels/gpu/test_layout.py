@@ -26,6 +26,17 @@ def test_same_layout_as_the_reference(tokens: int, top_k: int, experts: int, dty
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), SIZES)
+def test_one_launch_does_the_same_for_few_choices(tokens: int, top_k: int, experts: int) -> None:
+    for ids in routings(tokens, top_k, experts):
+        got, tiles = gpu_layout.route(ids, experts, 16)
+        want = layout.routing_layout(ids, experts)
+        cut = layout.tile_map(want.offsets_E1, tokens * top_k, 16)
+        assert torch.equal(tiles.expert_L, cut.expert_L) and torch.equal(tiles.row_L, cut.row_L)
+        for name in ("order_S", "inverse_S", "offsets_E1"):
+            assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), SIZES)
 def test_same_tiles_as_the_reference(tokens: int, top_k: int, experts: int) -> None:
     for ids, block_m in zip(routings(tokens, top_k, experts), (16, 64, 16), strict=True):
         offsets, pairs = layout.routing_layout(ids, experts).offsets_E1, tokens * top_k

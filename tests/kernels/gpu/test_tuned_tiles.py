@@ -16,6 +16,7 @@ from moeify.kernels.gpu.tiles import Tile
 
 TABLE = tiles.choose("rows", "sm_90", 16, 2048, 2048, 2)
 OTHER = Tile(16, 32, 64, 8, 2)
+WIDE = Tile(128, 256, 32, 8, 3, tma=True)
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +29,12 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_the_file_changes_what_is_picked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "tiles.json"
-    file.write_text(tuned_tiles.text_of({("rows", 16, 2): OTHER}))
+    file.write_text(tuned_tiles.text_of({("rows", 16, 2): OTHER, ("short_rows", 128, 2): WIDE}))
     assert tuned_tiles.pick("rows", 16, 2048, 2048, 2) == TABLE
     monkeypatch.setenv("MOEIFY_TILES", str(file))
     assert tuned_tiles.pick("rows", 16, 2048, 2048, 2) == OTHER
     assert tuned_tiles.pick("rows", 16, 20, 2048, 2).n == 32
+    assert tuned_tiles.pick("rows", 128, 2048, 1024, 2) == WIDE != tuned_tiles.pick("rows", 128, 2048, 1025, 2)
     assert tuned_tiles.pick("rows", 16, 2048, 2048, 4) == tiles.choose("rows", "sm_90", 16, 2048, 2048, 4)
     with tuned_tiles.on_trial(Tile(16, 64, 32, 4, 2)):
         assert tuned_tiles.pick("rows", 16, 2048, 2048, 2) == Tile(16, 64, 32, 4, 2)
@@ -47,6 +49,7 @@ WRONG = {
     f"with Triton 3.1.0, this is sm_90 with Triton {triton.__version__}": {"triton": "3.1.0"},
     "no kernel 'rows' takes Tile.m=16, n=48": {"n": 48},
     "no kernel 'down' takes": {"kernel": "down"},
+    "no kernel 'rows' takes .*tma=1": {"tma": 1},
     "unexpected keyword argument 'height'": {"height": 3},
     "holds a tile that cannot be used .* bytes of shared memory": {"n": 128, "k": 128, "stages": 8},
 }

@@ -33,6 +33,24 @@ def test_up_projection_beside_a_plain_product_and_ligers_kernel(architecture: st
     assert len(slow_loops([slow, dense])) == 1 and len(faults(slow)) == 3
 
 
+@pytest.mark.parametrize(("name", "tma"), [("d up", False), ("d down", True)])
+def test_gradients_of_weights_are_wide_and_leave_loads_in_flight(name: str, tma: bool) -> None:
+    case, tile = next(case for case in CASES if case.name == name), choose("weights", "sm_90", 128, 2048, 2048, 2)
+    entry = Entry(case, "bf16", tile := replace(tile, tma=tma), measure(case, tile, "sm_90"))
+    assert faults(entry) == [] and (tile.m, tile.n) == (128, 256)
+    assert entry.found.async_copies.keys() == {"UTMALDG" if tma else "LDGSTS"}
+    assert tma or entry.found.in_flight == 4, "of three blocks of each side, two"
+    drained = replace(entry, found=replace(entry.found, in_flight=0))
+    assert [fault for fault in faults(drained) if "waits for all its loads" in fault]
+
+
+@pytest.mark.parametrize(("name", "product"), [("e4m3 down", "QGMMA"), ("int4 down", "HGMMA")])
+def test_quantized_weights_meet_tensor_cores(name: str, product: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    entry = Entry(case, "bf16", case.tiles[-2], measure(case, case.tiles[-2], "sm_90"))
+    assert faults(entry) == [] and product in entry.found.tensor_ops and entry.found.in_flight
+
+
 @pytest.mark.parametrize(("kind", "cores"), [("fp32", False), ("tf32", True)])
 def test_four_byte_tiles(kind: str, cores: bool) -> None:
     down = next(case for case in CASES if case.name == "d input")

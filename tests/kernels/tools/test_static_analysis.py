@@ -21,8 +21,15 @@ LOOPS = """
 
 
 def test_instructions_per_product_are_counted_in_the_loop_that_has_products() -> None:
-    assert static_analysis._loop_ratio(LOOPS) == 5 / 2
-    assert static_analysis._loop_ratio(LOOPS.replace("HMMA.16816.F32", "FFMA")) == 0
+    loop = static_analysis._inner_loop(LOOPS)
+    assert len(loop) == 5 and static_analysis._products(loop) == 2
+    assert static_analysis._inner_loop(LOOPS.replace("HMMA.16816.F32", "FFMA")) == []
+    assert len(static_analysis._inner_loop(LOOPS.replace("HMMA.16816.F32", "QGMMA.64x128x32.F32.E4M3.E4M3"))) == 5
+
+
+def test_what_a_loop_leaves_in_flight_is_read() -> None:
+    assert static_analysis.WAIT.search("/*0020*/ DEPBAR.LE SB0, 0x12 ;")[1] == "0x12"  # type: ignore[index]
+    assert static_analysis.WAIT.search("/*0020*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;") is None
 
 
 def test_an_output_that_another_compiler_writes_otherwise_is_said() -> None:
@@ -32,7 +39,8 @@ def test_an_output_that_another_compiler_writes_otherwise_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "is_type"), [("*bf16", True), ("i32", True), ("fp32", True), ("silu", False), (16, False), ("*u8", False)]
+    ("value", "is_type"),
+    [("*bf16", True), ("i32", True), ("fp32", True), ("silu", False), (16, False), ("*u8", True), ("*u7", False)],
 )
 def test_types_are_told_from_values(value: object, is_type: bool) -> None:
     assert static_analysis._is_type(value) is is_type

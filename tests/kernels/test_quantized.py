@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moeify.kernels import ops, reference
+from moeify.kernels.quantized import Quantized, dequantize, round_rows
+from moeify.measure import TOLERANCE, relative_difference
+from tests.kernels import oracle
+from tests.kernels.quantizing import to_e4m3, to_int4
+
+
+def test_blocks_and_groups_keep_their_scales() -> None:
+    w = torch.randn(2, 130, 256, dtype=torch.float64)
+    w[:, :128, :128] *= 1000  # in e4m3 a scale for all would leave little of the rest
+    for weight, step in ((to_e4m3(w, (128, 128)), 2**-4), (to_int4(w, 64), 1 / 14)):
+        exact = dequantize(weight, torch.float64)
+        assert exact.shape == w.shape and weight.block == ((128, 128) if not weight.packed else (1, 64))
+        for rows, columns in ((slice(0, 128), slice(0, 128)), (slice(128, 130), slice(128, 256))):
+            part, want = exact[:, rows, columns], w[:, rows, columns]
+            assert 0 < relative_difference(part, want) <= step
+    assert relative_difference(dequantize(to_e4m3(w, (130, 256)), torch.float64), w) <= 2**-4
+
+
+def test_the_even_column_is_the_low_half_of_a_byte() -> None:
+    packed = Quantized(torch.tensor([[[0x1F, 0x80]]], dtype=torch.uint8), torch.full((1, 1, 1), 0.5))
+    assert dequantize(packed, torch.float32).tolist() == [[[3.5, -3.5, -4.0, 0.0]]]
+
+
+def test_rows_are_rounded_by_groups() -> None:
+    x = torch.randn(3, 200, dtype=torch.float64)
+    x[0, 128:] *= 1e6
+    x[2] = 0
+    rounded = round_rows(x)
+    assert relative_difference(rounded[0, :128], x[0, :128]) <= 2**-4 and (rounded[2] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "int4"])
+def test_experts_are_those_with_the_weights_made_whole(kind: str) -> None:
+    made = oracle.make_inputs(6, 2, 64, 32, 4, gated=True, bias=True, dtype=torch.float32)
+    up, down = (
+        to_int4(w, 32) if kind == "int4" else to_e4m3(w, (w.shape[1], w.shape[2])) for w in (made["up"], made["down"])
+    )
+    got = ops.quantized_experts(
+        made["x"], made["ids"], made["weights"], up, down, made["up_bias"], made["down_bias"],
+        activation="silu", gated=True,
+    )  # fmt: skip
+    exact = {n: t if n == "ids" else t.double() for n, t in made.items()}
+    whole = exact | {"up": dequantize(up, torch.float64), "down": dequantize(down, torch.float64)}
+    want = oracle.experts(whole, "silu", True)
+    assert relative_difference(got, want) <= (TOLERANCE["float32"] if kind == "int4" else 0.1)
+    same = exact | {"up": up.values, "down": down.values}
+    rounded = reference.experts(*(*same.values(), "silu", True, up.scales, down.scales))
+    assert relative_difference(got, rounded) <= (TOLERANCE["float32"] if kind == "int4" else 1e-2)
