@@ -6,7 +6,6 @@ tools=$(cd "$2/bin" && pwd)
 mkdir -p "$1"
 cd "$1"
 [ -e lib/libllama.so ] && exit 0
-# Its source distribution asks for a backend to name itself: the tools are there already.
 "$tools/pip" download --quiet --no-deps --no-binary llama-cpp-python "llama-cpp-python==${release#*-}"
 tar xzf "$release.tar.gz"
 ln -sfn "$release/vendor/llama.cpp" src
@@ -15,6 +14,6 @@ echo "of llama-cpp-python ${release#*-}" > VERSION
 PATH="$tools:$PATH"
 export PATH
 cmake -S src -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_COMMON=OFF \
-    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF \
-    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/lib"
+    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_SERVER=OFF
 cmake --build build --target llama
+ln -sfn build/bin lib
