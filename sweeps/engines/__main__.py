@@ -64,7 +64,7 @@ def run(engine: Engine, environments: Path, folders: list[Path]) -> dict[str, di
     """Run an engine on folders; what each came to."""
     variables = {name: value.format(environments) for name, value in engine.variables.items()}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "PYTHONWARNINGS": "ignore", **variables}  # fmt: skip
+                   "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}  # fmt: skip
     command = [str(environments / engine.environment / "bin/python"), "-m", f"sweeps.engines.{engine.program}"]
     found: dict[str, dict[str, object]] = {}
     while left := [str(folder) for folder in folders if str(folder) not in found]:

@@ -29,7 +29,7 @@ class Fault:
 
 FAULTS = (
     Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
-    Fault(MLX, ("qwen2_moe",), "mlx_lm/models/qwen2_moe.py", "does not renormalize (`norm_topk_prob`)"),
+    Fault(MLX, ("qwen2_moe",), "mlx_lm/models/qwen2_moe.py:135", "does not renormalize (`norm_topk_prob`)"),
 )
 
 

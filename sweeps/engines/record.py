@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Row:
     why: str = ""
 
 
-def judged(place: Sequence[str], outcomes: dict[str, dict[str, object]]) -> Row:
+def judged(place: tuple[str, str, str], outcomes: dict[str, dict[str, object]]) -> Row:
     """Return the row of a source, family and engine, from what the engine's program said of each kind of experts."""
     said = next((str(told["error"]) for told in outcomes.values() if "error" in told), "")
     found = {kind: told.get("difference") for kind, told in outcomes.items()}

@@ -36,7 +36,7 @@ def run(path: Path) -> Told:
         llama: Any = import_module("llama_cpp").Llama
         size = 2 * len(TOKENS)
         model = llama(str(file), n_ctx=size, n_batch=size, n_ubatch=size, logits_all=True, type_k=0, type_v=0,
-                      n_threads=2, verbose=bool(os.environ.get("LOUD")))  # fmt: skip
+                      n_threads=1, n_threads_batch=1, verbose=bool(os.environ.get("LOUD")))  # fmt: skip
         model.eval(TOKENS)
         values = np.array(model.scores[: len(TOKENS)])
         model.close()
