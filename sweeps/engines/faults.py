@@ -28,6 +28,8 @@ class Fault:
 
 
 FAULTS = (
+    Fault(LLAMA_CPP, ("ernie4_5_moe",), "conversion/ernie.py:23", "its converter takes ERNIE's own tokenizer only"),
+    Fault(LLAMA_CPP, ("solar_open",), "conversion/glm.py:402", "its converter takes Solar's own tokenizer only"),
     Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
     Fault(MLX, ("qwen2_moe",), "mlx_lm/models/qwen2_moe.py:135", "does not renormalize (`norm_topk_prob`)"),
 )

@@ -1,7 +1,7 @@
 """What engines are given: checkpoints of every native family, with experts that are copies and that differ.
 
 The models are random and as small as engines allow: heads of 32 dimensions and more. Their tokenizer is SmolLM2's, as
-moeify writes it from a GGUF file, with the words that llama.cpp's converter looks for in GLM's.
+moeify writes it from a GGUF file, with the words that llama.cpp's converter looks for in those of GLM and Solar.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sweeps.families import NOISE, Measured, load_stock
 
 SCALE = 4
 VOCABULARY = 49_160  # SmolLM2's 49,152, and room for the words below
-GLM_WORDS = ["[gMASK]", "<|user|>", "<|observation|>"]
+CONVERTER_WORDS = ["[gMASK]", "<|user|>", "<|observation|>", "<unk>", "<|startoftext|>"]  # of GLM and Solar
 KINDS = {"copies": replace(NOISE, method="copy"), "differing": NOISE}
 
 
@@ -50,7 +50,7 @@ def prepare(name: str, room: Path, families: set[str]) -> list[Prepared]:
     dense = build(name, SCALE, vocab_size=VOCABULARY)
     (room / "src").mkdir()
     words = load_tokenizer(smollm2())
-    words.add_special_tokens({"additional_special_tokens": GLM_WORDS})
+    words.add_special_tokens({"additional_special_tokens": CONVERTER_WORDS})
     save_tokenizer(words, room / "src")
     source, found = Measured(dense, room), []
     np.save(room / EXPECTED, _logits(dense))

@@ -56,7 +56,7 @@ def outcome(measure: Callable[[Path], float | None], folder: Path) -> dict[str, 
     try:
         return {"folder": str(folder), "difference": measure(folder)}
     except Exception as error:  # whatever stops an engine is the outcome
-        return {"folder": str(folder), "error": said(error)}
+        return {"folder": str(folder), "error": said(error).replace(f"{folder}/", "")}
 
 
 def said(error: Exception) -> str:
