@@ -116,4 +116,4 @@ def _scaled_value(name: str, value: Any, scale: int) -> Any:
         return _scaled(value, scale)
     if _PER_DIMENSION.fullmatch(name):
         return [factor for factor in value for _ in range(scale)]
-    return value * scale if _SIZE.search(name) else value
+    return value * scale if _SIZE.search(name) and type(value) is int else value

@@ -133,7 +133,7 @@ def test_a_tokenizer_is_written_in_the_words_of_transformers_4(tmp_path: Path) -
     model = {"type": "WordLevel", "vocab": {"w0": 0, "w1": 1}, "unk_token": "w0"}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     tokenizer = load_tokenizer(tmp_path)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})  # type: ignore[attr-defined]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})
     save_tokenizer(tokenizer, tmp_path)
     fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"

@@ -17,3 +17,5 @@ def test_sizes_are_scaled_and_what_is_none_stays() -> None:
     assert (large.vocab_size, plain.vocab_size) == (50, 101)
     small, wide = (config.rope_parameters["short_factor"] for config in (plain, large))
     assert wide == [factor for factor in small for _ in range(4)]
+    lfm2: Any = build("lfm2", 4, vocab_size=50).config
+    assert lfm2.block_auto_adjust_ff_dim is False
