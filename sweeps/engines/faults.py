@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeify.families.base import LLAMA_CPP, MLX
-from sweeps.engines.record import REFUSED, WRONG, Row
+from sweeps.engines.record import REFUSED, SGLANG_LOADER, WRONG, Row
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,12 @@ class Fault:
 
 
 FAULTS = (
+    Fault(
+        SGLANG_LOADER,
+        ("deepseek_v3",),
+        "srt/layers/rotary_embedding/factory.py:478",
+        "builds no rotary positions without scaling on a CPU",
+    ),  # fmt: skip
     Fault(LLAMA_CPP, ("ernie4_5_moe",), "conversion/ernie.py:23", "its converter takes ERNIE's own tokenizer only"),
     Fault(LLAMA_CPP, ("solar_open",), "conversion/glm.py:402", "its converter takes Solar's own tokenizer only"),
     Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
