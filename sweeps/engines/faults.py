@@ -33,7 +33,7 @@ FAULTS = (
         ("deepseek_v3",),
         "srt/layers/rotary_embedding/factory.py:478",
         "builds no rotary positions without scaling on a CPU",
-    ),  # fmt: skip
+    ),
     Fault(LLAMA_CPP, ("ernie4_5_moe",), "conversion/ernie.py:23", "its converter takes ERNIE's own tokenizer only"),
     Fault(LLAMA_CPP, ("solar_open",), "conversion/glm.py:402", "its converter takes Solar's own tokenizer only"),
     Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
