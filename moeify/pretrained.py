@@ -121,6 +121,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     fields = parse_json(read_bytes(file, SIDE_FILE_BYTES))
     if isinstance(fields, dict) and fields.get("tokenizer_class") == "TokenizersBackend":
         older = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
+        if isinstance(fields.get("extra_special_tokens"), list):
+            older["additional_special_tokens"] = fields.pop("extra_special_tokens")
         file.write_text(json.dumps({**fields, **older}, indent=2) + "\n")
 
 

@@ -5,6 +5,7 @@ Each is a model type, and fields of its config besides the sizes that all have. 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -92,17 +93,39 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def build(name: str) -> nn.Module:
-    """Build a model whose logits depend on every weight: norms and biases are random too."""
-    model_type, fields = SOURCES[name]
-    config = transformers.AutoConfig.for_model(model_type, **{**_SIZES, **fields})
+# Fields that are sizes, and lists that are as long as a head is wide.
+_SIZE, _PER_DIMENSION = re.compile(r"_size|_dim|_rank|_d_head"), re.compile(r"(short|long)_factor")
+
+
+def build(name: str, scale: int = 1, **fields: int) -> nn.Module:
+    """Build a model whose logits depend on every weight: norms and biases are random too.
+
+    Args:
+        name: One of `SOURCES`.
+        scale: What sizes are multiplied by: some engines have kernels for wider heads only.
+        fields: Fields of the config that are otherwise.
+    """
+    model_type, special = SOURCES[name]
+    config = transformers.AutoConfig.for_model(model_type, **{**_scaled({**_SIZES, **special}, scale), **fields})
     torch.manual_seed(0)
     auto: Any = transformers.AutoModelForCausalLM
     model: nn.Module = auto.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.15)
+                nn.init.normal_(parameter, std=0.15 / scale**0.5)
             else:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
     return model
+
+
+def _scaled(fields: dict[str, Any], scale: int) -> dict[str, Any]:
+    return {name: _scaled_value(name, value, scale) for name, value in fields.items()}
+
+
+def _scaled_value(name: str, value: Any, scale: int) -> Any:
+    if isinstance(value, dict):
+        return _scaled(value, scale)
+    if _PER_DIMENSION.fullmatch(name):
+        return [factor for factor in value for _ in range(scale)]
+    return value * scale if _SIZE.search(name) and type(value) is int else value

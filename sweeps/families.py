@@ -32,11 +32,13 @@ from moeify.conversion.checkpoint import Output, convert_checkpoint, plan_checkp
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.module import put_layers
 from moeify.errors import RefusedError
+from moeify.families.base import TRANSFORMERS
 from moeify.families.table import FAMILIES
 from moeify.measure import relative_difference
 from moeify.methods.noise import Noise
 from moeify.plan import Plan
 from sweeps.dense_sources import SOURCES, build
+from sweeps.engines.record import right_engines
 from sweeps.models import DOCS
 
 # Formats that look as if they could be made from a dense model, and why they are not among the families.
@@ -157,11 +159,11 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "`moeify convert` writes these formats of transformers where they compute exactly what the dense model does:",
         "nothing of moeify is needed to load them. `--to auto` takes the exact one that most engines run, and",
         "`moeify families SRC` says which are exact for a checkpoint. Engines that know a format but compute it",
-        "otherwise are left out; that an engine knows one is from its own registry, and few were run. Written by",
-        "`python -m sweeps.families`.",
+        "otherwise are left out. Those that were run are in [engines.md](engines.md); that others know a format is",
+        "from their own registries. Written by `python -m sweeps.families`.",
         "",
-        "| family | made from | layers that can stay dense | router | shared experts | engines |",
-        "|---|---|---|---|---|---|",
+        "| family | made from | layers that can stay dense | router | shared experts | engines, run | others |",
+        "|---|---|---|---|---|---|---|",
         *(_family_row(name) for name in FAMILIES),
         "",
         "## Measured",
@@ -191,9 +193,11 @@ def _family_row(name: str) -> str:
         family.note,
         *dict.fromkeys(f"from {source}: {pair.only}" for source, pair in family.sources.items() if pair.only),
     ]
+    run = right_engines(name)
+    others = ", ".join(engine for engine in family.engines if engine not in {*run, TRANSFORMERS})
     return (
         f"| {name} | {', '.join(family.sources)} | {family.dense} | {family.router} | {shared} "
-        f"| {', '.join(family.engines)}{''.join(f'. Note: {note}' for note in notes if note)} |"
+        f"| {', '.join([TRANSFORMERS, *run])} | {others}{''.join(f'. Note: {note}' for note in notes if note)} |"
     )
 
 

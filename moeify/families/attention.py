@@ -80,8 +80,8 @@ def zero_biases(*names: str) -> Mapping[str, Callable[[Config], Tensor]]:
 
 
 def no_sinks(config: Config) -> Tensor:
-    """Return attention sinks that take nothing: exp(-10000) is zero."""
-    return torch.full((int(config["num_attention_heads"]),), -1e4)
+    """Return attention sinks that take nothing: exp(-8192) is zero, and the number is one in every dtype."""
+    return torch.full((int(config["num_attention_heads"]),), -8192.0)
 
 
 def scaled_as_usual(config: Config) -> Fields:

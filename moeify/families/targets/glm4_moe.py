@@ -24,13 +24,18 @@ FAMILY = Family(
         "qwen3": Pair((FULL_ATTENTION, NO_OUTPUT_BIAS), lambda config: {**whole_rotary(config), "use_qk_norm": True}),
         "phi3": Pair(
             (NO_SLIDING_WINDOW,),
-            lambda config: {**whole_rotary(config), "head_dim": head_dim(config)},
+            whole_rotary,
             (SPLIT_QKV, SPLIT_GATE_UP),
         ),
         "glm": Pair(rewrites=(*PAIRS_TO_HALVES, SPLIT_GATE_UP)),
     },
     tensors=sigmoid_tensors("model.layers.{layer}.mlp"),
-    fields=lambda plan, config: {**sigmoid_fields(plan), "use_qk_norm": False, "num_nextn_predict_layers": 0},
+    fields=lambda plan, config: {
+        **sigmoid_fields(plan),
+        "head_dim": head_dim(config),  # vLLM and mlx-lm have no default
+        "use_qk_norm": False,
+        "num_nextn_predict_layers": 0,
+    },
     engines=(TRANSFORMERS, VLLM, SGLANG, MLX, EXLLAMA, TRT),
     dense="first",
     router="sigmoid",

@@ -26,6 +26,7 @@ FAMILY = Family(
         "moe_topk": plan.config.top_k,
         "num_shared_expert": 1,
         "use_mixed_mlp_moe": True,
+        "use_qk_norm": True,  # SGLang has none otherwise
         "intermediate_size": expert_size(plan),
         "moe_intermediate_size": expert_size(plan),
         "output_router_logits": False,

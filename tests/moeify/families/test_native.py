@@ -66,6 +66,10 @@ def test_a_share_of_the_head_that_rotates_is_written_for_older_engines_too() -> 
     assert data["partial_rotary_factor"] == 0.5 and data["rope_scaling"] is None and data["head_dim"] == 12
 
 
+def test_the_size_of_a_head_is_written_for_engines_that_have_no_default() -> None:
+    assert config_for("glm4_moe", "qwen2")["head_dim"] == 12
+
+
 def test_rotary_settings_for_each_kind_of_layer_have_no_older_form() -> None:
     data = config_for("mellum", "qwen3")
     assert data["rope_parameters"].keys() == {"full_attention", "sliding_attention"} and "rope_scaling" not in data

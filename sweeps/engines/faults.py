@@ -1,0 +1,49 @@
+"""Where in an engine it goes wrong, found by reading it after a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeify.families.base import LLAMA_CPP, MLX
+from sweeps.engines.record import REFUSED, SGLANG_LOADER, WRONG, Row
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of an engine.
+
+    Attributes:
+        engine: Its name.
+        families: Where it shows.
+        where: File and line in the release that was run.
+        what: What it does there.
+        sources: Where it shows; none means all.
+    """
+
+    engine: str
+    families: tuple[str, ...]
+    where: str
+    what: str
+    sources: tuple[str, ...] = ()
+
+
+FAULTS = (
+    Fault(
+        SGLANG_LOADER,
+        ("deepseek_v3",),
+        "srt/layers/rotary_embedding/factory.py:478",
+        "builds no rotary positions without scaling on a CPU",
+    ),
+    Fault(LLAMA_CPP, ("ernie4_5_moe",), "conversion/ernie.py:23", "its converter takes ERNIE's own tokenizer only"),
+    Fault(LLAMA_CPP, ("solar_open",), "conversion/glm.py:402", "its converter takes Solar's own tokenizer only"),
+    Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
+    Fault(MLX, ("qwen2_moe",), "mlx_lm/models/qwen2_moe.py:135", "does not renormalize (`norm_topk_prob`)"),
+)
+
+
+def fault_of(row: Row) -> Fault | None:
+    """Return what is known of a row that is wrong."""
+    if row.result not in {WRONG, REFUSED}:
+        return None
+    alike = (fault for fault in FAULTS if fault.engine == row.engine and row.family in fault.families)
+    return next((fault for fault in alike if not fault.sources or row.source in fault.sources), None)

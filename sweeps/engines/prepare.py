@@ -1,0 +1,76 @@
+"""What engines are given: checkpoints of every native family, with experts that are copies and that differ.
+
+The models are random and as small as engines allow: heads of 32 dimensions and more. Their tokenizer is SmolLM2's, as
+moeify writes it from a GGUF file, with the words that llama.cpp's converter looks for in those of GLM and Solar.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moeify.errors import RefusedError
+from moeify.families.table import FAMILIES
+from moeify.pretrained import load_tokenizer, save_tokenizer
+from sweeps.dense_sources import SOURCES, build
+from sweeps.ecosystem.models import smollm2
+from sweeps.engines.program import EXPECTED, MODEL, TOKENS
+from sweeps.families import NOISE, Measured, load_stock
+
+SCALE = 4
+VOCABULARY = 49_160  # SmolLM2's 49,152, and room for the words below
+CONVERTER_WORDS = ["[gMASK]", "<|user|>", "<|observation|>", "<unk>", "<|startoftext|>"]  # of GLM and Solar
+KINDS = {"copies": replace(NOISE, method="copy"), "differing": NOISE}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint in one family.
+
+    Attributes:
+        source: The dense model, one of `sweeps.dense_sources.SOURCES`.
+        family: The target.
+        kind: "copies": its logits are those of the dense model. "differing": those of transformers.
+        folder: Where it lies, with the logits.
+    """
+
+    source: str
+    family: str
+    kind: str
+    folder: Path
+
+
+def prepare(name: str, room: Path, families: set[str]) -> list[Prepared]:
+    """Write a source in each family that it fits, and the logits that engines must give."""
+    dense = build(name, SCALE, vocab_size=VOCABULARY)
+    (room / "src").mkdir()
+    words = load_tokenizer(smollm2())
+    words.add_special_tokens({"additional_special_tokens": CONVERTER_WORDS})
+    save_tokenizer(words, room / "src")
+    source, found = Measured(dense, room), []
+    np.save(room / EXPECTED, _logits(dense))
+    for family in (family for family, held in FAMILIES.items() if SOURCES[name][0] in held.sources):
+        for kind, config in KINDS.items() if not families or family in families else ():
+            place = Prepared(name, family, kind, room / family / kind)
+            try:
+                source.convert(family, config)
+            except RefusedError:
+                continue
+            place.folder.mkdir(parents=True)
+            (room / "dst").rename(place.folder / MODEL)
+            if kind == "copies":
+                os.link(room / EXPECTED, place.folder / EXPECTED)
+            else:
+                np.save(place.folder / EXPECTED, _logits(load_stock(place.folder / MODEL)))
+            found.append(place)
+    return found
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Any:
+    return model(input_ids=torch.tensor([TOKENS])).logits[0].numpy()

@@ -1,0 +1,49 @@
+"""llama.cpp: its own converter makes a GGUF file of the checkpoint, and the library runs that.
+
+LLAMA_CPP names the folder where `make engines` built it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sweeps.engines.program import TOKENS, Told, compared, main
+
+BUILT = Path(os.environ.get("LLAMA_CPP", ""))
+
+
+def run(path: Path) -> Told:
+    """Convert a checkpoint, and run it with a float32 cache and without flash attention.
+
+    Raises:
+        ValueError: The converter refuses it; what it says.
+    """
+    file = path.parent / "model.gguf"
+    try:
+        command = [sys.executable, str(BUILT / "src/convert_hf_to_gguf.py"), str(path), "--outtype", "f32", "--outfile",
+                   str(file)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ValueError(f"convert_hf_to_gguf.py: {done.stderr.strip().splitlines()[-1]}")
+        sys.path.append(str(BUILT))  # the binding, of the same source distribution
+        llama: Any = import_module("llama_cpp").Llama
+        size = 2 * len(TOKENS)
+        model = llama(str(file), n_ctx=size, n_batch=size, n_ubatch=size, logits_all=True, type_k=0, type_v=0,
+                      n_threads=1, n_threads_batch=1, verbose=bool(os.environ.get("LOUD")))  # fmt: skip
+        model.eval(TOKENS)
+        values = np.array(model.scores[: len(TOKENS)])
+        model.close()
+    finally:
+        file.unlink(missing_ok=True)
+    return Told(values)
+
+
+if __name__ == "__main__":
+    main(compared(run), (BUILT / "VERSION").read_text().strip())

@@ -1,0 +1,102 @@
+"""SGLang's loader: its kernels need a GPU, but its models are built, and their weights loaded, without one.
+
+Every weight is no number before. What the loader leaves so, an engine would run with; what it passes over is missing
+in the sum of squares. Packages that SGLang imports and that loading does not use are stand-ins.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+from sweeps.engines.program import MODEL, main
+
+UNUSED = {"orjson", "IPython", "torchvision", "gguf", "flashinfer", "sgl_kernel"}
+
+
+class StandIns(MetaPathFinder, Loader):
+    """What is found last: modules of packages that are not installed and not used."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Find a module of such a package."""
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in UNUSED else None
+
+    def create_module(self, spec: ModuleSpec) -> Any:
+        """Return something that has every name."""
+        return MagicMock(name=spec.name, __path__=[], __spec__=spec, __version__="99.0")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Do nothing."""
+
+
+def start() -> None:
+    """Let SGLang believe that it serves a model on one CPU."""
+    sys.meta_path.append(StandIns())
+    context: Any = import_module("sglang.srt.runtime_context")
+    arguments = context.get_context().override_server_args(device="cpu").install()
+    context.publish(arguments, role="scheduler", ranks=context.SpawnRanks(world_rank=0, gpu_id=0))
+    state: Any = import_module("sglang.srt.distributed.parallel_state")
+    place = f"file://{tempfile.mkdtemp()}/rendezvous"
+    state.init_distributed_environment(1, 0, place, 0, "gloo")
+    state.initialize_model_parallel("gloo")
+    import_module("sglang.srt.layers.dp_attention").initialize_dp_attention(arguments)
+
+
+def stored(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors of a checkpoint."""
+    for file in sorted(path.glob("*.safetensors")):
+        with import_module("safetensors").safe_open(file, "pt") as opened:
+            yield from ((name, opened.get_tensor(name)) for name in list(opened.keys()))
+
+
+def model_class(architecture: str) -> Any:
+    """Return SGLang's class.
+
+    Raises:
+        ValueError: It has none.
+    """
+    folder = Path(import_module("sglang").__file__ or "").parent / "srt/models"
+    for file in sorted(folder.glob("*.py")):
+        if f"\nclass {architecture}(" in file.read_text():
+            return getattr(import_module(f"sglang.srt.models.{file.stem}"), architecture)
+    raise ValueError(f"{architecture} is not supported")
+
+
+def squares(tensor: Any) -> float:
+    """Return the sum of squares."""
+    return float(tensor.double().square().sum())
+
+
+def measure(folder: Path) -> float:
+    """Load a checkpoint; return the relative difference of the squares' sums.
+
+    Raises:
+        ValueError: The loader leaves weights as they were.
+    """
+    torch: Any = import_module("torch")
+    torch.set_default_dtype(torch.float32)
+    config: Any = import_module("transformers").AutoConfig.from_pretrained(folder / MODEL)
+    model = model_class(config.architectures[0])(config)
+    weights = {name: held for name, held in model.named_parameters() if held.is_floating_point()}
+    for held in weights.values():
+        held.data.fill_(float("nan"))
+    model.load_weights(stored(folder / MODEL))
+    left = [name for name, held in weights.items() if held.isnan().any()]
+    if left:
+        raise ValueError(f"its loader leaves {', '.join(left)} as memory has them")
+    expected = sum(squares(tensor) for _, tensor in stored(folder / MODEL))
+    return abs(sum(map(squares, weights.values())) - expected) / expected
+
+
+if __name__ == "__main__":
+    start()
+    main(measure, version("sglang"))

