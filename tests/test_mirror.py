@@ -21,6 +21,7 @@ COVERED_BY = {
     "moeify/__init__.py": "tests/test_packaging.py",
     "moeify/cli/__init__.py": "tests/moeify/cli/test_convert.py",
     "moeify/cli/options.py": "tests/moeify/cli/test_usage.py",
+    "moeify/cli/writing.py": "tests/moeify/cli/test_convert.py",
     "moeify/parallel/agreement.py": "tests/moeify/parallel/test_shard.py",
     "moeify/parallel/advice.py": "tests/moeify/parallel/test_estimate.py",
     "moeify/parallel/costs.py": "tests/moeify/parallel/test_estimate.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from moeify.checkpoint.source import Accepted
     from moeify.config import MoEConfig
     from moeify.export.report import OnnxReport
 
@@ -59,7 +60,7 @@ def export(
     from moeify.export.folder import export_folder  # needs the packages that were just checked
     from moeify.export.pipeline import export as export_file
 
-    trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "dequantize": dequantize}
+    trust: Accepted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "dequantize": dequantize}
     tokenizer = _tokenizer(src, **trust)  # what is wrong with it is told before minutes of work
     with without_bars():
         model = _load(src, request.dtype, config, layers, trust)
@@ -77,7 +78,7 @@ def export(
     console.print(f"written to {out}, for onnxruntime {report.requires} or newer")
 
 
-def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str, trust: dict[str, bool]) -> nn.Module:
+def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str, trust: Accepted) -> nn.Module:
     import torch
 
     from moeify.conversion.module import convert
@@ -87,7 +88,7 @@ def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str, trust: d
     return model if config is None else convert(model, config, layers)
 
 
-def _tokenizer(src: Path, **trust: bool) -> PreTrainedTokenizerBase | None:
+def _tokenizer(src: Path, **trust: Unpack[Accepted]) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer, if there is one, as for a vision model there is not; say so if it does not load."""
     from moeify.checkpoint.source import open_source
     from moeify.cli import display

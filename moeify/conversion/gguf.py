@@ -22,7 +22,7 @@ from moeify.checkpoint.gguf_vocabulary import add_vocabulary, quiet
 from moeify.checkpoint.gguf_writer import TYPES, GgufTensor, announce, part_values, write_gguf
 from moeify.checkpoint.shards import Compute, OutTensor, SourceRows
 from moeify.checkpoint.source import Source
-from moeify.checkpoint.writer import write_checkpoint
+from moeify.checkpoint.writer import plan_files, write_shards
 from moeify.conversion.card import model_card
 from moeify.conversion.checkpoint import Callbacks, output_config
 from moeify.conversion.dense import DenseCheckpoint
@@ -88,8 +88,8 @@ def convert_to_gguf(dense: DenseCheckpoint, plan: Plan, output: GgufOutput, call
     with staged_file(output.file, overwrite=output.overwrite, sources=source.folders) as staged:
         folder = staged.with_name(output.file.stem)
         folder.mkdir()
-        write_checkpoint(source, first, folder, shard_size=_ONE_FILE, resume=False, on_bytes=lambda _: None,
-                         on_nonfinite=nonfinite)  # fmt: skip
+        files = plan_files(source, first, _ONE_FILE, plan_key="")
+        write_shards(files, folder, resume=False, on_bytes=lambda _: None, on_nonfinite=nonfinite)
         (folder / CONFIG).write_text(json.dumps(config))
         proof = callbacks.check(folder)
         (folder / CARD).write_text(model_card(dense, plan, folder.name, proof, output.command), "utf-8")

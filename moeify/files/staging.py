@@ -41,12 +41,10 @@ def staged_folder(
         nbytes: Bytes that will be written, compared with the free space before anything is written.
 
     Raises:
-        CheckpointError: `dst` exists, must not be replaced, overlaps the source, or cannot be written; another run is
-            writing it; the disk is full; a file of the source cannot be read.
+        CheckpointError: `dst` exists, overlaps a source or cannot be written; another run writes it; the disk is full.
     """
     target = output_path(dst)
-    for source in sources:
-        _refuse_overlap(target, source.resolve())
+    _refuse_overlap(target, sources)
     output = _Output(target, (target.name,), lambda: _check_folder(target, overwrite=overwrite), overwrite)
 
     def prepare(folder: Path) -> None:
@@ -71,12 +69,10 @@ def staged_file(
         sources: Where the source lies; the output must not overlap it.
 
     Raises:
-        CheckpointError: see `check_file`; or `path` overlaps the source or cannot be written, another run is writing
-            it, the disk is full.
+        CheckpointError: see `check_file`; or `path` overlaps the source or cannot be written, or as for a folder.
     """
     target = output_path(path)
-    for source in sources:
-        _refuse_overlap(target, source.resolve())
+    _refuse_overlap(target, sources)
     names = (target.name + companion, target.name) if companion else (target.name,)
     output = _Output(target, names, lambda: _check_file(target, names, overwrite=overwrite), overwrite)
     with _staged(output, lambda _: None, resume=False, resumable=False) as staged:
@@ -220,9 +216,10 @@ def output_path(path: str | Path) -> Path:
     return target
 
 
-def _refuse_overlap(target: Path, source: Path) -> None:
-    if target.is_relative_to(source) or source.is_relative_to(target):
-        raise CheckpointError(f"the output {target} and the source {source} overlap: choose another output")
+def _refuse_overlap(target: Path, sources: Sequence[Path]) -> None:
+    for source in (path.resolve() for path in sources):
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            raise CheckpointError(f"the output {target} and the source {source} overlap: choose another output")
 
 
 def _check_folder(target: Path, *, overwrite: bool) -> None:
