@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
@@ -13,6 +13,7 @@ from moeify.files.staging import check_file, write_whole
 from moeify.files.text import start_of_text
 
 if TYPE_CHECKING:
+    from moeify.checkpoint.source import Accepted
     from moeify.report.data import Report
 
 
@@ -33,6 +34,7 @@ def report(
     as_json: bool,
     allow_pickle: bool,
     trust_remote_code: bool,
+    dequantize: bool,
 ) -> None:
     """Make a page about SRC: what it is, what it costs, which experts work, where tokens go, and its proof.
 
@@ -46,7 +48,8 @@ def report(
     path = output or Path("report.html")
     if not as_json:
         check_file(path, overwrite=overwrite)
-    made = _made(src, dense, text, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    trust: Accepted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "dequantize": dequantize}
+    made = _made(src, dense, text, **trust)
     for note in made.notes:
         display.stderr().print(f"note: {note}")
     if as_json:
@@ -65,7 +68,7 @@ def write_page(made: Report, path: Path) -> None:
     write_whole(path, page(made).encode("utf-8", "replace"))
 
 
-def _made(src: str, dense: str | None, text: Path | None, **trust: bool) -> Report:
+def _made(src: str, dense: str | None, text: Path | None, **trust: Unpack[Accepted]) -> Report:
     if src.endswith(".jsonl"):
         from moeify.report.run import collect_run
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar, Unpack
 
 from torch import Tensor
 
 from moeify import __version__
-from moeify.checkpoint.source import Source, open_source
+from moeify.checkpoint.source import Accepted, Source, open_source
 from moeify.contract.found import FoundLayer, find_layers
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import MoeifyError, RefusedError, VerificationError, told_as
@@ -38,10 +38,6 @@ from moeify.report.text import Tokens, tokens_for
 from moeify.report.watching import Watched, perplexity, watch
 from moeify.report.weights import distances, weights_of
 
-if TYPE_CHECKING:
-    pass
-
-
 Result = TypeVar("Result")
 
 
@@ -51,8 +47,7 @@ def collect(
     *,
     text: str | None = None,
     text_name: str = "the text",
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
+    **accepted: Unpack[Accepted],
 ) -> Report:
     """Look at an MoE, run it on a text, and compare it with its dense model where that is given.
 
@@ -61,15 +56,13 @@ def collect(
         dense: The dense model that it was made from.
         text: What to run it on; None takes one that is there.
         text_name: What the text is called.
-        allow_pickle: As for `open_source`.
-        trust_remote_code: As for `open_source`; the code is not run here either.
+        accepted: As for `open_source`; a model's own code is not run here either.
 
     Raises:
         RefusedError: It has no MoE layer.
         MoeifyError: A model cannot be read, or does not run.
     """
-    trust = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    opening = partial(open_source, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    opening = partial(open_source, **accepted)
     with ExitStack() as opened:
         source, *others = (opened.enter_context(opening(at)) for at in (src, dense) if at is not None)
         origin = DenseCheckpoint(others[0]) if others else None
@@ -78,7 +71,7 @@ def collect(
         before = None if origin is None or not tokens.is_text else _perplexity(origin.source, tokens)
         if origin is not None:
             said = text if tokens.is_text else None
-            proof = verify_checkpoints(origin.source.path, source.path, text=said, **trust).to_dict()
+            proof = verify_checkpoints(origin.source.path, source.path, text=said, **accepted).to_dict()
             report = replace(report, proofs=(*report.proofs, proof_of("now", proof)))
     after = watched.perplexity if tokens.is_text else None
     ran = Text(tokens.source, tokens.count, after, before, tokens.passage, watched.passage)

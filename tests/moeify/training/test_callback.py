@@ -113,6 +113,7 @@ def test_ranks_are_summed_and_losses_are_means(monkeypatch: pytest.MonkeyPatch) 
     layer(make.inputs(3, 7))
     alone = moeify.routing_stats(layer)[""]
     monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, group: tensor.mul_(2))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     group: Any = "two equal ranks"
     both = moeify.routing_stats(layer, group)[""]
     assert (both.tokens, both.choices) == (42, 84)
