@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeify.families.base import LLAMA_CPP, MLX
-from sweeps.engines.record import REFUSED, SGLANG_LOADER, WRONG, Row
+from sweeps.engines.record import OLDER, REFUSED, SGLANG_LOADER, WRONG, Row
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ FAULTS = (
         ("deepseek_v3",),
         "srt/layers/rotary_embedding/factory.py:478",
         "builds no rotary positions without scaling on a CPU",
+    ),
+    Fault(
+        OLDER,
+        ("gpt_oss",),
+        "transformers/models/gpt_oss/modeling_gpt_oss.py:78",
+        "has the activation's constants in its code (5.24 reads them from the config)",
     ),
     Fault(LLAMA_CPP, ("ernie4_5_moe",), "conversion/ernie.py:23", "its converter takes ERNIE's own tokenizer only"),
     Fault(LLAMA_CPP, ("solar_open",), "conversion/glm.py:402", "its converter takes Solar's own tokenizer only"),

@@ -62,12 +62,15 @@ def model_class(architecture: str) -> Any:
     """Return SGLang's class.
 
     Raises:
-        ValueError: It has none.
+        ValueError: It has none, or serves it inside of another only.
     """
     folder = Path(import_module("sglang").__file__ or "").parent / "srt/models"
     for file in sorted(folder.glob("*.py")):
         if f"\nclass {architecture}(" in file.read_text():
-            return getattr(import_module(f"sglang.srt.models.{file.stem}"), architecture)
+            module: Any = import_module(f"sglang.srt.models.{file.stem}")
+            served = module.EntryClass if isinstance(module.EntryClass, list) else [module.EntryClass]
+            if getattr(module, architecture) in served:
+                return getattr(module, architecture)
     raise ValueError(f"{architecture} is not supported")
 
 
@@ -85,6 +88,9 @@ def measure(folder: Path) -> float:
     torch: Any = import_module("torch")
     torch.set_default_dtype(torch.float32)
     config: Any = import_module("transformers").AutoConfig.from_pretrained(folder / MODEL)
+    own: Any = import_module("sglang.srt.utils.hf_transformers.common")._CONFIG_REGISTRY
+    if config.model_type in own:
+        config = own[config.model_type].from_pretrained(folder / MODEL)
     model = model_class(config.architectures[0])(config)
     weights = {name: held for name, held in model.named_parameters() if held.is_floating_point()}
     for held in weights.values():
@@ -93,7 +99,10 @@ def measure(folder: Path) -> float:
     left = [name for name, held in weights.items() if held.isnan().any()]
     if left:
         raise ValueError(f"its loader leaves {', '.join(left)} as memory has them")
-    expected = sum(squares(tensor) for _, tensor in stored(folder / MODEL))
+    sums = {name: squares(tensor) for name, tensor in stored(folder / MODEL)}
+    if "lm_head.weight" in weights.keys() - sums.keys():  # a tied head, which the loader copies
+        sums["lm_head.weight"] = sums["model.embed_tokens.weight"]
+    expected = sum(sums.values())
     return abs(sum(map(squares, weights.values())) - expected) / expected
 
 

@@ -7,7 +7,9 @@ from moeify.families.base import (
     TRANSFORMERS,
     TRT,
     VLLM,
+    Config,
     Family,
+    Fields,
     Pair,
     experts,
     qwen_fields,
@@ -17,6 +19,15 @@ from moeify.families.gated import gated_shared_expert, shared_size
 
 _MOE = "model.layers.{layer}.mlp"
 
+
+def _interval(config: Config) -> Fields:
+    """Return how SGLang wants to be told which layers attend to all: by how many layers they are apart."""
+    attends = [kind == "full_attention" for kind in config["layer_types"]]
+    apart = attends.index(True) + 1 if any(attends) else 0
+    regular = apart and all(is_so == (layer % apart == 0) for layer, is_so in enumerate(attends, 1))
+    return {"full_attention_interval": apart} if regular else {}
+
+
 FAMILY = Family(
     model_type="qwen3_5_moe_text",
     architecture="Qwen3_5MoeForCausalLM",
@@ -25,6 +36,7 @@ FAMILY = Family(
     fields=lambda plan, config: {
         **qwen_fields(plan),
         "shared_expert_intermediate_size": shared_size(plan),
+        **_interval(config),
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, EXLLAMA, TRT),
     shared=True,
