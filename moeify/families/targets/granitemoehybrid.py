@@ -4,7 +4,7 @@ Its FFN, the shared one of the format, becomes the experts, and the shared one a
 experts.
 """
 
-from moeify.families.base import LLAMA_CPP, MLX, SGLANG, TRANSFORMERS, VLLM, Config, Family, Pair
+from moeify.families.base import MLX, SGLANG, TRANSFORMERS, VLLM, Config, Family, Pair
 from moeify.families.conditions import equal
 from moeify.families.gated import IDLE, shared_size
 from moeify.families.granite import granite_fields, granite_shared, granite_tensors
@@ -30,6 +30,6 @@ FAMILY = Family(
         "shared_intermediate_size": shared_size(plan),
         "layer_types": _layer_types(config),
     },
-    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX),
+    engines=(TRANSFORMERS, VLLM, SGLANG, MLX),
     shared=True,
 )
