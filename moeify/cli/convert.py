@@ -44,19 +44,8 @@ class Options:
     strict: bool
     no_verify: bool
     example_inputs: Path | None
-    allow_pickle: bool
-    trust_remote_code: bool
-    dequantize: bool
+    accepted: Accepted
     ranks: Ranks | None
-
-    @property
-    def accepted(self) -> Accepted:
-        """What is accepted of the source."""
-        return {
-            "allow_pickle": self.allow_pickle,
-            "trust_remote_code": self.trust_remote_code,
-            "dequantize": self.dequantize,
-        }
 
 
 @click.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING
 
 import click
 
@@ -39,7 +39,7 @@ _DTYPES = ", ".join(f"{target.default_dtype} for {target.name}" for target in TA
 @source_options
 def export(
     src: Path, out: Path, target: str, quantize: str | None, dtype: str | None, layers: str, overwrite: bool,
-    as_json: bool, allow_pickle: bool, trust_remote_code: bool, dequantize: bool, **settings: object,
+    as_json: bool, accepted: Accepted, **settings: object,
 ) -> None:  # fmt: skip
     """Export the checkpoint SRC to the ONNX file OUT, or, without .onnx in its name, to a folder.
 
@@ -60,10 +60,9 @@ def export(
     from moeify.export.folder import export_folder  # needs the packages that were just checked
     from moeify.export.pipeline import export as export_file
 
-    trust: Accepted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "dequantize": dequantize}
-    tokenizer = _tokenizer(src, **trust)  # what is wrong with it is told before minutes of work
+    tokenizer = _tokenizer(src, accepted)  # what is wrong with it is told before minutes of work
     with without_bars():
-        model = _load(src, request.dtype, config, layers, trust)
+        model = _load(src, request.dtype, config, layers, accepted)
         entries = {"source": src.name, **_text_entries(model, tokenizer)}
         if file == out:
             report = export_file(model, request, None, entries)
@@ -78,24 +77,24 @@ def export(
     console.print(f"written to {out}, for onnxruntime {report.requires} or newer")
 
 
-def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str, trust: Accepted) -> nn.Module:
+def _load(src: Path, dtype: str, config: MoEConfig | None, layers: str, accepted: Accepted) -> nn.Module:
     import torch
 
     from moeify.conversion.module import convert
     from moeify.hub.loading import load_sparingly
 
-    model = load_sparingly(src, getattr(torch, dtype), **trust)
+    model = load_sparingly(src, getattr(torch, dtype), **accepted)
     return model if config is None else convert(model, config, layers)
 
 
-def _tokenizer(src: Path, **trust: Unpack[Accepted]) -> PreTrainedTokenizerBase | None:
+def _tokenizer(src: Path, accepted: Accepted) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer, if there is one, as for a vision model there is not; say so if it does not load."""
     from moeify.checkpoint.source import open_source
     from moeify.cli import display
     from moeify.cli.quiet import without_bars
     from moeify.pretrained import load_tokenizer
 
-    with without_bars(), open_source(src, **trust) as source:
+    with without_bars(), open_source(src, **accepted) as source:
         place = source.tokenizer_path
     if place is None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("--layers", default="all", show_default=True, help="all, every:N, last:N, first:N, 0,3-7, or a regex.")
 @json_option
 @source_options
-def families(src: str | None, layers: str, as_json: bool, **accepted: Unpack[Accepted]) -> None:
+def families(src: str | None, layers: str, as_json: bool, accepted: Accepted) -> None:
     """List the native formats with the engines that run them; for SRC, which are exact, and what the others fail.
 
     SRC is a folder in Hugging Face layout, a GGUF file, or a hub id. No weight is read.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING
 
 import click
 
@@ -39,7 +39,7 @@ def inspect(
     example_inputs: Path | None,
     as_json: bool,
     ranks: Ranks | None,
-    **accepted: Unpack[Accepted],
+    accepted: Accepted,
 ) -> None:
     """Show what is in SRC: MoE layers, FFNs, what an MoE of them would cost, and look-alikes with reasons.
 

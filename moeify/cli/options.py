@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-Command = TypeVar("Command", bound=Callable[..., object])
+if TYPE_CHECKING:
+    from moeify.checkpoint.source import Accepted
+
+Result = TypeVar("Result")
 COMMAND = "moeify.command"  # where click's context keeps what was typed
 _OF_A_RUN = {"--resume": False, "--join": False, "--workers": True, "--part": True}  # and whether a value follows
 
@@ -28,17 +32,24 @@ def command_line() -> str:
     return shlex.join(["moeify", *kept])
 
 
-def source_options(command: Command) -> Command:
-    """Add the options of every command that opens checkpoints."""
-    command = click.option("--dequantize", is_flag=True, help="Accept quantized weights, and undo that on the way.")(
-        command
-    )
-    command = click.option(
-        "--trust-remote-code", is_flag=True, help="Accept a model whose config names Python code of its own."
-    )(command)
-    return click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin, read with weights_only.")(
-        command
-    )
+def source_options(command: Callable[..., Result]) -> Callable[..., Result]:
+    """Add the options of every command that opens checkpoints; the command gets them as `accepted`."""
+
+    @click.option("--allow-pickle", is_flag=True, help="Accept pytorch_model.bin, read with weights_only.")
+    @click.option("--trust-remote-code", is_flag=True, help="Accept a model whose config names Python code of its own.")
+    @click.option("--dequantize", is_flag=True, help="Accept quantized weights, and undo that on the way.")
+    @wraps(command)
+    def with_accepted(
+        *args: object, allow_pickle: bool, trust_remote_code: bool, dequantize: bool, **given: object
+    ) -> Result:
+        accepted: Accepted = {
+            "allow_pickle": allow_pickle,
+            "trust_remote_code": trust_remote_code,
+            "dequantize": dequantize,
+        }
+        return command(*args, accepted=accepted, **given)
+
+    return with_accepted
 
 
 example_inputs_option = click.option(

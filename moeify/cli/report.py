@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING
 
 import click
 
@@ -32,9 +32,7 @@ def report(
     output: Path | None,
     overwrite: bool,
     as_json: bool,
-    allow_pickle: bool,
-    trust_remote_code: bool,
-    dequantize: bool,
+    accepted: Accepted,
 ) -> None:
     """Make a page about SRC: what it is, what it costs, which experts work, where tokens go, and its proof.
 
@@ -48,8 +46,7 @@ def report(
     path = output or Path("report.html")
     if not as_json:
         check_file(path, overwrite=overwrite)
-    trust: Accepted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code, "dequantize": dequantize}
-    made = _made(src, dense, text, **trust)
+    made = _made(src, dense, text, accepted)
     for note in made.notes:
         display.stderr().print(f"note: {note}")
     if as_json:
@@ -68,7 +65,7 @@ def write_page(made: Report, path: Path) -> None:
     write_whole(path, page(made).encode("utf-8", "replace"))
 
 
-def _made(src: str, dense: str | None, text: Path | None, **trust: Unpack[Accepted]) -> Report:
+def _made(src: str, dense: str | None, text: Path | None, accepted: Accepted) -> Report:
     if src.endswith(".jsonl"):
         from moeify.report.run import collect_run
 
@@ -80,4 +77,4 @@ def _made(src: str, dense: str | None, text: Path | None, **trust: Unpack[Accept
 
     said = None if text is None else start_of_text(text)
     with without_bars():
-        return collect(src, dense, text=said, text_name=text.name if text else "", **trust)
+        return collect(src, dense, text=said, text_name=text.name if text else "", **accepted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from moeify.cli.options import json_option, source_options
 from moeify.errors import CheckpointError, VerificationError
 from moeify.files.reading import exists
 from moeify.files.text import start_of_text
+
+if TYPE_CHECKING:
+    from moeify.checkpoint.source import Accepted
 
 
 @click.command()
@@ -21,7 +25,7 @@ from moeify.files.text import start_of_text
 )
 @json_option
 @source_options
-def verify(dense: Path, moe: Path, text: Path | None, as_json: bool, **trust: bool) -> None:
+def verify(dense: Path, moe: Path, text: Path | None, as_json: bool, accepted: Accepted) -> None:
     """Compare every MoE layer of MOE with its dense FFN in DENSE, and the logits; exit 1 above tolerance.
 
     A layer and its FFN get the same input, and compute in float64; the logits are those of float32. Where moeify.json
@@ -36,7 +40,7 @@ def verify(dense: Path, moe: Path, text: Path | None, as_json: bool, **trust: bo
         if not exists(path):
             raise CheckpointError(f"{path} does not exist: give two model folders (DENSE may be a GGUF file)")
     with without_bars():
-        report = verify_checkpoints(dense, moe, text=None if text is None else start_of_text(text), **trust)
+        report = verify_checkpoints(dense, moe, text=None if text is None else start_of_text(text), **accepted)
     for line in report.warnings():
         display.stderr().print(line)
     if as_json:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,8 +108,8 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with ExitStack() as hooks:
             for stack in self.stacks:
                 for number, block in enumerate(stack.blocks):
-                    hooks.enter_context(_removed(block.register_forward_pre_hook(self._entering((stack.path, number)))))
-                    hooks.enter_context(_removed(block.register_forward_hook(self._leaving)))
+                    hooks.callback(block.register_forward_pre_hook(self._entering((stack.path, number))).remove)
+                    hooks.callback(block.register_forward_hook(self._leaving).remove)
             with self:
                 result = run()
         self._write("output", pytree.tree_leaves(result))
@@ -132,17 +131,18 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        operands = pytree.tree_leaves((args, kwargs))
-        number = len(self.segments.setdefault(self.at, []))
-        self._write(str(func), operands)
+        number = self._write(str(func), pytree.tree_leaves((args, kwargs)))
         for place, leaf in enumerate(pytree.tree_leaves(result)):
             if isinstance(leaf, Tensor) and id(leaf) not in self.made:
                 self.made[id(leaf)] = self.at, (number, place)
                 self.alive.append(leaf)
         return result
 
-    def _write(self, what: str, operands: Sequence[object]) -> None:
-        self.segments.setdefault(self.at, []).append((what, *map(self._name, operands)))
+    def _write(self, what: str, operands: Sequence[object]) -> int:
+        """Write an operator down, and return its number in what runs."""
+        segment = self.segments.setdefault(self.at, [])
+        segment.append((what, *map(self._name, operands)))
+        return len(segment) - 1
 
     def _name(self, operand: object) -> object:
         if not isinstance(operand, Tensor):
@@ -155,11 +155,3 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         here, at = self.at
         back = number - (at if here == stack else self.ends[stack])
         return stack, back, inside, tuple(operand.shape), operand.dtype
-
-
-@contextmanager
-def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
