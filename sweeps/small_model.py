@@ -86,8 +86,9 @@ class Reduction(NamedTuple):
             return value if name in LARGE and large < LARGE[name] else _divided(value, self.pictures)
         if WIDTH.search(name) and not NO_WIDTH.search(name):
             return _divided(value, self.divisor)
-        if name == "rope_parameters" and isinstance(value, dict) and isinstance(value.get("mrope_section"), list):
-            return {**value, "mrope_section": _divided_sections(value["mrope_section"], self.divisor)}
+        sections = value.get("mrope_section") if name == "rope_parameters" and isinstance(value, dict) else None
+        if isinstance(sections, list) and all(type(each) is int for each in sections):  # others name axes
+            return {**value, "mrope_section": _divided_sections(sections, self.divisor)}
         return value
 
 

@@ -98,7 +98,17 @@ class _DataReads(TorchFunctionMode):
         self.numbers += item
         if self.numbers > _MAX_READS:
             raise ValueError(f"its forward reads more than {_MAX_READS} numbers from its inputs")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **_with_value(func, args, dict(kwargs or {})))
+
+
+def _with_value(func: object, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, object]:
+    """Keep a number that a forward writes down as a tensor: on the meta device it would be lost.
+
+    A tensor without dimensions on the CPU goes with tensors on any device.
+    """
+    if func is torch.tensor and args and isinstance(args[0], int | float) and "device" in kwargs:
+        kwargs["device"] = "cpu"
+    return kwargs
 
 
 class DataDependent(Exception):

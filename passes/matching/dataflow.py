@@ -79,6 +79,8 @@ def arguments(node: fx.Node) -> dict[str, object]:
 
 def writes(node: fx.Node) -> bool:
     """Whether an operator changes one of its inputs, so that it counts even if nothing reads its result."""
+    if node.target is torch.ops.aten.detach_.default:  # it changes no value; a tensor that the code writes down has one
+        return False
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 

@@ -100,6 +100,15 @@ def between(activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(HIDDEN, INNER), activation, nn.Linear(INNER, HIDDEN))
 
 
+class Written(nn.Module):
+    """The largest twentieth of neurons, as in Gemma 3n: numbers that the code writes down, and checks of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = torch.tensor(0.95, dtype=torch.float32, device=x.device)
+        threshold = torch.distributions.Normal(0, 1, validate_args=True).icdf(share)
+        return nn.functional.relu(x - x.mean(-1, keepdim=True) - x.std(-1, keepdim=True, unbiased=False) * threshold)
+
+
 FFNS: dict[str, Callable[[], nn.Module]] = {
     "learned": lambda: between(Learned()),
     "three": Three,
@@ -108,6 +117,7 @@ FFNS: dict[str, Callable[[], nn.Module]] = {
     "snake": lambda: between(Snake()),
     "largest": lambda: between(LargestFive()),
     "scattered": lambda: between(Scattered()),
+    "written": lambda: between(Written()),
     "mish": lambda: between(nn.Mish()),  # it has a name, but no kernel
 }
 
