@@ -3,10 +3,21 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
+from moeify.cli import COMMANDS, main
 from moeify.cli.quiet import DEBUG, quiet, without_bars
+from tests.moeify import tiny
+
+
+@pytest.fixture(autouse=True)
+def no_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # --quiet sets it
 
 
 def speak() -> None:
@@ -48,3 +59,24 @@ def test_progress_bars_are_kept_back(
         print("a bar", file=sys.stderr)
     print("after it", file=sys.stderr)
     assert capsys.readouterr() == ("", f"{shown}after it\n")
+
+
+@pytest.mark.parametrize("typed", ["-q convert SRC DST", "convert SRC DST --quiet"])
+def test_a_quiet_conversion_says_nothing_but_warnings(tmp_path: Path, typed: str) -> None:
+    src = tiny.save(tiny.build("llama"), tmp_path / "src")
+    words = [str(tmp_path / word.lower()) if word.isupper() else word for word in typed.split()]
+    done = CliRunner().invoke(main, [*words, "--experts", "2", "--top-k", "2", "--no-verify"])
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+    assert "-q" not in (tmp_path / "dst/README.md").read_text(), "it makes no other output"
+    tensors = load_file(src / "model.safetensors")
+    name = sorted(tensors)[-1]
+    save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, src / "model.safetensors", {"format": "pt"})
+    again = CliRunner().invoke(main, [*words, "--experts", "2", "--top-k", "2", "--no-verify", "--overwrite"])
+    assert (again.exit_code, again.stdout, again.stderr) == (0, "", f"warning: {name} holds NaN or Inf\n")
+    failed = CliRunner().invoke(main, [*words, "--experts", "2", "--top-k", "2"])
+    assert failed.exit_code == 1 and failed.stderr.startswith("Error: ") and failed.stderr.count("\n") == 1
+
+
+def test_every_command_can_be_quiet() -> None:
+    for name in COMMANDS:
+        assert CliRunner().invoke(main, [name, "--help"]).output.count("-q, --quiet") == 1, name
