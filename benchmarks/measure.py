@@ -7,6 +7,8 @@ command's own peak. So nothing here, nor in the programs that use it, imports to
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import time
@@ -15,8 +17,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-from benchmarks.record import key
 
 GIB = 2**30
 
@@ -118,6 +118,19 @@ def table(rows: Mapping[str, Mapping[str, Any]], against: str) -> str:
             "| {cpu_seconds:.1f} s | {memory_gib:.2f} GiB | {time:.2f} |".format(**row)
         )
     return "\n".join(lines)
+
+
+def machine() -> str:
+    """Return the machine in one line."""
+    facts = Path("/proc/cpuinfo").read_text().splitlines()
+    cpus = (line.partition(":")[2].strip() for line in facts if line.startswith("model name"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return f"{os.cpu_count()} cores ({next(cpus, platform.machine())}), {memory:.0f} GiB"
+
+
+def key(name: str) -> str:
+    """Return a name as the summary has it: words and underscores, so that it can stand in a link."""
+    return "_".join(re.findall(r"\w+", name, re.ASCII))
 
 
 def need_space(folder: Path, gib: int) -> None:

@@ -26,7 +26,8 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from benchmarks.by_turns import cpu_milliseconds, samples
-from benchmarks.record import Record, keep, key, measured, rounded
+from benchmarks.measure import key
+from benchmarks.record import Record, keep, measured, rounded
 from moeify.export.capture.to_onnx import to_onnx
 from moeify.export.capture.trace import capture
 from moeify.export.lower.contrib import interleaved, lower_contrib, set_attributes

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.record import Record, keep, key, measured
+from benchmarks.measure import key
+from benchmarks.record import Record, keep, measured
 from moeify.hub.loading import load
 from moeify.runtime.session import open_session
 from moeify.runtime.text import TextModel

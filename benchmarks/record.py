@@ -8,9 +8,6 @@ Nothing here imports torch: `measure.py` says why.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +18,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.measure import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("moeify", "torch", "transformers")
@@ -102,22 +101,9 @@ def keep(program: str, record: Record, page: Callable[[Record], str]) -> None:
     print(page(record), end="")
 
 
-def machine() -> str:
-    """Return the machine in one line."""
-    facts = Path("/proc/cpuinfo").read_text().splitlines()
-    cpus = (line.partition(":")[2].strip() for line in facts if line.startswith("model name"))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores ({next(cpus, platform.machine())}), {memory:.0f} GiB"
-
-
 def programs() -> list[str]:
     """Return the programs of this folder that have a record."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
-
-
-def key(name: str) -> str:
-    """Return a name as the summary has it: words and underscores, so that it can stand in a link."""
-    return "_".join(re.findall(r"\w+", name, re.ASCII))
 
 
 def rounded(samples: Mapping[str, Sequence[float]], digits: int = 4) -> dict[str, list[float]]:

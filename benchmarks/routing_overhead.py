@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from benchmarks.by_turns import cpu_milliseconds, samples
-from benchmarks.record import Record, keep, key, measured, rounded
+from benchmarks.measure import key
+from benchmarks.record import Record, keep, measured, rounded
 from moeify.config import MoEConfig
 from moeify.layers import Experts, SparseMoE
 

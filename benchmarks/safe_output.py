@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.measure import Command, Run, measure, raw
-from benchmarks.record import Record, keep, key, measured
+from benchmarks.measure import Command, Run, key, measure, raw
+from benchmarks.record import Record, keep, measured
 
 HERE = Path(__file__)
 ROOT = HERE.parents[1]

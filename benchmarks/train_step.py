@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.record import ROOT, Record, keep, key, measured
+from benchmarks.measure import key
+from benchmarks.record import ROOT, Record, keep, measured
 
 HERE = Path(__file__)
 VARIANTS = {  # of Mixtral's implementations the two fastest on CPUs (experts_cpu.py)

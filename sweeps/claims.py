@@ -28,12 +28,11 @@ DAYS = 30  # by which the newest commit of the code may be younger than the reco
 
 # Records that do not say themselves which code they speak of; their date is that of their last commit.
 CODE = {
-    "docs/balance.json": ("moeify/training", "moeify/routing", "moeify/layers"),
     "docs/ecosystem.json": ("moeify/contract", "moeify/hub"),
     "docs/engines.json": ("moeify/families",),
     "docs/families.json": ("moeify/families",),
     "docs/fuzz.json": ("moeify/checkpoint", "moeify/files", "moeify/cli"),
-    "docs/proof.json": ("moeify/proving",),
+    "docs/gpu.jsonl": ("kernels/gpu",),
 }
 
 
@@ -49,8 +48,9 @@ def pages() -> list[Path]:
 
 def records() -> list[Path]:
     """Return every record: those that say which code they speak of, and those of the table."""
-    found = [*(ROOT / "benchmarks").glob("*.json"), *(ROOT / "docs").glob("*.json")]
-    return sorted(path for path in found if _name(path) in CODE or "code" in json.loads(path.read_text()))
+    found = chain(*((ROOT / name).rglob("*.json") for name in ("docs", "benchmarks", "examples")))
+    saying = {path for path in found if "code" in json.loads(path.read_text())}
+    return sorted(saying | {ROOT / name for name in CODE if (ROOT / name).exists()})
 
 
 def filled(text: str, folder: Path) -> str:
@@ -72,7 +72,7 @@ def filled(text: str, folder: Path) -> str:
 
 
 def value(path: Path, name: str) -> str | float:
-    """Return what a record has under a name such as `layers_80.seconds`.
+    """Return what a record has under a name such as `layers_80.seconds`, or `rows.0.loss` in a list.
 
     Raises:
         ClaimError: There is no such record, or no such number in it.
@@ -83,10 +83,16 @@ def value(path: Path, name: str) -> str | float:
     if isinstance(at, dict) and name.partition(".")[0] in at.get("summary", ()):
         at = at["summary"]
     for part in name.split("."):
-        at = at.get(part) if isinstance(at, dict) else None
+        at = _child(at, part)
     if not isinstance(at, (str, int, float)):
         raise ClaimError(f"{path} has no number {name}")
     return at
+
+
+def _child(tree: Any, name: str) -> Any:
+    if isinstance(tree, list) and name.isdecimal() and int(name) < len(tree):
+        return tree[int(name)]
+    return tree.get(name) if isinstance(tree, dict) else None
 
 
 def written(number: str | float, said: str) -> str:
@@ -111,9 +117,11 @@ def unclaimed(text: str) -> list[str]:
 
 def stale(path: Path) -> str | None:
     """Return why a record is too old for the code it speaks of, or None; without the history nothing is judged."""
-    record = json.loads(path.read_text())
-    code = CODE.get(_name(path)) or record["code"]
-    made = last_change(path.parent, path.name) if _name(path) in CODE else date.fromisoformat(record["date"])
+    if code := CODE.get(_name(path)):
+        made = last_change(path.parent, path.name)
+    else:
+        record = json.loads(path.read_text())
+        code, made = record["code"], date.fromisoformat(record["date"][:10])
     newest = last_change(ROOT, *code)
     if made is None or newest is None or (newest - made).days <= DAYS:
         return None

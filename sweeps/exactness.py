@@ -26,7 +26,8 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.record import key, measured, write
+from benchmarks.measure import key
+from benchmarks.record import measured, write
 from moeify.measure import TOLERANCE
 from sweeps.conversions import check_paths
 from sweeps.models import DOCS, model_types

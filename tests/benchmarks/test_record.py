@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.measure import GIB, Run, medians, raw, table
-from benchmarks.record import ROOT, Record, key, measured, programs, read, rounded, write
+from benchmarks.measure import GIB, Run, key, medians, raw, table
+from benchmarks.record import ROOT, Record, measured, programs, read, rounded, write
 
 RECORD = Record("x → y", "z", "a machine", "2026-11-27", "abc", "python -m x", {"torch": "2"}, ["moeify"],
                 {"a": {"b": 1.5}, "c": 2}, {"a": [{"seconds": 1.0}]})  # fmt: skip

@@ -12,8 +12,12 @@ import pytest
 from sweeps import claims
 from sweeps.claims import ClaimError, filled, last_change, stale, unclaimed, written
 
-RECORD = {"summary": {"a": {"time": 0.6149, "bytes": 1234567}}, "date": "2026-01-01", "machine": "2 cores (X), 3 GiB",
-          "code": ["code"]}  # fmt: skip
+RECORD = {
+    "summary": {"a": {"time": 0.6149, "bytes": 1234567, "rows": [3.25]}},
+    "date": "2026-01-01",
+    "machine": "2 cores (X), 3 GiB",
+    "code": ["code"],
+}
 
 
 @pytest.fixture
@@ -31,6 +35,7 @@ def test_every_text_says_what_the_records_say() -> None:
     [
         ("a.time", "0.7", "0.6"), ("a.time", "9.99", "0.61"), ("a.time", "1e-3", "6e-1"),
         ("a.time", "1.00e2", "6.15e-1"), ("a.bytes", "1", "1234567"), ("a.bytes", "1,000", "1,234,567"),
+        ("a.rows.0", "1.0", "3.2"),
         ("machine", "here", "2 cores (X), 3 GiB"), ("date", "2025-12-31", "2026-01-01"),
     ],
 )  # fmt: skip
@@ -43,8 +48,15 @@ def test_powers_of_ten_are_short() -> None:
     assert (written(2.04e-6, "1.0e-6"), written(3e12, "1e5")) == ("2.0e-6", "3e12")
 
 
-@pytest.mark.parametrize(("link", "why"), [("x.json#a.none", "no number a.none"), ("y.json#a", "no record"),
-                                           ("x.json#a", "no number a")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("link", "why"),
+    [
+        ("x.json#a.none", "no number a.none"),
+        ("x.json#a.rows.1", "no number a.rows.1"),
+        ("x.json#a", "no number a"),
+        ("y.json#a", "no record"),
+    ],
+)
 def test_a_claim_of_nothing_is_an_error(folder: Path, link: str, why: str) -> None:
     with pytest.raises(ClaimError, match=why):
         filled(f"[1]({link})", folder)
