@@ -30,6 +30,18 @@ def test_every_text_says_what_the_records_say() -> None:
     assert list(claims.faults()) == []
 
 
+def test_every_row_of_the_readme_says_when_and_where() -> None:
+    section = (claims.ROOT / "README.md").read_text().partition("\n## Numbers\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 5
+    for row in rows:
+        *_, measured, where = row.strip("| ").split(" | ")
+        used = {file for _, file, _ in claims.CLAIM.findall(measured)}
+        assert {f"{file}#{name}" for file in used for name in ("date", "machine")} == {
+            f"{file}#{name}" for _, file, name in claims.CLAIM.findall(where)
+        }, row
+
+
 @pytest.mark.parametrize(
     ("name", "said", "right"),
     [

@@ -61,20 +61,23 @@ def test_progress_bars_are_kept_back(
     assert capsys.readouterr() == ("", f"{shown}after it\n")
 
 
-@pytest.mark.parametrize("typed", ["-q convert SRC DST", "convert SRC DST --quiet"])
-def test_a_quiet_conversion_says_nothing_but_warnings(tmp_path: Path, typed: str) -> None:
-    src = tiny.save(tiny.build("llama"), tmp_path / "src")
-    words = [str(tmp_path / word.lower()) if word.isupper() else word for word in typed.split()]
-    done = CliRunner().invoke(main, [*words, "--experts", "2", "--top-k", "2", "--no-verify"])
-    assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
-    assert "-q" not in (tmp_path / "dst/README.md").read_text(), "it makes no other output"
+def test_a_quiet_conversion_says_nothing_but_warnings_and_errors(tmp_path: Path) -> None:
+    src, dst = tiny.save(tiny.build("llama"), tmp_path / "src"), tmp_path / "dst"
+
+    def said(*before: str, after: tuple[str, ...]) -> tuple[int, str, str]:
+        words = [*before, "convert", src, dst, "--experts", "2", "--top-k", "2", *after]
+        done = CliRunner().invoke(main, [str(word) for word in words])
+        return done.exit_code, done.stdout, done.stderr
+
+    assert said("-q", after=("--no-verify",)) == (0, "", "")
+    assert "-q" not in (dst / "README.md").read_text(), "it makes no other output"
     tensors = load_file(src / "model.safetensors")
     name = sorted(tensors)[-1]
     save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, src / "model.safetensors", {"format": "pt"})
-    again = CliRunner().invoke(main, [*words, "--experts", "2", "--top-k", "2", "--no-verify", "--overwrite"])
-    assert (again.exit_code, again.stdout, again.stderr) == (0, "", f"warning: {name} holds NaN or Inf\n")
-    failed = CliRunner().invoke(main, [*words, "--experts", "2", "--top-k", "2"])
-    assert failed.exit_code == 1 and failed.stderr.startswith("Error: ") and failed.stderr.count("\n") == 1
+    heard = f"warning: {name} holds NaN or Inf\n"
+    assert said(after=("--quiet", "--no-verify", "--overwrite")) == (0, "", heard)
+    code, _, error = said("--quiet", after=())
+    assert code == 1 and error.startswith("Error: ") and error.count("\n") == 1
 
 
 def test_every_command_can_be_quiet() -> None:
