@@ -52,11 +52,11 @@ def compare(work: Path, repeats: int, layers: int) -> Record:
     ]
     runs |= by_turns(commands, repeats)
     noise = ("--method", "noise")
-    drawn = [  # it takes minutes, and the disk has no part in it
-        convert("moeify convert --method noise", source, work / "moe", *noise),
-        convert("… --workers 2, noise", source, work / "moe", *noise, "--workers", "2"),
+    drawn = [  # 13 GB take minutes, and the disk has no part in it
+        convert("… 1 layer, --method noise", work / "one-layer", work / "moe", *noise),
+        convert("… 1 layer, --method noise --workers 2", work / "one-layer", work / "moe", *noise, "--workers", "2"),
     ]
-    runs |= by_turns(drawn, 1)
+    runs |= by_turns(drawn, repeats)
     what = (
         f"Llama (hidden 2048, intermediate 8192, vocab_size 32000; random bf16 weights), {layers} layers → Mixtral, "
         "8 experts, top-2"

@@ -27,7 +27,7 @@ LAYERS = (
     "checkpoint routing",
     "arguments plan",
     "config pretrained",
-    "files measure runtime",
+    "files measure ranks runtime",
     "colors errors kernels names numbers seeding",
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer.split()}

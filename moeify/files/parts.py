@@ -16,7 +16,8 @@ from moeify.errors import CheckpointError
 from moeify.files.commit import NO_LINKS
 from moeify.files.limits import CONFIG_BYTES
 from moeify.files.reading import list_folder, read_bytes
-from moeify.files.staging import RESUME_RECORD, begun_folder, output_path
+from moeify.files.staging import RESUME_RECORD, begun_folder, output_path, settle
+from moeify.files.work_folder import BusyError
 
 _RECORD = ".moeify-part"
 
@@ -91,13 +92,15 @@ class Parts:
             shutil.copyfile(path, folder / name)
 
     def remove(self) -> None:
-        """Remove the parts, when they are joined.
+        """Remove the parts, when they are joined, and what killed runs of them left.
 
         Raises:
             CheckpointError: One cannot be removed.
         """
         try:
             for number in range(1, self.count + 1):
+                with suppress(BusyError):  # the same part is being written again: what it leaves is that run's
+                    settle(self.folder(number), resumable=False)
                 with suppress(FileNotFoundError):
                     shutil.rmtree(self.folder(number))
         except OSError as error:

@@ -97,7 +97,7 @@ def check_folder(dst: str | Path, *, overwrite: bool) -> None:
     """
     target = output_path(dst)
     with _explained(target, (target.name,)):
-        _settle(target, resumable=True)
+        settle(target, resumable=True)
         _check_folder(target, overwrite=overwrite)
 
 
@@ -121,7 +121,7 @@ def check_file(path: str | Path, *, overwrite: bool, companion: str = "") -> Non
     target = output_path(path)
     names = (target.name + companion, target.name) if companion else (target.name,)
     with _explained(target, names):
-        _settle(target, resumable=False)
+        settle(target, resumable=False)
         _check_file(target, names, overwrite=overwrite)
 
 
@@ -185,7 +185,7 @@ def _clear(work: WorkFolder) -> None:
         ) from error
 
 
-def _settle(target: Path, *, resumable: bool) -> None:
+def settle(target: Path, *, resumable: bool) -> None:
     """Undo or end what a killed run has begun; remove what no run can go on with."""
     work = WorkFolder(target)
     if not os.path.lexists(work.path):

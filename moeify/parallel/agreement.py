@@ -6,8 +6,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moeify.errors import ConfigError, MoeifyError, told_as
+from moeify.errors import ConfigError, MoeifyError
 from moeify.layers import moe_layers
+from moeify.ranks import told_by_ranks
 
 _VALUES = 8  # of each parameter: enough to tell two seeds apart
 
@@ -26,7 +27,7 @@ def check_agreement(model: nn.Module, problem: MoeifyError | None, sizes: object
     """
     mine = {"": str(problem)} if problem else {**_description(model), "the sizes of messages": repr(sizes)}
     everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    with told_as(f"rank {dist.get_rank()} could not compare its model with the other ranks: one of them has ended"):
+    with told_by_ranks(f"rank {dist.get_rank()} could not compare its model with the other ranks"):
         dist.all_gather_object(everyone, mine)
     if problem:
         raise problem

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moeify.errors import ConfigError, told_as
+from moeify.errors import ConfigError
+from moeify.ranks import told_by_ranks
 
 
 @torch.no_grad()
@@ -34,7 +35,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     for parameter in model.parameters():
         if parameter.grad is not None:
             groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
-    with told_as("the norm of the gradients could not be summed over the ranks: one of them has ended or hangs"):
+    with told_by_ranks("the norm of the gradients could not be summed over the ranks"):
         norms = [_norm([p.grad for p in group if p.grad is not None]) for group in groups.values()]
     if not norms:
         return torch.zeros(())

@@ -15,7 +15,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-from moeify.errors import MoeifyError, told_as
+from moeify.errors import MoeifyError
+from moeify.ranks import told_by_ranks
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,8 @@ class Link:
 
     def told(self) -> AbstractContextManager[None]:
         """Turn an error of torch's into one line: when a rank ends, this is all that the others see."""
-        return told_as(
-            f"{self.path}: rank {dist.get_rank()} could not exchange tokens with ranks {self.ranks}: one of them has "
-            "ended or hangs, and its own message says why"
-        )
+        what = f"{self.path}: rank {dist.get_rank()} could not exchange tokens with ranks {self.ranks}"
+        return told_by_ranks(what, self.group)
 
     def stop(self, why: str) -> NoReturn:
         """Raise what the first of the ranks that stop says; all ranks know that one does, and call this."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moeify.errors import told_as
 from moeify.parallel.mesh import Ranks
+from moeify.ranks import told_by_ranks
 
 
 class LocalWeights:
@@ -84,6 +84,7 @@ class _Mean(torch.autograd.Function):
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         grad = grad / ctx.count
         if ctx.group is not None:
-            with told_as(f"{ctx.path}: rank {dist.get_rank()} could not add its gradients to those of the other ranks"):
+            what = f"{ctx.path}: rank {dist.get_rank()} could not add its gradients to those of the other ranks"
+            with told_by_ranks(what, ctx.group):
                 dist.all_reduce(grad, group=ctx.group)
         return grad, None, None, None

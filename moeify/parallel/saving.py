@@ -21,8 +21,9 @@ from moeify.checkpoint.safetensors_file import encode_header, tensor_bytes
 from moeify.checkpoint.shards import OutTensor, plan_shards
 from moeify.checkpoint.tensor_info import dtype_name
 from moeify.checkpoint.writer import write_index
-from moeify.errors import CheckpointError, ConfigError, told_as
+from moeify.errors import CheckpointError, ConfigError
 from moeify.files.staging import staged_folder
+from moeify.ranks import told_by_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,8 +131,8 @@ class _Asking:
 
     def told(self) -> AbstractContextManager[None]:
         """Turn an error of torch's into one line."""
-        said = f"{self.path} was not written: rank {dist.get_rank()} lost another rank, which has ended or hangs"
-        return told_as(said, CheckpointError)
+        what = f"{self.path} was not written: rank {dist.get_rank()} lost another rank"
+        return told_by_ranks(what, kind=CheckpointError)
 
     def _gather(self, tensor: DTensor) -> Tensor:
         with self.told():

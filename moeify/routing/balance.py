@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moeify.config import MoEConfig
-from moeify.errors import told_as
+from moeify.ranks import told_by_ranks
 from moeify.routing.losses import (
     deepseek_sequence_loss,
     expert_counts,
@@ -93,9 +93,8 @@ def step_counts(routing: Routing, config: MoEConfig, *, mask_T: Tensor | None, p
 def _told(path: str) -> AbstractContextManager[object]:
     if torch.compiler.is_compiling():
         return nullcontext()
-    return told_as(
-        f"{path or 'an MoE layer'}: rank {dist.get_rank()} could not count choices with the other ranks: one of them "
-        "has ended or hangs, and its own message says why"
+    return told_by_ranks(
+        f"{path or 'an MoE layer'}: rank {dist.get_rank()} could not count choices with the other ranks"
     )
 
 

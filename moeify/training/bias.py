@@ -8,8 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from moeify.errors import MoeifyError, told_as
+from moeify.errors import MoeifyError
 from moeify.layers import MoELayer
+from moeify.ranks import told_by_ranks
 from moeify.routers.base import RouterModule
 from moeify.training.layers_of import own_layers
 
@@ -34,7 +35,7 @@ def update_selection_bias(model: nn.Module, group: dist.ProcessGroup | None = No
     ]
     if dist.is_initialized():
         together = torch.cat([counts_E.to(device) for counts_E in counts])
-        with told_as("the choices of the layers could not be summed over the ranks: one of them has ended or hangs"):
+        with told_by_ranks("the choices of the layers could not be summed over the ranks", group):
             dist.all_reduce(together, group=group)
         counts = list(torch.split(together, [len(counts_E) for counts_E in counts]))
     for layer, counts_E in zip(layers, counts, strict=True):

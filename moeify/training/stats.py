@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moeify.contract.found import FoundLayer
-from moeify.errors import MoeifyError, told_as
+from moeify.errors import MoeifyError
 from moeify.layers.forward_record import ForwardRecord
+from moeify.ranks import told_by_ranks
 from moeify.routing.losses import expert_counts
 from moeify.training.layers_of import ran_layers
 
@@ -59,7 +60,8 @@ class _Sums:
     def stats(self, path: str, group: dist.ProcessGroup | None) -> LayerStats:
         """Return the numbers over all ranks; waits for the device."""
         if group is not None:
-            with told_as(f"{path}: rank {dist.get_rank()} could not sum its statistics with the other ranks"):
+            what = f"{path}: rank {dist.get_rank()} could not sum its statistics with the other ranks"
+            with told_by_ranks(what, group):
                 dist.all_reduce(self.values, group=group)
         passes, tokens, dropped, entropy, squares, *rest = self.values.tolist()
         if entropy != entropy:

@@ -15,28 +15,23 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 from benchmarks.make_checkpoint import llama
-from moeify.cli import main
 from tests.fuzz.__main__ import keep, prepare
+from tests.fuzz.part_kills import kill_parts_once
+from tests.fuzz.process import OPTIONS, Digest, digest, finish, lock_of, run, start, swapping, timed, wait_until
 from tests.fuzz.sources import source
 
-OPTIONS = ("--experts", "3", "--top-k", "2", "--no-verify", "--method", "noise", "--shard-size", "50MB")
 # Layers and hidden size; an export holds float32.
 _SHAPES = {"convert": (2, 1024), "gguf": (2, 1024), "export": (4, 512)}
 _OUTPUTS = {"convert": "dst", "gguf": "dst.gguf", "export": "out.onnx"}
 _SWAPS = 0.25  # of the kills come when the files are about to get their places
-_POLL = 0.0005  # seconds
-
-Digest = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -60,72 +55,6 @@ class Task:
     old: Path | None
     new: Digest
     seconds: float
-
-
-def digest(folder: Path, output: str) -> Digest:
-    """What lies at the place of an output, its companion included, and everything hidden, by name."""
-    found = {}
-    for name in sorted(os.listdir(folder)):
-        if name.startswith((output, ".")):
-            for path in sorted([folder / name, *(folder / name).rglob("*")]):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        found[str(path.relative_to(folder))] = sha256(file.read()).hexdigest()
-                else:
-                    found[str(path.relative_to(folder))] = "folder"
-    return found
-
-
-def start(arguments: tuple[str, ...], folder: Path, said: Path) -> int:
-    """Run a command in a child, which needs not load torch again."""
-    child = os.fork()
-    if child == 0:
-        code = 97
-        try:
-            os.chdir(folder)
-            for number in (1, 2):
-                os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1)
-            torch.set_num_threads(1)
-            main(list(arguments), prog_name="moeify")
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return child
-
-
-def finish(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def run(arguments: tuple[str, ...], folder: Path) -> tuple[int, list[str]]:
-    """Run a command to its end; return its code and its error lines."""
-    with TemporaryDirectory() as there:
-        code = finish(start(arguments, folder, Path(there, "said")))
-        lines = Path(there, "said").read_text(errors="replace").splitlines()
-    return code, [line for line in lines if line.startswith(("Error: ", "Traceback"))]
-
-
-def lock_of(folder: Path) -> Path | None:
-    """The lock and journal of the run that is at work in a folder."""
-    return next(folder.glob(".*.moeify-partial/lock"), None)
-
-
-def wait_until(happens: Callable[[], bool], child: int) -> None:
-    """Wait for something, or for the end of a child, which is not reaped."""
-    while not happens() and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(_POLL)
-
-
-def swapping(folder: Path) -> bool:
-    """Whether a run is giving its files their places."""
-    try:
-        lock = lock_of(folder)
-        return lock is not None and b"placing" in lock.read_bytes()
-    except FileNotFoundError:
-        return True
 
 
 def prepared(task: Task) -> None:
@@ -190,18 +119,6 @@ def race_once(folder: Path, rng: random.Random, new: Digest) -> tuple[str, str]:
     return f"one refused, {'at work' if 'another run' in str(errors) else 'afterwards'}", ""
 
 
-def timed(arguments: tuple[str, ...], folder: Path) -> float:
-    """Run a command; return the seconds from its first file to its end."""
-    with TemporaryDirectory() as there:
-        child = start(arguments, folder, Path(there, "said"))
-        wait_until(lambda: lock_of(folder) is not None, child)
-        begun = time.monotonic()
-        code = finish(child)
-        if code:
-            raise SystemExit(f"{arguments} ended with {code}: {Path(there, 'said').read_text()[-500:]}")
-    return time.monotonic() - begun
-
-
 def task_of(kind: str, room: Path) -> Task:
     """Make the input, the old output and the new one of a kind of task."""
     folder, old = room / "work", room / "old"
@@ -264,8 +181,28 @@ def races(count: int, seed: int) -> tuple[Counter[str], list[str]]:
     return found, wrong
 
 
+def part_kills(count: int, seed: int) -> tuple[Counter[str], list[str]]:
+    """Kill parts of one conversion some times; return what was there after the kills, and what was wrong."""
+    rng, found, wrong = random.Random(f"{seed} parts"), Counter[str](), []
+    with TemporaryDirectory(prefix="kills-") as there:
+        folder = Path(there)
+        torch.manual_seed(0)
+        llama(folder / "src", *_SHAPES["convert"])
+        seconds = timed(("convert", "src", "dst", *OPTIONS), folder)
+        new = digest(folder, "dst")
+        for number in range(count):
+            left, problem = kill_parts_once(folder, rng, new, seconds / 2)
+            found[left] += 1
+            if problem:
+                wrong.append(f"parts {number}: {left}: {problem}")
+            print(f"parts {number}: {left}: {problem or 'right'}", flush=True)
+    return found, wrong
+
+
 def cli() -> int:
-    kinds = {"convert": 40, "convert --overwrite": 40, "gguf": 10, "gguf --overwrite": 10, "export": 10, "races": 30}
+    kinds = {"convert": 40, "convert --overwrite": 40, "gguf": 10, "gguf --overwrite": 10, "export": 10, "parts": 20,
+             "races": 30}  # fmt: skip
+    many = {"parts": part_kills, "races": races}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=kinds)
@@ -276,7 +213,7 @@ def cli() -> int:
     wrong: list[str] = []
     for kind in [asked.only] if asked.only else kinds:
         count = asked.count or kinds[kind]
-        found, problems = races(count, asked.seed) if kind == "races" else kills(kind, count, asked.seed)
+        found, problems = many.get(kind, partial(kills, kind))(count, asked.seed)
         wrong += problems
         print(f"{kind}: {count}, {len(problems)} wrong: {dict(found)}", *problems, sep="\n", flush=True)
         if asked.write:

@@ -12,7 +12,9 @@ import pytest
 
 from tests.fuzz import kills
 from tests.fuzz.__main__ import prepare
-from tests.fuzz.kills import OPTIONS, Task, digest, kill_once, race_once, run
+from tests.fuzz.kills import Task, kill_once, race_once
+from tests.fuzz.part_kills import kill_parts_once
+from tests.fuzz.process import OPTIONS, digest, run
 from tests.fuzz.sources import source
 
 
@@ -32,6 +34,11 @@ def test_moeify_is_right(task: Task) -> None:
     assert left.partition(" and ")[0] in ("absent", "new") and problem == ""
     ended, problem = race_once(task.folder, Random(0), task.new)
     assert ended.startswith("one ") and problem == ""
+
+
+def test_parts_are_right(task: Task) -> None:
+    left, problem = kill_parts_once(task.folder, Random(3), task.new, 0.1)
+    assert left != "torn" and problem == ""
 
 
 def test_a_torn_output_is_seen(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 from moeify.errors import CheckpointError
 from moeify.files.parts import Parts
 from moeify.files.staging import RESUME_RECORD, begun_folder
+from moeify.files.work_folder import WorkFolder
 
 WORDS = ("source", "size")
 
@@ -61,3 +62,14 @@ def test_files_are_taken_and_parts_are_removed(tmp_path: Path) -> None:
     parts.remove()
     parts.remove()
     assert (folder / "model.safetensors").read_text() == "x" and parts.missing() == [1]
+
+
+def test_what_a_run_left_that_was_killed_when_its_part_was_whole_is_removed_too(tmp_path: Path) -> None:
+    output = tmp_path / "moe"
+    work = WorkFolder(finished(output, 1, 1))
+    work.open()
+    work.start(resume=False)
+    work.close()
+    assert work.path.is_dir()
+    Parts(output).remove()
+    assert list(tmp_path.iterdir()) == []
