@@ -102,8 +102,14 @@ def keep(program: str, record: Record, page: Callable[[Record], str]) -> None:
 
 
 def programs() -> list[str]:
-    """Return the programs of this folder that have a record."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
+    """Return the programs of this folder that have a record, as modules."""
+    found = (path.relative_to(ROOT).with_suffix("") for path in Path(__file__).parent.rglob("*.json"))
+    return sorted(".".join(path.parts) for path in found)
+
+
+def record_of(program: str) -> Path:
+    """Return the record of a program."""
+    return ROOT.joinpath(*program.split(".")).with_suffix(".json")
 
 
 def rounded(samples: Mapping[str, Sequence[float]], digits: int = 4) -> dict[str, list[float]]:
@@ -152,8 +158,8 @@ def _command() -> str:
 def main() -> None:
     """Write every page again."""
     for name in programs():
-        page = import_module(f"benchmarks.{name}").page
-        (ROOT / f"benchmarks/{name}.md").write_text(page(read(ROOT / f"benchmarks/{name}.json")))
+        path = record_of(name)
+        path.with_suffix(".md").write_text(import_module(name).page(read(path)))
 
 
 if __name__ == "__main__":

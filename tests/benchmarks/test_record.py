@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.measure import GIB, Run, key, medians, raw, table
-from benchmarks.record import ROOT, Record, measured, programs, read, rounded, write
+from benchmarks.record import ROOT, Record, measured, programs, read, record_of, rounded, write
 
 RECORD = Record("x → y", "z", "a machine", "2026-11-27", "abc", "python -m x", {"torch": "2"}, ["moeify"],
                 {"a": {"b": 1.5}, "c": 2}, {"a": [{"seconds": 1.0}]})  # fmt: skip
@@ -32,8 +32,10 @@ def test_a_record_says_where_when_and_with_what_it_was_made(monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", programs())
 def test_a_page_and_a_summary_are_those_of_the_record(name: str) -> None:
-    program, record = import_module(f"benchmarks.{name}"), read(ROOT / f"benchmarks/{name}.json")
-    assert (ROOT / f"benchmarks/{name}.md").read_text() == program.page(record), "python -m benchmarks.record writes it"
+    program, record = import_module(name), read(record_of(name))
+    assert record_of(name).with_suffix(".md").read_text() == program.page(record), (
+        "python -m benchmarks.record writes it"
+    )
     if record.runs:
         found = numbers(program.summary(record.runs))
         assert found == pytest.approx(numbers(record.summary), rel=0.02 if record.note else 1e-9)
