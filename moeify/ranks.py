@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -46,18 +45,14 @@ def _gone(ranks: list[int]) -> str:
 
 def _silent(ranks: list[int]) -> list[int]:
     """Return the ranks that do not say, where the ranks of the job first met, that they see the error too."""
-    found: list[int] = []
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"moeify/{dist.get_rank()}/lives", "")
         until = time.monotonic() + _ANSWER
-        for rank in ranks:
-            try:
-                store.wait([f"moeify/{rank}/lives"], timedelta(seconds=max(until - time.monotonic(), 0.01)))
-            except RuntimeError as error:
-                if isinstance(error, dist.DistNetworkError):
-                    raise
-                found.append(rank)
+        while (silent := [rank for rank in ranks if not store.check([f"moeify/{rank}/lives"])]) and (
+            time.monotonic() < until
+        ):
+            time.sleep(0.01)
     except Exception:  # the meeting place may have ended with the rank that held it
         return []
-    return found
+    return silent

@@ -47,12 +47,13 @@ def inspect(
     """
     from moeify.checkpoint.source import open_source
     from moeify.cli import display
+    from moeify.cli.quiet import without_bars
     from moeify.config import MoEConfig
     from moeify.hub.describe import describe
     from moeify.tracing.given_inputs import read_inputs
 
     inputs = None if example_inputs is None else read_inputs(example_inputs)
-    with open_source(src, **accepted) as source:
+    with open_source(src, **accepted) as source, without_bars():
         seen = describe(source, MoEConfig(experts, top_k), inputs)
     estimate = None if ranks is None else _estimated(seen, ranks)
     if as_json:

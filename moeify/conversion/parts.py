@@ -72,8 +72,8 @@ def join_parts(dense: DenseCheckpoint, plan: Plan, output: Output, callbacks: Ca
     parts.check(files.fingerprint, DEPENDS_ON)
     if missing := parts.missing():
         raise CheckpointError(
-            f"{output.folder} is not joined: of its {parts.count} parts {', '.join(map(str, missing))} are not "
-            f"finished; run them with --part, or again where they were stopped"
+            f"{output.folder} is not joined: of its {parts.count} parts these are not finished: "
+            f"{', '.join(map(str, missing))}; run them with --part, or again where they were stopped"
         )
     _join(dense, plan, output, callbacks, files, parts)
 

@@ -89,7 +89,9 @@ def test_the_moe_layers_of_a_native_model_are_told(name: str, tmp_path: Path) ->
 def test_a_converted_model_is_told_too(tmp_path: Path) -> None:
     src = tiny.save(tiny.build("gpt2"), tmp_path / "src")
     tiny.convert_files(src, tmp_path / "moe", MoEConfig(4, 2, router="sigmoid"), target="moeify")
-    seen = json.loads(CliRunner().invoke(main, ["inspect", str(tmp_path / "moe"), "--json"]).stdout)
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "moe"), "--json"])
+    seen = json.loads(result.stdout)
+    assert result.stderr == ""  # no progress bar of transformers
     assert [layer["router"] for layer in seen["moe"]] == ["sigmoid"] * tiny.LAYERS
     assert seen["ffns"] == [] and seen["obstacle"].startswith("it is converted already")
 

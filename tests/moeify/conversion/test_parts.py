@@ -134,7 +134,7 @@ def test_what_is_of_another_conversion_is_refused(src: Path, tmp_path: Path) -> 
 
     refused("has no parts beside it to join", join_parts)
     run(src, dst, convert_part, 1, 2)
-    refused(r"of its 2 parts 2 are not finished; run them", join_parts)
+    refused(r"of its 2 parts these are not finished: 2; run them", join_parts)
     refused(r"part-1-of-2 is a part of another division of .*moe than 3", convert_part, 2, 3)
     refused(r"\(part 1 of 2\) was written for another source: give", convert_part, 2, 2, model=other)
     refused("for another plan, settings or dtype", convert_part, 2, 2, config=MoEConfig(4, 2, method="noise", seed=1))
