@@ -63,7 +63,7 @@ fuzz: $(READY) ## meet CASES damaged and hostile inputs, kill runs, let them rac
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.kills --seed $(SEED) --write
 
 # What takes hours is run by hand: the exactness of every model type.
-PAGES := sweeps.readme_tree sweeps.padding sweeps.architectures benchmarks.gpu.page
+PAGES := sweeps.readme_tree sweeps.padding sweeps.architectures benchmarks.gpu.page benchmarks.record sweeps.claims
 docs: $(READY) ## let the programs in sweeps/ write their pages again (half an hour)
 	@for program in $(PAGES); do echo "==> $$program"; $(BIN)/python -m $$program || exit 1; done
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from statistics import median
 
 
 def cpu_milliseconds(call: Callable[[], object]) -> float:
@@ -15,8 +14,8 @@ def cpu_milliseconds(call: Callable[[], object]) -> float:
     return (time.thread_time() - start) * 1e3
 
 
-def medians(timed: Mapping[str, Callable[[], float]], rounds: int, seconds: float = 0.0) -> dict[str, float]:
-    """Return the median of what each call measured.
+def samples(timed: Mapping[str, Callable[[], float]], rounds: int, seconds: float = 0.0) -> dict[str, list[float]]:
+    """Return what each call measured in each round.
 
     A round takes the calls in a random order, because the first finds the caches cold. The first round does not count.
 
@@ -25,10 +24,10 @@ def medians(timed: Mapping[str, Callable[[], float]], rounds: int, seconds: floa
         rounds: At least so many count.
         seconds: Further rounds are taken until so much time has passed.
     """
-    samples: dict[str, list[float]] = {name: [] for name in timed}
+    found: dict[str, list[float]] = {name: [] for name in timed}
     deadline, taken = time.monotonic() + seconds, 0
     while taken <= rounds or time.monotonic() < deadline:
         for name, measure in random.sample([*timed.items()], len(timed)):
-            samples[name].append(measure())
+            found[name].append(measure())
         taken += 1
-    return {name: median(values[1:]) for name, values in samples.items()}
+    return {name: values[1:] for name, values in found.items()}

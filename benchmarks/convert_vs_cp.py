@@ -2,8 +2,8 @@
 
     python -m benchmarks.convert_vs_cp --work FOLDER                 # --layers 3 makes 3 GB of it
 
-The peak memory is also measured on one layer of that model, 1 GB of output. The table is printed, and written beside
-this file.
+The peak memory is also measured on one layer of that model, 1 GB of output. Record and page are written beside this
+file.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.measure import Command, by_turns, machine, measure, need_space, table
+from benchmarks.measure import Command, by_turns, measure, medians, need_space, raw, table
+from benchmarks.record import Record, keep, measured
 
 HERE = Path(__file__)
+PEER = "cp -r"
+CODE = ("moeify/checkpoint", "moeify/conversion", "moeify/cli/writing.py")
 
 
 def make_source(dst: Path, layers: int) -> Path:
@@ -32,32 +37,46 @@ def convert(name: str, src: Path, out: Path, *more: str) -> Command:
     return Command(name, (sys.executable, "-m", "moeify", "convert", src, out, *options), out)
 
 
-def compare(work: Path, repeats: int, layers: int) -> str:
-    """The report, in Markdown."""
+def compare(work: Path, repeats: int, layers: int) -> Record:
+    """Return what was measured."""
     one_layer = convert("moeify convert, 1 layer", make_source(work / "one-layer", 1), work / "one-layer-moe")
     runs = by_turns([one_layer], repeats)
     source = make_source(work / "dense", layers)
     made = convert("the output to copy", source, work / "made")
     measure(made)
-    copy = Command("cp -r", ("cp", "-r", made.out, work / "copy"), work / "copy")
-    noise = ("--method", "noise")
+    copy = Command(PEER, ("cp", "-r", made.out, work / "copy"), work / "copy")
     commands = [
         convert("moeify convert", source, work / "moe"),
         convert("… --workers 2", source, work / "moe", "--workers", "2"),
         copy,
     ]
     runs |= by_turns(commands, repeats)
+    noise = ("--method", "noise")
     drawn = [  # 13 GB take minutes, and the disk has no part in it
         convert("… 1 layer, --method noise", work / "one-layer", work / "moe", *noise),
         convert("… 1 layer, --method noise --workers 2", work / "one-layer", work / "moe", *noise, "--workers", "2"),
     ]
     runs |= by_turns(drawn, repeats)
+    what = (
+        f"Llama (hidden 2048, intermediate 8192, vocab_size 32000; random bf16 weights), {layers} layers → Mixtral, "
+        "8 experts, top-2"
+    )
+    return measured(what, PEER, CODE, summary(raw(runs)), raw(runs))
+
+
+def summary(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Return the medians of each command, beside the peer's."""
+    return medians(runs, PEER)
+
+
+def page(record: Record) -> str:
+    """Return the page of a record."""
     return (
         "# moeify convert against cp\n\n"
-        "Llama (hidden 2048, intermediate 8192, vocabulary 32000; random bf16 weights), "
-        f"{layers} layers\n→ Mixtral, 8 experts, top-2. {machine()}.\n"
-        "`cp -r` copies the same output. Run by turns, the disk flushed before each run.\n\n"
-        f"{table(runs, against='cp -r')}\n"
+        f"{record.what}.\n"
+        "`cp -r` copies the same output. Run by turns, the disk flushed before each run.\n"
+        f"{record.line()}\n\n"
+        f"{table(record.summary, PEER)}\n"
     )
 
 
@@ -70,9 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     need_space(args.work, 2 * args.layers)
     with tempfile.TemporaryDirectory(dir=args.work) as work:
-        report = compare(Path(work), args.repeats, args.layers)
-    HERE.with_suffix(".md").write_text(report)
-    print(report)
+        keep(__file__, compare(Path(work), args.repeats, args.layers), page)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.convert_vs_mergekit --venv ~/.cache/mergekit-venv
 
-mergekit is installed into an environment of its own the first time. The table is printed, and written beside this file.
+mergekit is installed into an environment of its own the first time. Record and page are written beside this file.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.measure import Command, by_turns, machine, need_space, table
+from benchmarks.measure import Command, by_turns, medians, need_space, raw, table
+from benchmarks.record import Record, keep, measured
 
 HERE = Path(__file__)
 MERGEKIT = ("mergekit==0.1.5", "torch==2.13.0")
+PEER = "mergekit-moe"
+CODE = ("moeify/checkpoint", "moeify/conversion", "moeify/cli/writing.py")
 CONFIG = """\
 base_model: {src}
 gate_mode: random
@@ -38,8 +43,8 @@ def install_mergekit(folder: Path) -> Path:
     return program
 
 
-def compare(work: Path, mergekit: Path, repeats: int) -> str:
-    """The report, in Markdown."""
+def compare(work: Path, mergekit: Path, repeats: int) -> Record:
+    """Return what was measured."""
     src = work / "smollm2"
     subprocess.run([sys.executable, HERE.with_name("make_checkpoint.py"), "smollm2", src], check=True)
     config = work / "mergekit.yaml"
@@ -50,15 +55,28 @@ def compare(work: Path, mergekit: Path, repeats: int) -> str:
     runs = by_turns(
         [
             Command("moeify convert", (sys.executable, "-m", "moeify", *convert), ours),
-            Command("mergekit-moe", merge, theirs),
+            Command(PEER, merge, theirs),
         ],
         repeats,
     )
+    what = "SmolLM2-135M, fp32 safetensors → Mixtral, 8 experts, top-2"
+    peers = {f"{PEER}'s {name}": version for name, _, version in (each.partition("==") for each in MERGEKIT)}
+    return measured(what, PEER, CODE, summary(raw(runs)), raw(runs), versions=peers)
+
+
+def summary(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Return the medians of each command, beside the peer's."""
+    return medians(runs, PEER)
+
+
+def page(record: Record) -> str:
+    """Return the page of a record."""
     return (
         "# moeify convert against mergekit-moe\n\n"
-        f"SmolLM2-135M, fp32 safetensors → Mixtral, 8 experts, top-2; {' and '.join(MERGEKIT)}. {machine()}.\n"
-        "Run by turns, the disk flushed before each run, nothing verified on either side.\n\n"
-        f"{table(runs, against='mergekit-moe')}\n"
+        f"{record.what}.\n"
+        "Run by turns, the disk flushed before each run, nothing verified on either side.\n"
+        f"{record.line()}\n\n"
+        f"{table(record.summary, PEER)}\n"
     )
 
 
@@ -72,9 +90,7 @@ def main() -> None:
     need_space(args.work, 7)
     mergekit = install_mergekit(args.venv.expanduser().resolve())
     with tempfile.TemporaryDirectory(dir=args.work) as work:
-        report = compare(Path(work), mergekit, args.repeats)
-    HERE.with_suffix(".md").write_text(report)
-    print(report)
+        keep(__file__, compare(Path(work), mergekit, args.repeats), page)
 
 
 if __name__ == "__main__":

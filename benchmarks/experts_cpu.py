@@ -1,7 +1,6 @@
 """Time the expert computation on one CPU thread beside everything transformers has, and beside a dense FFN.
 
-    python -m benchmarks.experts_cpu            prints the table
-    python -m benchmarks.experts_cpu --write    also writes it beside this file
+    python -m benchmarks.experts_cpu    some minutes; writes record and page beside this file
 
 Every candidate computes the same thing from the same tensors. Rounds are interleaved, so that a slow moment of the
 machine hits all candidates alike; each figure is the median over rounds of the CPU time of the thread.
@@ -10,11 +9,11 @@ machine hits all candidates alike; each figure is the median over rounds of the 
 from __future__ import annotations
 
 import argparse
-import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from math import prod
-from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,11 +22,15 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from benchmarks.by_turns import cpu_milliseconds, medians
+from benchmarks.by_turns import cpu_milliseconds, samples
+from benchmarks.record import Record, keep, measured, rounded
 from moeify.kernels.ops import experts
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 512, 1408, 8, 2
 PEERS = ("eager", "grouped_mm", "batched_mm")
+COLUMNS = ("moeify", *PEERS, "dense", "matvecs")
+TOKENS, ROUNDS = (1, 8, 64, 512, 2048), 5
+CODE = ("kernels/cpu.py", "kernels/pages.py", "kernels/ops.py")
 BATCHED_MM_LIMIT = 8  # it copies the weights of an expert per token: 1.5 GB at 64 tokens, fp32
 
 Run = Callable[[Tensor], Tensor]
@@ -91,8 +94,8 @@ def timed(run: Run, x: Tensor, backward: bool, parameters: list[Tensor]) -> floa
         return cpu_milliseconds(lambda: run(x))
 
 
-def measure(tokens: int, dtype: torch.dtype, backward: bool, seconds: float) -> dict[str, float]:
-    """Median milliseconds by candidate."""
+def measure(tokens: int, dtype: torch.dtype, backward: bool, seconds: float) -> dict[str, list[float]]:
+    """Return the milliseconds of each candidate, round by round."""
     layer = Layer(tokens, dtype)
     x = torch.randn(tokens, HIDDEN, dtype=dtype).requires_grad_(backward)
     candidates: dict[str, Run] = {"moeify": layer.ours}
@@ -101,51 +104,51 @@ def measure(tokens: int, dtype: torch.dtype, backward: bool, seconds: float) -> 
     if tokens == 1 and not backward:
         candidates["matvecs"] = layer.matvecs
     parameters = [x, layer.weights, *layer.parameters()]
-    return medians({n: partial(timed, run, x, backward, parameters) for n, run in candidates.items()}, 5, seconds)
+    timed_by_name = {n: partial(timed, run, x, backward, parameters) for n, run in candidates.items()}
+    return rounded(samples(timed_by_name, ROUNDS, seconds), digits=3)
 
 
-def table(seconds: float) -> str:
-    """Every row, as a markdown table and a line of summary."""
-    columns = ("moeify", *PEERS, "dense", "matvecs")
+def summary(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Any]:
+    """Return the medians of every row, and how many times as fast as the best peer the operator is."""
+    rows = {name: {n: median(ms) for n, ms in of_row.items()} for name, of_row in runs.items()}
+    gains = [min(row[p] for p in PEERS if p in row) / row["moeify"] for row in rows.values()]
+    return {"geometric_mean": prod(gains) ** (1 / len(gains)), "least": min(gains), "rows": rows}
+
+
+def page(record: Record) -> str:
+    """Return the page of a record."""
     lines = [
-        "| dtype | pass | tokens | " + " | ".join(columns) + " | best peer / moeify | moeify / dense |",
-        "|---" * (len(columns) + 5) + "|",
+        "# Expert computation on one CPU thread\n",
+        f"Milliseconds, median. {record.what}.",
+        "`dense` is an FFN of the same active FLOPs; `matvecs` is the selected experts of one token alone.",
+        f"{record.line()}\n",
+        "| dtype | pass | tokens | " + " | ".join(COLUMNS) + " | best peer / moeify | moeify / dense |",
+        "|---" * (len(COLUMNS) + 5) + "|",
     ]
-    gains = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for backward in (False, True):
-            for tokens in (1, 8, 64, 512, 2048):
-                ms = measure(tokens, dtype, backward, seconds)
-                gains.append(min(ms[p] for p in PEERS if p in ms) / ms["moeify"])
-                cells = [f"{ms[c]:.2f}" if c in ms else "" for c in columns]
-                name = str(dtype).removeprefix("torch.")
-                label = "forward + backward" if backward else "forward"
-                ratios = [f"{gains[-1]:.2f}", f"{ms['moeify'] / ms['dense']:.2f}"]
-                lines.append(f"| {name} | {label} | {tokens} | " + " | ".join(cells + ratios) + " |")
-                print(lines[-1], flush=True)
-    geometric = prod(gains) ** (1 / len(gains))
-    lines += ["", f"Best peer over moeify: geometric mean {geometric:.2f}, least {min(gains):.2f}."]
-    return "\n".join(lines)
+    for name, ms in record.summary["rows"].items():
+        best = min(ms[p] for p in PEERS if p in ms)
+        cells = [f"{ms[c]:.2f}" if c in ms else "" for c in COLUMNS]
+        ratios = [f"{best / ms['moeify']:.2f}", f"{ms['moeify'] / ms['dense']:.2f}"]
+        lines.append("| " + " | ".join([*name.split(", "), *cells, *ratios]) + " |")
+    mean, least = (record.summary[which] for which in ("geometric_mean", "least"))
+    return "\n".join([*lines, f"\nBest peer over moeify: geometric mean {mean:.2f}, least {least:.2f}.\n"])
 
 
 def main() -> None:
-    """Measure, print and perhaps write."""
+    """Measure every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the table to experts_cpu.md")
     parser.add_argument("--seconds", type=float, default=4.0, help="least time for each row")
-    options = parser.parse_args()
+    seconds = parser.parse_args().seconds
     torch.set_num_threads(1)
-    text = table(options.seconds)
-    print(text.rsplit("\n", 1)[-1])
-    if options.write:
-        head = (
-            "# Expert computation on one CPU thread\n\n"
-            f"Milliseconds, median. H={HIDDEN}, I={INTERMEDIATE}, E={EXPERTS}, k={TOP_K}, SwiGLU; "
-            f"torch {torch.__version__}, {platform.processor() or platform.machine()}.\n"
-            "`dense` is an FFN of the same active FLOPs; `matvecs` is the selected experts of one token alone.\n"
-            "Made by `python -m benchmarks.experts_cpu --write`.\n\n"
-        )
-        Path(__file__).with_suffix(".md").write_text(head + text + "\n")
+    runs = {}
+    for dtype, backward, tokens in product((torch.float32, torch.bfloat16), (False, True), TOKENS):
+        label = "forward + backward" if backward else "forward"
+        name = f"{str(dtype).removeprefix('torch.')}, {label}, {tokens}"
+        runs[name] = measure(tokens, dtype, backward, seconds)
+        print(name, flush=True)
+    what = f"H={HIDDEN}, I={INTERMEDIATE}, E={EXPERTS}, k={TOP_K}, SwiGLU"
+    against = "transformers' experts, and a dense FFN"
+    keep(__file__, measured(what, against, CODE, summary(runs), runs), page)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 GIB = 2**30
 
@@ -77,39 +80,57 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def table(runs: dict[str, list[Run]], against: str) -> str:
-    """The medians as a Markdown table, with the time of each as a multiple of the time of `against`."""
-    base = median(run.seconds for run in runs[against])
+def raw(runs: Mapping[str, Sequence[Run]]) -> dict[str, list[dict[str, float]]]:
+    """Return runs as a record keeps them."""
+    return {name: [asdict(run) for run in of_command] for name, of_command in runs.items()}
+
+
+def medians(runs: Mapping[str, Sequence[Mapping[str, float]]], against: str) -> dict[str, dict[str, Any]]:
+    """Return the medians of each command by the key of its name, with its time as a multiple of that of `against`."""
+    base = median(run["seconds"] for run in runs[against])
+    found = {}
+    for name, of_command in runs.items():
+        columns = {field.name: [run[field.name] for run in of_command] for field in fields(Run)}
+        seconds = columns["seconds"]
+        found[key(name)] = {
+            "name": name,
+            "runs": len(seconds),
+            "written_gib": median(columns["out_bytes"]) / GIB,
+            "seconds": median(seconds),
+            "fastest": min(seconds),
+            "slowest": max(seconds),
+            "cpu_seconds": median(columns["cpu_seconds"]),
+            "memory_gib": median(columns["peak_bytes"]) / GIB,
+            "time": median(seconds) / base,
+        }
+    return found
+
+
+def table(rows: Mapping[str, Mapping[str, Any]], against: str) -> str:
+    """Return what `medians` found as a Markdown table."""
     lines = [
         f"| command | runs | written | median time | fastest, slowest | CPU time | memory | time against {against} |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, of_command in runs.items():
-        seconds = [run.seconds for run in of_command]
-        middle = median(seconds)
-        cpu = median(run.cpu_seconds for run in of_command)
-        written = median(run.out_bytes for run in of_command) / GIB
-        peak = median(run.peak_bytes for run in of_command) / GIB
-        cells = (
-            name,
-            f"{len(seconds)}",
-            f"{written:.2f} GiB",
-            f"{middle:.1f} s",
-            f"{min(seconds):.1f} s, {max(seconds):.1f} s",
-            f"{cpu:.1f} s",
-            f"{peak:.2f} GiB",
-            f"{middle / base:.2f}",
+    for row in rows.values():
+        lines.append(
+            "| {name} | {runs} | {written_gib:.2f} GiB | {seconds:.1f} s | {fastest:.1f} s, {slowest:.1f} s "
+            "| {cpu_seconds:.1f} s | {memory_gib:.2f} GiB | {time:.2f} |".format(**row)
         )
-        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def machine() -> str:
-    """The machine in one line."""
+    """Return the machine in one line."""
     facts = Path("/proc/cpuinfo").read_text().splitlines()
     cpus = (line.partition(":")[2].strip() for line in facts if line.startswith("model name"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    return f"{os.cpu_count()} cores ({next(cpus, platform.machine())}), {memory:.0f} GiB of memory"
+    return f"{os.cpu_count()} cores ({next(cpus, platform.machine())}), {memory:.0f} GiB"
+
+
+def key(name: str) -> str:
+    """Return a name as the summary has it: words and underscores, so that it can stand in a link."""
+    return "_".join(re.findall(r"\w+", name, re.ASCII))
 
 
 def need_space(folder: Path, gib: int) -> None:

@@ -1,7 +1,6 @@
 """Time one MoE layer in ONNX Runtime on one CPU thread: every form that the export writes, beside a dense FFN.
 
-    python -m benchmarks.onnx_layer            prints the table
-    python -m benchmarks.onnx_layer --write    also writes it beside this file
+    python -m benchmarks.onnx_layer    a minute; writes record and page beside this file
 
 Every form holds the router too and computes the same thing from the same weights. Rounds are interleaved, and routings
 change from round to round; each figure is the median over rounds of the CPU time of the thread, which a busy machine
@@ -11,13 +10,13 @@ disturbs less than wall time.
 from __future__ import annotations
 
 import argparse
-import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import onnx
@@ -26,7 +25,9 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from benchmarks.by_turns import cpu_milliseconds, medians
+from benchmarks.by_turns import cpu_milliseconds, samples
+from benchmarks.measure import key
+from benchmarks.record import Record, keep, measured, rounded
 from moeify.export.capture.to_onnx import to_onnx
 from moeify.export.capture.trace import capture
 from moeify.export.lower.contrib import interleaved, lower_contrib, set_attributes
@@ -37,6 +38,8 @@ from moeify.kernels import ops
 HIDDEN, INTERMEDIATE, TOP_K = 576, 1536, 2
 EXPERTS = (8, 64)
 TOKENS = {1: 300, 32: 60, 512: 9}  # and how many rounds
+CODE = ("moeify/export/lower", "moeify/export/targets.py")
+OURS = "moeify::SparseMoE"
 BASE = "com.microsoft::MoE, by hand"
 DENSE = "dense FFN of the active size"
 APART = "a dense FFN for each expert, rows dealt evenly"  # the same weights and products, and no routing: the bound
@@ -137,7 +140,7 @@ def forms(experts: int, inner: int) -> dict[str, ir.Model]:
     quantized = TARGETS["cpu"].forms
 
     return {
-        "moeify::SparseMoE": lowered(None),
+        OURS: lowered(None),
         BASE: by_hand(layer),
         "com.microsoft::MoE": lowered(Operator()),
         "QMoE int8": lowered(quantized["int8"].operator),
@@ -158,50 +161,74 @@ def session(model: ir.Model, folder: Path) -> Any:
     )
 
 
-def times(sessions: dict[str, Any], tokens: int, rounds: int) -> dict[str, float]:
-    """Return the median milliseconds of CPU time of each form, whose routings change from round to round."""
+def times(sessions: dict[str, Any], tokens: int, rounds: int) -> dict[str, list[float]]:
+    """Return the milliseconds of CPU time of each form, round by round; its routings change from round to round."""
     inputs = [torch.randn(tokens, HIDDEN).numpy() for _ in range(8)]
 
     def timed(form: Any, places: Iterator[int]) -> float:
         return cpu_milliseconds(lambda: form.run(None, {"x": inputs[next(places)]}))
 
-    return medians({name: partial(timed, form, cycle(range(8))) for name, form in sessions.items()}, rounds)
+    return rounded(samples({name: partial(timed, form, cycle(range(8))) for name, form in sessions.items()}, rounds), 3)
 
 
-def table(experts: int, inner: int) -> str:
-    """Measure one size and draw it."""
+def measure(experts: int, inner: int) -> dict[str, dict[str, list[float]]]:
+    """Return the times of one size, by tokens and form."""
     with tempfile.TemporaryDirectory() as folder:
         sessions = {name: session(model, Path(folder)) for name, model in forms(experts, inner).items()}
-    columns = {}
+    found = {}
     for tokens, rounds in TOKENS.items():
         even = tokens * TOP_K % experts == 0
-        columns[tokens] = times({n: s for n, s in sessions.items() if even or n != APART}, tokens, rounds)
-    title = f"### {experts} experts, top-{TOP_K}, H = {HIDDEN}, I = {inner}"
-    lines = [title, "", "| form | " + " | ".join(f"{t} tokens" for t in TOKENS) + " |", "|---|" + "--:|" * len(TOKENS)]
-    for name in sessions:
-        cells = [f"{c[name]:.2f} ms ({c[BASE] / c[name]:.2f}x)" if name in c else "" for c in columns.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        found[f"tokens_{tokens}"] = times({n: s for n, s in sessions.items() if even or n != APART}, tokens, rounds)
+    return found
+
+
+def summary(runs: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> dict[str, Any]:
+    """Return, by experts and tokens, the milliseconds of each form and how many times as fast as the base it is."""
+    found: dict[str, Any] = {}
+    for size, columns in runs.items():
+        for tokens, of_form in columns.items():
+            base = median(of_form[BASE])
+            found.setdefault(size, {})[tokens] = {
+                key(name): {"name": name, "ms": median(ms), "gain": base / median(ms)} for name, ms in of_form.items()
+            }
+    ours = found["experts_8"]["tokens_1"]
+    few = found["experts_8"]["tokens_32"]
+    apart = few[key(APART)]["ms"]
+    found["over_apart"] = {"body": few[key(OURS)]["ms"] / apart, "dense": few[key(DENSE)]["ms"] / apart}
+    found["int4_over_float32"] = ours[key(OURS)]["ms"] / ours[key("QMoE int4")]["ms"]
+    return found
+
+
+def page(record: Record) -> str:
+    """Return the page of a record."""
+    lines = [
+        "# One MoE layer in ONNX Runtime\n",
+        f"{record.what}. Median CPU time; in brackets how many times as fast as {record.against}.",
+        record.line(),
+    ]
+    for experts in EXPERTS:
+        columns = record.summary[f"experts_{experts}"]
+        lines.append(f"\n### {experts} experts, top-{TOP_K}, H = {HIDDEN}, I = {width(experts)}\n")
+        lines += ["| form | " + " | ".join(f"{t} tokens" for t in TOKENS) + " |", "|---|" + "--:|" * len(TOKENS)]
+        names = {name: row["name"] for column in reversed(columns.values()) for name, row in column.items()}
+        for name, label in names.items():
+            rows = [columns[f"tokens_{tokens}"].get(name) for tokens in TOKENS]
+            cells = ["{ms:.2f} ms ({gain:.2f}x)".format(**row) if row else "" for row in rows]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def width(experts: int) -> int:
+    """Return the intermediate size of one of so many experts: all sizes have the same weights."""
+    return INTERMEDIATE * 8 // experts
 
 
 def main() -> None:
     """Measure all sizes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write onnx_layer.md")
-    write = parser.parse_args().write
-    versions = (
-        f"onnxruntime {import_module('onnxruntime').__version__}, torch {torch.__version__}, {platform.machine()}"
-    )
-    text = "\n\n".join(
-        [
-            "# One MoE layer in ONNX Runtime",
-            f"{versions}, 1 thread, float32. Median CPU time; in brackets how many times as fast as {BASE}.",
-            *(table(experts, INTERMEDIATE * 8 // experts) for experts in EXPERTS),
-        ]
-    )
-    print(text)
-    if write:
-        Path(__file__).with_suffix(".md").write_text(text + "\n")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    runs = {f"experts_{experts}": measure(experts, width(experts)) for experts in EXPERTS}
+    what = "One MoE layer, 1 thread, float32"
+    keep(__file__, measured(what, BASE, CODE, summary(runs), runs, packages=("onnxruntime",)), page)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Time a whole MoE language model on one CPU thread: ONNX Runtime beside PyTorch and transformers' own exporter.
 
-    python -m benchmarks.onnx_model MOE MODEL.onnx [--peer FOLDER] [--int8 FILE] [--int4 FILE] [--write]
+    python -m benchmarks.onnx_model MOE MODEL.onnx --int8 FILE --int4 FILE [--peer FOLDER]
 
 MOE is a checkpoint that transformers knows, MODEL.onnx what `moeify export` made of it. With `--peer` FOLDER gets what
 transformers' own exporter makes of it (minutes, the first time); `--int8` and `--int4` are further exports of moeify.
+Record and page are written beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
@@ -21,11 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.measure import key
+from benchmarks.record import Record, keep, measured
 from moeify.hub.loading import load
 from moeify.runtime.session import open_session
 from moeify.runtime.text import TextModel
 
 PROMPT, NEW, ROUNDS, TURNS = 128, 24, 3, 4
+KINDS, OURS = ("prompt", "generation"), "moeify export"
+CODE = ("moeify/export", "moeify/runtime")
 Timing = tuple[float, float]
 
 
@@ -102,52 +107,66 @@ def peer_rates(path: Path, ids: list[int]) -> Timing:
     return rates(run, len(ids))
 
 
-def in_turn(measurements: Mapping[str, Callable[[], Timing]]) -> dict[str, Timing]:
-    """Measure by turns, to and fro, each in a process of its own: what is loaded first gets other memory. Medians."""
+def in_turn(measurements: Mapping[str, Callable[[], Timing]]) -> dict[str, list[Timing]]:
+    """Measure by turns, to and fro, each in a process of its own: what is loaded first gets other memory."""
     taken: dict[str, list[Timing]] = {name: [] for name in measurements}
     for turn in range(TURNS):
         for name, measure in list(measurements.items())[:: -1 if turn % 2 else 1]:
             with get_context("spawn").Pool(1) as pool:
                 taken[name].append(pool.apply(measure))
             print(name, taken[name][-1], flush=True)
-    return {name: (median(p for p, _ in turns), median(n for _, n in turns)) for name, turns in taken.items()}
+    return taken
+
+
+def summary(runs: Mapping[str, Sequence[Timing]]) -> dict[str, Any]:
+    """Return the medians, and how many times as fast as each of the others the export is."""
+    rows: dict[str, dict[str, Any]] = {
+        key(name): {"name": name, **{kind: median(turn[at] for turn in turns) for at, kind in enumerate(KINDS)}}
+        for name, turns in runs.items()
+    }
+    ours = rows[key(OURS)]
+    for row in rows.values():
+        row |= {f"{kind}_gain": ours[kind] / row[kind] for kind in KINDS}
+    fourbit = rows[key(f"{OURS} --quantize int4")]
+    return {"rows": rows, "int4_over_float32": fourbit["generation"] / ours["generation"]}
+
+
+def page(record: Record) -> str:
+    """Return the page of a record."""
+    lines = [
+        "# A whole MoE language model on one CPU thread\n",
+        f"{record.what}. Tokens per second of CPU time, medians of {TURNS} turns, each in a process of its own.",
+        f"{record.line()}\n",
+        "| | prompt | generation |",
+        "|---|--:|--:|",
+    ]
+    lines += ["| {name} | {prompt:.1f} | {generation:.1f} |".format(**row) for row in record.summary["rows"].values()]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure, and write record and page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("moe", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("--peer", type=Path, help="also transformers' own exporter, in this folder")
-    parser.add_argument("--int8", type=Path, help="also the export with --quantize int8")
-    parser.add_argument("--int4", type=Path, help="also the export with --quantize int4")
-    parser.add_argument("--write", action="store_true", help="write onnx_model.md")
+    parser.add_argument("--int8", type=Path, required=True, help="the export with --quantize int8")
+    parser.add_argument("--int4", type=Path, required=True, help="the export with --quantize int4")
     arguments = parser.parse_args()
     ids = np.random.default_rng(0).integers(0, 40_000, PROMPT).tolist()
     files = {"": arguments.model, " --quantize int8": arguments.int8, " --quantize int4": arguments.int4}
     measurements: dict[str, Callable[[], Timing]] = {
-        f"moeify export{option}": partial(onnx_rates, path, ids) for option, path in files.items() if path is not None
+        f"{OURS}{option}": partial(onnx_rates, path, ids) for option, path in files.items()
     }
     measurements["PyTorch eager"] = partial(torch_rates, arguments.moe, ids)
     if arguments.peer:
         measurements["transformers' exporter"] = partial(peer_rates, export_peer(arguments.moe, arguments.peer), ids)
-    rows = in_turn(measurements)
-    text = "\n".join(
-        [
-            "# A whole MoE language model on one CPU thread",
-            "",
-            f"{arguments.moe.name}, onnxruntime {import_module('onnxruntime').__version__}, torch {torch.__version__}, "
-            f"float32 but for quantized experts; a prompt of {PROMPT} tokens, {NEW} tokens after it; tokens per second "
-            f"of CPU time, medians of {TURNS} turns, each in a process of its own.",
-            "",
-            "| | prompt | generation |",
-            "|---|--:|--:|",
-            *(f"| {name} | {prompt:.1f} | {new:.1f} |" for name, (prompt, new) in rows.items()),
-        ]
+    runs = in_turn(measurements)
+    what = (
+        f"{arguments.moe.name}, float32 but for quantized experts; a prompt of {PROMPT} tokens, {NEW} tokens after it"
     )
-    print(text)
-    if arguments.write:
-        Path(__file__).with_suffix(".md").write_text(text + "\n")
+    against = "PyTorch eager and transformers' exporter"
+    keep(__file__, measured(what, against, CODE, summary(runs), runs, packages=("onnxruntime",)), page)
 
 
 if __name__ == "__main__":

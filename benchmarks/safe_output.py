@@ -4,25 +4,28 @@
 
 FOLDER is a checkout of the older commit (`git worktree add --detach FOLDER b1d242f`). A checkpoint of random weights is
 converted, and a smaller one exported, by turns, on one thread: by the older code, by this code, and by this code with
-`os.fsync` switched off, which the older code did not call. The table is printed, and written beside this file.
+`os.fsync` switched off, which the older code did not call. Record and page are written beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from benchmarks.measure import Command, Run, measure
+from benchmarks.measure import Command, Run, key, measure, raw
+from benchmarks.record import Record, keep, measured
 
 HERE = Path(__file__)
 ROOT = HERE.parents[1]
+CODE = ("moeify/files", "moeify/cli/writing.py")
 OPTIONS = ("--experts", "3", "--top-k", "2", "--shard-size", "50MB")
 _SHIM = "import os; os.fsync = lambda _: None; from moeify.cli import main; main()"
 _PLAIN = "from moeify.cli import main; main()"
@@ -63,17 +66,40 @@ def turns(ways: list[Command], rounds: int) -> dict[str, list[Run]]:
     return runs
 
 
-def rows(runs: dict[str, list[Run]]) -> list[str]:
-    """The medians of the ways of a task, with the ratios to the first."""
-    found, base = [], next(iter(runs.values()))
-    for name, of_way in runs.items():
-        cpu, wall = (median(getattr(run, what) for run in of_way) for what in ("cpu_seconds", "seconds"))
-        first = median(run.cpu_seconds for run in base), median(run.seconds for run in base)
-        ratio = median(run.cpu_seconds / other.cpu_seconds for run, other in zip(of_way, base, strict=True))
-        task, _, way = name.partition(": ")
-        found.append(f"| {task} | {way} | {len(of_way)} | {of_way[0].out_bytes / 1e6:.0f} MB | {cpu:.2f} | "
-                     f"{cpu / first[0]:.3f} | {ratio:.3f} | {wall:.2f} | {wall / first[1]:.3f} |")  # fmt: skip
+def summary(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]) -> dict[str, dict[str, Any]]:
+    """Return the medians of the ways of each task, with the ratios to the first way."""
+    found = {}
+    for ways in runs.values():
+        base = next(iter(ways.values()))
+        first = {what: median(run[what] for run in base) for what in ("cpu_seconds", "seconds")}
+        for name, of_way in ways.items():
+            cpu, wall = (median(run[what] for run in of_way) for what in first)
+            by_round = [run["cpu_seconds"] / other["cpu_seconds"] for run, other in zip(of_way, base, strict=True)]
+            found[key(name)] = {
+                "name": name, "runs": len(of_way), "written_mb": of_way[0]["out_bytes"] / 1e6, "cpu_seconds": cpu,
+                "cpu_ratio": cpu / first["cpu_seconds"], "cpu_ratio_by_rounds": median(by_round), "seconds": wall,
+                "ratio": wall / first["seconds"],
+            }  # fmt: skip
     return found
+
+
+def page(record: Record) -> str:
+    """Return the page of a record."""
+    lines = [
+        "# What safe outputs cost\n",
+        f"{record.what}; {record.against} is before. "
+        "Seconds, medians; the first ratio is of the medians, the second the median of the ratios of a round.",
+        f"{record.line()}\n",
+        "| task | way | runs | written | CPU time | ratio | by rounds | wall time | ratio |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in record.summary.values():
+        name = row["name"].replace(": ", " | ")
+        lines.append(
+            "| {} | {runs} | {written_mb:.0f} MB | {cpu_seconds:.2f} | {cpu_ratio:.3f} | {cpu_ratio_by_rounds:.3f} "
+            "| {seconds:.2f} | {ratio:.3f} |".format(name, **row)
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -87,18 +113,9 @@ def main() -> None:
     head = ["git", "-C", asked.old, "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
     with tempfile.TemporaryDirectory(dir=asked.work) as work:
-        tasks = commands(asked.old.resolve(), Path(work)).values()
-        found = [row for ways in tasks for row in rows(turns(ways, asked.rounds))]
-    report = "\n".join((
-        "# What safe outputs cost\n",
-        f"`moeify` on one thread of {platform.machine()}, a machine with other work; {commit} is before. "
-        "Seconds, medians; the first ratio is of the medians, the second the median of the ratios of a round.",
-        f"Made by `python -m benchmarks.safe_output --old FOLDER --rounds {asked.rounds}`.\n",
-        "| task | way | runs | written | CPU time | ratio | by rounds | wall time | ratio |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|", *found, "",
-    ))  # fmt: skip
-    HERE.with_suffix(".md").write_text(report)
-    print(report)
+        ways = commands(asked.old.resolve(), Path(work))
+        runs = {task: raw(turns(of_task, asked.rounds)) for task, of_task in ways.items()}
+    keep(__file__, measured("`moeify` on one thread", f"commit {commit}", CODE, summary(runs), runs), page)
 
 
 if __name__ == "__main__":

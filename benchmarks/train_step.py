@@ -1,10 +1,11 @@
 """A training step of SmolLM2-135M with 8 experts, top-2: moeify against transformers' Mixtral, on one CPU thread.
 
-    python benchmarks/train_step.py [--repeats 3] [--write]
+    python -m benchmarks.train_step [--repeats 3]
 
 512 tokens, float32, forward, backward and an SGD step, balancing loss included on both sides. Both read a checkpoint
 that `moeify convert` wrote from the same dense model, with the same experts. Each run is a process of its own that
-takes one step to warm up and times three; runs alternate. Needs 8 GB of memory and 7 GB of disk.
+takes one step to warm up and times three; runs alternate. Needs 8 GB of memory and 7 GB of disk. Record and page are
+written beside this file.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from benchmarks.measure import key
+from benchmarks.record import ROOT, Record, keep, measured
 
 HERE = Path(__file__)
 VARIANTS = {  # of Mixtral's implementations the two fastest on CPUs (experts_cpu.py)
@@ -28,6 +33,7 @@ VARIANTS = {  # of Mixtral's implementations the two fastest on CPUs (experts_cp
     "mixtral eager": ("mixtral",),
 }
 TOKENS = 512
+CODE = ("kernels/cpu.py", "kernels/pages.py", "moeify/layers")
 
 
 def load(variant: str, path: str) -> Any:
@@ -63,8 +69,8 @@ def worker(variant: str, path: str) -> None:
     print(json.dumps({"seconds": median(took[1:]), "peak_gib": peak}))
 
 
-def compare(work: Path, repeats: int) -> str:
-    """Run the variants by turns; the table of medians, in Markdown."""
+def compare(work: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Return what each variant took, round by round."""
     dense = work / "dense"
     subprocess.run([sys.executable, HERE.with_name("make_checkpoint.py"), "smollm2", dense], check=True)
     for family, *settings in set(VARIANTS.values()):
@@ -73,23 +79,48 @@ def compare(work: Path, repeats: int) -> str:
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
     for _ in range(repeats):
         for variant, runs in found.items():
-            step = (sys.executable, HERE, "--worker", variant, "--model", work / VARIANTS[variant][0])
-            output = subprocess.run(step, check=True, capture_output=True, text=True).stdout
-            runs.append(json.loads(output.splitlines()[-1]))
-            print(variant, runs[-1], file=sys.stderr, flush=True)
-    lines = ["| step | CPU seconds, median | least, most | peak memory, GiB |", "|---|--:|--:|--:|"]
-    for variant, runs in found.items():
-        seconds, peaks = ([run[key] for run in runs] for key in ("seconds", "peak_gib"))
-        spread = f"{min(seconds):.2f}, {max(seconds):.2f}"
-        lines.append(f"| {variant} | {median(seconds):.2f} | {spread} | {median(peaks):.2f} |")
-    return "\n".join(lines)
+            step = ("-m", "benchmarks.train_step", "--worker", variant, "--model", work / VARIANTS[variant][0])
+            output = subprocess.run([sys.executable, *step], check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            runs.append(json.loads(output.stdout.splitlines()[-1]))
+            print(variant, runs[-1], flush=True)
+    return found
+
+
+def summary(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """Return medians and spread, and moeify's time and memory as multiples of those of the fastest peer."""
+    rows: dict[str, Any] = {}
+    for variant, of_variant in runs.items():
+        seconds, peaks = ([run[which] for run in of_variant] for which in ("seconds", "peak_gib"))
+        rows[key(variant)] = {"name": variant, "seconds": median(seconds), "fastest": min(seconds),
+                              "slowest": max(seconds), "peak_gib": median(peaks)}  # fmt: skip
+    ours, best = rows["moeify"], min(set(runs) - {"moeify"}, key=lambda variant: rows[key(variant)]["seconds"])
+    by_round = [ours["seconds"] / peer["seconds"] for ours, peer in zip(runs["moeify"], runs[best], strict=True)]
+    peer = rows[key(best)]
+    times = {"time": ours["seconds"] / peer["seconds"], "least_time": min(by_round), "most_time": max(by_round)}
+    return {"rows": rows, **times, "memory": ours["peak_gib"] / peer["peak_gib"]}
+
+
+def page(record: Record) -> str:
+    """Return the page of a record."""
+    lines = [
+        "# A training step on one CPU thread\n",
+        f"{record.what}; one process each, by turns.",
+        f"{record.line()}\n",
+        "| step | CPU seconds, median | least, most | peak memory, GiB |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in record.summary["rows"].values():
+        lines.append("| {name} | {seconds:.2f} | {fastest:.2f}, {slowest:.2f} | {peak_gib:.2f} |".format(**row))
+    said = "moeify needs {memory:.2f} of the memory and {time:.2f} times the time of the fastest of Mixtral's"
+    spread = "{least_time:.2f} to {most_time:.2f} times from round to round"
+    lines += [f"\n{said};\n{spread}.".format(**record.summary)]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Measure, print and perhaps write."""
+    """Measure, and write record and page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write the table to train_step.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -98,15 +129,9 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as work:
-        table = compare(Path(work), args.repeats)
-    print(table)
-    if args.write:
-        head = (
-            "# A training step on one CPU thread\n\nSmolLM2-135M with 8 experts, top-2; 512 tokens, float32, SGD, "
-            f"balancing loss; {args.repeats} processes each, by turns.\n"
-            "Made by `python benchmarks/train_step.py --write`.\n\n"
-        )
-        HERE.with_suffix(".md").write_text(f"{head}{table}\n")
+        runs = compare(Path(work), args.repeats)
+    what = f"SmolLM2-135M with 8 experts, top-2; {TOKENS} tokens, float32, SGD, balancing loss"
+    keep(__file__, measured(what, "transformers' Mixtral", CODE, summary(runs), runs), page)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Write docs/architectures.md: every model type that transformers registers, traced, searched and counted.
+"""Write docs/architectures.md and .json: every model type that transformers registers, traced, searched and counted.
 
     python -m sweeps.architectures              the whole table (half an hour)
     python -m sweeps.architectures llama t5     some model types, on stdout
     python -m sweeps.architectures --rows DIR   what DIR lacks of it, then the whole table from DIR
 
 What the matcher finds by dataflow is compared with a count by the names and shapes of the parameters, which knows
-nothing of graphs. Where names say too much or too little, docs/architectures.json has what was looked up by hand.
+nothing of graphs. Where names say too much or too little, sweeps/looked_up.json has what was looked up by hand.
 """
 
 from __future__ import annotations
@@ -21,16 +21,22 @@ from pathlib import Path
 
 import transformers
 
+from benchmarks.record import measured, write
 from sweeps.examine import Row, examine
 from sweeps.models import DOCS, looked_up, model_types
+
+RECORD = DOCS / "architectures.json"
+CODE = ("passes", "moeify/tracing")
+SAID = (
+    "{types} types: {right} with exactly the expected FFNs, {wrong} not "
+    "({extra} of them with something that is no FFN), {not_examined} that could not be built or traced."
+)
 
 
 def table(rows: list[Row]) -> str:
     """Return the document."""
-    seen = [row for row in rows if not row.problem]
-    right = sum(row.right for row in seen)
+    counts = summary(rows)
     corrected = sum(bool({"also", "not"} & looked_up(row.model_type).keys()) for row in rows)
-    extra = sum(bool(row.found.keys() - row.expected.keys()) for row in seen)
     lines = [
         "# Architectures",
         "",
@@ -38,13 +44,12 @@ def table(rows: list[Row]) -> str:
         "built with two layers a stack on the meta device, traced, and searched for dense FFNs. This page is written",
         "by `make docs`.",
         "",
-        f"{len(rows)} types: {right} with exactly the expected FFNs, {len(seen) - right} not "
-        f"({extra} of them with something that is no FFN), {len(rows) - len(seen)} that could not be built or traced.",
+        SAID.format(**counts),
         "",
         "The expected FFNs are counted by `sweeps/count_by_name.py`, which knows nothing of graphs: a pair",
         "of parameters named as transformers names FFNs (`fc1` and `fc2`, `up_proj` and `down_proj`, …) whose",
         f"shapes lead from a width and back to it. For {corrected} types such names say too much or too little; there,",
-        "a person read the model after the two counts disagreed, and docs/architectures.json holds the patterns.",
+        "a person read the model after the two counts disagreed, and sweeps/looked_up.json holds the patterns.",
         "",
         "| why not built or traced | types |",
         "|---|---|",
@@ -57,6 +62,15 @@ def table(rows: list[Row]) -> str:
         "|---|---|--:|---|---|---|",
     ]
     return "\n".join([*lines, *(_row(row) for row in rows)]) + "\n"
+
+
+def summary(rows: list[Row]) -> dict[str, int]:
+    """Return how many types there are, how many could be examined, and how many of those are right."""
+    seen = [row for row in rows if not row.problem]
+    right = sum(row.right for row in seen)
+    extra = sum(bool(row.found.keys() - row.expected.keys()) for row in seen)
+    return {"types": len(rows), "examined": len(seen), "right": right, "wrong": len(seen) - right, "extra": extra,
+            "not_examined": len(rows) - len(seen)}  # fmt: skip
 
 
 def _causes(rows: list[Row]) -> Iterator[str]:
@@ -80,11 +94,16 @@ def _cause(problem: str) -> str:
     return "torch.export does not trace it from inputs that can be guessed, and no part of it holds an FFN that traces"
 
 
+def _count(row: Row) -> str:
+    return "-" if row.problem else f"{len(row.found)} / {len(row.expected)}{'' if row.right else ' ✗'}"
+
+
 def _row(row: Row) -> str:
-    count = "-" if row.problem else f"{len(row.found)} / {len(row.expected)}{'' if row.right else ' ✗'}"
     marks = "*" * bool(row.shared_experts) + "†" * bool(row.parts)
     remarks = "; ".join(text for text in (row.note, row.problem, *row.refused) if text).replace("|", "\\|")
-    return f"| {row.model_type}{marks} | {row.task} | {count} | {', '.join(row.forms)} | {row.applier} | {remarks} |"
+    return (
+        f"| {row.model_type}{marks} | {row.task} | {_count(row)} | {', '.join(row.forms)} | {row.applier} | {remarks} |"
+    )
 
 
 def examine_missing(folder: Path) -> list[Row]:
@@ -113,7 +132,11 @@ def main() -> None:
     given = parser.parse_args()
     if not given.types:
         with tempfile.TemporaryDirectory() as own:
-            (DOCS / "architectures.md").write_text(table(examine_missing(given.rows or Path(own))))
+            rows = examine_missing(given.rows or Path(own))
+        what = "FFNs found by dataflow, in the model types of transformers"
+        counts = {row.model_type: _count(row) for row in rows}
+        write(measured(what, "a count by names of parameters", CODE, summary(rows), counts), RECORD)
+        RECORD.with_suffix(".md").write_text(table(rows))
         return
     rows = [examine(name) for name in given.types]
     print(*(_row(row) for row in rows), sep="\n")

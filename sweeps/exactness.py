@@ -20,17 +20,22 @@ import sys
 import time
 import traceback
 import warnings
+from statistics import median
 from typing import Any
 
 import torch
 import transformers
 
+from benchmarks.measure import key
+from benchmarks.record import measured, write
 from moeify.measure import TOLERANCE
 from sweeps.conversions import check_paths
 from sweeps.models import DOCS, model_types
 from sweeps.small_model import small_model
 
 RESULTS, PAGE = DOCS / "exactness.json", DOCS / "exactness.md"
+WAYS = ("in place", "stored", "streamed", "graph")
+CODE = ("moeify/conversion", "moeify/layers", "kernels/cpu.py")
 SECONDS = 150  # of CPU time for a type
 LIMIT = TOLERANCE["float32"]
 
@@ -87,23 +92,33 @@ def isolated(model_type: str) -> Result:
 
 def results() -> dict[str, Result]:
     """Return what was found before."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known: dict[str, Result] = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+    return known
 
 
 def keep(model_type: str, result: Result) -> None:
-    """Add one result to the file: JSON with a line for each type."""
-    known = {**results(), model_type: result}
-    lines = [f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known)]
+    """Add one result to the record."""
+    known = dict(sorted({**results(), model_type: result}.items()))
     beside = RESULTS.with_suffix(f".{os.getpid()}")
-    beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    what = "differences of outputs, relative to the largest, by type of model; types are measured one by one"
+    write(measured(what, "the dense models", CODE, summary(known), known), beside)
     beside.replace(RESULTS)
+
+
+def summary(known: dict[str, Result]) -> dict[str, Any]:
+    """Return how many types were built, and for each way of converting how many are exact."""
+    built = [result for result in known.values() if "in place" in result]
+    found: dict[str, Any] = {"types": len(known), "built": len(built)}
+    for way in WAYS:
+        numbers = [result[way] for result in built if isinstance(result.get(way), float)]
+        within = sum(number <= LIMIT for number in numbers)
+        found[key(way)] = {"converted": len(numbers), "within": within, "median": median(numbers or [0.0])}
+    return found
 
 
 def page(known: dict[str, Result]) -> str:
     """Return the document."""
-    built = {name: result for name, result in known.items() if "in place" in result}
-    exact = [name for name, result in built.items() if isinstance(result["in place"], float)]
-    above = [name for name in exact if built[name]["in place"] > LIMIT]
+    counts = summary(known)
     text = [
         "# Exactness",
         "",
@@ -119,8 +134,8 @@ def page(known: dict[str, Result]) -> str:
         "no result after 60 s are older than the small models of today, and are to be made again. Written by",
         "`python -m sweeps.exactness`, type by type.",
         "",
-        f"{len(known)} types: {len(built)} were built, {len(exact)} of them convert in place, "
-        f"{len(exact) - len(above)} within the limit.",
+        "{types} types: {built} were built, {in_place[converted]} of them convert in place, {in_place[within]} within "
+        "the limit.".format(**counts),
         "",
         "| model type | FFNs | in place | stored | streamed | graph |",
         "|---|--:|---|---|---|---|",
@@ -132,7 +147,7 @@ def _row(name: str, result: Result) -> str:
     if "in place" not in result:
         why = result.get("not built") or result.get("crash", "").strip().split("\n")[-1]
         return f"| {name} | - | {_cell(why)} | | | |"
-    ways = [_cell(result.get(way, "")) for way in ("in place", "stored", "streamed", "graph")]
+    ways = [_cell(result.get(way, "")) for way in WAYS]
     if "in place, float64" in result:
         ways[0] += f" (float64: {result['in place, float64']:.1e})"
     return f"| {name} | {result.get('ffns', '-')} | {' | '.join(ways)} |"

@@ -8,7 +8,6 @@ projections, is not exact for a FFN with a gate: there the perplexity rises with
 
 from __future__ import annotations
 
-import json
 import pydoc_data.topics
 import tempfile
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.record import measured, write
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import Output, convert_checkpoint, plan_checkpoint
@@ -28,6 +28,7 @@ from sweeps.families import load_stock
 from sweeps.models import DOCS
 
 RECORD = DOCS / "granularity.json"
+CODE = ("moeify/conversion", "moeify/methods", "moeify/routers")
 CUTS, TOKENS = (2, 4, 8), 512
 
 
@@ -40,7 +41,7 @@ def smollm2() -> Path:
 
 
 def measure(tokens: int = TOKENS) -> dict[str, Any]:
-    """Return the perplexity of the dense model, and of each MoE by its granularity."""
+    """Return the perplexity of the dense model, and of each MoE by its granularity, and the largest jump."""
     file, topics = smollm2(), pydoc_data.topics.topics
     text = "\n".join(topics[name] for name in sorted(topics))
     ids = torch.tensor(load_tokenizer(file)(text[: 10 * tokens])["input_ids"][:tokens])
@@ -54,8 +55,10 @@ def measure(tokens: int = TOKENS) -> dict[str, Any]:
             convert_checkpoint(dense, plan_checkpoint(dense, config, "all", "mixtral"), output)
             found["moe"][str(cut)] = perplexity(load_stock(Path(folder, "moe")), ids)
             print(cut, found["moe"][str(cut)], flush=True)
+    found["jump"] = max(abs(value / found["dense"] - 1) for value in found["moe"].values())
     return found
 
 
 if __name__ == "__main__":
-    RECORD.write_text(json.dumps(measure(), indent=1) + "\n")
+    what = "Perplexity of SmolLM2-135M and of it as a Mixtral, by granularity"
+    write(measured(what, "the dense model", CODE, measure(), []), RECORD)

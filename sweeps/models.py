@@ -1,6 +1,6 @@
 """The model types that transformers registers, each built from its default configuration with two layers a stack.
 
-Where the default configuration is no valid model, docs/architectures.json holds what was looked up by hand.
+Where the default configuration is no valid model, sweeps/looked_up.json holds what was looked up by hand.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def model_types() -> dict[str, str]:
 
 
 def looked_up(model_type: str) -> dict[str, Any]:
-    """Return what docs/architectures.json says about a model type; what it calls small, only the small models get."""
-    entries: dict[str, dict[str, Any]] = json.loads((DOCS / "architectures.json").read_text())
+    """Return what sweeps/looked_up.json says about a model type; what it calls small, only the small models get."""
+    entries: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("looked_up.json").read_text())
     return entries.get(model_type, {})
 
 
 def example_inputs(specified: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Return the inputs that docs/architectures.json describes.
+    """Return the inputs that sweeps/looked_up.json describes.
 
     `{"shape": [2, "2*text_config.hidden_size"], "dtype": …}` is a tensor on the meta device, sizes by name being the
     configuration's; with `"value"` it holds that number. `{"values": […]}` is a tensor that holds a list.

@@ -9,7 +9,6 @@ each damage of `sweeps.corruptions` is, and where its numbers can show it, witho
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 import moeify
+from benchmarks.record import measured, read, write
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import Output, convert_checkpoint, plan_checkpoint
@@ -33,6 +33,7 @@ from sweeps.corruptions import COPY, CORRUPTIONS, CUT, build, convert, make, ref
 from sweeps.models import DOCS
 
 RECORD, PAGE = DOCS / "proof.json", DOCS / "proof.md"
+CODE = ("moeify/proving", "moeify/conversion")
 INPUTS = 1000
 SMOLLM2 = "SmolLM2-135M"
 CONVERSIONS: dict[str, MoEConfig] = {
@@ -125,9 +126,9 @@ def refusals(name: str) -> dict[str, str | None]:
             (("with the plan", with_plan), ("without", without))}  # fmt: skip
 
 
-def page(record: Mapping[str, Any]) -> str:
+def page(found: Mapping[str, Any]) -> str:
     """Return the document."""
-    right, wrong = record["right"], record["wrong"]
+    right, wrong = found["right"], found["wrong"]
     inputs, refused = (sum(row[what] for row in right.values()) for what in ("inputs", "refused"))
     text = f"""# The proof, proved
 
@@ -157,6 +158,15 @@ promises no equality, or the router of equal experts may choose as it likes.
     return text
 
 
+def summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how many proofs there were of how many conversions, and how many of either kind ended wrongly."""
+    right, wrong = found["right"], found["wrong"]
+    refused = sum(row["refused"] for row in right.values())
+    inputs = {row["inputs"] for row in right.values()}
+    return {"conversions": len(right), "inputs_of_each": min(inputs), "refused": refused, "wrong": len(wrong),
+            "missed": len(missed(wrong))}  # fmt: skip
+
+
 def missed(wrong: Mapping[str, Mapping[str, str | None]]) -> list[str]:
     """Return the corruptions that are not refused where they must be."""
     return [name for name, row in wrong.items()
@@ -169,13 +179,16 @@ def main() -> None:
         untyped: Any = transformers.utils.logging
         untyped.disable_progress_bar()
         torch.set_num_threads(1)
-        record: dict[str, Any] = {"wrong": {name: refusals(name) for name in CORRUPTIONS}, "right": {}}
+        found: dict[str, Any] = {"wrong": {name: refusals(name) for name in CORRUPTIONS}, "right": {}}
         for name in CONVERSIONS:
-            record["right"][name] = asdict(prove(name))
-            print(name, record["right"][name], flush=True)
-        record["right"][SMOLLM2] = asdict(prove_smollm2())
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    PAGE.write_text(page(json.loads(RECORD.read_text())))
+            found["right"][name] = asdict(prove(name))
+            print(name, found["right"][name], flush=True)
+        found["right"][SMOLLM2] = asdict(prove_smollm2())
+        write(
+            measured("Proofs of right conversions, and of wrong ones", "nothing else", CODE, summary(found), found),
+            RECORD,
+        )
+    PAGE.write_text(page(read(RECORD).runs))
 
 
 if __name__ == "__main__":

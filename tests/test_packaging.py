@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("moeify", "passes", "kernels")
 HEAVY = {"torch", "transformers", "triton", "numpy"}
+HEAVY_FOR_HELP = HEAVY | {"rich", "yaml", "jinja2", "huggingface_hub", "safetensors"}  # it answers in 0.1 s of CPU time
 RUNTIME = (
     "import importlib, pkgutil, moeify.runtime as package\n"
     "[importlib.import_module(f'moeify.runtime.{file.name}') for file in pkgutil.iter_modules(package.__path__)]"
@@ -112,7 +115,25 @@ def test_transformers_at_the_root_of_the_repository_runs_none_of_our_kernels() -
 @pytest.mark.parametrize("arguments", [("-c", "import moeify"), ("-m", "moeify", "--help")], ids=" ".join)
 def test_import_and_help_load_nothing_heavy(arguments: tuple[str, ...], tmp_path: Path) -> None:
     loaded = loaded_by(*arguments, cwd=tmp_path)
-    assert "moeify" in loaded and not loaded & HEAVY
+    assert "moeify" in loaded and not loaded & HEAVY_FOR_HELP
+
+
+def test_an_installed_wheel_works_without_the_checkout(dist: Path, tmp_path: Path) -> None:
+    """In an environment that has moeify from the wheel alone, and what it needs from this one."""
+    (wheel,) = (dist / "from_tree").glob("*.whl")
+    place, empty = tmp_path / "venv", tmp_path / "empty"
+    empty.mkdir()
+    venv.create(place, symlinks=True)
+    program = (place / "bin/python", "-I")
+    (site,) = place.glob("lib/*/site-packages")
+    (site / "needed.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    pip = (sys.executable, "-m", "pip", "--python", place, "install", "--quiet", "--no-deps", "--no-index")
+    run(*pip, "--ignore-installed", wheel, cwd=empty)
+    assert "Usage: moeify" in run(*program, place / "bin/moeify", "--help", cwd=empty).stdout
+    modules = "moeify.passes.find_ffn, moeify.kernels.ops, moeify.report.render"
+    held = "[m.__file__ for n, m in sys.modules.items() if n.startswith('moeify.') and m.__file__]"
+    files = ast.literal_eval(run(*program, "-c", f"import sys, {modules}; print({held})", cwd=empty).stdout)
+    assert len(files) > 20 and all(Path(file).is_relative_to(site) for file in files)
 
 
 def test_the_runtime_of_exported_models_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import click
@@ -16,7 +17,7 @@ from tests.moeify import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-SECTIONS = ["Ten lines", "Numbers", "How it works", "Pages", "The tree", "Limits"]
+SECTIONS = ["Ten lines", "Installing", "Numbers", "How it works", "Pages", "The tree", "Limits"]
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md"),
      *(ROOT / "benchmarks").rglob("*.md")]
@@ -69,6 +70,12 @@ def test_every_page_is_linked() -> None:
     pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
     pages |= {"examples/README.md", "benchmarks/README.md", "CONTRIBUTING.md"}
     assert sorted(pages - links) == []
+
+
+def test_the_extras_that_are_named_are_those_that_users_need() -> None:
+    text = README.partition("\n## Installing\n")[2].partition("\n## ")[0]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name for name in extras if f"`{name}`" in text or f"[{name}]" in text} == set(extras) - {"dev", "examples"}
 
 
 def test_the_ten_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import click
 
 from moeify import __version__
 from moeify.cli.failures import one_line
-from moeify.cli.options import COMMAND
+from moeify.cli.options import COMMAND, quiet_option
 from moeify.cli.quiet import quiet
 from moeify.cli.signals import signals_as_interrupts
 
@@ -47,7 +47,8 @@ class Commands(click.Group):
         """Import one command."""
         if name not in COMMANDS:
             return None
-        return cast("click.Command", getattr(import_module(f"moeify.cli.{name}"), name))
+        command = cast("click.Command", getattr(import_module(f"moeify.cli.{name}"), name))
+        return command if any(param.name == "quiet" for param in command.params) else quiet_option(command)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -78,6 +79,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@quiet_option
 @click.version_option(__version__, prog_name="moeify")
 def main() -> None:
     """Turn a dense PyTorch transformer into a sparse Mixture-of-Experts, with a proof."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moeify.cli.options import silent
 from moeify.errors import printable
 from moeify.names import folded
 from moeify.numbers import quantity
@@ -37,7 +38,12 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    """Return a console for progress and notes."""
+    """Return a console for progress and notes, which --quiet silences."""
+    return _PlainConsole(stderr=True, quiet=silent(), markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def warnings() -> Console:
+    """Return a console for what must be seen."""
     return _PlainConsole(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 

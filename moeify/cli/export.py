@@ -102,7 +102,7 @@ def _tokenizer(src: Path, accepted: Accepted) -> PreTrainedTokenizerBase | None:
         with without_bars():
             return load_tokenizer(place)
     except CheckpointError as error:
-        display.stderr().print(f"warning: {error}; the output has no tokenizer")
+        display.warnings().print(f"warning: {error}; the output has no tokenizer")
         return None
 
 

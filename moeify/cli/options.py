@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 COMMAND = "moeify.command"  # where click's context keeps what was typed
-_OF_A_RUN = {"--resume": False, "--join": False, "--workers": True, "--part": True}  # and whether a value follows
+_SILENT = "moeify.silent"  # and that notes and progress are not wanted
+_OF_A_RUN = {"--resume": False, "--join": False, "--workers": True, "--part": True,  # and whether a value follows
+             "--quiet": False, "-q": False}  # fmt: skip
 
 
 def command_line() -> str:
@@ -51,6 +54,24 @@ def source_options(command: Callable[..., Result]) -> Callable[..., Result]:
 
     return with_accepted
 
+
+def _silence(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[_SILENT] = True
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # of downloads: huggingface_hub reads it when it is imported
+
+
+def silent() -> bool:
+    """Return whether the command that is running was asked for no notes and no progress."""
+    ctx = click.get_current_context(silent=True)
+    return ctx is not None and _SILENT in ctx.meta
+
+
+# Every command has it, and so has the group: people type it before and after the command.
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, expose_value=False, callback=_silence,
+    help="Print no notes and no progress on stderr: warnings and errors only.",
+)  # fmt: skip
 
 example_inputs_option = click.option(
     "--example-inputs",

@@ -42,7 +42,7 @@ def verify(dense: Path, moe: Path, text: Path | None, as_json: bool, accepted: A
     with without_bars():
         report = verify_checkpoints(dense, moe, text=None if text is None else start_of_text(text), **accepted)
     for line in report.warnings():
-        display.stderr().print(line)
+        display.warnings().print(line)
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:

@@ -57,7 +57,7 @@ def write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: Options) -> No
     def nonfinite(name: str) -> None:
         if options.strict:
             raise CheckpointError(f"{name} holds NaN or Inf (--strict): repair the source, or leave --strict out")
-        console.print(f"warning: {name} holds NaN or Inf")
+        display.warnings().print(f"warning: {name} holds NaN or Inf")
 
     def check(folder: Path) -> object:
         progress.stop()
@@ -122,6 +122,7 @@ def _prove(
     Returns:
         What was measured, as `moeify.json` keeps it.
     """
+    from moeify.cli import display
     from moeify.cli.quiet import without_bars
     from moeify.hub.structure import check_output
     from moeify.proving.proof import verify_slice
@@ -133,7 +134,7 @@ def _prove(
             return None
         report = verify_slice(dense, folder, plan, cast_to=DTYPES.get(options.dtype or "") if whole else None)
     for line in report.warnings():
-        console.print(line)
+        display.warnings().print(line)
     console.print(f"verified on a slice: {report.summary()}")
     if not report.passed:
         raise VerificationError(f"{report.failure()}; nothing was written")

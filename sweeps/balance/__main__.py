@@ -6,7 +6,6 @@ python -m sweeps.balance --page     only writes the page
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,13 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from textwrap import wrap
 
-import transformers
-import trl
-
+from benchmarks.record import measured, read, write
 from sweeps.balance.run import ASKED, EXPERTS, MODELS, NATIVE, TOP_K, Row, measure, write_models
 from sweeps.balance.scripts import RATE, ROWS, SCRIPTS, STEPS
 from sweeps.models import DOCS
 
+CODE = ("moeify/training", "moeify/routing", "moeify/layers")
 RESULTS, PAGE = DOCS / "balance.json", DOCS / "balance.md"
 
 
@@ -85,7 +83,6 @@ def _line(row: Row) -> str:
 
 def main() -> None:
     """Train what is to be trained; write the record and the page."""
-    versions = f"transformers {transformers.__version__}, TRL {trl.__version__}"
     if sys.argv[1:] != ["--page"]:
         rows = read_record()[0] if sys.argv[1:] == ["--missing"] else []
         known = {(row.script, row.model, row.asked, row.accumulated) for row in rows}
@@ -94,15 +91,23 @@ def main() -> None:
             for case in (case for case in cases() if case not in known):
                 rows.append(measure(*case, Path(folder), told[case[1]]))
                 print(_line(rows[-1]), flush=True)
-                lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
-                RESULTS.write_text(f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n')
+                keep(rows)
     PAGE.write_text(page(*read_record()))
+
+
+def keep(rows: Sequence[Row]) -> None:
+    """Write the record."""
+    found = {"runs": len(rows), "right": sum(row.right for row in rows)}
+    runs = {f"{row.script}, {row.model}, {row.asked}, {row.accumulated}": asdict(row) for row in rows}
+    what = "The use of experts after training scripts that know none"
+    write(measured(what, "native models", CODE, found, runs, packages=("trl",)), RESULTS)
 
 
 def read_record() -> tuple[list[Row], str]:
     """Read what was run, in the order of the page, and with which versions."""
-    record = json.loads(RESULTS.read_text())
-    return sorted((Row(**row) for row in record["rows"]), key=_place), record["versions"]
+    record = read(RESULTS)
+    versions = f"transformers {record.versions['transformers']}, TRL {record.versions['trl']}"
+    return sorted((Row(**row) for row in record.runs.values()), key=_place), versions
 
 
 def _place(row: Row) -> tuple[int, str, int]:

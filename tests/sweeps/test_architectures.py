@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from sweeps.architectures import table
+from benchmarks.record import read
+from sweeps.architectures import RECORD, SAID, summary, table
 from sweeps.examine import Row, examine
 from sweeps.models import model_types
 
@@ -49,11 +50,22 @@ def test_every_type_has_one_task() -> None:
     assert [types[name] for name in ("llama", "t5", "moonshine", "vit")] == ["causal LM", "seq2seq", "speech", "base"]
 
 
+def test_the_page_says_what_the_record_holds() -> None:
+    record, page = read(RECORD), RECORD.with_suffix(".md").read_text()
+    assert SAID.format(**record.summary) in page.splitlines()
+    rows = [row.split(" | ") for row in page.partition("|---|---|--:|")[2].splitlines()[1:]]
+    assert {row[0].strip("| *†"): row[2] for row in rows} == record.runs
+    counts = list(record.runs.values())
+    assert len(counts) == record.summary["types"] and counts.count("-") == record.summary["not_examined"]
+    assert sum("✗" in count for count in counts) == record.summary["wrong"]
+
+
 def test_the_page_counts_and_marks_what_is_wrong() -> None:
     right = Row("a", "base", {"x.weight": (4, 8)}, {"x.weight": (4, 8)}, ("silu glu",), shared_experts=1, parts=1)
     missed, extra = replace(right, model_type="b", found={}), replace(right, model_type="c", expected={})
     rows = [right, missed, extra, Row("d", "base", problem="not built: ImportError: requires the timm library")]
     text = table(rows)
+    assert summary(rows) == {"types": 4, "examined": 3, "right": 1, "wrong": 2, "extra": 1, "not_examined": 1}
     assert "4 types: 1 with exactly the expected FFNs, 2 not (1 of them with something that is no FFN), 1 that" in text
     assert "| part of it is a model of timm, which needs torchvision | 1: d |" in text
     assert "| a*† | base | 1 / 1 | silu glu |" in text

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from benchmarks.record import read
 from moeify.measure import TOLERANCE
 from sweeps.conversions import difference, same_tensors
-from sweeps.exactness import check, isolated, page
-
-WAYS = ("in place", "stored", "streamed", "graph")
+from sweeps.exactness import PAGE, RESULTS, WAYS, check, isolated, page, results, summary
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +64,11 @@ def test_tensors_are_compared_bit_for_bit() -> None:
     assert same_tensors(state, {"a": state["a"]}) == "1 names, extra b"
     assert same_tensors({**state, "a": state["a"] + 1e-6}, state) == "a (2,) torch.float32"
     assert same_tensors({**state, "b": state["b"].int()}, state) == "b (1,) torch.int32"
+
+
+def test_the_page_is_what_the_record_says() -> None:
+    assert PAGE.read_text() == page(results()), "write it again: python -m sweeps.exactness --page"
+    assert read(RESULTS).summary == summary(results())
 
 
 def test_the_page_counts_and_marks_what_is_above_the_limit() -> None:

@@ -40,6 +40,10 @@ def test_a_routing_deals_out_every_choice() -> None:
     assert max(routings(8, 1001)["even"]) == 126
 
 
+def test_the_table_of_the_page_is_that_of_the_program() -> None:
+    assert padding.table(padding.HIDDEN, padding.INTERMEDIATE) in padding.PAGE.read_text(), "python -m sweeps.padding"
+
+
 def test_the_table_is_written_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "kernels.md"
     page.write_text(f"before\n{padding.START}\nold\n{padding.END}\nafter\n")

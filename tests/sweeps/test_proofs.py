@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.record import read
 from moeify.measure import TOLERANCE
 from sweeps.corruptions import COPY, CORRUPTIONS, build, convert, refusal
-from sweeps.proofs import CONVERSIONS, missed, page, prove, refusals
+from sweeps.proofs import CONVERSIONS, PAGE, RECORD, missed, page, prove, refusals, summary
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
@@ -31,6 +32,11 @@ def test_every_wrong_one_is(name: str) -> None:  # the others take minutes: `pyt
 def test_what_is_damaged_was_right_before(tmp_path: Path) -> None:
     for source in {corruption.source for corruption in CORRUPTIONS.values()}:
         assert refusal(*convert(build(source), tmp_path / source, COPY)) is None
+
+
+def test_the_page_is_what_the_record_says() -> None:
+    assert PAGE.read_text() == page(read(RECORD).runs), "write it again: python -m sweeps.proofs --page"
+    assert read(RECORD).summary == summary(read(RECORD).runs)
 
 
 def test_the_page_says_what_was_refused() -> None:

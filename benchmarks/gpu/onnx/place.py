@@ -7,7 +7,7 @@ model of the pool. For each file: does a session start and run, which provider g
 copied between CPU and GPU, what is on the CPU beside sizes, and is it captured as a CUDA graph? All of a file for CUDA
 must be there, without a copy, and the rules of `benchmarks.gpu.onnx.rules` must say the same. Results are garbage.
 Last, the operators without a kernel for bfloat16 must be those of `moeify.export.lower.precision`. Exit code 1 if
-something is not so; --write writes the table beside this file. Needs g++ and nm.
+something is not so; --write writes record and page beside this file. Needs g++ and nm.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,9 +30,16 @@ import moeify
 from benchmarks.gpu.onnx.models import build
 from benchmarks.gpu.onnx.plan import JOBS
 from benchmarks.gpu.onnx.rules import copies
+from benchmarks.record import Record, keep, measured
 from moeify.export.lower.precision import WITHOUT_BFLOAT16
 
 VERSION = "1.31.1"
+WHAT = "`make gpuwheel`, without a GPU: CUDA's libraries are stubs, so nothing is computed and nothing is timed"
+CODE = ("moeify/export/lower", "moeify/export/targets.py")
+HEAD = (
+    "| file | nodes | experts on CUDA | copies | on the CPU beside sizes | captured | |",
+    "|---|--:|---|--:|---|---|---|",
+)
 STUBS = Path(__file__).with_name("stub")
 CUDNN = (
     *("Create", "SetStream", "Destroy", "CreateTensorDescriptor", "SetTensor4dDescriptor", "SetTensorNdDescriptor"),
@@ -162,14 +170,12 @@ def main() -> int:
     with TemporaryDirectory() as scratch:
         build_stubs(next(arguments.venv.rglob("libonnxruntime_providers_cuda.so")), Path(scratch))
         environment = {**os.environ, "LD_LIBRARY_PATH": scratch}
-        table = ["| file | nodes | experts on CUDA | copies | on the CPU beside sizes | captured | |",
-                 "|---|--:|---|--:|---|---|---|"]  # fmt: skip
-        print("\n".join(table), flush=True)
-        good = True
+        print(*HEAD, sep="\n", flush=True)
+        rows, good = [], True
         for path in arguments.models or export_all(Path(scratch)):
             placed = place(path, environment, python)
-            table.append(placed.row())
-            print(table[-1], flush=True)
+            rows.append(placed.row())
+            print(rows[-1], flush=True)
             good = good and placed.ok
         lacking = set(_said(python, environment, "kernels.py"))
     same = lacking == WITHOUT_BFLOAT16
@@ -180,14 +186,29 @@ def main() -> int:
         last += f" the export has them: {sorted(lacking ^ WITHOUT_BFLOAT16)}."
     print(last, flush=True)
     if arguments.write:
-        _write([*table, "", last])
+        runs = {"rows": rows, "said": last}
+        versions = {"onnxruntime-gpu": VERSION}
+        found = measured(WHAT, "nothing else", CODE, summary(runs), runs, versions=versions)
+        keep(__file__, found, page)
     return 0 if good and same else 1
 
 
-def _write(lines: list[str]) -> None:
-    title = f"# Where onnxruntime-gpu {VERSION} places exported files\n\n"
-    how = "`make gpuwheel`, without a GPU: CUDA's libraries are stubs, so nothing is computed and nothing is timed.\n\n"
-    Path(__file__).with_suffix(".md").write_text(title + how + "\n".join(lines) + "\n")
+def summary(runs: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many files there are, and how many are placed as they should be."""
+    return {"files": len(runs["rows"]), "right": sum(row.endswith("| ok |") for row in runs["rows"])}
+
+
+def page(record: Record) -> str:
+    """Return the page of a record."""
+    lines = [
+        f"# Where onnxruntime-gpu {record.versions['onnxruntime-gpu']} places exported files\n",
+        f"{record.what}.",
+        f"{record.line()}\n",
+        *HEAD,
+        *record.runs["rows"],
+        f"\n{record.runs['said']}\n",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from moeify.kernels.gpu.tiles import Tile
-from moeify.kernels.tools import static_report
+from moeify.kernels.tools import cases, static_report
 from moeify.kernels.tools.cases import CASES, Entry
 from moeify.kernels.tools.static_analysis import Resources
 
+PAGE = Path(__file__).resolve().parents[3] / "docs/kernels.md"
 TILE = Tile(64, 64, 64, 4, 3)
 GOOD = Resources(128, 0, 73728, True, 3, {"HGMMA": 16}, {"LDGSTS": 36}, 13.6)
 
@@ -26,6 +27,16 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Resources]:
 
     monkeypatch.setattr(static_report, "entries", entries)
     return found
+
+
+@pytest.mark.parametrize("architecture", static_report.ARCHITECTURES)
+def test_the_page_has_a_row_for_every_tile_of_today(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its machine code says is not looked at again: that takes a compiler and minutes."""
+    monkeypatch.setattr(cases, "measure", lambda *_: GOOD)
+    report = PAGE.read_text().partition(static_report.START)[2].partition(static_report.END)[0]
+    rows = report.partition(f"### {architecture}\n")[2].partition("\n### ")[0].splitlines()[3:]
+    today = [static_report.row(entry).split(" | ")[:4] for entry in cases.entries(architecture)]
+    assert [row.split(" | ")[:4] for row in rows if row] == today, "make kernels"
 
 
 def test_tables_are_written_between_the_marks(compiled: list[Resources], tmp_path: Path) -> None:

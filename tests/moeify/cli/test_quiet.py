@@ -3,10 +3,21 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
+from moeify.cli import COMMANDS, main
 from moeify.cli.quiet import DEBUG, quiet, without_bars
+from tests.moeify import tiny
+
+
+@pytest.fixture(autouse=True)
+def no_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # --quiet sets it
 
 
 def speak() -> None:
@@ -48,3 +59,27 @@ def test_progress_bars_are_kept_back(
         print("a bar", file=sys.stderr)
     print("after it", file=sys.stderr)
     assert capsys.readouterr() == ("", f"{shown}after it\n")
+
+
+def test_a_quiet_conversion_says_nothing_but_warnings_and_errors(tmp_path: Path) -> None:
+    src, dst = tiny.save(tiny.build("llama"), tmp_path / "src"), tmp_path / "dst"
+
+    def said(*before: str, after: tuple[str, ...]) -> tuple[int, str, str]:
+        words = [*before, "convert", src, dst, "--experts", "2", "--top-k", "2", *after]
+        done = CliRunner().invoke(main, [str(word) for word in words])
+        return done.exit_code, done.stdout, done.stderr
+
+    assert said("-q", after=("--no-verify",)) == (0, "", "")
+    assert "-q" not in (dst / "README.md").read_text(), "it makes no other output"
+    tensors = load_file(src / "model.safetensors")
+    name = sorted(tensors)[-1]
+    save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, src / "model.safetensors", {"format": "pt"})
+    heard = f"warning: {name} holds NaN or Inf\n"
+    assert said(after=("--quiet", "--no-verify", "--overwrite")) == (0, "", heard)
+    code, _, error = said("--quiet", after=())
+    assert code == 1 and error.startswith("Error: ") and error.count("\n") == 1
+
+
+def test_every_command_can_be_quiet() -> None:
+    for name in COMMANDS:
+        assert CliRunner().invoke(main, [name, "--help"]).output.count("-q, --quiet") == 1, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,15 @@ def test_a_command_that_is_not_there(name: str, hint: str) -> None:
     done = CliRunner().invoke(main, [name, "--experts", "8"])
     assert done.exit_code == 2 and f"there is no command '{name}': {hint}" in done.stderr
     assert "no such option" in CliRunner().invoke(main, ["--nothing"]).stderr.lower()
+
+
+def test_shells_complete_commands_and_options(tmp_path: Path) -> None:
+    program = "from moeify.cli import main; main(prog_name='moeify')"
+    for typed, wanted in (("moeify con", "plain,convert\n"), ("moeify convert --gran", "plain,--granularity\n")):
+        words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" ")), "_MOEIFY_COMPLETE": "bash_complete"}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=tmp_path, env=os.environ | words, capture_output=True, text=True, check=True)
+        assert done.stdout == wanted
 
 
 def test_help_lists_every_choice() -> None:
