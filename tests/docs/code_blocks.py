@@ -1,0 +1,119 @@
+"""The code blocks of a page, run as a reader would type them: from top to bottom, in a folder with a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import runpy
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from click.testing import CliRunner
+
+from moeify.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
+BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n+)?"
+    r'^```(?P<language>\w*)(?: title="(?P<file>[^"]+)")?\n(?P<text>.*?)^```$',
+    flags=re.MULTILINE | re.DOTALL,
+)
+
+# Commands that no test runs, by the words that they begin with, and why. A block of which nothing can run here has its
+# reason in the page, as a comment before it: <!-- not run: needs a GPU -->.
+NOT_RUN = {
+    "accelerate launch": "starts processes; examples/recipes do so in their tests",
+    "bash benchmarks": "needs a GPU",
+    "curl": "needs the server",
+    "hf": "needs the network",
+    "llama-cli": "needs llama.cpp: docs/engines.md says what was run",
+    "make": "runs the tests, or what has its own",
+    "moeify demo": "takes minutes: tests/moeify/cli/test_demo.py",
+    "pip install": "needs the network",
+    "python convert_hf_to_gguf.py": "needs llama.cpp: docs/engines.md says what was run",
+    "python -m examples": "runs in tests/examples",
+    "python examples/onnx": "runs in tests/examples, or needs a GPU",
+    "sbatch": "needs SLURM",
+    "srun": "needs SLURM",
+    "vllm serve": "needs vLLM: docs/vllm.md says what was run",
+}
+# A second run of a page's lines would find what the first one wrote.
+ADDED = {"convert": ["--overwrite"], "export": ["--overwrite"], "report": ["--overwrite"]}
+ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page, and why it is not run, if the page says so."""
+
+    page: str
+    line: int
+    language: str
+    file: str | None
+    text: str
+    why: str | None
+
+
+def blocks(page: Path) -> list[Block]:
+    """The blocks of a page, in their order."""
+    text, name = page.read_text(), page.relative_to(ROOT).as_posix()
+    return [
+        Block(name, text.count("\n", 0, found.start("text")), found["language"], found["file"], found["text"], found["why"])
+        for found in BLOCK.finditer(text)
+    ]
+
+
+def run_page(page: Path, patch: pytest.MonkeyPatch) -> ModuleType:
+    """Run a page in the current folder; the module that is returned holds the names of its Python."""
+    module = ModuleType(f"page_{page.stem.replace('-', '_')}")
+    patch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
+    for block in blocks(page):
+        if block.why is None and block.file:
+            write(block, patch)
+        elif block.why is None and block.language == "python":
+            code = compile("\n" * block.line + block.text, block.page, "exec")
+            exec(code, vars(module))
+        elif block.why is None and block.language == "sh":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                run_line(line, block, patch)
+    for name, value in list(vars(module).items()):
+        if name.startswith("test_"):
+            value()
+    return module
+
+
+def write(block: Block, patch: pytest.MonkeyPatch) -> None:
+    """Write the file that a block is; one of the library's packages then holds it, too."""
+    assert block.file is not None
+    file = Path(block.file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(block.text)
+    if file.parts[0] == "moeify":
+        package = importlib.import_module(".".join(file.parts[:-1]))
+        patch.setattr(package, "__path__", [*package.__path__, str(file.parent.resolve())])
+
+
+def run_line(line: str, block: Block, patch: pytest.MonkeyPatch) -> None:
+    """Run a command of moeify in this process, and a program that the page wrote as one rank."""
+    command, _, file = line.partition(" > ")
+    arguments = shlex.split(command, comments=True)
+    if not arguments or any(" ".join(arguments).startswith(words) for words in NOT_RUN):
+        return
+    program, *rest = arguments
+    if program == "moeify":
+        done = CliRunner().invoke(main, [*rest, *ADDED.get(rest[0], [])])
+        assert done.exit_code == 0, f"{block.page}: {line}\n{done.output}"
+        if file:
+            Path(shlex.split(file, comments=True)[0]).write_text(done.stdout)
+    elif program in {"python", "torchrun"} and rest[-1].endswith(".py") and Path(rest[-1]).exists():
+        for name, value in ONE_RANK.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", [rest[-1]])
+        runpy.run_path(rest[-1], run_name="__main__")
+    else:
+        pytest.fail(f"{block.page}: {line!r} is neither run nor in NOT_RUN, with a reason")
