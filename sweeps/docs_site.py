@@ -20,8 +20,9 @@ from moeify.cli import COMMANDS, main
 from moeify.config.choice import words
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md", "docs/*.json", "docs/*.css", "examples/*/*.png")
+SHOWN = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md", "docs/*.json", "docs/*.css", "docs/*.js", "examples/*/*.png")
 NOT_IN_THE_SITE = re.compile(r"^## (?:Pages|The tree)\n.*?(?=^## )", re.MULTILINE | re.DOTALL)  # of README.md
+NARROWER = {"76.25em": "70em", "76.234375em": "69.984375em"}  # from where on the theme shows the navigation
 LINK = re.compile(r"(?<=\]\()[\w./-]+(?=\))")
 
 # The public names of moeify by the modules that they live in.
@@ -69,7 +70,7 @@ def commands() -> str:
         rows = [f"| `{option.replace('|', '&#124;')}` | {_cell(text)} |" for option, text in records]
         said = html.escape(re.sub(r"\s*\n(?!\n)\s*", " ", command.help or ""), quote=False)
         parts.append(f"## {name}\n\n```text\nmoeify {name} {usage}\n```\n\n{said}\n\n| option | what it does |\n|---|---|")
-        parts += rows
+        parts += [*rows, ""]
     return "\n".join(parts) + "\n"
 
 
@@ -100,7 +101,7 @@ def choices() -> str:
 
 def entry(path: str, *, whole: bool = False) -> str:
     """Return what mkdocstrings replaces by an object's docstring, with those of its members if it is `whole`."""
-    members = "members: true\n      inherited_members: true" if whole else "members: false"
+    members = "inherited_members: true" if whole else "members: false"
     return f"::: {path}\n    options:\n      {members}\n"
 
 
@@ -120,5 +121,20 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Leave out of README.md what the navigation shows, and let links to a folder lead to its README.md."""
     path = page.file.src_uri
     text = NOT_IN_THE_SITE.sub("", markdown) if path == "README.md" else markdown
+    if "\n## " not in text and path not in generated():
+        page.meta["hide"] = ["toc"]  # it would be empty
     folder = (ROOT / path).parent
     return LINK.sub(lambda link: f"{link[0]}/README.md" if (folder / link[0]).is_dir() else link[0], text)
+
+
+def on_post_build(config: Any) -> None:
+    """Show the navigation beside the page on windows of 1,120 pixels, too: the theme begins at 1,220."""
+    found = 0
+    for path in Path(config["site_dir"], "assets").rglob("*.min.*s"):
+        text = path.read_text()
+        for theirs, ours in NARROWER.items():
+            found += theirs in text
+            text = text.replace(theirs, ours)
+        path.write_text(text)
+    if found < len(NARROWER):
+        raise ValueError(f"the theme has other widths than {', '.join(NARROWER)}: look for them in its main.css")
