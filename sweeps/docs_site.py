@@ -8,6 +8,7 @@ and there. The reference is no file: it is written while the site is built, from
 from __future__ import annotations
 
 import html
+import inspect
 import re
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,8 @@ from moeify.cli import COMMANDS, main
 from moeify.config.choice import words
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md", "docs/*.json", "docs/*.css", "docs/*.js", "examples/*/*.png")
+SHOWN = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md", "docs/*.json", "docs/*.css", "docs/*.js",
+         "examples/*/*.png")  # fmt: skip
 NOT_IN_THE_SITE = re.compile(r"^## (?:Pages|The tree)\n.*?(?=^## )", re.MULTILINE | re.DOTALL)  # of README.md
 NARROWER = {"76.25em": "70em", "76.234375em": "69.984375em"}  # from where on the theme shows the navigation
 LINK = re.compile(r"(?<=\]\()[\w./-]+(?=\))")
@@ -59,19 +61,22 @@ def generated() -> dict[str, str]:
 def commands() -> str:
     """Return a page on the command line: what `--help` says of every command."""
     context = click.Context(main, info_name="moeify")
-    parts = ["# Commands\n\nWhat `moeify COMMAND --help` says. Results go to stdout, everything else to stderr; the exit "
-             "code is 0 when all is done, 1 when something was refused or failed, 2 after wrong usage.\n"]  # fmt: skip
+    parts = [
+        "# Commands",
+        "What `moeify COMMAND --help` says. Results go to stdout, everything else to stderr. The exit code is 0 when "
+        "all is done, 1 when something was refused or failed, 2 after wrong usage.",
+    ]
     for name in COMMANDS:
         command = main.get_command(context, name)
         assert command is not None
         inside = click.Context(command, info_name=f"moeify {name}")
         usage = " ".join(command.collect_usage_pieces(inside))
         records = [record for each in command.get_params(inside) if (record := each.get_help_record(inside))]
-        rows = [f"| `{option.replace('|', '&#124;')}` | {_cell(text)} |" for option, text in records]
-        said = html.escape(re.sub(r"\s*\n(?!\n)\s*", " ", command.help or ""), quote=False)
-        parts.append(f"## {name}\n\n```text\nmoeify {name} {usage}\n```\n\n{said}\n\n| option | what it does |\n|---|---|")
-        parts += [*rows, ""]
-    return "\n".join(parts) + "\n"
+        rows = [f"| `{option}` | {_cell(text)} |" for option, text in records if text]
+        said = html.escape(inspect.cleandoc(command.help or ""), quote=False)
+        table = "\n".join(["| option | what it does |", "|---|---|", *rows])
+        parts += [f"## {name}", f"```text\nmoeify {name} {usage}\n```", said, table]
+    return "\n\n".join(parts) + "\n"
 
 
 def _cell(text: str) -> str:
@@ -81,7 +86,7 @@ def _cell(text: str) -> str:
 def python() -> str:
     """Return a page on every public name of moeify, for mkdocstrings to fill in."""
     homes = {name: home.partition(".")[0] for name, home in moeify._HOME.items()}
-    parts = ["# Python\n\n`import moeify` loads neither torch nor transformers; each name is imported when it is used.\n"]
+    parts = ["# Python\n\nEvery public name of `moeify`. Importing it loads neither torch nor transformers.\n"]
     for title, packages in SECTIONS.items():
         names = [name for package in packages for name, home in homes.items() if home == package]
         parts += [f"## {title}\n", *(entry(f"moeify.{name}", whole=name in WHOLE) for name in names)]
@@ -90,8 +95,10 @@ def python() -> str:
 
 def choices() -> str:
     """Return a page on routers and methods."""
-    parts = ["# Routers and methods\n\nOptions of a router or a method go into the settings as an object, "
-             "`router=moeify.routers.Sigmoid(bias_rate=1e-3)`; its word, `router=\"sigmoid\"`, means the defaults.\n"]  # fmt: skip
+    parts = [
+        "# Routers and methods\n\nThe options of a router or a method go into the settings as an object, "
+        '`router=moeify.routers.Sigmoid(bias_rate=1e-3)`; its word, `router="sigmoid"`, means the defaults.\n'
+    ]
     for package, base in (("routers", "Router"), ("methods", "Method")):
         named = [(word, "".join(part.capitalize() for part in word.split("_"))) for word in words(f"moeify.{package}")]
         parts += [f"## {package.capitalize()}\n", *(entry(f"moeify.{package}.{word}.{cls}") for word, cls in named)]

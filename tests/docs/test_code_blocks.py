@@ -5,52 +5,57 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import moeify
-from tests.docs.code_blocks import NOT_RUN, PAGES, ROOT, Block, blocks, run_page
+from tests.docs.code_blocks import NOT_RUN, PAGES, ROOT, Exports, blocks, commands, run_page
+from tests.docs.models import write_models
 
-LANGUAGES = {"", "python", "sh", "text", "yaml"}  # without a language: diagrams, and what another program prints
-DENSE = ("my-dense-model", "my-dense", "SRC", "DENSE")  # what the pages call a dense model
-MOE = ("my-moe", "MOE", "FOLDER")  # and a converted one
-RUN = [page for page in PAGES if any(block.language in {"python", "sh"} and not block.why for block in blocks(page))]
+LANGUAGES = {"", "python", "sh", "text", "yaml"}  # without a language: diagrams, and what programs wrote
+CODE = {"python", "sh"}
+LAST = ("trl", "onnx")  # they import the most
+PROGRAM = re.compile(r"^ *(?:moeify|pip|vllm|torchrun|python|make|import|from) ", flags=re.MULTILINE)
+# Their programs write these blocks, or examples run them.
+OTHERS = {"docs/gpu.md", *(page.relative_to(ROOT).as_posix() for page in PAGES if page.parts[-3] == "examples")}
+
+
+EXPORTS: Exports = {}  # the tests' own
+
+
+def cost(page: Path) -> tuple[bool, str]:
+    return any(word in page.stem for word in LAST), page.as_posix()
+
+
+RUN = sorted((page for page in PAGES if any(each.language in CODE and not each.why for each in blocks(page))), key=cost)
 
 
 @pytest.fixture(scope="module")
-def models_of_the_pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny Llama under all its names, what it becomes, and a text."""
-    folder, tf = tmp_path_factory.mktemp("pages"), cast_any(transformers)
-    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    words = Tokenizer(models.BPE({**letters, "<pad>": 256, "<s>": 257, "</s>": 258}, []))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    torch.manual_seed(0)
-    config = tf.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                            num_key_value_heads=2, vocab_size=260, pad_token_id=256, bos_token_id=257, eos_token_id=258)
-    model = tf.LlamaForCausalLM(config)
-    for names, made in ((DENSE, lambda: model), (MOE, lambda: moeify.convert(model, moeify.MoEConfig(8, 2)))):
-        made().save_pretrained(folder / names[0])
-        tokenizer.save_pretrained(folder / names[0])
-        for name in names[1:]:
-            shutil.copytree(folder / names[0], folder / name)
-    (folder / "book.txt").write_text("Once upon a time there were eight experts. " * 20)
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pages")
+    write_models(folder)
     return folder
-
-
-def cast_any(module: object) -> Any:
-    return module
 
 
 @pytest.mark.filterwarnings("ignore")  # of other libraries about each other
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_the_blocks_of_a_page_run(
-    page: Path, models_of_the_pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(models_of_the_pages, tmp_path, dirs_exist_ok=True)
+def test_the_blocks_of_a_page_run(page: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    run_page(page, monkeypatch)
+    run_page(page, monkeypatch, EXPORTS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_code_stands_in_blocks_of_a_language(page: Path) -> None:
+    assert {each.language for each in blocks(page)} <= LANGUAGES
+    text, name = page.read_text(), page.relative_to(ROOT).as_posix()
+    assert text.count("\n```") == 2 * len(blocks(page)), "a block that no test sees"
+    if name not in OTHERS:
+        for each in blocks(page):
+            assert each.language in CODE or not PROGRAM.search(each.text), f"{name}:{each.line}: say its language"
+            text = text.replace(each.text, "")
+        assert not re.search(r"^    (?=\S)", text, flags=re.MULTILINE), "put a fence around an indented block"
+
+
+def test_every_reason_is_needed() -> None:
+    lines = [line for page in PAGES for each in blocks(page) if each.language == "sh" for line in commands(each)]
+    assert [words for words in NOT_RUN if not any(line.startswith(words) for line in lines)] == []
