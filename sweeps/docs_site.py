@@ -7,8 +7,10 @@ and there. The reference is no file: it is written while the site is built, from
 
 from __future__ import annotations
 
+import ast
 import html
 import inspect
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -100,16 +102,28 @@ def choices() -> str:
         '`router=moeify.routers.Sigmoid(bias_rate=1e-3)`; its word, `router="sigmoid"`, means the defaults.\n'
     ]
     for package, base in (("routers", "Router"), ("methods", "Method")):
-        named = [(word, "".join(part.capitalize() for part in word.split("_"))) for word in words(f"moeify.{package}")]
-        parts += [f"## {package.capitalize()}\n", *(entry(f"moeify.{package}.{word}.{cls}") for word, cls in named)]
+        parts.append(f"## {package.capitalize()}\n")
+        for word in words(f"moeify.{package}"):
+            name = "".join(part.capitalize() for part in word.split("_"))
+            said = ast.get_docstring(ast.parse((ROOT / f"moeify/{package}/{word}.py").read_text())) or ""
+            parts.append(
+                f"### `moeify.{package}.{name}`\n\nIts word is `{word}`. {said.partition('Shape suffixes')[0]}\n"
+            )
+            parts.append(entry(f"moeify.{package}.{word}.{name}", heading=False))
         parts.append(entry(f"moeify.config.contracts.{base}Choice", whole=True))
     return "\n".join(parts)
 
 
-def entry(path: str, *, whole: bool = False) -> str:
-    """Return what mkdocstrings replaces by an object's docstring, with those of its members if it is `whole`."""
-    members = "inherited_members: true" if whole else "members: false"
-    return f"::: {path}\n    options:\n      {members}\n"
+def entry(path: str, *, whole: bool = False, heading: bool = True) -> str:
+    """Return what mkdocstrings replaces by an object's docstring.
+
+    Args:
+        path: Of the object.
+        whole: Show its members, too.
+        heading: Begin with its name.
+    """
+    options = {"show_root_heading": heading} | ({"inherited_members": True} if whole else {"members": False})
+    return f"::: {path}\n    options: {json.dumps(options)}\n"
 
 
 def on_files(files: Any, config: Any) -> Any:
