@@ -106,9 +106,8 @@ def choices() -> str:
         for word in words(f"moeify.{package}"):
             name = "".join(part.capitalize() for part in word.split("_"))
             said = ast.get_docstring(ast.parse((ROOT / f"moeify/{package}/{word}.py").read_text())) or ""
-            parts.append(
-                f"### `moeify.{package}.{name}`\n\nIts word is `{word}`. {said.partition('Shape suffixes')[0]}\n"
-            )
+            parts.append(f"### `moeify.{package}.{name}`\n\nIts word is `{word}`.\n")
+            parts.append(f"{said.partition('Shape suffixes')[0]}\n")
             parts.append(entry(f"moeify.{package}.{word}.{name}", heading=False))
         parts.append(entry(f"moeify.config.contracts.{base}Choice", whole=True))
     return "\n".join(parts)
@@ -122,7 +121,9 @@ def entry(path: str, *, whole: bool = False, heading: bool = True) -> str:
         whole: Show its members, too.
         heading: Begin with its name.
     """
-    options = {"show_root_heading": heading} | ({"inherited_members": True} if whole else {"members": False})
+    options = {"show_root_heading": heading, "show_root_toc_entry": heading} | (
+        {"inherited_members": True} if whole else {"members": False}
+    )
     return f"::: {path}\n    options: {json.dumps(options)}\n"
 
 
