@@ -121,9 +121,8 @@ def entry(path: str, *, whole: bool = False, heading: bool = True) -> str:
         whole: Show its members, too.
         heading: Begin with its name.
     """
-    options = {"show_root_heading": heading, "show_root_toc_entry": heading} | (
-        {"inherited_members": True} if whole else {"members": False}
-    )
+    members = {"inherited_members": True} if whole else {"members": False}
+    options = {"show_root_heading": heading, "show_root_toc_entry": heading, **members}
     return f"::: {path}\n    options: {json.dumps(options)}\n"
 
 

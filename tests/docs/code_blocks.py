@@ -32,7 +32,7 @@ NOT_RUN = {
     "curl": "needs the server",
     "llama-cli": "needs llama.cpp: docs/engines.md says what was run",
     "make": "runs the tests, or what has its own",
-    "moeify export my-moe OUT.onnx --target cuda": "takes ten seconds: tests/moeify/export runs it; here it is parsed",
+    "moeify export my-moe OUT": "each takes seconds: tests/moeify/export runs them; here they are parsed",
     "pip install": "needs the network",
     "python convert_hf_to_gguf.py": "needs llama.cpp: docs/engines.md says what was run",
     "sbatch": "needs SLURM",
