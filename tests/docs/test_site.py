@@ -60,6 +60,16 @@ def test_an_anchor_is_that_of_its_heading() -> None:
     assert anchors("# A `code`, and more\n\n```\n# no heading\n```\n## 2: b_c\n") == {"a-code-and-more", "2-b_c"}
 
 
+def test_every_concept_has_a_call_and_a_paper() -> None:
+    sections = re.split(r"^## ", (ROOT / "docs/concepts.md").read_text(), flags=re.MULTILINE)[1:]
+    titles = [section.partition("\n")[0] for section in sections]
+    assert titles == ["What an MoE is", "What it costs", "Routing", "Load balancing", "Capacity", "Noisy gating",
+                      "Upcycling", "Fine-tuning", "Parallelism", "Efficient training"]  # fmt: skip
+    assert [
+        title for title, text in zip(titles, sections, strict=True) if "```" not in text or "arXiv:" not in text
+    ] == []
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     named = set(re.findall(r"^::: moeify\.(\w+)$", GENERATED["docs/python.md"], flags=re.MULTILINE))
     assert named == set(moeify.__all__) - {"methods", "routers"}
