@@ -108,7 +108,8 @@ class Written(nn.Module):
         share = torch.tensor(0.95, dtype=torch.float32, device=x.device)
         normal: Any = torch.distributions.Normal(0, 1, validate_args=True)
         threshold = normal.icdf(share)
-        return (x - x.mean(-1, keepdim=True) - x.std(-1, keepdim=True, unbiased=False) * threshold).relu()
+        above: Tensor = (x - x.mean(-1, keepdim=True) - x.std(-1, keepdim=True, unbiased=False) * threshold).relu()
+        return above
 
 
 FFNS: dict[str, Callable[[], nn.Module]] = {
