@@ -106,7 +106,7 @@ def _with_value(func: object, args: tuple[object, ...], kwargs: dict[str, object
 
     A tensor without dimensions on the CPU goes with tensors on any device.
     """
-    if func is torch.tensor and args and isinstance(args[0], int | float) and "device" in kwargs:
+    if func is torch.tensor and args and isinstance(args[0], int | float):
         kwargs["device"] = "cpu"
     return kwargs
 

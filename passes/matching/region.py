@@ -42,8 +42,12 @@ def capture(
         if cut := slices.get(node):
             arguments = (copied(cut.source), -1, cut.start, cut.stop, cut.step)
             new = graph.call_function(torch.ops.aten.slice.Tensor, arguments)
+        elif node.target is torch.ops.aten.detach_.default:
+            new = copied(node.all_input_nodes[0])
         elif has(node, Trait.RESHAPE | Trait.NEUTRAL) and size(node, axis) == size(node.all_input_nodes[0], axis):
             new = copied(node.all_input_nodes[0])
+        elif (number := _written_number(graph_module, node)) is not None:
+            new = graph.call_function(torch.ops.aten.scalar_tensor.default, (number.item(),), {"dtype": number.dtype})
         else:
             new = graph.node_copy(node, copied)
             _put_features_last(node, new, axis)
@@ -52,6 +56,19 @@ def capture(
     graph.output(copied(output))
     graph.lint()
     return fx.GraphModule(graph_module, graph, class_name="Activation")
+
+
+def _written_number(graph_module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """Return a number that the code writes down as a tensor: it belongs into the graph, and not into a state dict."""
+    if node.op != "get_attr" or not _is_constant(str(node.target)):
+        return None
+    value: torch.Tensor = attrgetter(str(node.target))(graph_module)
+    return None if value.dim() or value.is_meta else value
+
+
+def _is_constant(name: str) -> bool:
+    """Whether torch.export or fx named what the code wrote as a tensor."""
+    return name.rsplit(".", 1)[-1].startswith(("lifted_tensor", "_tensor_constant"))
 
 
 def _put_features_last(original: fx.Node, copied: fx.Node, axis: int) -> None:
@@ -72,9 +89,7 @@ def _put_features_last(original: fx.Node, copied: fx.Node, axis: int) -> None:
 def region_parameters(region: fx.GraphModule) -> list[str]:
     """Return the names of the parameters and buffers that a region reads; constants of the code are none."""
     names = dict.fromkeys(str(node.target) for node in region.graph.find_nodes(op="get_attr"))
-    # torch.export and fx name what the code wrote as a tensor by themselves.
-    constants = ("lifted_tensor", "_tensor_constant")
-    return [name for name in names if not name.rsplit(".", 1)[-1].startswith(constants)]
+    return [name for name in names if not _is_constant(name)]
 
 
 def bind(region: fx.GraphModule, read: Callable[[str], torch.Tensor]) -> fx.GraphModule:
