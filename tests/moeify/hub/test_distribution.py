@@ -135,11 +135,7 @@ def case_wrong_use_is_one_line(rank: int, world: int) -> None:
         small.remove(folder)
 
 
-@pytest.mark.parametrize("world", [4])
-@pytest.mark.parametrize("case", harness.cases(__name__))
-def test_on_several_ranks(case: str, world: int) -> None:
-    problem = harness.outcomes(__name__, world)[case]
-    assert not problem, problem
+test_on_several_ranks = harness.on_several_ranks(__name__, 4)
 
 
 def test_without_ranks_nothing_changes() -> None:
