@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moeify.cli import main
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRAINING = sorted(path.parent.name for path in EXAMPLES.glob("*/run.py"))
@@ -91,7 +90,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder / "dense")
     out = folder / "moe.onnx"
     command = ["export", folder / "dense", out, "--preset", "mixtral", "--experts", 3, "--layers", "0"]
-    done = CliRunner().invoke(main, [str(argument) for argument in command])
+    done = moeify_command(*command)
     assert done.exit_code == 0, done.output
     return out
 

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 import moeify
 from moeify.checkpoint.source import open_source
-from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.conversion.dense import Dense, DenseCheckpoint
 from moeify.errors import CheckpointError, ConfigError, MoeifyError
@@ -23,6 +21,7 @@ from moeify.passes.find_ffn import find_ffns_in
 from moeify.tracing.skeleton import build_on_meta, full_config, model_class, stored_names
 from moeify.tracing.trace import trace
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 COUNTED = (build_on_meta, stored_names, trace, find_ffns_in, model_class)
 SETTINGS = ("--experts", "3", "--top-k", "2")
@@ -52,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def run(*arguments: object) -> str:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    result = moeify_command(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 
