@@ -3,11 +3,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from tests.moeify import tiny
 from tests.moeify.command import moeify_command
@@ -17,10 +14,7 @@ from tests.moeify.command import moeify_command
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense checkpoint with a tokenizer of one word for each id."""
     folder = tiny.save(tiny.build("llama"), tmp_path_factory.mktemp("source") / "src")
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny.VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast: Any = PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
     return folder
 
 
