@@ -12,17 +12,16 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.measure import Command, by_turns, medians, need_space, raw, table
+from benchmarks.measure import Command, by_turns, make_checkpoint, medians, need_space, raw, table
 from benchmarks.record import Record, keep, measured
 
-HERE = Path(__file__)
 MERGEKIT = ("mergekit==0.1.5", "torch==2.13.0")
 PEER = "mergekit-moe"
 CODE = ("moeify/checkpoint", "moeify/conversion", "moeify/cli/writing.py")
+summary = partial(medians, against=PEER)
 CONFIG = """\
 base_model: {src}
 gate_mode: random
@@ -45,8 +44,7 @@ def install_mergekit(folder: Path) -> Path:
 
 def compare(work: Path, mergekit: Path, repeats: int) -> Record:
     """Return what was measured."""
-    src = work / "smollm2"
-    subprocess.run([sys.executable, HERE.with_name("make_checkpoint.py"), "smollm2", src], check=True)
+    src = make_checkpoint("smollm2", work / "smollm2")
     config = work / "mergekit.yaml"
     config.write_text(CONFIG.format(src=src) + f"  - source_model: {src}\n" * 8)
     ours, theirs = work / "ours", work / "theirs"
@@ -62,11 +60,6 @@ def compare(work: Path, mergekit: Path, repeats: int) -> Record:
     what = "SmolLM2-135M, fp32 safetensors → Mixtral, 8 experts, top-2"
     peers = {f"{PEER}'s {name}": version for name, _, version in (each.partition("==") for each in MERGEKIT)}
     return measured(what, PEER, CODE, summary(raw(runs)), raw(runs), versions=peers)
-
-
-def summary(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Return the medians of each command, beside the peer's."""
-    return medians(runs, PEER)
 
 
 def page(record: Record) -> str:

@@ -70,6 +70,12 @@ class Subject:
         options = {"dtype": torch.float32, **options}
         return tf.AutoModelForCausalLM.from_pretrained(path or self.path, **options)
 
+    def linearized(self) -> Any:
+        """Load the model, its experts as linear layers."""
+        import moeify
+
+        return moeify.linearize(self.load())
+
     def tokenizer(self) -> Any:
         """Return the tokenizer of the checkpoint."""
         return tf.AutoTokenizer.from_pretrained(self.path)
