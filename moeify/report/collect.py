@@ -21,15 +21,7 @@ from moeify.hub.streaming import load_streamed, whole_if_needed
 from moeify.plan import Plan
 from moeify.proving.proof import plainly, run
 from moeify.proving.whole import verify_checkpoints
-from moeify.report.about import (
-    conversion_of,
-    costs_of,
-    engines_of,
-    plan_of,
-    proof_of,
-    recorded_proof,
-    size_of,
-)
+from moeify.report.about import conversion_of, costs_of, engines_of, plan_of, proof_of, recorded_proof, size_of
 from moeify.report.data import LayerWeights, Report, Text
 from moeify.report.findings import findings
 from moeify.report.text import Tokens, tokens_for

@@ -10,18 +10,7 @@ from moeify.layers import SparseMoE
 from moeify.passes.find_ffn import find_ffns_in
 from moeify.passes.insert_moe import InsertMoE, put
 from moeify.routers import Hash
-from tests.passes.blocks import (
-    CONFIG,
-    HIDDEN,
-    INTERMEDIATE,
-    TOKENS,
-    Mlp,
-    Model,
-    exported,
-    planned,
-    residual,
-    twice,
-)
+from tests.passes.blocks import CONFIG, HIDDEN, INTERMEDIATE, TOKENS, Mlp, Model, exported, planned, residual, twice
 
 
 def inserted(model: nn.Module, config: MoEConfig = CONFIG, *inputs: Tensor) -> fx.GraphModule:

@@ -105,7 +105,7 @@ class Written(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         share = torch.tensor(0.95, dtype=torch.float32, device=x.device)
-        threshold = torch.distributions.Normal(0, 1, validate_args=True).icdf(share)
+        threshold = torch.distributions.Normal(0, 1, validate_args=True).icdf(share)  # type: ignore[no-untyped-call]
         return nn.functional.relu(x - x.mean(-1, keepdim=True) - x.std(-1, keepdim=True, unbiased=False) * threshold)
 
 
