@@ -60,9 +60,7 @@ def convert(
     put_layers(model, plan, dense.regions)
     if state is not None:
         state.move_to(model)
-    if hasattr(getattr(model, "config", None), "to_json_string"):  # so that `save_pretrained` makes our checkpoint
-        prefer_ours(model, plan)
-        remember(model.config, plan)
+    _tell_config(model, plan)
     return model
 
 
@@ -83,3 +81,10 @@ def put_layers(model: nn.Module, plan: Plan, regions: Mapping[tuple[str, ...], f
             fill_layer(model.get_submodule(site.path), layer_tensors(site, plan.config), weights.__getitem__)
         for name in site.parameters:
             del weights[name]
+
+
+def _tell_config(model: nn.Module, plan: Plan) -> None:
+    """Write a plan into a transformers model's config, so that `save_pretrained` makes a moeify checkpoint."""
+    if hasattr(getattr(model, "config", None), "to_json_string"):
+        prefer_ours(model, plan)
+        remember(model.config, plan)
