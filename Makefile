@@ -6,10 +6,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test tests compat check fix coverage mutants fuzz docs ecosystem engines kernels gpuwheel clean
+.PHONY: help demo test tests compat check fix coverage mutants fuzz docs docs-site ecosystem engines kernels gpuwheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## turn a real 135M-parameter model into an MoE and prove it
 	@echo '==> moeify demo'
@@ -67,6 +67,12 @@ PAGES := sweeps.readme_tree sweeps.padding sweeps.architectures benchmarks.gpu.p
 docs: $(READY) ## let the programs in sweeps/ write their pages again (half an hour)
 	@for program in $(PAGES); do echo "==> $$program"; $(BIN)/python -m $$program || exit 1; done
 
+# mkdocs imports the command line, which loads neither torch nor transformers: .venv-docs has no need of them.
+DOCS := .venv-docs
+docs-site: $(DOCS)/.ready ## build the docs as a site, in build/site, without the network (170 MB in .venv-docs)
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo 'build/site/index.html: open it in a browser, no server is needed'
+
 # llm-compressor wants an older transformers: the second environment holds that, and takes the rest from the first.
 ecosystem: ## run other tools' releases on converted models and write docs/ecosystem.md, in .venv-ecosystem (4 GB; an hour)
 	$(PYTHON) -m venv .venv-ecosystem
@@ -101,6 +107,12 @@ gpuwheel: $(READY) ## place exported ONNX files with the onnxruntime-gpu wheel a
 clean: ## remove what building, testing and the demo leave behind (environments stay)
 	rm -rf build dist demo *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet -c constraints.txt \
+	    $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(OLDEST)".split("."))))' \

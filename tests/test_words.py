@@ -27,7 +27,7 @@ def files() -> Iterator[Path]:
     for folder in ("moeify", "passes", "kernels"):
         found = sorted((ROOT / folder).rglob("*.py"))
         yield from (path for path in found if not any(parent.is_symlink() for parent in path.parents))
-    pages = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    pages = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
     yield from (page for page in pages if page.name not in WRITTEN_BY_PROGRAMS)
 
 
