@@ -23,8 +23,8 @@ from moeify.cli import COMMANDS, main
 from moeify.config.choice import words
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md", "docs/*.json", "docs/*.css", "docs/*.js",
-         "examples/*/*.png")  # fmt: skip
+SHOWN = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md", "docs/*.json", "benchmarks/**/*.json",
+         "docs/*.css", "docs/*.js", "examples/*/*.png")  # fmt: skip
 NOT_IN_THE_SITE = re.compile(r"^## (?:Pages|The tree)\n.*?(?=^## )", re.MULTILINE | re.DOTALL)  # of README.md
 NARROWER = {"76.25em": "70em", "76.234375em": "69.984375em"}  # from where on the theme shows the navigation
 LINK = re.compile(r"(?<=\]\()[\w./-]+(?=\))")

@@ -129,9 +129,8 @@ def page(known: dict[str, Result]) -> str:
         "for bit, *graph* is `convert_graph` on what `torch.export` returned. Where float32 is above the limit, the",
         "number in float64 stands beside it: a model that sorts or rounds what it computes makes much of the last",
         "digit. d_fine, deimv2, pp_doclayout_v3, v4, rt_detr and (mm-)grounding-dino sort queries by scores of which",
-        "some tie. Where the unchanged graph of torch.export differs, its difference stands beside the graph's. "
-        "Where a",
-        "model has no forward, or one for a session of a video, the first model inside it stands for it. Written by",
+        "some tie. Where the unchanged graph of torch.export differs, its difference stands beside the graph's. Where",
+        "a model has no forward, or one for a session of a video, the first model inside it stands for it. Written by",
         "`python -m sweeps.exactness`, type by type.",
         "",
         "{types} types: {built} were built, {in_place[converted]} of them convert in place, {in_place[within]} within "

@@ -82,10 +82,11 @@ def _entries(config: Any, plan: Plan) -> dict[str, Any]:
         "num_experts_per_tok": settings.top_k,
         "moe_intermediate_size": plan.sites[0].intermediate // settings.granularity,
     }
-    held = {name: config.attribute_map.get(name, name) for name in sizes}
-    own = {name for name in sizes if hasattr(type(config), held[name]) and vars(config).get(held[name]) is not None}
+    held = {name: config.attribute_map.get(name, name) for name in sizes}  # two names can be of one field
+    known = {held[name] for name in sizes if hasattr(type(config), name) or hasattr(type(config), held[name])}
+    own = {name for name in known if vars(config).get(name) is not None}
     return {
-        **{name: size for name, size in sizes.items() if name not in own},
+        **{name: size for name, size in sizes.items() if held[name] not in own},
         ASK: False,
         COEFFICIENT: settings.aux_loss,
         "experts_implementation": ASK_FOR_MOEIFY,  # of a part too, which can be loaded by itself

@@ -13,8 +13,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moeify
 from moeify.config import MoEConfig
+from moeify.contract.model import remember
 from moeify.layers import MoELayer
 from moeify.measure import TOLERANCE, relative_difference
+from moeify.plan import Plan, stored_plan
 from tests.moeify import tiny
 from tests.moeify.contract import architectures
 
@@ -151,3 +153,12 @@ def test_a_tool_that_takes_experts_apart_and_registers_how_to_compute_them_gets_
         assert relative_difference(first(model, "gpt2"), expected) <= TOLERANCE["float32"]
     finally:
         del registry["by_numbered_linears"]
+
+
+def test_a_size_stays_that_the_class_has_under_its_other_name() -> None:
+    """Qwen3-VL-MoE: the class has `num_experts`, and its map lets that be `num_local_experts`."""
+    config: Any = transformers.AutoConfig.for_model("qwen3_vl_moe").get_text_config()
+    before = config.num_experts, config.num_local_experts
+    converted: Any = moeify.convert(tiny.build("llama"), MoEConfig(experts=5, top_k=2))
+    remember(config, Plan.from_dict(stored_plan(vars(converted.config))))
+    assert (config.num_experts, config.num_local_experts) == before == (60, 60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -105,8 +106,10 @@ class Written(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         share = torch.tensor(0.95, dtype=torch.float32, device=x.device)
-        threshold = torch.distributions.Normal(0, 1, validate_args=True).icdf(share)  # type: ignore[no-untyped-call]
-        return nn.functional.relu(x - x.mean(-1, keepdim=True) - x.std(-1, keepdim=True, unbiased=False) * threshold)
+        normal: Any = torch.distributions.Normal(0, 1, validate_args=True)
+        threshold = normal.icdf(share)
+        above: Tensor = (x - x.mean(-1, keepdim=True) - x.std(-1, keepdim=True, unbiased=False) * threshold).relu()
+        return above
 
 
 FFNS: dict[str, Callable[[], nn.Module]] = {
