@@ -9,26 +9,17 @@ file.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from benchmarks.measure import Command, by_turns, measure, medians, need_space, raw, table
+from benchmarks.measure import Command, by_turns, make_checkpoint, measure, medians, need_space, raw, table
 from benchmarks.record import Record, keep, measured
 
-HERE = Path(__file__)
 PEER = "cp -r"
 CODE = ("moeify/checkpoint", "moeify/conversion", "moeify/cli/writing.py")
-
-
-def make_source(dst: Path, layers: int) -> Path:
-    """A dense checkpoint, made in a process of its own."""
-    program = HERE.with_name("make_checkpoint.py")
-    subprocess.run([sys.executable, program, "llama-1b", dst, "--layers", str(layers)], check=True)
-    return dst
+summary = partial(medians, against=PEER)
 
 
 def convert(name: str, src: Path, out: Path, *more: str) -> Command:
@@ -39,9 +30,10 @@ def convert(name: str, src: Path, out: Path, *more: str) -> Command:
 
 def compare(work: Path, repeats: int, layers: int) -> Record:
     """Return what was measured."""
-    one_layer = convert("moeify convert, 1 layer", make_source(work / "one-layer", 1), work / "one-layer-moe")
+    small = make_checkpoint("llama-1b", work / "one-layer", layers=1)
+    one_layer = convert("moeify convert, 1 layer", small, work / "one-layer-moe")
     runs = by_turns([one_layer], repeats)
-    source = make_source(work / "dense", layers)
+    source = make_checkpoint("llama-1b", work / "dense", layers=layers)
     made = convert("the output to copy", source, work / "made")
     measure(made)
     copy = Command(PEER, ("cp", "-r", made.out, work / "copy"), work / "copy")
@@ -53,8 +45,8 @@ def compare(work: Path, repeats: int, layers: int) -> Record:
     runs |= by_turns(commands, repeats)
     noise = ("--method", "noise")
     drawn = [  # 13 GB take minutes, and the disk has no part in it
-        convert("… 1 layer, --method noise", work / "one-layer", work / "moe", *noise),
-        convert("… 1 layer, --method noise --workers 2", work / "one-layer", work / "moe", *noise, "--workers", "2"),
+        convert("… 1 layer, --method noise", small, work / "moe", *noise),
+        convert("… 1 layer, --method noise --workers 2", small, work / "moe", *noise, "--workers", "2"),
     ]
     runs |= by_turns(drawn, repeats)
     what = (
@@ -62,11 +54,6 @@ def compare(work: Path, repeats: int, layers: int) -> Record:
         "8 experts, top-2"
     )
     return measured(what, PEER, CODE, summary(raw(runs)), raw(runs))
-
-
-def summary(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Return the medians of each command, beside the peer's."""
-    return medians(runs, PEER)
 
 
 def page(record: Record) -> str:

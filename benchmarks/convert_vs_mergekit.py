@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Command, by_turns, measure, medians, need_space, raw, table
+from benchmarks.measure import Command, by_turns, make_checkpoint, measure, medians, need_space, raw, table
 from benchmarks.record import Record, keep, measured
 
-HERE = Path(__file__)
 MERGEKIT = ("mergekit==0.1.5", "torch==2.13.0")
 PEER = "mergekit-moe"
 CODE = ("moeify/checkpoint", "moeify/conversion", "moeify/cli/writing.py")
@@ -52,8 +51,7 @@ def install_mergekit(folder: Path) -> Path:
 
 def compare(work: Path, mergekit: Path, repeats: int) -> Record:
     """Return what was measured."""
-    src = work / "smollm2"
-    subprocess.run([sys.executable, HERE.with_name("make_checkpoint.py"), "smollm2", src], check=True)
+    src = make_checkpoint("smollm2", work / "smollm2")
     config = work / "mergekit.yaml"
     config.write_text(CONFIG.format(src=src) + f"  - source_model: {src}\n" * 8)
     ours, theirs = work / "ours", work / "theirs"

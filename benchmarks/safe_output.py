@@ -20,28 +20,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.measure import Command, Run, key, measure, raw
+from benchmarks.measure import Command, Run, key, make_checkpoint, measure, raw
 from benchmarks.record import Record, keep, measured
 
-HERE = Path(__file__)
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[1]
 CODE = ("moeify/files", "moeify/cli/writing.py")
 OPTIONS = ("--experts", "3", "--top-k", "2", "--shard-size", "50MB")
 _SHIM = "import os; os.fsync = lambda _: None; from moeify.cli import main; main()"
 _PLAIN = "from moeify.cli import main; main()"
 
 
-def make_source(dst: Path, layers: int, hidden: int) -> Path:
-    """A dense checkpoint, made in a process of its own."""
-    shape = ("--layers", str(layers), "--hidden", str(hidden))
-    subprocess.run([sys.executable, HERE.with_name("make_checkpoint.py"), "llama-1b", dst, *shape], check=True)
-    return dst
-
-
 def commands(old: Path, work: Path) -> dict[str, list[Command]]:
     """The three ways of each task, by the task's name."""
-    convert = ("convert", make_source(work / "dense", 2, 1024), work / "moe", *OPTIONS)
-    smaller = make_source(work / "smaller", 4, 512)
+    convert = ("convert", make_checkpoint("llama-1b", work / "dense", layers=2, hidden=1024), work / "moe", *OPTIONS)
+    smaller = make_checkpoint("llama-1b", work / "smaller", layers=4, hidden=512)
     subprocess.run([sys.executable, "-m", "moeify", "convert", smaller, work / "small-moe", *OPTIONS], check=True)
     export = ("export", work / "small-moe", work / "onnx/model.onnx")
     found = {}

@@ -23,10 +23,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.measure import key
+from benchmarks.measure import key, make_checkpoint
 from benchmarks.record import ROOT, Record, keep, measured
 
-HERE = Path(__file__)
 VARIANTS = {  # of Mixtral's implementations the two fastest on CPUs (experts_cpu.py)
     "moeify": ("moeify", "--set", "attach_losses=true"),
     "mixtral grouped_mm": ("mixtral",),
@@ -71,8 +70,7 @@ def worker(variant: str, path: str) -> None:
 
 def compare(work: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
     """Return what each variant took, round by round."""
-    dense = work / "dense"
-    subprocess.run([sys.executable, HERE.with_name("make_checkpoint.py"), "smollm2", dense], check=True)
+    dense = make_checkpoint("smollm2", work / "dense")
     for family, *settings in set(VARIANTS.values()):
         command = ("-m", "moeify", "convert", dense, work / family, "--experts", "8", "--top-k", "2", "--to", family)
         subprocess.run([sys.executable, *command, *settings], check=True)

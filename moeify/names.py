@@ -1,4 +1,4 @@
-"""Names of a model's parts for people: those of repeated layers are one."""
+"""Names and numbers for people: those of repeated layers are one, and large numbers are short."""
 
 from __future__ import annotations
 
@@ -71,3 +71,11 @@ def left_out(names: Sequence[str]) -> str:
     """Return a note on stored tensors that the dense model has no place for."""
     which = f"{folded(names)}; it is" if len(names) == 1 else f"{len(names)} tensors ({folded(names)}); they are"
     return f"note: the dense model has no place for {which} left out"
+
+
+def quantity(number: float, unit: str = "") -> str:
+    """Return 134,515,008 as 134.5M; with a unit, 538060032 as 538.1 MB."""
+    for limit, letter in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.1f}{' ' * bool(unit)}{letter}{unit}"
+    return f"{number:.0f}{' ' * bool(unit)}{unit}"

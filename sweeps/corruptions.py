@@ -26,15 +26,8 @@ COPY, NOISE, CUT = MoEConfig(4, 2), MoEConfig(4, 2, method="noise"), MoEConfig(8
 _SIZES = {"hidden_size": 36, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 3,
           "vocab_size": 101, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1,
           "eos_token_id": 2}  # fmt: skip
-_GPT2 = {
-    "n_layer": 3,
-    "n_embd": 36,
-    "n_inner": 64,
-    "n_head": 3,
-    "vocab_size": 101,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_GPT2 = {"n_layer": 3, "n_embd": 36, "n_inner": 64, "n_head": 3, "vocab_size": 101, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
 EXPERT = "model.layers.1.{}.experts.{}.{}.weight"
 
 

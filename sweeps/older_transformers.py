@@ -17,13 +17,10 @@ import transformers
 from safetensors.torch import load_file
 
 
-def _auto() -> Any:
-    return transformers.AutoModelForCausalLM
-
-
 def measure(folder: Path) -> float | str:
     """Return the largest difference of a logit, relative to the largest logit, or why there is none."""
-    stored, auto = load_file(folder / "expected.safetensors"), _auto()
+    stored = load_file(folder / "expected.safetensors")
+    auto: Any = transformers.AutoModelForCausalLM
     try:
         model, info = auto.from_pretrained(folder / "dst", output_loading_info=True)
     except Exception as error:

@@ -39,11 +39,6 @@ class Cost:
     dropped: int
 
 
-def useful_flops(counts: Sequence[int], hidden: int, intermediate: int) -> int:
-    """Return the multiplications and additions that a gated FFN needs for these rows per expert."""
-    return _flops(sum(counts), hidden, intermediate)
-
-
 def tiled(counts: Sequence[int], tokens: int, hidden: int, intermediate: int, block_m: int) -> Cost:
     """Return our cost: the gather is part of the up projection, and the activation too; only last tiles are ragged."""
     choices, rows = sum(counts), sum(_round_up(n, block_m) for n in counts)

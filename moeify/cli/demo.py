@@ -37,7 +37,7 @@ def demo(ctx: click.Context, folder: Path) -> None:
     from moeify.cli.quiet import without_bars
     from moeify.cli.report import report
 
-    source, target = _model_file(), folder / "smollm2-8x135m"
+    source, target = model_file(), folder / "smollm2-8x135m"
     _headline(1, f"moeify inspect {source.name}")
     ctx.invoke(inspect, src=str(source))
     _headline(2, f"moeify convert {source.name} {target} --experts 8 --top-k 2")
@@ -91,8 +91,12 @@ def _answer(model: GenerationMixin, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
-def _model_file() -> Path:
-    """Return the GGUF file in the demo's package."""
+def model_file() -> Path:
+    """Return the GGUF file of SmolLM2-135M, which has a package of its own.
+
+    Raises:
+        CheckpointError: It is not installed.
+    """
     found = importlib.util.find_spec(_PACKAGE)
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if not files:

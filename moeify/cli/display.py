@@ -12,8 +12,7 @@ from rich.text import Text
 
 from moeify.cli.options import silent
 from moeify.errors import printable
-from moeify.names import folded
-from moeify.numbers import quantity
+from moeify.names import folded, quantity
 
 if TYPE_CHECKING:
     from moeify.contract.found import FoundLayer

@@ -99,7 +99,7 @@ def _heading(each: LayerEstimate) -> str:
 
 def _capacities(each: LayerEstimate) -> Table:
     from moeify.cli.display import plain_table
-    from moeify.numbers import quantity
+    from moeify.names import quantity
 
     shown = plain_table("factor", "capacity", "dropped", "rows", "worst rows", "exchanged", "kept", "worst kept")
     for at in each.at:
@@ -116,7 +116,7 @@ def _capacities(each: LayerEstimate) -> Table:
 
 def _engines(estimate: Estimate) -> Table:
     from moeify.cli.display import plain_table
-    from moeify.numbers import quantity
+    from moeify.names import quantity
     from moeify.parallel.advice import duration
 
     shown = plain_table("model", "tokens sent", "weights sent", "waits", "with AdamW", "whole besides")

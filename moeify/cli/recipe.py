@@ -20,17 +20,8 @@ from moeify.files.yaml_text import parse_yaml
 Command = TypeVar("Command", bound=Callable[..., object])
 
 _SET = "settings"  # the one option that is a mapping in a recipe
-_OF_A_RUN = {"config", "dry_run", "as_json", "as_yaml", "resume", "overwrite"}
-_OF_A_RUN |= {
-    "ep",
-    "dp",
-    "tokens",
-    "bandwidth",
-    "flops",
-    "workers",
-    "part",
-    "join",
-}  # like the others not of what is made
+_OF_A_RUN = {"config", "dry_run", "as_json", "as_yaml", "resume", "overwrite", "workers", "part", "join",
+             "ep", "dp", "tokens", "bandwidth", "flops"}  # fmt: skip
 _EXAMPLE = "moeify convert SRC --experts 8 --top-k 2 --dry-run --yaml prints one"
 
 

@@ -38,14 +38,14 @@ class Cost(NamedTuple):
 def dense_cost(dense: DenseCheckpoint) -> Cost:
     """Count a checkpoint as it is; no weight is read."""
     if layers := find_layers(dense.model):
-        return model_cost(dense.model, layers, dense.nbytes)
+        return model_cost(dense.model, layers, dense.source.nbytes)
     parameters = sum(parameter.numel() for parameter in dense.model.parameters())
     found = [p for node in dense.graph_module.graph.nodes if (p := as_projection(node))]
     rows = [p.node.meta["val"].numel() // p.out_features for p in found]
     tokens = max((n for n in rows if isinstance(n, int)), default=1)
     met = [n if isinstance(n, int) else tokens for n in rows]  # where the data say how many, at most every token
     products = sum(n * p.in_features * p.out_features for n, p in zip(met, found, strict=True))
-    return Cost(parameters, parameters, dense.nbytes, 2 * products // tokens)
+    return Cost(parameters, parameters, dense.source.nbytes, 2 * products // tokens)
 
 
 def model_cost(model: nn.Module, layers: Mapping[str, FoundLayer], nbytes: int) -> Cost:

@@ -97,11 +97,6 @@ class DenseCheckpoint(Dense):
         """
         return self.source.info(self.names.of.get(name, name))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the checkpoint's tensors."""
-        return sum(info.nbytes for info in self.source.tensors.values())
-
 
 def find_ffns(model: nn.Module, example_inputs: Inputs | None = None) -> Inspection:
     """Find the dense FFNs of a model, and say of everything that looks like one why it is not (see `Dense`).

@@ -84,7 +84,7 @@ def summarize(dense: DenseCheckpoint, config: MoEConfig, layers: str = "all", ta
     return replace(seen, plan=plan, moe=moe_cost(dense, plan))
 
 
-def native_targets(dense: DenseCheckpoint, layers: str = "all") -> dict[str, str | None]:
+def native_targets(dense: DenseCheckpoint, layers: str) -> dict[str, str | None]:
     """Return for every native family why a checkpoint cannot become it exactly, None where it can.
 
     Args:

@@ -74,7 +74,7 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[in
     return ends
 
 
-def genai_config(file: Path, model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, object] | None:
+def genai_config(file: Path, model: Any, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, object] | None:
     """Return what onnxruntime-genai has to know of a decoder; None for a graph that it cannot run."""
     graph = onnx.load(file, load_external_data=False).graph
     shapes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.input}

@@ -32,6 +32,6 @@ def describe(source: Source, config: MoEConfig, example_inputs: Mapping[str, Any
     register()
     model = load_structure(source)
     layers = find_layers(model)
-    cost = model_cost(model, layers, sum(info.nbytes for info in source.tensors.values()))
+    cost = model_cost(model, layers, source.nbytes)
     obstacle = "it is converted already: start from the dense checkpoint"
     return Summary(str(source.model_type), model, cost, layers, obstacle=obstacle)

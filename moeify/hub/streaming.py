@@ -7,17 +7,19 @@ and make room for empty ones when it has run.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moeify.checkpoint.source import Source
+from moeify.errors import VerificationError, told_as
 from moeify.hub.loading import load_strictly, load_structure, load_whole
 from moeify.hub.stored import Absent, Present, present
 from moeify.pretrained import load_tensors
@@ -25,6 +27,8 @@ from moeify.tracing.skeleton import config_of, model_class, stored_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Result = TypeVar("Result")
 
 
 def load_streamed(
@@ -67,6 +71,26 @@ def load_streamed(
     for path, places in of_layer.items():
         _load_when_run(model, path, partial(_present_but, without, source, places), source.path, change)
     return model, names.unused if unused else ()
+
+
+def whole_if_needed(attempt: Callable[[bool], Result], failure: str) -> Result:
+    """Load a model in layers, run it and forget it; load it whole if it reads a weight of a layer outside of it.
+
+    Args:
+        attempt: Loads and runs it; told whether as a whole.
+        failure: What is said if that fails.
+
+    Raises:
+        VerificationError: It fails.
+    """
+    try:
+        with told_as(failure, VerificationError):
+            try:
+                return attempt(False)
+            except RuntimeError:  # torch's, of a tensor without values
+                return attempt(True)
+    finally:
+        gc.collect()  # the hooks of its layers know the model, so it would stay
 
 
 def _by_layer(places: Mapping[str, str], layers: Collection[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:

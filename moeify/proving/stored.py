@@ -7,11 +7,12 @@ the rest: every expert, in every layer, and all that a conversion copies.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from moeify.checkpoint.gguf_writer import part_values
 from moeify.checkpoint.shards import Compute, OutTensor, SourceRows
 from moeify.checkpoint.source import Source
 from moeify.conversion.dense import DenseCheckpoint
@@ -37,13 +38,7 @@ def altered_tensors(dense: Source, moe: Source, plan: Plan, cast_to: str | None)
     if not all(name in checkpoint.names.of for site in plan.sites for name in site.parameters):
         return ()
 
-    @lru_cache(maxsize=_PIECES)
-    def value(part: SourceRows | Compute) -> Tensor:
-        if not isinstance(part, SourceRows):
-            return part()
-        whole = dense.read(part.source_name)
-        return whole if part.rows is None else whole[slice(*part.rows)]
-
+    value = lru_cache(maxsize=_PIECES)(partial(part_values, dense))
     expected = output_tensors(checkpoint, plan, cast_to, lambda _: None)
     return tuple(tensor.name for tensor in expected if not _is_stored(tensor, moe, value))
 

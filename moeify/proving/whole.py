@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from moeify.checkpoint.source import Accepted, Source, open_source
-from moeify.errors import CheckpointError, ConfigError, VerificationError, told_as
+from moeify.errors import CheckpointError, ConfigError, told_as
 from moeify.hub.loading import load_structure
-from moeify.hub.streaming import load_streamed
+from moeify.hub.streaming import load_streamed, whole_if_needed
 from moeify.plan import stored_plan
 from moeify.pretrained import load_tokenizer
 from moeify.proving.layers import Calls, Chains, chains_of, comparing, recording, reports
@@ -28,8 +27,8 @@ from moeify.tracing.skeleton import build_on_meta
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_Result = TypeVar("_Result")
 _MAX_TOKENS = 512  # of a text
+_DO_NOT_RUN = "the models do not run on what both are given: give a dense model and the MoE that was made of it"
 
 
 def verify_checkpoints(
@@ -87,7 +86,7 @@ def _run_dense(
             logits = run(model, arguments).cpu()  # what has no values cannot move to the CPU
         return _Dense(arguments, logits, calls, unused)
 
-    return _whole_if_needed(attempt)
+    return whole_if_needed(attempt, _DO_NOT_RUN)
 
 
 def _run_moe(source: Source, dense: _Dense, exact: bool) -> VerifyReport:
@@ -101,20 +100,7 @@ def _run_moe(source: Source, dense: _Dense, exact: bool) -> VerifyReport:
         outside = difference_outside(model, comparers, dense.calls, dense.inputs, dense.logits)
         return compare(dense.logits, logits, exact=exact, layers=reports(comparers), outside=outside)
 
-    return _whole_if_needed(attempt)
-
-
-def _whole_if_needed(attempt: Callable[[bool], _Result]) -> _Result:
-    """Load a model, run it and forget it; load it whole if it reads a weight of a layer outside of that layer."""
-    what = "the models do not run on what both are given: give a dense model and the MoE that was made of it"
-    try:
-        with told_as(what, VerificationError):
-            try:
-                return attempt(False)
-            except RuntimeError:  # torch's, of a tensor without values
-                return attempt(True)
-    finally:
-        gc.collect()  # the hooks of its layers know the model, so it would stay
+    return whole_if_needed(attempt, _DO_NOT_RUN)
 
 
 def _inputs(ids: Tensor | None, model: PreTrainedModel) -> dict[str, object]:

@@ -88,7 +88,7 @@ def _setting(value: object) -> str:
 
 def size_of(source: Source, model: nn.Module, layers: Mapping[str, FoundLayer]) -> Size:
     """Count a checkpoint."""
-    return Size(*model_cost(model, layers, sum(info.nbytes for info in source.tensors.values())))
+    return Size(*model_cost(model, layers, source.nbytes))
 
 
 def costs_of(layers: Mapping[str, FoundLayer], moe: Size, dense: Size | None) -> Costs:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
@@ -17,28 +15,20 @@ from moeify import __version__
 from moeify.checkpoint.source import Accepted, Source, open_source
 from moeify.contract.found import FoundLayer, find_layers
 from moeify.conversion.dense import DenseCheckpoint
-from moeify.errors import MoeifyError, RefusedError, VerificationError, told_as
+from moeify.errors import RefusedError
 from moeify.hub.loading import load_structure
-from moeify.hub.streaming import load_streamed
+from moeify.hub.streaming import load_streamed, whole_if_needed
 from moeify.plan import Plan
 from moeify.proving.proof import plainly, run
 from moeify.proving.whole import verify_checkpoints
-from moeify.report.about import (
-    conversion_of,
-    costs_of,
-    engines_of,
-    plan_of,
-    proof_of,
-    recorded_proof,
-    size_of,
-)
+from moeify.report.about import conversion_of, costs_of, engines_of, plan_of, proof_of, recorded_proof, size_of
 from moeify.report.data import LayerWeights, Report, Text
 from moeify.report.findings import findings
 from moeify.report.text import Tokens, tokens_for
 from moeify.report.watching import Watched, perplexity, watch
 from moeify.report.weights import distances, weights_of
 
-Result = TypeVar("Result")
+_DOES_NOT_RUN = "the model does not run"
 
 
 def collect(
@@ -114,7 +104,7 @@ def _run(
         tokens = tokens_for(source, model, text, name)
         return watch(model, tokens.inputs, compare), tokens
 
-    return _whole_if_needed(attempt)
+    return whole_if_needed(attempt, _DOES_NOT_RUN)
 
 
 def _compare(plan: Plan | None, origin: DenseCheckpoint | None, layer: FoundLayer) -> LayerWeights | None:
@@ -130,18 +120,4 @@ def _perplexity(dense: Source, tokens: Tokens) -> float | None:
         model, _ = load_streamed(dense, lambda _: None, whole=whole, unused=True)
         return perplexity(run(model, tokens.inputs), tokens.inputs)
 
-    return _whole_if_needed(attempt)
-
-
-def _whole_if_needed(attempt: Callable[[bool], Result]) -> Result:
-    """Load a model in layers, or whole if it reads a weight of a layer outside of that layer."""
-    try:
-        with told_as("the model does not run", VerificationError):
-            try:
-                return attempt(False)
-            except MoeifyError:
-                raise
-            except RuntimeError:  # torch's, of a tensor without values
-                return attempt(True)
-    finally:
-        gc.collect()  # the hooks of its layers know the model, so it would stay
+    return whole_if_needed(attempt, _DOES_NOT_RUN)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from moeify.names import short_names
-from moeify.numbers import quantity
+from moeify.names import quantity, short_names
 from moeify.report.data import OVERLOADED, Costs, LayerRouting, LayerWeights, Proof, Report, Training
 
 _UNDECIDED, _ALIKE = 0.95, 0.99

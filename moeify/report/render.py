@@ -10,8 +10,7 @@ from markupsafe import Markup
 
 from moeify.colors import LEVELS, ramp
 from moeify.errors import printable
-from moeify.names import folded, short_names
-from moeify.numbers import quantity
+from moeify.names import folded, quantity, short_names
 from moeify.report.data import OVERLOADED, Report
 from moeify.report.plots import Heat, line, load_heat, share_heat
 

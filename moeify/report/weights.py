@@ -6,11 +6,11 @@ Shape legend: E experts, P parameters of an expert, H hidden size, J rows of the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeify.contract.found import FoundLayer
 from moeify.conversion.layout import layer_tensors
@@ -84,7 +84,7 @@ def distances(layer: FoundLayer, plan: Plan, read: Read) -> Tensor | None:
         None where the plan does not know the layer, or its experts have another form.
     """
     site = next((site for site in plan.sites if site.path == layer.path), None)
-    held = {name: value for part in layer.experts for name, value in _stacked(part)}
+    held = {name: value for part in layer.experts for name, value in part.named_parameters(recurse=False)}
     if site is None:
         return None
     apart_E, size_E = torch.zeros(layer.num_experts), torch.zeros(layer.num_experts)
@@ -100,7 +100,3 @@ def distances(layer: FoundLayer, plan: Plan, read: Read) -> Tensor | None:
         apart_E += (found.float() - dense).square().flatten(1).sum(1)
         size_E += dense.square().flatten(1).sum(1)
     return (apart_E / size_E.clamp(min=1e-30)).sqrt()
-
-
-def _stacked(part: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    return part.named_parameters(recurse=False)

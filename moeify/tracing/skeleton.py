@@ -126,11 +126,6 @@ def _decoded(value: object) -> object:
     return [_decoded(inner) for inner in value] if isinstance(value, list) else value
 
 
-def full_config(config: JsonObject) -> JsonObject:
-    """Return a `config.json` with every default that its class fills in."""
-    return config_of(config).to_dict()
-
-
 @dataclass(frozen=True)
 class StoredNames:
     """How a checkpoint's tensors relate to a model's parameters and buffers.

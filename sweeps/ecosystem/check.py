@@ -13,6 +13,7 @@ from sweeps.exactness import line_of
 WORKS, WITH_A_LINE, FAILS = "works", "works with a line of code", "does not"
 CONVERTED = ("llama", "gemma3", "gpt2")
 NATIVE = ("mixtral", "qwen3_moe")
+LINE = "moeify.linearize(model)"  # the line of code that many tools need
 
 
 @dataclass(frozen=True)

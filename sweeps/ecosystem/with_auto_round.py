@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sweeps.ecosystem.check import CONVERTED, NATIVE, Check
+from sweeps.ecosystem.check import CONVERTED, LINE, NATIVE, Check
 from sweeps.ecosystem.models import Subject, library, logits, words
 from sweeps.ecosystem.quantized import expert_linears, judge
-
-LINE = "moeify.linearize(model)"
 
 
 def rtn(subject: Subject) -> None:
@@ -23,18 +21,12 @@ def tuned(subject: Subject) -> None:
 
 def rtn_linearized(subject: Subject) -> None:
     """Round to nearest, experts as linear layers."""
-    _quantize(subject, _linearized(subject), iters=0)
+    _quantize(subject, subject.linearized(), iters=0)
 
 
 def tuned_linearized(subject: Subject) -> None:
     """Tune the rounding, experts as linear layers."""
-    _quantize(subject, _linearized(subject), iters=2)
-
-
-def _linearized(subject: Subject) -> Any:
-    import moeify
-
-    return moeify.linearize(subject.load())
+    _quantize(subject, subject.linearized(), iters=2)
 
 
 def _quantize(subject: Subject, model: Any, iters: int) -> None:

@@ -43,9 +43,7 @@ def experts_in_4_bits(subject: Subject) -> None:
 
 def experts_in_4_bits_linearized(subject: Subject) -> None:
     """Save the experts as linear layers, and load those with 4-bit experts."""
-    import moeify
-
-    model: Any = moeify.linearize(subject.load())
+    model = subject.linearized()
     expected = logits(model)
     model.save_pretrained(subject.scratch / "linear")
     model = subject.load(subject.scratch / "linear", quantization_config=_config())

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from sweeps.ecosystem.check import CONVERTED, NATIVE, Check
+from sweeps.ecosystem.check import CONVERTED, LINE, NATIVE, Check
 from sweeps.ecosystem.models import Subject, library, logits, words
 from sweeps.ecosystem.quantized import expert_linears, judge
-
-LINE = "moeify.linearize(model)"
 
 
 def w8a8(subject: Subject) -> None:
@@ -19,7 +17,7 @@ def w8a8(subject: Subject) -> None:
 
 def w8a8_linearized(subject: Subject) -> None:
     """The same, experts as linear layers."""
-    _data_free(subject, _linearized(subject))
+    _data_free(subject, subject.linearized())
 
 
 def gptq(subject: Subject) -> None:
@@ -29,13 +27,7 @@ def gptq(subject: Subject) -> None:
 
 def gptq_linearized(subject: Subject) -> None:
     """The same, experts as linear layers."""
-    _calibrated(subject, _linearized(subject))
-
-
-def _linearized(subject: Subject) -> Any:
-    import moeify
-
-    return moeify.linearize(subject.load())
+    _calibrated(subject, subject.linearized())
 
 
 def _data_free(subject: Subject, model: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sweeps.ecosystem.check import CONVERTED, NATIVE, Check
+from sweeps.ecosystem.check import CONVERTED, LINE, NATIVE, Check
 from sweeps.ecosystem.models import Subject, library, logits
 from sweeps.ecosystem.quantized import expert_linears, judge
 
@@ -75,7 +75,6 @@ def _stacks_are_quantized(model: Any) -> None:
     assert named and not plain, f"{len(plain)} of {len(named)} stacks stayed as they were"
 
 
-LINE = "moeify.linearize(model)"
 CHECKS = (
     Check("torchao", "`quantize_`, int8 weights, every `nn.Linear`", linears),
     Check("torchao", "`quantize_`, int8 weights, experts", stacks, CONVERTED + NATIVE[:1], LINE, stacks_linearized),

@@ -7,15 +7,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from moeify.cli import main
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRAINING = sorted(path.parent.name for path in EXAMPLES.glob("*/run.py"))
@@ -85,13 +81,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small MoE in ONNX, with a tokenizer of one word for each id."""
     folder = tmp_path_factory.mktemp("exported")
     tiny.save(tiny.build("llama"), folder / "dense")
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny.VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast: Any = PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder / "dense")
+    tiny.tokenizer().save_pretrained(folder / "dense")
     out = folder / "moe.onnx"
-    command = ["export", folder / "dense", out, "--preset", "mixtral", "--experts", 3, "--layers", "0"]
-    done = CliRunner().invoke(main, [str(argument) for argument in command])
+    done = moeify_command("export", folder / "dense", out, "--preset", "mixtral", "--experts", 3, "--layers", "0")
     assert done.exit_code == 0, done.output
     return out
 

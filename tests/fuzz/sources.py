@@ -52,10 +52,7 @@ def gpt2(folder: Path) -> None:
 
 def _save(model: Any, folder: Path, **options: Any) -> None:
     torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder, **options)
+    tiny.draw(model, std=0.2).save_pretrained(folder, **options)
 
 
 def _tiny(name: str, folder: Path) -> None:

@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests.moeify import tiny
+
 tf: Any = transformers
 EXPERTS, TOP_K, VOCABULARY = 6, 2, 101
 _TEXT = {"vocab_size": VOCABULARY, "hidden_size": 36, "intermediate_size": 57, "num_hidden_layers": 3,
@@ -67,10 +69,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def build(name: str, seed: int = 0) -> Any:
     """A model whose routing is undecided nowhere and even nowhere."""
     torch.manual_seed(seed)
-    model: Any = MODELS[name]().eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.15)
+    model = tiny.draw(MODELS[name]().eval())
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the default wants whole 16 bytes
     return model

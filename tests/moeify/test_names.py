@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from moeify.names import fold, folded, left_out, short_names
+from moeify.names import fold, folded, left_out, quantity, short_names
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,11 @@ def test_what_is_left_out_is_one_line() -> None:
 )
 def test_layers_are_called_by_their_numbers_where_these_tell_them_apart(paths: list[str], expected: list[str]) -> None:
     assert short_names(paths) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "unit", "text"),
+    [(0, "", "0"), (999, "B", "999 B"), (134_515_008, "", "134.5M"), (692e9, "", "692.0B"), (2.77e9, "B", "2.8 GB")],
+)
+def test_quantities_are_short(number: float, unit: str, text: str) -> None:
+    assert quantity(number, unit) == text

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint, plan_checkpoint
 from moeify.conversion.dense import DenseCheckpoint
+from moeify.conversion.module import convert
 from moeify.plan import Plan
 
 tf: Any = transformers  # its types are stricter than its configurations are meant
@@ -68,6 +70,39 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         )
     ),
 }
+
+
+def draw(model: Any, std: float = 0.15) -> Any:
+    """Give the trained matrices of a model random values, and return it."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter.requires_grad:
+            nn.init.normal_(parameter, std=std)
+    return model
+
+
+def differing_moe() -> nn.Module:
+    """A converted Llama whose experts and routers differ."""
+    model = convert(build("llama"), MoEConfig(4, 2))
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name or ".router." in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def mixtral(**sizes: int) -> Any:
+    """A stock MoE."""
+    usual = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": VOCABULARY, "num_local_experts": 4}  # fmt: skip
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**usual | sizes)).eval()
+
+
+def tokenizer(*special: str, **named: str) -> Any:
+    """A tokenizer of the words w0, w1, … after some special ones, which are also given by what they are for."""
+    words = [*special, *(f"w{number}" for number in range(VOCABULARY - len(special)))]
+    plain = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[0]))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tf.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token=words[0], **named)
 
 
 def build(name: str, seed: int = 0) -> nn.Module:

@@ -57,6 +57,13 @@ def residual(*mlps: nn.Module) -> Model:
     return Model(run, *(mlps or (Mlp(),)))
 
 
+def twice(m: Model, x: Tensor) -> Tensor:
+    """One MLP that is called twice."""
+    x = x + m.mlps[0](x)
+    out: Tensor = x + m.mlps[0](m.other(x) + x)
+    return out
+
+
 def find(model: nn.Module, *shape: int) -> Inspection:
     return find_ffns_in(trace(model, torch.zeros(shape or (2, TOKENS, HIDDEN))))
 

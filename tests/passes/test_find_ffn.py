@@ -12,7 +12,7 @@ from moeify.passes.base import PassResult
 from moeify.passes.find_ffn import FindFFN, find_ffns_in, findings
 from moeify.tracing.trace import trace
 from tests.moeify import tiny
-from tests.passes.blocks import HIDDEN, INTERMEDIATE, TOKENS, Mlp, Model, find, only_reason, residual, snapshot
+from tests.passes.blocks import HIDDEN, INTERMEDIATE, TOKENS, Mlp, Model, find, only_reason, residual, snapshot, twice
 
 # The architectures of `tiny`: how many, kind, activation, and where gate and up rows lie (projection, start, stop).
 Rows = tuple[int, int, int]
@@ -101,11 +101,6 @@ def test_bare_parameters() -> None:
 
 
 def test_layers_that_share_an_ffn_have_one_that_is_called_often() -> None:
-    def twice(m: Model, x: Tensor) -> Tensor:
-        x = x + m.mlps[0](x)
-        out: Tensor = x + m.mlps[0](m.other(x) + x)
-        return out
-
     (ffn,) = find(Model(twice, Mlp())).ffns
     assert len(ffn.calls) == 2
 

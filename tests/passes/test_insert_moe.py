@@ -10,17 +10,7 @@ from moeify.layers import SparseMoE
 from moeify.passes.find_ffn import find_ffns_in
 from moeify.passes.insert_moe import InsertMoE, put
 from moeify.routers import Hash
-from tests.passes.blocks import (
-    CONFIG,
-    HIDDEN,
-    INTERMEDIATE,
-    TOKENS,
-    Mlp,
-    Model,
-    exported,
-    planned,
-    residual,
-)
+from tests.passes.blocks import CONFIG, HIDDEN, INTERMEDIATE, TOKENS, Mlp, Model, exported, planned, residual, twice
 
 
 def inserted(model: nn.Module, config: MoEConfig = CONFIG, *inputs: Tensor) -> fx.GraphModule:
@@ -57,11 +47,6 @@ def test_the_layers_hold_zeros_and_are_called_with_the_shapes_of_the_trace() -> 
 
 
 def test_an_ffn_that_is_called_twice_has_one_layer_and_two_calls() -> None:
-    def twice(m: Model, x: Tensor) -> Tensor:
-        x = x + m.mlps[0](x)
-        out: Tensor = x + m.mlps[0](m.other(x) + x)
-        return out
-
     graph = inserted(Model(twice, Mlp()))
     assert [node.target for node in graph.graph.find_nodes(op="call_module")] == ["mlps.0", "mlps.0"]
     assert list(layers_of(graph)) == ["mlps.0"]

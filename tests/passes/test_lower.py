@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from moeify.config import MoEConfig
 from moeify.conversion.graph import convert_graph
@@ -10,7 +10,7 @@ from moeify.measure import TOLERANCE
 from moeify.passes.base import PassResult
 from moeify.passes.insert_losses import InsertLosses
 from moeify.passes.lower import IMPLEMENTATIONS, Lower
-from tests.passes.blocks import CONFIG, HIDDEN, TOKENS, Mlp, Model, exported, residual, snapshot
+from tests.passes.blocks import CONFIG, HIDDEN, TOKENS, Mlp, Model, exported, residual, snapshot, twice
 
 X = torch.randn(2, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(0))
 SINKHORN = MoEConfig(4, 2, router="sinkhorn")  # a router with a block `with torch.no_grad()`
@@ -63,11 +63,6 @@ def test_layers_are_written_out_in_the_mode_that_they_are_in() -> None:
 
 
 def test_a_layer_that_is_called_twice_is_written_out_twice() -> None:
-    def twice(m: Model, x: Tensor) -> Tensor:
-        x = x + m.mlps[0](x)
-        out: Tensor = x + m.mlps[0](m.other(x) + x)
-        return out
-
     given = convert_graph(exported(Model(twice, Mlp())), SINKHORN).train()
     lowered = Lower()(given).graph_module
     experts = lowered.graph.find_nodes(op="call_function", target=torch.ops.moeify.experts.default)

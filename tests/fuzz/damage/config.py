@@ -35,13 +35,6 @@ def another_architecture(rng: Random, src: Path) -> str:
     return jsons.set_entry(src / "config.json", "architectures", [rng.choice(ARCHITECTURES)])
 
 
-def text(rng: Random, src: Path) -> str:
-    return files.of_text(rng, src / "config.json")
-
-
-def bits(rng: Random, src: Path) -> str:
-    return files.flip(rng, src / "config.json")
-
-
-def place(rng: Random, src: Path) -> str:
-    return files.in_its_place(rng, src / "config.json")
+text = files.at("config.json", files.of_text)
+bits = files.at("config.json", files.flip)
+place = files.at("config.json", files.in_its_place)

@@ -13,6 +13,11 @@ from tempfile import gettempdir
 HUGE = 3 * 2**30
 
 
+def at(name: str, damage: Callable[[Random, Path], str]) -> Callable[[Random, Path], str]:
+    """Return the damage of one file of a folder."""
+    return lambda rng, src: damage(rng, src / name)
+
+
 def flip(rng: Random, path: Path, start: int = 0, stop: int | None = None) -> str:
     """Turn one to three bits over, between two places."""
     data = bytearray(path.read_bytes())

@@ -42,16 +42,12 @@ def aliased(rng: Random, src: Path) -> str:
     return f"{held} is in the index as {other} too"
 
 
-def values(rng: Random, src: Path) -> str:
-    return jsons.of_values(rng, src / INDEX)
+values = files.at(INDEX, jsons.of_values)
+place = files.at(INDEX, files.in_its_place)
 
 
 def text(rng: Random, src: Path) -> str:
     return rng.choice((files.of_text, files.flip))(rng, src / INDEX)
-
-
-def place(rng: Random, src: Path) -> str:
-    return files.in_its_place(rng, src / INDEX)
 
 
 def shard(rng: Random, src: Path) -> str:

@@ -8,14 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import moeify
 from moeify.checkpoint.source import open_source
-from moeify.cli import main
 from moeify.errors import CheckpointError
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 Changes = dict[str, Any]
 
@@ -66,14 +65,14 @@ def test_an_adapter_is_converted_proved_and_loaded(tmp_path: Path) -> None:
     (tmp_path / "base/LICENSE").write_text("base")
     (tmp_path / "base/tokenizer_config.json").write_text("{}")
     (tmp_path / "adapter/tokenizer_config.json").write_text('{"a": 1}')
-    run, src, dst = CliRunner().invoke, str(tmp_path / "adapter"), str(tmp_path / "moe")
-    result = run(main, ["convert", src, dst, "--experts", "2", "--top-k", "1"])
+    src, dst = tmp_path / "adapter", tmp_path / "moe"
+    result = moeify_command("convert", src, dst, "--experts", 2, "--top-k", 1)
     assert result.exit_code == 0, result.output
     assert (tmp_path / "moe/LICENSE").read_text() == "base"
     assert json.loads((tmp_path / "moe/tokenizer_config.json").read_text()) == {"a": 1}
     moe, dense = moeify.load(dst, experts_implementation="eager"), moeify.load(src)
     assert tiny.relative(tiny.logits(moe, "llama"), tiny.logits(dense, "llama")) < 1e-5
-    onto = run(main, ["convert", src, str(tmp_path / "base"), "--experts", "2", "--top-k", "1", "--overwrite"])
+    onto = moeify_command("convert", src, tmp_path / "base", "--experts", 2, "--top-k", 1, "--overwrite")
     assert onto.exit_code == 1 and "overlap" in onto.output
 
 

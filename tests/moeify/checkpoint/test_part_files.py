@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import moeify
 from moeify.checkpoint.source import open_source
-from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.errors import CheckpointError
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 from tests.moeify.parts import FILE, Part, write_parts
 
 
@@ -51,7 +50,7 @@ def test_parts_are_put_together(saved: Path, tmp_path: Path) -> None:
     tiny.convert_files(whole, tmp_path / "other", MoEConfig(4, 2), target="moeify")
     one, other = (moeify.load(tmp_path / name).state_dict() for name in ("moe", "other"))
     assert all(value.equal(other[name]) for name, value in one.items())
-    proved = CliRunner().invoke(main, ["verify", str(saved), str(tmp_path / "moe")])
+    proved = moeify_command("verify", saved, tmp_path / "moe")
     assert proved.exit_code == 0, proved.output
 
 

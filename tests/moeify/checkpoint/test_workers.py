@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from moeify.checkpoint.shards import OutTensor, Shard, plan_shards
 from moeify.checkpoint.workers import write_with_workers
-from moeify.cli import main
 from moeify.errors import CheckpointError
 from tests.moeify import tiny
 from tests.moeify.checkpoint.test_writer import upcycled, write, write_source
+from tests.moeify.command import moeify_command
 
 Tell = Callable[[int], None]
 Name = Callable[[str], None]
@@ -55,7 +54,7 @@ def test_a_whole_conversion_is_the_same_to_the_last_byte(tmp_path: Path) -> None
     src = tiny.save(tiny.build("llama"), tmp_path / "src")
     words = [str(src), "--experts", "4", "--top-k", "2", "--method", "noise", "--shard-size", "60KB", "--no-verify"]
     for folder, more in (("one", []), ("two", ["--workers", "2"]), ("three", ["--workers=3"])):
-        result = CliRunner().invoke(main, ["convert", words[0], str(tmp_path / folder / "moe"), *words[1:], *more])
+        result = moeify_command("convert", words[0], tmp_path / folder / "moe", *words[1:], *more)
         assert result.exit_code == 0, result.output
     one, two, three = (contents(tmp_path / folder / "moe") for folder in ("one", "two", "three"))
     assert len(one) > 4

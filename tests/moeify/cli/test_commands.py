@@ -7,11 +7,11 @@ import sys
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from moeify import __version__
-from moeify.cli import COMMANDS, main
+from moeify.cli import COMMANDS
 from moeify.errors import CheckpointError, ConfigError, MoeifyError, RefusedError, VerificationError
+from tests.moeify.command import moeify_command
 
 
 def test_help_lists_every_command_and_loads_none_of_them() -> None:
@@ -27,16 +27,16 @@ def test_help_lists_every_command_and_loads_none_of_them() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_says_what_it_does(name: str) -> None:
-    result = CliRunner().invoke(main, [name, "--help"])
+    result = moeify_command(name, "--help")
     assert result.exit_code == 0 and f"main {name}" in result.stdout
 
 
 def test_the_version() -> None:
-    assert CliRunner().invoke(main, ["--version"]).output == f"moeify, version {__version__}\n"
+    assert moeify_command("--version").output == f"moeify, version {__version__}\n"
 
 
 def test_an_unknown_command_is_wrong_usage() -> None:
-    result = CliRunner().invoke(main, ["upcycle"])
+    result = moeify_command("upcycle")
     assert result.exit_code == 2 and "there is no command 'upcycle'" in result.stderr
 
 
@@ -52,6 +52,6 @@ def test_an_error_is_one_line_and_an_exit_code(
         raise error("first\n  second")
 
     monkeypatch.setattr("moeify.cli.doctor.doctor", failing)
-    result = CliRunner().invoke(main, ["doctor"])
+    result = moeify_command("doctor")
     assert result.exit_code == code and result.stdout == ""
     assert result.stderr.splitlines()[-1] == "Error: first second"

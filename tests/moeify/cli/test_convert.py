@@ -7,24 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from moeify.checkpoint import writer
-from moeify.cli import main
 from moeify.config import MoEConfig
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 BASE = ("--experts", "3", "--top-k", "2")
 
 
-def convert(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["convert", *map(str, arguments)])
+convert = partial(moeify_command, "convert")
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -82,7 +81,7 @@ def test_convert_verifies_and_says_what_it_did(src: Path, tmp_path: Path) -> Non
 def test_a_narrower_dtype_is_proved_against_the_rounded_weights(src: Path, tmp_path: Path) -> None:
     result = convert(src, tmp_path / "moe", *BASE, "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output
-    verified = CliRunner().invoke(main, ["verify", str(src), str(tmp_path / "moe")])
+    verified = moeify_command("verify", src, tmp_path / "moe")
     assert verified.exit_code == 0, verified.output
     assert load_file(tmp_path / "moe/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
@@ -282,7 +281,7 @@ def test_a_kill_leaves_the_output_absent_and_a_resume_makes_it_whole(tmp_path: P
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not dst.exists()
-    assert CliRunner().invoke(main, [*command, "--resume"]).exit_code == 0
+    assert moeify_command(*command, "--resume").exit_code == 0
     resumed = digest(dst)
     assert convert(*command[1:], "--overwrite").exit_code == 0
     assert {**resumed, "README.md": ""} == {**digest(dst), "README.md": ""}  # it names "--overwrite"

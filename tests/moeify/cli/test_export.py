@@ -3,29 +3,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from moeify.cli import main
 from tests.moeify import tiny
-
-
-def moeify(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+from tests.moeify.command import moeify_command
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense checkpoint with a tokenizer of one word for each id."""
     folder = tiny.save(tiny.build("llama"), tmp_path_factory.mktemp("source") / "src")
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny.VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast: Any = PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -35,17 +24,17 @@ def test_a_dense_checkpoint_converts_exports_and_speaks(
 ) -> None:
     monkeypatch.setitem(tiny._LLAMA, "num_hidden_layers", 1)
     out = tmp_path / form
-    result = moeify("export", source, out, "--preset", "mixtral", "--experts", 3, "--layers", "0", "--json")
+    result = moeify_command("export", source, out, "--preset", "mixtral", "--experts", 3, "--layers", "0", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["relative"] <= report["tolerance"] and report["operators"]["moeify::SparseMoE"] == 1
-    spoken = moeify("run", out, "--prompt", "w5 w17 w3", "--max-new-tokens", 4, "--threads", 1)
+    spoken = moeify_command("run", out, "--prompt", "w5 w17 w3", "--max-new-tokens", 4, "--threads", 1)
     assert spoken.exit_code == 0, spoken.output
     assert 1 <= len(spoken.stdout.split()) <= 4 and spoken.stdout.startswith("w")
     assert "tokens/s" in spoken.stderr and "CPUExecutionProvider" in spoken.stderr
-    again = moeify("export", source, out)
+    again = moeify_command("export", source, out)
     assert again.exit_code == 1 and "exists" in again.stderr and len(again.stderr.splitlines()) == 1
-    nowhere = moeify("run", out, "--prompt", "w1", "--provider", "cuda")
+    nowhere = moeify_command("run", out, "--prompt", "w1", "--provider", "cuda")
     assert nowhere.exit_code == 2 and "onnxruntime-gpu" in nowhere.stderr
 
 
@@ -54,7 +43,9 @@ def test_a_tokenizer_that_does_not_load_is_told(source: Path, tmp_path: Path) ->
     (damaged / "tokenizer.json").write_text("{")
 
     def warned() -> list[str]:
-        result = moeify("export", damaged, tmp_path / "x.onnx", "--experts", 3, "--top-k", 2, "--layers", "none")
+        result = moeify_command(
+            "export", damaged, tmp_path / "x.onnx", "--experts", 3, "--top-k", 2, "--layers", "none"
+        )
         assert result.exit_code == 2 and "'none'" in result.stderr  # it got to the model
         return [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
 
@@ -75,11 +66,11 @@ def test_a_tokenizer_that_does_not_load_is_told(source: Path, tmp_path: Path) ->
     ],
 )
 def test_wrong_usage_is_one_line(source: Path, tmp_path: Path, options: list[str], code: int, message: str) -> None:
-    result = moeify("export", source, tmp_path / "x.onnx", *options)
+    result = moeify_command("export", source, tmp_path / "x.onnx", *options)
     assert result.exit_code == code and message in " ".join(result.stderr.split())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_source_that_is_not_there(tmp_path: Path) -> None:
-    result = moeify("export", tmp_path / "none", tmp_path / "x.onnx")
+    result = moeify_command("export", tmp_path / "none", tmp_path / "x.onnx")
     assert result.exit_code == 1 and "does not exist" in result.stderr

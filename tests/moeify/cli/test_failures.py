@@ -10,13 +10,13 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from moeify.cli import main
 from moeify.cli.quiet import DEBUG
 from moeify.errors import CheckpointError, ConfigError
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 
 def outcome(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Result:
@@ -25,7 +25,7 @@ def outcome(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Result:
         raise error
 
     monkeypatch.setattr("moeify.cli.doctor.doctor", failing)
-    return CliRunner().invoke(main, ["doctor"])
+    return moeify_command("doctor")
 
 
 AGAIN = f"; set {DEBUG}=1 to see where"
@@ -79,7 +79,7 @@ def test_markup_in_a_name_is_a_name(tmp_path: Path) -> None:
     tensors = {**load_file(folder / "model.safetensors"), "x[/b]\nError: \x1b[1m": torch.zeros(1)}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     options = ["--experts", "2", "--top-k", "1", "--no-verify"]
-    result = CliRunner().invoke(main, ["convert", str(folder), str(tmp_path / "moe[/b]"), *options])
+    result = moeify_command("convert", folder, tmp_path / "moe[/b]", *options)
     assert result.exit_code == 0, result.output
     assert f"written to {tmp_path}/moe[/b]\n" in result.stderr
     assert "no place for x[/b]\\nError: \\x1b[1m; it is left out\n" in result.stderr

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import moeify
-from moeify.cli import main
 from moeify.errors import CheckpointError, ConfigError
 from tests.moeify import tiny
 from tests.moeify.cli.test_convert import BASE, convert, edit_config, edit_weights, refused
+from tests.moeify.command import moeify_command
 
 tf: Any = transformers
 SIZES = {"vocab_size": tiny.VOCABULARY, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
@@ -100,9 +99,9 @@ def test_every_command_takes_the_flag_that_its_refusal_names(
     commands = {"convert": (*pair, *BASE), "verify": pair, "export": (pair[0], str(tmp_path / "x.onnx")),
                 "inspect": pair[:1], "families": pair[:1]}  # fmt: skip
     for name, arguments in commands.items():
-        refusal = CliRunner().invoke(main, [name, *arguments])
+        refusal = moeify_command(name, *arguments)
         assert refusal.exit_code == 1 and kind in refusal.stderr, name
-        result = CliRunner().invoke(main, [name, *arguments, kind])
+        result = moeify_command(name, *arguments, kind)
         assert result.exit_code == 0 or "it is loaded" in result.stderr, (name, result.output)
     option = {kind.removeprefix("--").replace("-", "_"): True}
     with pytest.raises(CheckpointError, match=next(iter(option))):

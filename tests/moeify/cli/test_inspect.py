@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import transformers
-from click.testing import CliRunner
 from torch import nn
 
-from moeify.cli import main
 from moeify.config import MoEConfig
 from tests.moeify import native, tiny
+from tests.moeify.command import moeify_command
 
 tf: Any = transformers
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -28,7 +27,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_any_kind_fits_a_screen(name: str, tmp_path: Path) -> None:
     src = tiny.save(MODELS[name](), tmp_path)
-    result = CliRunner().invoke(main, ["inspect", str(src)], env={"COLUMNS": "80"})
+    result = moeify_command("inspect", src, env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert 0 < len(lines) <= 40 and max(map(len, lines)) <= 80
@@ -39,7 +38,7 @@ def test_a_model_of_any_kind_fits_a_screen(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_json_is_one_document_with_the_promised_fields(name: str, tmp_path: Path) -> None:
     src = tiny.save(tiny.build(name), tmp_path / "src")
-    result = CliRunner().invoke(main, ["inspect", str(src), "--json"])
+    result = moeify_command("inspect", src, "--json")
     assert result.exit_code == 0, result.output
     seen = json.loads(result.stdout)
     assert seen["model_type"] == name and len(seen["ffns"]) == tiny.LAYERS
@@ -53,7 +52,7 @@ def test_json_is_one_document_with_the_promised_fields(name: str, tmp_path: Path
 
 def test_people_get_tables(tmp_path: Path) -> None:
     src = tiny.save(tiny.build("bert"), tmp_path / "src")
-    result = CliRunner().invoke(main, ["inspect", str(src)])
+    result = moeify_command("inspect", src)
     assert "3 dense FFNs" in " ".join(result.stdout.split()) and "gelu" in result.stdout
     assert "cls.predictions.decoder" in result.stdout and "head" in result.stdout
 
@@ -61,11 +60,11 @@ def test_people_get_tables(tmp_path: Path) -> None:
 def test_example_inputs_are_taken_in_the_place_of_guesses(tmp_path: Path) -> None:
     src, given = tiny.save(tiny.build("llama"), tmp_path / "src"), tmp_path / "inputs.json"
     given.write_text('{"inputs_embeds": {"shape": [2, 5, 36]}, "use_cache": false}')
-    result = CliRunner().invoke(main, ["inspect", str(src), "--json", "--example-inputs", str(given)])
+    result = moeify_command("inspect", src, "--json", "--example-inputs", given)
     assert result.exit_code == 0, result.output
     assert len(json.loads(result.stdout)["ffns"]) == tiny.LAYERS
     given.write_text('{"waveform": [[0.5]]}')
-    result = CliRunner().invoke(main, ["inspect", str(src), "--example-inputs", str(given)])
+    result = moeify_command("inspect", src, "--example-inputs", given)
     assert result.exit_code == 1
     assert "exactly one of input_ids" in result.stderr and "--example-inputs FILE" in result.stderr
 
@@ -73,7 +72,7 @@ def test_example_inputs_are_taken_in_the_place_of_guesses(tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["mixtral", "switch"])
 def test_the_moe_layers_of_a_native_model_are_told(name: str, tmp_path: Path) -> None:
     src = tiny.save(native.build(name), tmp_path)
-    result = CliRunner().invoke(main, ["inspect", str(src), "--json"])
+    result = moeify_command("inspect", src, "--json")
     seen = json.loads(result.stdout)
     assert len(seen["moe"]) == 3 and seen["moe"][0]["experts"] == native.EXPERTS
     idle = {"mixtral": 4 / 6, "switch": 5 / 6}[name]
@@ -89,7 +88,7 @@ def test_the_moe_layers_of_a_native_model_are_told(name: str, tmp_path: Path) ->
 def test_a_converted_model_is_told_too(tmp_path: Path) -> None:
     src = tiny.save(tiny.build("gpt2"), tmp_path / "src")
     tiny.convert_files(src, tmp_path / "moe", MoEConfig(4, 2, router="sigmoid"), target="moeify")
-    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "moe"), "--json"])
+    result = moeify_command("inspect", tmp_path / "moe", "--json")
     seen = json.loads(result.stdout)
     assert result.stderr == ""  # no progress bar of transformers
     assert [layer["router"] for layer in seen["moe"]] == ["sigmoid"] * tiny.LAYERS
@@ -98,6 +97,6 @@ def test_a_converted_model_is_told_too(tmp_path: Path) -> None:
 
 def test_all_shows_what_does_not_fit(tmp_path: Path) -> None:
     src = tiny.save(MODELS["mamba"](), tmp_path)
-    short, whole = (CliRunner().invoke(main, ["inspect", str(src), *more]).stdout for more in ([], ["--all"]))
+    short, whole = (moeify_command("inspect", src, *more).stdout for more in ([], ["--all"]))
     assert len(whole.splitlines()) > len(short.splitlines())
     assert "…" in short and "…" not in whole

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from moeify.cli import main
 from moeify.config import MoEConfig
 from tests.moeify import native, tiny
+from tests.moeify.command import moeify_command
 
-
-def asked(*words: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, words)], env={"COLUMNS": "80"})
+asked = partial(moeify_command, env={"COLUMNS": "80"})
 
 
 def test_a_dense_model_and_its_plan_cost_the_same(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from moeify.cli import COMMANDS, main
+from moeify.cli import COMMANDS
 from moeify.cli.quiet import DEBUG, quiet, without_bars
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_a_quiet_conversion_says_nothing_but_warnings_and_errors(tmp_path: Path)
 
     def said(*before: str, after: tuple[str, ...]) -> tuple[int, str, str]:
         words = [*before, "convert", src, dst, "--experts", "2", "--top-k", "2", *after]
-        done = CliRunner().invoke(main, [str(word) for word in words])
+        done = moeify_command(*words)
         return done.exit_code, done.stdout, done.stderr
 
     assert said("-q", after=("--no-verify",)) == (0, "", "")
@@ -82,4 +82,4 @@ def test_a_quiet_conversion_says_nothing_but_warnings_and_errors(tmp_path: Path)
 
 def test_every_command_can_be_quiet() -> None:
     for name in COMMANDS:
-        assert CliRunner().invoke(main, [name, "--help"]).output.count("-q, --quiet") == 1, name
+        assert moeify_command(name, "--help").output.count("-q, --quiet") == 1, name

@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 
-from moeify.cli import main
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["convert", *map(str, arguments)])
+run = partial(moeify_command, "convert")
 
 
 def plan(*arguments: object) -> dict[str, Any]:

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from moeify.cli import main
 from moeify.training.run_log import RunLog
 from moeify.training.stats import LayerStats
 from tests.moeify import native
+from tests.moeify.command import moeify_command
 from tests.moeify.report import small
 
-
-def report(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["report", *map(str, arguments)])
+report = partial(moeify_command, "report")
 
 
 @pytest.fixture

@@ -3,9 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from moeify.cli import main
+from tests.moeify.command import moeify_command
 
 
 @pytest.mark.parametrize(
@@ -21,15 +20,15 @@ from moeify.cli import main
 def test_wrong_usage_is_one_line(tmp_path: Path, options: list[str], code: int, message: str) -> None:
     path = tmp_path / "x.onnx"
     path.write_bytes(b"no model")
-    result = CliRunner().invoke(main, ["run", str(path), *options])
+    result = moeify_command("run", path, *options)
     assert result.exit_code == code and message in " ".join(result.stderr.split()) and not result.stdout
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["run", str(tmp_path), "--prompt", "w1"])
+    result = moeify_command("run", tmp_path, "--prompt", "w1")
     assert result.exit_code == 1 and f"{tmp_path}/model.onnx" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["run", str(tmp_path / "none.onnx"), "--prompt", "w1"])
+    result = moeify_command("run", tmp_path / "none.onnx", "--prompt", "w1")
     assert result.exit_code == 2 and "does not exist" in result.stderr

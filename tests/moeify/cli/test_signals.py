@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 from moeify.checkpoint import writer
 from moeify.checkpoint.shards import Shard
-from moeify.cli import main
 from moeify.cli.signals import signals_as_interrupts
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -66,7 +65,7 @@ def test_a_conversion_that_is_ended_says_how_to_go_on_and_goes_on(
             write(self, shard)
 
         monkeypatch.setattr(writer._ShardWriter, "write", write_and_end)
-        result = CliRunner().invoke(main, arguments)
+        result = moeify_command(*arguments)
         assert result.exit_code == 1 and not dst.exists()
         return result.stderr.splitlines()[-1]
 
@@ -74,5 +73,5 @@ def test_a_conversion_that_is_ended_says_how_to_go_on_and_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
     assert ended_at("00002-of") == f"Error: interrupted; {dst} was not made: run again with --resume to go on"
     monkeypatch.undo()
-    assert CliRunner().invoke(main, [*arguments, "--resume"]).exit_code == 0
+    assert moeify_command(*arguments, "--resume").exit_code == 0
     assert [path.name for path in dst.parent.iterdir()] == ["moe"]

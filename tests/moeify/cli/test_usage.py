@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from moeify.cli import COMMANDS, main
+from moeify.cli import COMMANDS
 from moeify.families.table import FAMILIES
+from tests.moeify.command import moeify_command
 
 BASE = ["--experts", "8", "--top-k", "2"]
 WRONG: dict[str, tuple[list[str], int, str]] = {
@@ -61,9 +61,9 @@ def test_wrong_usage_loads_nothing_heavy(tmp_path: Path) -> None:
     ("name", "hint"), [("convrt", "did you mean convert?"), ("xyz", f"there are {', '.join(COMMANDS)}")]
 )
 def test_a_command_that_is_not_there(name: str, hint: str) -> None:
-    done = CliRunner().invoke(main, [name, "--experts", "8"])
+    done = moeify_command(name, "--experts", "8")
     assert done.exit_code == 2 and f"there is no command '{name}': {hint}" in done.stderr
-    assert "no such option" in CliRunner().invoke(main, ["--nothing"]).stderr.lower()
+    assert "no such option" in moeify_command("--nothing").stderr.lower()
 
 
 def test_shells_complete_commands_and_options(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_shells_complete_commands_and_options(tmp_path: Path) -> None:
 
 
 def test_help_lists_every_choice() -> None:
-    shown = " ".join(CliRunner().invoke(main, ["convert", "--help"]).output.split())
+    shown = " ".join(moeify_command("convert", "--help").output.split())
     for word in (*FAMILIES, "expert_choice", "noise", "every:N", "bf16", "capacity_factor", "drop_order", "z_loss"):
         assert word in shown
 

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from moeify.cli import main
 from moeify.config import MoEConfig
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
-
-def verify(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["verify", *map(str, arguments)])
+verify = partial(moeify_command, "verify")
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def test_tensors_that_do_not_fit_are_errors(pair: tuple[Path, Path], change: str
 def test_a_path_that_is_not_there(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     result = verify(pair[0], tmp_path / "nothing")
     assert result.exit_code == 1 and "does not exist" in result.stderr
-    result = CliRunner().invoke(main, ["verify", str(pair[0]), "x" * 300])
+    result = moeify_command("verify", pair[0], "x" * 300)
     assert result.exit_code == 1 and "does not exist" in result.stderr
 
 
@@ -105,7 +103,7 @@ def test_nan_where_the_dense_model_gives_nan_too_is_a_warning(pair: tuple[Path, 
     save_file(tensors, pair[0] / "model.safetensors", {"format": "pt"})
     moe = pair[1].with_name("nan")
     arguments = ["convert", str(pair[0]), str(moe), "--experts", "3", "--top-k", "2", "--to", target]
-    result = CliRunner().invoke(main, arguments)
+    result = moeify_command(*arguments)
     assert result.exit_code == 0, result.output
     assert "logits are NaN in both models, at the same places" in result.stderr
     verified = verify(pair[0], moe)

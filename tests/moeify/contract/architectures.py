@@ -46,11 +46,7 @@ def build(name: str) -> Any:
     if name in tiny.MODELS:
         return tiny.build(name)
     torch.manual_seed(0)
-    model = OTHERS[name]().eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.15)
-    return model
+    return tiny.draw(OTHERS[name]().eval())
 
 
 def inputs(name: str) -> dict[str, Tensor]:

@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
 import moeify
 from moeify.checkpoint.source import open_source
-from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.conversion.card import model_card, source_metadata
 from moeify.conversion.checkpoint import plan_checkpoint
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.files.limits import CARD_BYTES, YAML_BYTES
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 CONFIG = MoEConfig(4, 2)
 
@@ -46,7 +45,7 @@ def front_of(card: str) -> dict[str, Any]:
 def convert(src: Path, dst: Path, *arguments: object) -> str:
     """The card that a conversion writes."""
     words = ["convert", str(src), str(dst), "--experts", "4", "--top-k", "2", *map(str, arguments)]
-    done = CliRunner().invoke(main, words)
+    done = moeify_command(*words)
     assert done.exit_code == 0, done.output
     card = (dst / "README.md").read_text()
     ModelCard(card)  # the hub's own reader takes it

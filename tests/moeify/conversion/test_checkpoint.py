@@ -239,11 +239,7 @@ def small(architecture: str, config: Any) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    model: Any = getattr(transformers, architecture)(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return model
+    return tiny.draw(getattr(transformers, architecture)(config).eval())
 
 
 def test_tensors_that_transformers_merges_or_makes_itself_are_no_obstacle(tmp_path: Path) -> None:

@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 import moeify
 from moeify.checkpoint.source import open_source
-from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.conversion.dense import Dense, DenseCheckpoint
 from moeify.errors import CheckpointError, ConfigError, MoeifyError
 from moeify.passes.find_ffn import find_ffns_in
-from moeify.tracing.skeleton import build_on_meta, full_config, model_class, stored_names
+from moeify.tracing.skeleton import build_on_meta, config_of, model_class, stored_names
 from moeify.tracing.trace import trace
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 COUNTED = (build_on_meta, stored_names, trace, find_ffns_in, model_class)
 SETTINGS = ("--experts", "3", "--top-k", "2")
@@ -52,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def run(*arguments: object) -> str:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    result = moeify_command(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -100,7 +99,7 @@ def test_a_live_conversion_traces_and_searches_once(calls: Counter[str]) -> None
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_the_full_config_is_that_of_the_class(name: str, tmp_path: Path) -> None:
     with open_source(tiny.save(tiny.build(name), tmp_path)) as source:
-        assert DenseCheckpoint(source).config == full_config(source.config)
+        assert DenseCheckpoint(source).config == config_of(source.config).to_dict()
 
 
 def test_what_is_learned_of_a_checkpoint(tmp_path: Path) -> None:
@@ -108,7 +107,7 @@ def test_what_is_learned_of_a_checkpoint(tmp_path: Path) -> None:
         dense = DenseCheckpoint(source)
         assert all(parameter.is_meta for parameter in dense.model.parameters())
         assert dense.names.of["model.embed_tokens.weight"] == "model.embed_tokens.weight"
-        assert dense.nbytes == sum(4 * parameter.numel() for parameter in dense.model.parameters())
+        assert dense.source.nbytes == sum(4 * parameter.numel() for parameter in dense.model.parameters())
         assert [ffn.name for ffn in dense.inspection.ffns] == [f"model.layers.{i}.mlp" for i in range(tiny.LAYERS)]
         assert dense.regions.keys() == {ffn.projected for ffn in dense.inspection.ffns}
         assert dense.graph_module.meta["untraced"] == {}

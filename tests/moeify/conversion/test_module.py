@@ -16,7 +16,6 @@ from tests.moeify import tiny
 
 CONFIG = MoEConfig(experts=5, top_k=2)
 TOLERANCE_FP32 = TOLERANCE["float32"]
-SELECTIONS = [("all", 3), ("every:2", 1), ("last:2", 2), ("0,2", 2), (r"layers\.1\.", 1)]
 
 
 def layers_of(model: nn.Module) -> list[SparseMoE]:

@@ -72,10 +72,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
 def test_the_text_decoder_is_converted_and_the_rest_is_untouched(name: str, tmp_path: Path) -> None:
     build, image = MODELS[name]
     torch.manual_seed(0)
-    dense: Any = build().eval()
-    for parameter in dense.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.15)
+    dense = tiny.draw(build().eval())
     src = tiny.save(dense, tmp_path / "src")
     plan = tiny.convert_files(src, tmp_path / "moe", MoEConfig(3, 2), layers="language_model")
     assert [site.path for site in plan.sites] == ["model.language_model.layers.0.mlp"]

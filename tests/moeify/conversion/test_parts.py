@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from click.testing import CliRunner
 
 from moeify.checkpoint.source import open_source
-from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import Callbacks, Output, convert_checkpoint, plan_checkpoint
 from moeify.conversion.dense import DenseCheckpoint
@@ -22,6 +20,7 @@ from moeify.conversion.parts import convert_part, join_parts
 from moeify.errors import CheckpointError
 from moeify.plan import Plan
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 Do = Callable[..., Any]
 NOISE = MoEConfig(4, 2, method="noise")
@@ -166,12 +165,12 @@ def test_parts_that_began_together_are_compared_when_they_are_joined(src: Path, 
 def test_the_command(src: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     words = ["convert", str(src), str(tmp_path / "moe"), "--experts", "4", "--top-k", "2", "--method", "noise"]
     words += ["--shard-size", "60KB", "--no-verify"]
-    one = CliRunner().invoke(main, words)
+    one = moeify_command(*words)
     assert one.exit_code == 0, one.output
     (tmp_path / "moe").rename(tmp_path / "one")
-    first = CliRunner().invoke(main, [*words, "--part", "2/2", "--workers=2"])
+    first = moeify_command(*words, "--part", "2/2", "--workers=2")
     assert first.exit_code == 0 and "part 2/2 is written" in first.output and "are: 1" in first.output, first.output
-    last = CliRunner().invoke(main, [*words, "--part=1/2"])
+    last = moeify_command(*words, "--part=1/2")
     assert last.exit_code == 0 and "written to" in last.output, last.output
     assert contents(tmp_path / "moe") == contents(tmp_path / "one")  # the card, too
     for wrong, text in (
@@ -180,5 +179,5 @@ def test_the_command(src: Path, whole: dict[str, bytes], tmp_path: Path) -> None
         (["--join", "--dry-run"], "without --dry-run"),
         (["--join"], "exists"),
     ):
-        result = CliRunner().invoke(main, [*words, *wrong])
+        result = moeify_command(*words, *wrong)
         assert result.exit_code in (1, 2) and text in result.output and "Traceback" not in result.output

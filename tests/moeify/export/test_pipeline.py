@@ -27,13 +27,7 @@ tf: Any = transformers
 
 @pytest.fixture(scope="module")
 def moe() -> nn.Module:
-    """A converted Llama whose experts and routers differ."""
-    model = moeify.convert(tiny.build("llama"), moeify.MoEConfig(4, 2))
-    torch.manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if ".experts." in name or ".router." in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model
+    return tiny.differing_moe()
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +63,7 @@ def test_the_report_says_what_was_measured(exported: tuple[Path, moeify.OnnxRepo
 
 
 def test_a_stock_moe_for_cuda_waits_for_nothing_that_only_the_device_knows(tmp_path: Path) -> None:
-    config = tf.MixtralConfig(
-        hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=101, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    report = moeify.export_onnx(tf.MixtralForCausalLM(config).eval(), tmp_path / "mixtral.onnx", "cuda")
+    report = moeify.export_onnx(tiny.mixtral(intermediate_size=24), tmp_path / "mixtral.onnx", "cuda")
     assert report.passed and report.operators["com.microsoft::MoE"] == 1 and report.requires == "1.28"
     assert not {"NonZero", "Split", "If", "Loop", "GatherND"} & report.operators.keys()
     graph: Any = onnx.load(tmp_path / "mixtral.onnx").graph
@@ -112,11 +102,7 @@ def test_the_file_that_is_written_is_loaded_and_not_only_its_twin(
 
 
 def test_a_rounded_graph_is_held_to_pytorch_with_the_same_rounded_weights(tmp_path: Path) -> None:
-    config = tf.MixtralConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=101, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    model = tf.MixtralForCausalLM(config).eval()
+    model = tiny.mixtral()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report = moeify.export_onnx(model, tmp_path / "mixtral.onnx", quantize="int4")
     assert report.passed and report.relative < 1e-5 < (report.rounding or 0) < 0.5
@@ -267,11 +253,7 @@ def test_half_precision_is_traced_once_and_leaves_the_model_as_it_was(
 def test_the_float32_twin_is_gone_before_onnx_runtime_holds_its_own_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tf.MixtralConfig(
-        hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=101, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    model = tf.MixtralForCausalLM(config).eval().to(torch.float16)
+    model = tiny.mixtral(intermediate_size=24).to(torch.float16)
     weights: list[Any] = []
     write_exact = pipeline._Export._write_exact
 

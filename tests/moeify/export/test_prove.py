@@ -95,12 +95,7 @@ def test_an_output_of_another_shape_is_one_line() -> None:
 def llama(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """A converted Llama of one layer, whose experts and routers differ."""
     monkeypatch.setitem(tiny._LLAMA, "num_hidden_layers", 1)
-    model = moeify.convert(tiny.build("llama"), moeify.MoEConfig(4, 2))
-    torch.manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if ".experts." in name or ".router." in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model
+    return tiny.differing_moe()
 
 
 def without_padding(given: dict[str, Tensor]) -> None:
@@ -226,11 +221,7 @@ def test_a_model_keeps_its_weights_when_a_forward_raises() -> None:
 
 
 def test_a_model_keeps_its_weights_when_the_proof_of_a_rounded_export_raises(tmp_path: Path) -> None:
-    config = tf.MixtralConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=101, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    model = tf.MixtralForCausalLM(config).eval()
+    model = tiny.mixtral()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     experts = model.model.layers[0].mlp.experts
 

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
 import moeify
-from moeify.cli import main
 from moeify.errors import ConfigError
 from moeify.export.onnx_file import check_request
 from moeify.export.targets import TARGETS, Form, Operator, Target, quantizations
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 ENTRY = Target(
     name="board",
@@ -95,7 +94,7 @@ def test_the_command_line_knows_a_new_target(board: None, tmp_path: Path, monkey
     monkeypatch.setitem(tiny._LLAMA, "num_hidden_layers", 1)
     source = tiny.save(tiny.build("llama"), tmp_path / "src")
     arguments = ["export", source, tmp_path / "x.onnx", "--target", "board", "--preset", "mixtral", "--experts", 4]
-    result = CliRunner().invoke(main, [str(argument) for argument in [*arguments, "--layers", "0", "--json"]])
+    result = moeify_command(*arguments, "--layers", "0", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["target"] == "board"
 

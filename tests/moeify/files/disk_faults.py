@@ -27,19 +27,18 @@ FAILED = 78  # of one whose action raised
 
 
 @contextmanager
-def before_changes(act: Callable[[int, str, Any], None], under: Path | None = None) -> Iterator[None]:
+def before_changes(act: Callable[[int, str, Any], None]) -> Iterator[None]:
     """Call `act` with number (from 1), name and path (or open file) before each change of the file system.
 
     Args:
         act: What it raises stops the change; it may also end the process.
-        under: Count only changes of paths in this folder, and of open files.
     """
     count = 0
 
     def counted(name: str, real: Callable[..., Any], changes: Callable[..., bool]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
-            if changes(*args, **kwargs) and _inside(args[:1], under):
+            if changes(*args, **kwargs):
                 count += 1
                 act(count, name, args[0])
             return real(*args, **kwargs)
@@ -67,32 +66,23 @@ def before_changes(act: Callable[[int, str, Any], None], under: Path | None = No
             setattr(module, name, function)
 
 
-def _inside(paths: tuple[Any, ...], under: Path | None) -> bool:
-    """Whether a change counts; the path of one in an open folder (`dir_fd`) is relative, and counts."""
-    for path in paths:
-        if under is not None and isinstance(path, str | bytes | os.PathLike):
-            absolute = Path(os.fsdecode(path))
-            return not absolute.is_absolute() or absolute.is_relative_to(under)
-    return True
-
-
-def count_changes(action: Callable[[], object], under: Path | None = None) -> list[str]:
+def count_changes(action: Callable[[], object]) -> list[str]:
     """Do something, and return the names of the changes that it made."""
     names: list[str] = []
-    with before_changes(lambda _, name, __: names.append(name), under):
+    with before_changes(lambda _, name, __: names.append(name)):
         action()
     return names
 
 
 @contextmanager
-def failing(at: int, number: int, under: Path | None = None) -> Iterator[None]:
+def failing(at: int, number: int) -> Iterator[None]:
     """Let the change `at` fail with the error `number`, and all others be."""
 
     def fail(count: int, name: str, path: Any) -> None:
         if count == at:
             raise OSError(number, os.strerror(number), *([] if isinstance(path, int) else [str(path)]))
 
-    with before_changes(fail, under):
+    with before_changes(fail):
         yield
 
 
@@ -103,12 +93,9 @@ class Child:
         action: What it does; its exit status is 0, `FAILED` after an exception.
         kill_at: The change at which it dies.
         stop_at: The change before which it waits for `go_on`.
-        under: As for `before_changes`.
     """
 
-    def __init__(
-        self, action: Callable[[], object], *, kill_at: int = 0, stop_at: int = 0, under: Path | None = None
-    ) -> None:
+    def __init__(self, action: Callable[[], object], *, kill_at: int = 0, stop_at: int = 0) -> None:
         self._message, report = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child needs none
@@ -126,7 +113,7 @@ class Child:
                 os.kill(os.getpid(), signal.SIGSTOP)
 
         try:
-            with before_changes(act, under):
+            with before_changes(act):
                 action()
             status = 0
         except BaseException as error:
@@ -159,13 +146,13 @@ class Child:
             return os.waitstatus_to_exitcode(status), message.read().decode()
 
 
-def killed_at(at: int, action: Callable[[], object], under: Path | None = None) -> bool:
+def killed_at(at: int, action: Callable[[], object]) -> bool:
     """Do something in a process that dies before its change `at`; return whether it came so far.
 
     Raises:
         AssertionError: The action raised.
     """
-    status, raised = Child(action, kill_at=at, under=under).wait()
+    status, raised = Child(action, kill_at=at).wait()
     assert status in {0, KILLED}, raised
     return status == KILLED
 

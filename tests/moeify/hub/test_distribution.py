@@ -16,6 +16,7 @@ import moeify
 from moeify.config import MoEConfig
 from moeify.errors import CheckpointError, ConfigError
 from moeify.hub import distribution
+from tests.moeify import tiny
 from tests.moeify.parallel import harness, small
 from tests.moeify.tiny import MODELS
 
@@ -27,10 +28,7 @@ def saved(name: str, config: MoEConfig = CONFIG) -> Path:
     place = small.folder()
     if dist.get_rank() == 0:
         torch.manual_seed(0)
-        model: Any = moeify.convert(MODELS[name](), config)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.15) if parameter.dim() > 1 else None
-        model.save_pretrained(place)
+        tiny.draw(moeify.convert(MODELS[name](), config)).save_pretrained(place)
     dist.barrier()
     return place
 
@@ -135,11 +133,7 @@ def case_wrong_use_is_one_line(rank: int, world: int) -> None:
         small.remove(folder)
 
 
-@pytest.mark.parametrize("world", [4])
-@pytest.mark.parametrize("case", harness.cases(__name__))
-def test_on_several_ranks(case: str, world: int) -> None:
-    problem = harness.outcomes(__name__, world)[case]
-    assert not problem, problem
+test_on_several_ranks = harness.on_several_ranks(__name__, 4)
 
 
 def test_without_ranks_nothing_changes() -> None:

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from moeify.checkpoint.source import Source, open_source
-from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.errors import CheckpointError
 from moeify.files.limits import SIZES
 from moeify.hub.loading import load_sparingly, load_structure
 from moeify.hub.structure import check_output
 from tests.moeify import tiny
+from tests.moeify.command import moeify_command
 
 Tensors = dict[str, torch.Tensor]
 CONFIG = MoEConfig(experts=3, top_k=2)
@@ -89,7 +88,7 @@ def test_a_conversion_whose_output_would_not_load_leaves_nothing(tmp_path: Path,
     name = "model.layers.2.self_attn.k_proj.weight"  # no part of the slice that a proof runs
     rewrite(src, transpose(name))
     arguments = ["convert", str(src), str(tmp_path / "moe"), "--experts", "3", "--top-k", "2", *options]
-    result = CliRunner().invoke(main, arguments)
+    result = moeify_command(*arguments)
     assert result.exit_code == 1 and name in result.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 

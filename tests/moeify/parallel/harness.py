@@ -23,6 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -50,6 +51,18 @@ def outcomes(module: str, world: int) -> dict[str, str]:
             failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
             found[case] = "\n".join([*failed, done.stderr]) if failed else ""
         return found
+
+
+def on_several_ranks(module: str, *worlds: int) -> Callable[[str, int], None]:
+    """The test of the cases that a module has so far, each on these numbers of ranks."""
+
+    @pytest.mark.parametrize("world", worlds)
+    @pytest.mark.parametrize("case", cases(module))
+    def test_on_several_ranks(case: str, world: int) -> None:
+        problem = outcomes(module, world)[case]
+        assert not problem, problem
+
+    return test_on_several_ranks
 
 
 def found_before() -> Any:

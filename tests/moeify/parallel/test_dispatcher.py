@@ -258,8 +258,4 @@ def case_ranks_at_different_layers_or_dtypes_are_told(rank: int, world: int) -> 
         same.dispatch(x[:, int(rank == 1) :], chosen)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("case", harness.cases(__name__))
-def test_on_several_ranks(case: str, world: int) -> None:
-    problem = harness.outcomes(__name__, world)[case]
-    assert not problem, problem
+test_on_several_ranks = harness.on_several_ranks(__name__, 2, 4)

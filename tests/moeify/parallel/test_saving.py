@@ -76,11 +76,7 @@ def case_one_tensor_is_whole_at_a_time(rank: int, world: int) -> None:
     small.remove(place)
 
 
-@pytest.mark.parametrize("world", [2])
-@pytest.mark.parametrize("case", harness.cases(__name__))
-def test_on_several_ranks(case: str, world: int) -> None:
-    problem = harness.outcomes(__name__, world)[case]
-    assert not problem, problem
+test_on_several_ranks = harness.on_several_ranks(__name__, 2)
 
 
 def test_without_ranks_it_saves_as_save_pretrained_does(tmp_path: Path) -> None:

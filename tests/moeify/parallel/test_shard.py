@@ -191,8 +191,4 @@ def case_wrong_use_is_one_line_on_every_rank(rank: int, world: int) -> None:
     refused(rf"has {world // 2} of the {world} ranks", wrong, part)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("case", harness.cases(__name__))
-def test_on_several_ranks(case: str, world: int) -> None:
-    problem = harness.outcomes(__name__, world)[case]
-    assert not problem, problem
+test_on_several_ranks = harness.on_several_ranks(__name__, 2, 4)

@@ -99,8 +99,4 @@ def case_wrong_sizes_are_one_line(rank: int, world: int) -> None:
         model(small.batch(0, rank))
 
 
-@pytest.mark.parametrize("world", [2])
-@pytest.mark.parametrize("case", harness.cases(__name__))
-def test_on_several_ranks(case: str, world: int) -> None:
-    problem = harness.outcomes(__name__, world)[case]
-    assert not problem, problem
+test_on_several_ranks = harness.on_several_ranks(__name__, 2)

@@ -52,11 +52,7 @@ def test_a_method_without_a_promise_is_known_from_the_record_beside_the_model(tm
 
 def with_tokenizer(folder: Path) -> Path:
     """A folder whose tokenizer knows the words w0, w1, …"""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    plain = Tokenizer(models.WordLevel({f"w{number}": number for number in range(tiny.VOCABULARY)}, unk_token="w0"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tf.PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
     return folder
 
 

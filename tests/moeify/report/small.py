@@ -6,9 +6,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
-
 from moeify.report.data import (
     Conversion,
     Costs,
@@ -123,12 +120,7 @@ class Page(HTMLParser):
 
 def save_tokenizer(folder: Path) -> None:
     """Put a tokenizer of the words w0, w1, … beside a tiny model."""
-    words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(90))])}
-    plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    kind: Any = transformers.PreTrainedTokenizerFast
-    made = kind(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")
-    made.save_pretrained(folder)
+    tiny.tokenizer("<pad>", "<bos>", "<eos>", pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
 def save_dense(folder: Path, name: str = "llama", *, tokenizer: bool = True) -> Path:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import onnx
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from moeify.cli import main
 from moeify.errors import CheckpointError, ConfigError
 from moeify.runtime.session import open_session
 from moeify.runtime.text import TextModel
+from tests.moeify.command import moeify_command
 from tests.moeify.runtime.decoder import WORD_LEVEL, decoder
 
 
@@ -70,7 +70,7 @@ def test_only_a_regular_file_is_opened(kind: str, tmp_path: Path) -> None:
 
 
 def run(path: Path, *options: str) -> Result:
-    return CliRunner().invoke(main, ["run", str(path), "--threads", "1", *options])
+    return moeify_command("run", path, "--threads", "1", *options)
 
 
 def test_an_error_after_the_first_words_starts_on_a_line_of_its_own(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 from torch import nn
 
 import moeify
@@ -25,21 +25,13 @@ PROMPT = [5, 17, 3, 99, 41]
 
 @pytest.fixture(scope="module")
 def moe() -> nn.Module:
-    """A converted Llama whose experts and routers differ."""
-    model = moeify.convert(tiny.build("llama"), moeify.MoEConfig(4, 2))
-    torch.manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if ".experts." in name or ".router." in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model
+    return tiny.differing_moe()
 
 
 @pytest.fixture(scope="module")
 def path(moe: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny.VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     path = tmp_path_factory.mktemp("decoder") / "model.onnx"
-    moeify.export_onnx(moe, path, metadata={"tokenizer": tokenizer.to_str()})
+    moeify.export_onnx(moe, path, metadata={"tokenizer": tiny.tokenizer().backend_tokenizer.to_str()})
     return path
 
 

@@ -7,7 +7,7 @@ import transformers as tf
 
 from moeify.checkpoint.tensor_info import TensorInfo
 from moeify.errors import CheckpointError, MoeifyError
-from moeify.tracing.skeleton import build_on_meta, check_shapes, full_config, may_be_missing, model_class, stored_names
+from moeify.tracing.skeleton import build_on_meta, check_shapes, config_of, may_be_missing, model_class, stored_names
 
 SIZES = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 11}
 LLAMA = {"model_type": "llama", **SIZES}
@@ -104,7 +104,7 @@ def test_a_skeleton_has_no_values_and_is_in_evaluation_mode() -> None:
 
 
 def test_a_full_config_has_the_defaults_of_its_class() -> None:
-    full = full_config(LLAMA)
+    full = config_of(LLAMA).to_dict()
     assert full["hidden_act"] == "silu" and full["vocab_size"] == 11
 
 
@@ -137,6 +137,7 @@ def test_a_slip_in_the_model_type_is_answered_with_the_nearest() -> None:
 
 def test_numbers_that_json_lacks_are_read_as_transformers_writes_them() -> None:
     limits = [0.0, {"__float__": "Infinity"}]
-    config = full_config({"model_type": "mamba2", "time_step_limit": limits, "extra": {"a": {"__float__": "9"}}})
+    fields = {"model_type": "mamba2", "time_step_limit": limits, "extra": {"a": {"__float__": "9"}}}
+    config = config_of(fields).to_dict()
     assert tuple(config["time_step_limit"]) == (0.0, float("inf"))
     assert config["extra"] == {"a": {"__float__": "9"}}

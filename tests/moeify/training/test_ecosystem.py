@@ -109,12 +109,7 @@ def test_attached_losses_balance_an_untouched_script(tmp_path: Path) -> None:
 def test_sft_trainer(tmp_path: Path) -> None:
     datasets: Any = import_module("datasets")
     trl: Any = import_module("trl")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(90))])}
-    plain = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = tiny.tokenizer("<pad>", "<bos>", "<eos>", pad_token="<pad>", eos_token="<eos>")
     texts = [{"text": " ".join(f"w{(i * j) % 90}" for j in range(5 + i % 4))} for i in range(12)]
     model: Any = moeify.convert(tiny.build("llama"), CONFIGS["deepseek_v3"])
     arguments = trl.SFTConfig(

@@ -97,8 +97,4 @@ def case_under_parallelize(rank: int, world: int) -> None:
     compare(rank, world, "moeify")
 
 
-@pytest.mark.parametrize("world", [2])
-@pytest.mark.parametrize("case", harness.cases(__name__))
-def test_on_several_ranks(case: str, world: int) -> None:
-    problem = harness.outcomes(__name__, world)[case]
-    assert not problem, problem
+test_on_several_ranks = harness.on_several_ranks(__name__, 2)

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import moeify
 from moeify.checkpoint.source import open_source
-from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.errors import CheckpointError
 from tests.moeify import tiny
 from tests.moeify.checkpoint.quantized.make import NAME, refusal, scales, write
+from tests.moeify.command import moeify_command
 
 F8 = torch.float8_e4m3fn
 FP8 = {"quant_method": "fp8"}
@@ -41,17 +40,16 @@ def quantized_llama(folder: Path) -> tuple[Path, Path]:
 
 def test_a_quantized_checkpoint_becomes_what_its_values_become(tmp_path: Path) -> None:
     src, plain = quantized_llama(tmp_path)
-    run = CliRunner().invoke
-    refused = run(main, ["convert", str(src), str(tmp_path / "moe"), *CONVERT])
+    refused = moeify_command("convert", src, tmp_path / "moe", *CONVERT)
     assert refused.exit_code == 1 and "is quantized (scheme: fp8): pass --dequantize" in refused.output
-    result = run(main, ["convert", str(src), str(tmp_path / "moe"), *CONVERT, "--dequantize"])
+    result = moeify_command("convert", src, tmp_path / "moe", *CONVERT, "--dequantize")
     assert result.exit_code == 0, result.output
     tiny.convert_files(plain, tmp_path / "same", MoEConfig(3, 2))
     found, same = (load_file(tmp_path / name / "model.safetensors") for name in ("moe", "same"))
     assert found.keys() == same.keys() and all(torch.equal(found[name], same[name]) for name in found)
     assert (tmp_path / "moe/config.json").read_bytes() == (tmp_path / "same/config.json").read_bytes()
     assert "quantization_config" not in json.loads((tmp_path / "moe/config.json").read_text())
-    assert run(main, ["verify", str(src), str(tmp_path / "moe"), "--dequantize"]).exit_code == 0
+    assert moeify_command("verify", src, tmp_path / "moe", "--dequantize").exit_code == 0
     loaded, usual = moeify.load(src, dequantize=True), moeify.load(plain)
     assert torch.equal(tiny.logits(loaded, "llama"), tiny.logits(usual, "llama"))
 
