@@ -42,8 +42,6 @@ def capture(
         if cut := slices.get(node):
             arguments = (copied(cut.source), -1, cut.start, cut.stop, cut.step)
             new = graph.call_function(torch.ops.aten.slice.Tensor, arguments)
-        elif node.target is torch.ops.aten.detach_.default:
-            new = copied(node.all_input_nodes[0])
         elif has(node, Trait.RESHAPE | Trait.NEUTRAL) and size(node, axis) == size(node.all_input_nodes[0], axis):
             new = copied(node.all_input_nodes[0])
         elif (number := _written_number(graph_module, node)) is not None:
