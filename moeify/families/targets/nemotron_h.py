@@ -29,16 +29,17 @@ from moeify.families.base import (
 )
 from moeify.families.conditions import NO_MLP_BIAS
 from moeify.families.gated import IDLE, shared_size
+from moeify.families.hybrid import hub_kinds
 from moeify.families.sigmoid import OPTIONS
 from moeify.plan import Plan
 
 _MOE = "backbone.layers.{layer}.mixer"
-_LETTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
+_LETTERS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
 
 
 def _fields(plan: Plan, config: Config) -> Fields:
     converted = {layer_number(site) for site in plan.sites}
-    kinds = ["moe" if layer in converted else kind for layer, kind in enumerate(config["layers_block_type"])]
+    kinds = hub_kinds("moe" if layer in converted else kind for layer, kind in enumerate(config["layers_block_type"]))
     chosen = {name: getattr(plan.config.router, name) for name in sorted(OPTIONS)}
     return {
         "num_hidden_layers": layer_count(config),
