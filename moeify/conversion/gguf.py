@@ -6,6 +6,7 @@ llama.cpp's converter makes of the whole native checkpoint.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -93,6 +94,7 @@ def convert_to_gguf(dense: DenseCheckpoint, plan: Plan, output: GgufOutput, call
         write_shards(files, folder, resume=False, on_bytes=lambda _: None, on_nonfinite=nonfinite)
         (folder / CONFIG).write_text(json.dumps(config))
         proof = callbacks.check(folder)
+        gc.collect()  # the hooks of its models' layers know them, so they would stay
         (folder / CARD).write_text(model_card(dense, plan, folder.name, proof, output.command), "utf-8")
         writer = _described(source, plan, config, folder, tensors)
         writer.add_file_type(_file_type(kind))

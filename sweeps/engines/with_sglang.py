@@ -96,7 +96,7 @@ def measure(folder: Path) -> float:
     own: Any = import_module("sglang.srt.utils.hf_transformers.common")._CONFIG_REGISTRY
     if config.model_type in own:
         config = own[config.model_type].from_pretrained(folder / MODEL)
-    model = model_class(config.architectures[0])(config)
+    model = model_class(config.architectures[0])(config=config)
     weights = {name: held for name, held in model.named_parameters() if held.is_floating_point()}
     for held in weights.values():
         held.data.fill_(float("nan"))

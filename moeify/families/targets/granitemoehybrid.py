@@ -60,6 +60,7 @@ FAMILY = Family(
         **granite_fields(plan),
         "shared_intermediate_size": shared_size(plan),
         "layer_types": hub_kinds(config["layer_types"]),
+        "position_embedding_type": "rope" if _rotates(config) else "nope",  # the hub's word, which mlx-lm looks for
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX),
     shared=True,
