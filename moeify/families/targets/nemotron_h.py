@@ -46,7 +46,8 @@ def _fields(plan: Plan, config: Config) -> Fields:
         "layers_block_type": kinds,
         "hybrid_override_pattern": "".join(_LETTERS.get(kind, "?") for kind in kinds),  # engines read this one
         "n_routed_experts": plan.config.experts,
-        "n_shared_experts": plan.config.shared_experts or 1,
+        "n_shared_experts": 1,  # one wide FFN: SGLang multiplies its size by this
+        "mamba_n_groups": config["n_groups"],  # as SGLang calls it
         "num_experts_per_tok": plan.config.top_k,
         "moe_intermediate_size": expert_size(plan),
         "moe_shared_expert_intermediate_size": shared_size(plan),
