@@ -7,7 +7,6 @@ experts.
 from dataclasses import replace
 
 from moeify.families.base import (
-    LLAMA_CPP,
     MLX,
     SGLANG,
     TRANSFORMERS,
@@ -62,7 +61,7 @@ FAMILY = Family(
         "layer_types": hub_kinds(config["layer_types"]),
         "position_embedding_type": "rope" if _rotates(config) else "nope",  # the hub's word, which mlx-lm looks for
     },
-    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX),
+    engines=(TRANSFORMERS, VLLM, SGLANG, MLX),
     shared=True,
     notes=(
         Condition(
