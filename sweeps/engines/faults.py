@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeify.families.base import LLAMA_CPP, MLX
+from moeify.families.base import LLAMA_CPP, MLX, VLLM
 from sweeps.engines.record import OLDER, REFUSED, SGLANG_LOADER, WRONG, Row
 
 
@@ -47,6 +47,12 @@ FAULTS = (
         "its converter says that a model with state-space layers has no rotary positions, whatever "
         "`position_embedding_type` says (a .gguf file by moeify says it)",
         ("granitemoehybrid",),
+    ),
+    Fault(
+        VLLM,
+        ("nemotron_h",),
+        "vllm/model_executor/layers/fused_moe/config.py:1403",
+        "has experts without a gate on GPUs only",
     ),
     Fault(LLAMA_CPP, ("ernie4_5_moe",), "conversion/ernie.py:23", "its converter takes ERNIE's own tokenizer only"),
     Fault(LLAMA_CPP, ("solar_open",), "conversion/glm.py:402", "its converter takes Solar's own tokenizer only"),
