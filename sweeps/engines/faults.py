@@ -50,6 +50,24 @@ FAULTS = (
     ),
     Fault(
         VLLM,
+        ("lfm2_moe",),
+        "vllm/model_executor/models/lfm2_moe.py:257",
+        "gives its rotary kernel for CPUs queries with a dimension for heads, which that turns otherwise",
+    ),
+    Fault(
+        VLLM,
+        ("cohere2_moe",),
+        "vllm/model_executor/models/cohere2_moe.py:213",
+        "has windows that are one token wider than transformers', as for dense Cohere 2",
+    ),
+    Fault(
+        VLLM,
+        ("qwen3_5_moe_text",),
+        "vllm/model_executor/models/qwen3_5.py",
+        "imports what loads images, for which no torchvision fits the build for CPUs",
+    ),
+    Fault(
+        VLLM,
         ("nemotron_h",),
         "vllm/model_executor/layers/fused_moe/config.py:1403",
         "has experts without a gate on GPUs only",
