@@ -50,6 +50,8 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral window": ("mistral", {"sliding_window": 5}),
     "granitemoehybrid": ("granitemoehybrid", _HYBRID),
+    "granitemoehybrid NoPE": ("granitemoehybrid", {**_HYBRID, "position_embedding_type": None}),
+    "granitemoehybrid attention": ("granitemoehybrid", {**_HYBRID, "layer_types": ["attention"] * _LAYERS}),
     "ministral": ("ministral", {"head_dim": 8, "layer_types": ["full_attention"] * _LAYERS}),
     "ministral window": ("ministral", {"head_dim": 8, "layer_types": ["sliding_attention"] * 2, "sliding_window": 5}),
     "ministral mixed": ("ministral", {"head_dim": 8, "layer_types": _MIXED, "sliding_window": 5}),

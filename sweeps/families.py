@@ -190,7 +190,7 @@ def _family_row(name: str) -> str:
     if family.idle is not None:
         shared += f"; else an idle one{f' of size {family.idle}' if family.idle else ''}"
     notes = [
-        family.note,
+        *(note.otherwise for note in family.notes),
         *dict.fromkeys(f"from {source}: {pair.only}" for source, pair in family.sources.items() if pair.only),
     ]
     run = right_engines(name)

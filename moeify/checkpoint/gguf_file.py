@@ -82,7 +82,8 @@ class GgufFile:
         except (ValueError, TypeError, ZeroDivisionError) as error:  # the metadata and the shape do not fit
             raise self._wrong_shape(name, values.shape) from error
         # A processor may put the tensor into `parsed` itself (GPT-2's lm_head) instead of returning it.
-        tensor = parsed["tensors"].get(name) if done.name is None else torch.from_numpy(np.copy(done.weights))
+        own = np.copy(done.weights) if np.may_share_memory(done.weights, stored.data) else done.weights
+        tensor = parsed["tensors"].get(name) if done.name is None else torch.from_numpy(np.ascontiguousarray(own))
         if tensor is None or tuple(tensor.shape) != self.tensors[name].shape:
             raise self._wrong_shape(name, () if tensor is None else tensor.shape)
         return tensor

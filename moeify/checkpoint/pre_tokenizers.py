@@ -26,12 +26,14 @@ _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA_3 = rf"{_APOSTROPHES}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
 _QWEN_2 = rf"{_APOSTROPHES}|{_WORDS}|\p{{N}}|{_REST}"
+_QWEN_35 = _QWEN_2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 # Rules as a tokenizer.json has them: patterns at which a text is cut, and whether GPT-2's is used after them.
 _RULES: dict[str, tuple[list[str], bool]] = {
     "gpt-2": ([], True),
     "smollm": (["digits"], True),
     "llama-bpe": ([_LLAMA_3], False),
     "qwen2": ([_QWEN_2], False),
+    "qwen35": ([_QWEN_35], False),
 }
 _WHOLE_WORDS = {"llama-bpe"}  # takes a word that is a token as it is, whatever the merges say
 # From convert_hf_to_gguf.py of llama.cpp (MIT license): beginnings of SHA-256 of the tokens of the text.

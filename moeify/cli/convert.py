@@ -162,7 +162,7 @@ def _show(dense: DenseCheckpoint, plan: Plan, options: Options) -> None:
     from moeify.parallel.sizes import planned_layers
 
     console = display.stdout()
-    say_target(console, plan, "nothing is written")
+    say_target(console, dense, plan, "nothing is written")
     console.print(display.plan_table(plan))
     console.print()
     cost = moe_cost(dense, plan)

@@ -137,8 +137,10 @@ def _with_checked_target(dense: DenseCheckpoint, plan: Plan, target: str, *, ggu
     """Return the plan for a format in which the converted model is exact and runs."""
 
     def suits(fitted: Plan) -> bool:
-        return not gguf or (why_not_gguf(fitted, output_config(dense, fitted, None)) is None
-                            and not gguf_of(fitted).differs)  # fmt: skip
+        if not gguf:
+            return True
+        config = output_config(dense, fitted, None)
+        return why_not_gguf(fitted, config) is None and not gguf_of(fitted, config).differs
 
     plan = fit_target(plan, dense.config, target, suits)
     if gguf and target == "auto" and plan.target == MOEIFY:

@@ -6,6 +6,7 @@ llama.cpp's converter makes of the whole native checkpoint.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
@@ -41,7 +42,8 @@ _PROVEN = 2  # converted layers, as in the proof of a slice
 _ONE_FILE = 2**62
 _RECORD = "moeify.json"  # a key for what lies beside a folder under this name
 # What llama.cpp computes in float32 whatever the rest is, besides norms, biases and other vectors.
-_FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight", "_norm.weight")
+_FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight", "ssm_conv1d.weight",
+            "_norm.weight")  # fmt: skip
 _FILE_TYPES = dict(zip(TYPES, ("ALL_F32", "MOSTLY_F16", "MOSTLY_BF16", "MOSTLY_Q8_0"), strict=True))
 
 
@@ -92,6 +94,7 @@ def convert_to_gguf(dense: DenseCheckpoint, plan: Plan, output: GgufOutput, call
         write_shards(files, folder, resume=False, on_bytes=lambda _: None, on_nonfinite=nonfinite)
         (folder / CONFIG).write_text(json.dumps(config))
         proof = callbacks.check(folder)
+        gc.collect()  # the hooks of its models' layers know them, so they would stay
         (folder / CARD).write_text(model_card(dense, plan, folder.name, proof, output.command), "utf-8")
         writer = _described(source, plan, config, folder, tensors)
         writer.add_file_type(_file_type(kind))
@@ -134,7 +137,7 @@ def _tensors(
     """Describe every tensor of the file."""
     import gguf
 
-    name = gguf_of(plan).architecture
+    name = gguf_of(plan, config).architecture
     known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
     if name not in known:
         raise CheckpointError(f"the gguf package has no {name}: pip install --upgrade gguf")
@@ -168,7 +171,7 @@ def _rewritten(
     source: Source, plan: Plan, config: Config, tensor: OutTensor
 ) -> Iterator[tuple[str, tuple[int, ...], tuple[SourceRows | Compute, ...]]]:
     """Yield names, shapes and parts of what stands in GGUF for a tensor of the native format."""
-    for rewrite in gguf_of(plan).rewrites:
+    for rewrite in gguf_of(plan, config).rewrites:
         if found := re.fullmatch(rewrite.pattern, tensor.name):
             for part, compute in rewrite.parts.items():
                 shape = tuple(compute(torch.empty(tensor.shape, device="meta"), config).shape)
@@ -198,7 +201,7 @@ def _described(
     """
     import gguf
 
-    writer = gguf.GGUFWriter(None, gguf_of(plan).architecture)
+    writer = gguf.GGUFWriter(None, gguf_of(plan, config).architecture)
     announce(writer, tensors)
     total, *rest = writer.get_total_parameter_count()
     with quiet():

@@ -120,7 +120,8 @@ class Gguf:
         rewrites: Tensors that it stores otherwise than the family; what they are called is the gguf library's matter.
         conditions: What must hold of the MoE's config for llama.cpp to compute what the family does.
         factors: Whether llama.cpp reads factors of the rotary frequencies there, as Llama 3 and long-context Phi need.
-        differs: Whether llama.cpp computes something else, as the family's note says: "auto" does not take it.
+        differs: Whether llama.cpp computes something else, as the family's notes say: "auto" does not take it.
+        unless: Which configs llama.cpp holds in another form, and that form.
     """
 
     architecture: str
@@ -129,6 +130,7 @@ class Gguf:
     conditions: tuple[Condition, ...] = ()
     factors: bool = False
     differs: bool = False
+    unless: tuple[Callable[[Config], bool], Gguf] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Family:
         renormalizes: Whether it always does; else its config says.
         shared: Whether it holds shared experts: none (0), 1, or any number.
         untied: Some engine wants the output head stored apart from the embedding.
-        note: What its users must know, in one line.
+        notes: What its users must know where a condition does not hold, of a dense config.
         gguf: How a GGUF file holds it; None if llama.cpp does not know it, or if that is not written here.
     """
 
@@ -167,7 +169,7 @@ class Family:
     renormalizes: bool = True
     shared: bool = False
     untied: bool = False
-    note: str = ""
+    notes: tuple[Condition, ...] = ()
     gguf: Gguf | None = None
 
     @property

@@ -10,6 +10,11 @@ def equal(field: str, value: object, why: str) -> Condition:
     return Condition(lambda config: config.get(field, value) == value, f"its config has {field} ≠ {value}: {why}")
 
 
+def always(note: str) -> Condition:
+    """Return what is to be said of every config."""
+    return Condition(lambda config: False, note)
+
+
 def _rotary_share(config: Config) -> float:
     parameters = config.get("rope_parameters") or {}
     return float(parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)

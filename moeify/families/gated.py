@@ -10,7 +10,7 @@ import torch
 
 from moeify.config import MoEConfig
 from moeify.config.contracts import StartValue
-from moeify.families.base import Held, expert_size, random_rows, shared_expert
+from moeify.families.base import Config, Fields, Held, expert_size, random_rows, shared_expert
 from moeify.plan import Plan, Site
 
 IDLE = 128  # intermediate size of an idle one: as narrow as quantized kernels and eight parallel devices take it
@@ -30,3 +30,11 @@ def gated_shared_expert(moe: str) -> dict[str, Held]:
 def shared_size(plan: Plan) -> int:
     """Return its intermediate size."""
     return plan.config.shared_experts * expert_size(plan) or IDLE
+
+
+def qwen_keys(config: Config) -> Fields:
+    """Return the keys of a GGUF file."""
+    return {
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
+    }

@@ -23,11 +23,15 @@ _EXPERTS = {
 }
 
 
-def gguf_of(plan: Plan) -> Gguf:
+def gguf_of(plan: Plan, config: Config) -> Gguf:
     """Return how a GGUF file holds the target of a plan, for which `why_not_gguf` has found no reason."""
     found = FAMILIES[plan.target].gguf
     assert found is not None
-    return found
+    return _form(found, config)
+
+
+def _form(form: Gguf, config: Config) -> Gguf:
+    return form.unless[1] if form.unless and form.unless[0](config) else form
 
 
 def why_not_gguf(plan: Plan, config: Config) -> str | None:
@@ -43,6 +47,7 @@ def why_not_gguf(plan: Plan, config: Config) -> str | None:
     form = FAMILIES[plan.target].gguf
     if form is None:
         return f"--to {plan.target} is not written as GGUF: choose {known}, or write a folder"
+    form = _form(form, config)
     why = next((condition.otherwise for condition in form.conditions if not condition.holds(config)), None)
     kind = _rope(config).get("rope_type", "default")
     if kind not in {"default", "linear", "yarn", *(("llama3", "longrope") if form.factors else ())}:
@@ -77,7 +82,7 @@ def keys(plan: Plan, config: Config) -> Fields:
         **({"key_length": size, "value_length": size} if size else {}),
         **_rope_keys(config),
     }
-    return {**always, **gguf_of(plan).keys(config)}
+    return {**always, **gguf_of(plan, config).keys(config)}
 
 
 def _rope(config: Config) -> Config:

@@ -48,7 +48,8 @@ def granite_fields(plan: Plan) -> Fields:
     }
 
 
-def _keys(config: Config) -> Fields:
+def granite_keys(config: Config) -> Fields:
+    """Return the keys of a GGUF file."""
     shared = config.get("shared_intermediate_size")
     return {
         "vocab_size": config["vocab_size"],
@@ -68,4 +69,4 @@ _SHARED = Rewrite(
         r"blk.\1.ffn_up_shexp.weight": lambda tensor, config: tensor.chunk(2)[1],
     },
 )
-GRANITE_GGUF = Gguf("granitemoe", _keys, (*HALVES_TO_PAIRS, _SHARED), factors=True)
+GRANITE_GGUF = Gguf("granitemoe", granite_keys, (*HALVES_TO_PAIRS, _SHARED), factors=True)

@@ -139,8 +139,13 @@ def rewrites(plan: Plan, name: str) -> Rewrite | None:
     return None
 
 
-def remarks(plan: Plan) -> list[str]:
-    """Return what a user must know of a plan for a native family: what it adds to the layers, and its note."""
+def remarks(plan: Plan, config: Config) -> list[str]:
+    """Return what a user must know of a plan for a native family: what it adds to the layers, and its notes.
+
+    Args:
+        plan: What is converted.
+        config: The config of the dense model or of the MoE, defaults filled in.
+    """
     if plan.target == MOEIFY:
         return []
     family = FAMILIES[plan.target]
@@ -151,4 +156,5 @@ def remarks(plan: Plan) -> list[str]:
             f"{plan.target} insists on a shared expert: each layer gets one of intermediate size {size} that outputs "
             "zeros until it is trained"
         )
-    return [*found, *filter(None, (family.sources[plan.model_type].only, family.note))]
+    notes = (note.otherwise for note in family.notes if not note.holds(config))
+    return [*found, *filter(None, (family.sources[plan.model_type].only, *notes))]

@@ -151,7 +151,12 @@ class FirstLayers:
 
 
 def load_first_layers(
-    source: Source, layers: FirstLayers | None, *, unused: bool = False, **kwargs: Any
+    source: Source,
+    layers: FirstLayers | None,
+    *,
+    unused: bool = False,
+    beside: PreTrainedModel | None = None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load the first layers of a checkpoint in float32, with everything before and after the stack.
 
@@ -159,6 +164,7 @@ def load_first_layers(
         source: The opened checkpoint.
         layers: The layers to keep; None loads all.
         unused: Let tensors through that the model has no place for.
+        beside: A model in float32 that is compared with this one: of tensors that are equal there is only one.
         kwargs: For `from_pretrained`.
 
     Raises:
@@ -167,9 +173,18 @@ def load_first_layers(
     cls, config = model_class(source.config), config_of(source.config)
     if layers is not None:
         _keep_first_layers(config, layers)
-    tensors = {name: source.read(name) for name in source.tensors if layers is None or layers.keeps(name)}
+    there = {} if beside is None else beside.state_dict()
+    kept = [name for name in source.tensors if layers is None or layers.keeps(name)]
+    later = present(source, [name for name in kept if name not in there])
+    tensors = {name: later.get(name) or _same(source.read(name), there.get(name)) for name in kept}
     given = {"config": config, "state_dict": tensors, "dtype": torch.float32, **kwargs}
     return load_strictly(cls, None, unused=unused, **given)
+
+
+def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    """Return the other tensor if it is equal."""
+    is_equal = other is not None and tensor.shape == other.shape and torch.equal(tensor.to(other.dtype), other)
+    return tensor if other is None or not is_equal else other
 
 
 def _keep_first_layers(config: PreTrainedConfig, layers: FirstLayers) -> None:

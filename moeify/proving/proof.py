@@ -111,7 +111,7 @@ def verify_slice(dense: DenseCheckpoint, moe: Path, plan: Plan, *, cast_to: str 
     before = None if after is None else replace(after, stack=_stack_on_disk(dense, plan))
     with open_source(moe) as converted:
         dense_model = load_first_layers(dense.source, before, unused=True)  # as they were left out of the MoE
-        moe_model = load_first_layers(converted, after, **plainly(converted))
+        moe_model = load_first_layers(converted, after, beside=dense_model, **plainly(converted))
     round_weights(dense_model, cast_to)
     return verify(dense_model, moe_model, random_inputs(dense_model, dense.example_inputs), exact=plan.config.exact)
 

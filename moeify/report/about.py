@@ -14,6 +14,7 @@ from moeify.contract.found import FoundLayer
 from moeify.conversion.checkpoint import PLAN_FILE
 from moeify.conversion.cost import model_cost
 from moeify.errors import CheckpointError, ConfigError
+from moeify.families.base import Config
 from moeify.families.table import FAMILIES, remarks
 from moeify.files.json_text import read_json_object
 from moeify.files.limits import PLAN_BYTES
@@ -62,12 +63,18 @@ def plan_of(source: Source) -> tuple[Plan | None, str | None]:
         raise CheckpointError(f"{source.path}: its config cannot be used ({error})") from error
 
 
-def conversion_of(plan: Plan, cast_to: str | None) -> Conversion:
-    """Describe a plan."""
-    config = plan.config
-    defaults = {field.name: field.default for field in fields(config)}
-    defaults |= {name: getattr(config.router, name) for name in ("renormalize", "aux_loss")}
-    shown = {name: value for name, value in config.to_dict().items() if value != defaults[name] or name in _ALWAYS}
+def conversion_of(plan: Plan, config: Config, cast_to: str | None) -> Conversion:
+    """Describe a plan.
+
+    Args:
+        plan: By which the model was made.
+        config: Of the model.
+        cast_to: The dtype that the plan was told to store.
+    """
+    settings = plan.config
+    defaults = {field.name: field.default for field in fields(settings)}
+    defaults |= {name: getattr(settings.router, name) for name in ("renormalize", "aux_loss")}
+    shown = {name: value for name, value in settings.to_dict().items() if value != defaults[name] or name in _ALWAYS}
     return Conversion(
         source=plan.model_type,
         target=plan.target,
@@ -75,7 +82,7 @@ def conversion_of(plan: Plan, cast_to: str | None) -> Conversion:
         where=folded(site.path or "the model itself" for site in plan.sites),
         settings={name: _setting(value) for name, value in shown.items()},
         dtype=cast_to,
-        remarks=tuple(remarks(plan)),
+        remarks=tuple(remarks(plan, config)),
     )
 
 

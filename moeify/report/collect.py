@@ -86,7 +86,7 @@ def _about(name: str, source: Source, origin: DenseCheckpoint | None) -> tuple[R
         model_type=source.model_type,
         engines=engines_of(source, plan),
         layers=tuple(layer.to_dict() for layer in layers.values()),
-        conversion=None if plan is None else conversion_of(plan, cast_to),
+        conversion=None if plan is None else conversion_of(plan, model.config.to_dict(), cast_to),
         costs=costs_of(layers, size_of(source, model, layers), dense),
         proofs=() if recorded is None else (recorded,),
     )

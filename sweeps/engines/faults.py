@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moeify.families.base import LLAMA_CPP, MLX
+from moeify.families.base import LLAMA_CPP, MLX, VLLM
 from sweeps.engines.record import OLDER, REFUSED, SGLANG_LOADER, WRONG, Row
 
 
@@ -40,13 +40,37 @@ FAULTS = (
         "transformers/models/gpt_oss/modeling_gpt_oss.py:78",
         "has the activation's constants in its code (5.24 reads them from the config)",
     ),
-    Fault(LLAMA_CPP, ("granitemoehybrid",), "-", "not found yet: the engine's or the checkpoint's"),
-    Fault(SGLANG_LOADER, ("granitemoehybrid",), "-", "not found yet: the engine's, the checkpoint's or the measure's"),
     Fault(
-        SGLANG_LOADER,
+        LLAMA_CPP,
+        ("granitemoehybrid",),
+        "conversion/granite.py:515",
+        "its converter says that a model with state-space layers has no rotary positions, whatever "
+        "`position_embedding_type` says (a .gguf file by moeify says it)",
+        ("granitemoehybrid",),
+    ),
+    Fault(
+        VLLM,
+        ("lfm2_moe",),
+        "vllm/model_executor/models/lfm2_moe.py:257",
+        "gives its rotary kernel for CPUs queries with a dimension for heads, which that turns otherwise",
+    ),
+    Fault(
+        VLLM,
+        ("cohere2_moe",),
+        "vllm/model_executor/models/cohere2_moe.py:213",
+        "has windows that are one token wider than transformers', as for dense Cohere 2",
+    ),
+    Fault(
+        VLLM,
+        ("qwen3_5_moe_text",),
+        "vllm/model_executor/models/qwen3_5.py",
+        "imports what loads images, for which no torchvision fits the build for CPUs",
+    ),
+    Fault(
+        VLLM,
         ("nemotron_h",),
-        "srt/configs/nemotron_h.py",
-        "reads the hub's words for kinds of layers, and moeify writes those of transformers 5",
+        "vllm/model_executor/layers/fused_moe/config.py:1403",
+        "has experts without a gate on GPUs only",
     ),
     Fault(LLAMA_CPP, ("ernie4_5_moe",), "conversion/ernie.py:23", "its converter takes ERNIE's own tokenizer only"),
     Fault(LLAMA_CPP, ("solar_open",), "conversion/glm.py:402", "its converter takes Solar's own tokenizer only"),

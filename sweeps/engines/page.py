@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moeify.families.table import FAMILIES
 from sweeps.engines.faults import fault_of
+from sweeps.engines.prepare import WIDE
 from sweeps.engines.record import ENGINES, REFUSED, RIGHT, SGLANG_LOADER, UNKNOWN, WRONG, Row
 from sweeps.models import DOCS
 
@@ -23,8 +24,9 @@ def table(rows: Sequence[Row]) -> str:
         "",
         "Unmodified engines, run on the CPU on native checkpoints that `moeify convert` wrote: tiny random models in",
         "float32, 4 experts, top-2, 256 positions. With experts that are copies the logits are compared with the dense",
-        "model's in transformers, with experts that differ with those of the same checkpoint in transformers. A number",
-        f"is the largest difference, relative to the largest logit; up to 1e-5 is {RIGHT}. vLLM says the 20 largest",
+        "model's in transformers, with experts that differ with those of the same checkpoint in transformers (of",
+        f"{', '.join(WIDE)} in float64, from which its float32 is 1.6e-5 away). A number is the largest difference,",
+        f"relative to the largest logit; up to 1e-5 is {RIGHT}. vLLM says the 20 largest",
         "logits of each position; llama.cpp runs what its own converter makes; onnxruntime-genai runs the folder that",
         "`moeify export` writes. SGLang's kernels need a GPU: its loader alone is run, and its number is the relative",
         "difference of the sums of squares of what it loaded and what is stored; no weight may stay unwritten.",

@@ -5,6 +5,7 @@ LLAMA_CPP names the folder where `make engines` built it.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import numpy as np
 
 from sweeps.engines.program import TOKENS, Told, compared, main
 
+# Types whose converter asserts that there is a head that predicts several tokens, if it is not told otherwise.
+NO_SUCH_HEAD = ("qwen3_5_moe_text",)
 BUILT = Path(os.environ.get("LLAMA_CPP", ""))
 
 
@@ -29,6 +32,8 @@ def run(path: Path) -> Told:
     try:
         command = [sys.executable, str(BUILT / "src/convert_hf_to_gguf.py"), str(path), "--outtype", "f32", "--outfile",
                    str(file)]  # fmt: skip
+        if json.loads((path / "config.json").read_text())["model_type"] in NO_SUCH_HEAD:
+            command.append("--no-mtp")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError(f"convert_hf_to_gguf.py: {done.stderr.strip().splitlines()[-1]}")

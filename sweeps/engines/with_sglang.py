@@ -74,6 +74,11 @@ def model_class(architecture: str) -> Any:
     raise ValueError(f"{architecture} is not supported")
 
 
+def loaded(name: str, tensor: Any) -> Any:
+    """Return what a loader must make of a tensor: a state's decay from its logarithm, the others as they are."""
+    return -tensor.float().exp() if name.endswith(("mamba.A_log", "mixer.A_log")) else tensor
+
+
 def squares(tensor: Any) -> float:
     """Return the sum of squares."""
     return float(tensor.double().square().sum())
@@ -91,7 +96,7 @@ def measure(folder: Path) -> float:
     own: Any = import_module("sglang.srt.utils.hf_transformers.common")._CONFIG_REGISTRY
     if config.model_type in own:
         config = own[config.model_type].from_pretrained(folder / MODEL)
-    model = model_class(config.architectures[0])(config)
+    model = model_class(config.architectures[0])(config=config)
     weights = {name: held for name, held in model.named_parameters() if held.is_floating_point()}
     for held in weights.values():
         held.data.fill_(float("nan"))
@@ -99,7 +104,7 @@ def measure(folder: Path) -> float:
     left = [name for name, held in weights.items() if held.isnan().any()]
     if left:
         raise ValueError(f"its loader leaves {', '.join(left)} as memory has them")
-    sums = {name: squares(tensor) for name, tensor in stored(folder / MODEL)}
+    sums = {name: squares(loaded(name, tensor)) for name, tensor in stored(folder / MODEL)}
     if "lm_head.weight" in weights.keys() - sums.keys():  # a tied head, which the loader copies
         sums["lm_head.weight"] = sums["model.embed_tokens.weight"]
     expected = sum(sums.values())

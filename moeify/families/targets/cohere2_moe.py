@@ -6,7 +6,7 @@ from moeify.families.base import (
     LLAMA_CPP,
     SGLANG,
     TRANSFORMERS,
-    VLLM,
+    Condition,
     Config,
     Family,
     Fields,
@@ -54,6 +54,12 @@ FAMILY = Family(
     },
     tensors={f"{_MOE}.gate.weight": router, **experts(_MOE), **shared_expert(f"{_MOE}.shared_experts", None)},
     fields=_fields,
-    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP),
+    engines=(TRANSFORMERS, SGLANG, LLAMA_CPP),
     shared=True,
+    notes=(
+        Condition(
+            lambda config: "sliding_attention" not in (config.get("layer_types") or ()),
+            "vLLM has windows that are one token wider than transformers', as for dense Cohere 2",
+        ),
+    ),
 )

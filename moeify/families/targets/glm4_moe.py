@@ -11,6 +11,7 @@ from moeify.families.conditions import (
     NO_MLP_BIAS,
     NO_OUTPUT_BIAS,
     NO_SLIDING_WINDOW,
+    always,
 )
 from moeify.families.sigmoid import GLM4_GGUF, OPTIONS, sigmoid_fields, sigmoid_tensors
 
@@ -43,6 +44,6 @@ FAMILY = Family(
     renormalizes=False,
     shared=True,
     untied=True,
-    note="llama.cpp's converter takes GLM's own tokenizer only: write a .gguf file instead",
+    notes=(always("llama.cpp's converter takes GLM's own tokenizer only: write a .gguf file instead"),),
     gguf=GLM4_GGUF,
 )

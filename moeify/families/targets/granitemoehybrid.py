@@ -4,18 +4,48 @@ Its FFN, the shared one of the format, becomes the experts, and the shared one a
 experts.
 """
 
-from moeify.families.base import MLX, SGLANG, TRANSFORMERS, VLLM, Config, Family, Pair
+from dataclasses import replace
+
+from moeify.families.base import (
+    MLX,
+    SGLANG,
+    TRANSFORMERS,
+    VLLM,
+    Condition,
+    Config,
+    Family,
+    Fields,
+    Gguf,
+    Pair,
+)
 from moeify.families.conditions import equal
 from moeify.families.gated import IDLE, shared_size
-from moeify.families.granite import granite_fields, granite_shared, granite_tensors
-
-# transformers 5 calls them otherwise, and reads both names.
-_HUB_NAMES = {"linear_attention": "mamba", "full_attention": "attention"}
+from moeify.families.granite import GRANITE_GGUF, granite_fields, granite_keys, granite_shared, granite_tensors
+from moeify.families.hybrid import MAMBA_REWRITES, hub_kinds, mamba_keys
 
 
-def _layer_types(config: Config) -> list[str]:
-    return [_HUB_NAMES.get(kind, kind) for kind in config["layer_types"]]
+def _rotates(config: Config) -> bool:
+    return config.get("position_embedding_type") == "rope"
 
+
+def _keys(config: Config) -> Fields:
+    """Return the keys of a GGUF file; llama.cpp's word for rotating at all is another one."""
+    endless: Fields = {} if _rotates(config) else {"context_length": 2**20}
+    return {**granite_keys(config), **mamba_keys(config), "rope_scaling_finetuned": _rotates(config), **endless}
+
+
+_LLAMA_CPP = (
+    Condition(
+        lambda config: config["mamba_expand"] == 2,
+        "its states are not twice as wide as the model (mamba_expand), as they are there",
+    ),
+    Condition(lambda config: config["mamba_conv_bias"], "its convolutions have no bias (mamba_conv_bias)"),
+    Condition(lambda config: not config["mamba_proj_bias"], "its projections to states have biases (mamba_proj_bias)"),
+)
+_ATTENDS_ONLY = replace(
+    GRANITE_GGUF,
+    conditions=(Condition(_rotates, "it has no rotary positions (position_embedding_type), and attention alone"),),
+)
 
 FAMILY = Family(
     model_type="granitemoehybrid",
@@ -28,8 +58,24 @@ FAMILY = Family(
     fields=lambda plan, config: {
         **granite_fields(plan),
         "shared_intermediate_size": shared_size(plan),
-        "layer_types": _layer_types(config),
+        "layer_types": hub_kinds(config["layer_types"]),
+        "position_embedding_type": "rope" if _rotates(config) else "nope",  # the hub's word, which mlx-lm looks for
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, MLX),
     shared=True,
+    notes=(
+        Condition(
+            lambda config: not _rotates(config) or "mamba" not in hub_kinds(config["layer_types"]),
+            "llama.cpp's converter leaves out the rotary positions of a Granite 4 with state-space layers: write a "
+            ".gguf file instead",
+        ),
+    ),
+    gguf=Gguf(
+        "granitehybrid",
+        _keys,
+        (*GRANITE_GGUF.rewrites, *MAMBA_REWRITES),
+        _LLAMA_CPP,
+        factors=True,
+        unless=(lambda config: "mamba" not in hub_kinds(config["layer_types"]), _ATTENDS_ONLY),
+    ),
 )

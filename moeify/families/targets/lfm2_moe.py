@@ -8,7 +8,6 @@ from moeify.families.base import (
     MLX,
     SGLANG,
     TRANSFORMERS,
-    VLLM,
     Config,
     Family,
     Fields,
@@ -21,7 +20,7 @@ from moeify.families.base import (
     router,
     selection_bias,
 )
-from moeify.families.conditions import equal
+from moeify.families.conditions import always, equal
 
 _MOE = "model.layers.{layer}.feed_forward"
 
@@ -62,11 +61,12 @@ FAMILY = Family(
         "use_expert_bias": True,
         "output_router_logits": False,
     },
-    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA),
+    engines=(TRANSFORMERS, SGLANG, LLAMA_CPP, MLX, EXLLAMA),
     dense="first",
     router="sigmoid",
     options=frozenset({"routed_scaling_factor"}),
     renormalizes=False,
+    notes=(always("vLLM turns its queries and keys otherwise on CPUs; on GPUs it was not run"),),
     gguf=Gguf(
         "lfm2moe",
         _keys,

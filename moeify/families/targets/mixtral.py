@@ -1,5 +1,7 @@
 """Mixtral: the format for what is a Llama in its attention."""
 
+from dataclasses import replace
+
 from moeify.families import gemma
 from moeify.families.attention import HALVES_TO_PAIRS, SPLIT_GATE_UP, SPLIT_QKV
 from moeify.families.base import (
@@ -18,7 +20,16 @@ from moeify.families.base import (
     head_dim,
     router,
 )
-from moeify.families.conditions import ALL_ROTATE, CAUSAL, NO_ATTENTION_BIAS, NO_MLP_BIAS, ONE_WINDOW, WHOLE_ROTARY
+from moeify.families.conditions import (
+    ALL_ROTATE,
+    CAUSAL,
+    NO_ATTENTION_BIAS,
+    NO_MLP_BIAS,
+    ONE_WINDOW,
+    PLAIN_HEAD_DIM,
+    PLAIN_ROPE,
+    WHOLE_ROTARY,
+)
 
 _MOE = "model.layers.{layer}.block_sparse_moe"
 
@@ -54,7 +65,10 @@ FAMILY = Family(
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA, TRT),
     untied=True,
-    note="mlx-lm's Mixtral ignores rope scaling and a head_dim other than hidden_size / num_attention_heads",
+    notes=(
+        replace(PLAIN_ROPE, otherwise="mlx-lm's Mixtral ignores rope scaling"),
+        replace(PLAIN_HEAD_DIM, otherwise="mlx-lm's Mixtral has no head_dim but hidden_size / num_attention_heads"),
+    ),
     gguf=Gguf(
         "llama",
         lambda config: {"vocab_size": config["vocab_size"], "rope_dimension_count": head_dim(config)},

@@ -29,23 +29,25 @@ from moeify.families.base import (
 )
 from moeify.families.conditions import NO_MLP_BIAS
 from moeify.families.gated import IDLE, shared_size
+from moeify.families.hybrid import hub_kinds
 from moeify.families.sigmoid import OPTIONS
 from moeify.plan import Plan
 
 _MOE = "backbone.layers.{layer}.mixer"
-_LETTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
+_LETTERS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
 
 
 def _fields(plan: Plan, config: Config) -> Fields:
     converted = {layer_number(site) for site in plan.sites}
-    kinds = ["moe" if layer in converted else kind for layer, kind in enumerate(config["layers_block_type"])]
+    kinds = hub_kinds("moe" if layer in converted else kind for layer, kind in enumerate(config["layers_block_type"]))
     chosen = {name: getattr(plan.config.router, name) for name in sorted(OPTIONS)}
     return {
         "num_hidden_layers": layer_count(config),
         "layers_block_type": kinds,
         "hybrid_override_pattern": "".join(_LETTERS.get(kind, "?") for kind in kinds),  # engines read this one
         "n_routed_experts": plan.config.experts,
-        "n_shared_experts": plan.config.shared_experts or 1,
+        "n_shared_experts": 1,  # one wide FFN: SGLang multiplies its size by this
+        "mamba_n_groups": config["n_groups"],  # as SGLang calls it
         "num_experts_per_tok": plan.config.top_k,
         "moe_intermediate_size": expert_size(plan),
         "moe_shared_expert_intermediate_size": shared_size(plan),

@@ -24,9 +24,10 @@ from moeify.families.conditions import (
     NO_SLIDING_WINDOW,
     PLAIN_HEAD_DIM,
     WHOLE_ROTARY,
+    always,
     equal,
 )
-from moeify.families.gated import gated_shared_expert, shared_size
+from moeify.families.gated import gated_shared_expert, qwen_keys, shared_size
 from moeify.plan import Plan
 
 _MOE = "model.layers.{layer}.mlp"
@@ -85,13 +86,10 @@ FAMILY = Family(
     renormalizes=False,
     shared=True,
     untied=True,
-    note="llama.cpp and mlx-lm do not renormalize the weights of Qwen2-MoE: they compute something else",
+    notes=(always("llama.cpp and mlx-lm do not renormalize the weights of Qwen2-MoE: they compute something else"),),
     gguf=Gguf(
         "qwen2moe",
-        lambda config: {
-            "expert_feed_forward_length": config["moe_intermediate_size"],
-            "expert_shared_feed_forward_length": config["shared_expert_intermediate_size"],
-        },
+        qwen_keys,
         differs=True,
     ),
 )

@@ -4,6 +4,7 @@ from hashlib import sha256
 from typing import Any
 
 import pytest
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 
 from moeify.checkpoint import pre_tokenizers
 from moeify.checkpoint.pre_tokenizers import TEXT, pre_tokenizer
@@ -25,6 +26,7 @@ def steps(*found: dict[str, Any], whole: bool = False) -> dict[str, Any]:
         (steps({"type": "Digits", "individual_digits": True}, BYTES), "smollm"),
         (steps({**SPLIT, "pattern": {"Regex": LLAMA_3}}, {**BYTES, "use_regex": False}, whole=True), "llama-bpe"),
         (steps({**SPLIT, "pattern": {"Regex": LLAMA_3.replace("{1,3}", "")}}, {**BYTES, "use_regex": False}), "qwen2"),
+        (steps({**SPLIT, "pattern": {"Regex": PRETOKENIZE_REGEX}}, {**BYTES, "use_regex": False}), "qwen35"),
         (steps({**SPLIT, "pattern": {"Regex": LLAMA_3}}, {**BYTES, "use_regex": False}), None),  # merges are obeyed
         (steps({**SPLIT, "pattern": {"Regex": r"\d"}}, {**BYTES, "use_regex": False}), None),
         (steps({"type": "Digits", "individual_digits": False}, BYTES), None),

@@ -191,17 +191,26 @@ def test_shared_experts_are_refused_by_families_that_have_none(tmp_path: Path) -
 
 def test_what_a_user_must_know_is_said(tmp_path: Path) -> None:
     plan, dense = plan_for("qwen2", tmp_path)
-    said = remarks(fit_target(plan, dense, "qwen2_moe"))
+    said = remarks(fit_target(plan, dense, "qwen2_moe"), dense)
     assert "intermediate size 128 that outputs zeros" in said[0] and "llama.cpp and mlx-lm" in said[1]
-    assert remarks(fit_target(plan, dense, "glm4_moe"))[0] == "glm4_moe has a sigmoid router"
-    assert f"intermediate size {tiny.INTERMEDIATE} " in remarks(fit_target(plan, dense, "glm4_moe"))[1]
+    assert remarks(fit_target(plan, dense, "glm4_moe"), dense)[0] == "glm4_moe has a sigmoid router"
+    assert f"intermediate size {tiny.INTERMEDIATE} " in remarks(fit_target(plan, dense, "glm4_moe"), dense)[1]
     shared = replace(plan, config=MoEConfig(3, 2, shared_experts=1))
-    assert len(remarks(fit_target(shared, dense, "qwen2_moe"))) == 1
-    assert remarks(fit_target(plan, dense, "moeify")) == []
+    assert len(remarks(fit_target(shared, dense, "qwen2_moe"), dense)) == 1
+    assert remarks(fit_target(plan, dense, "moeify"), dense) == []
+
+
+def test_a_note_is_said_where_it_applies(tmp_path: Path) -> None:
+    plan, dense = plan_for("llama", tmp_path)
+    plan = fit_target(plan, dense, "mixtral")
+    assert remarks(plan, dense) == []
+    assert "no head_dim but" in remarks(plan, {**dense, "head_dim": 2 * tiny.HIDDEN})[0]
+    (said,) = remarks(plan, {**dense, "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}})
+    assert said == "mlx-lm's Mixtral ignores rope scaling"
 
 
 def test_auto_leaves_out_what_transformers_alone_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, dense = plan_for("llama", tmp_path)
     monkeypatch.setattr("moeify.families.table.FAMILIES", {"gpt_oss": FAMILIES["gpt_oss"]})
     assert fit_target(plan, dense, "auto").target == "moeify"
-    assert "older ones and all other engines compute another" in remarks(fit_target(plan, dense, "gpt_oss"))[0]
+    assert "older ones and all other engines compute another" in remarks(fit_target(plan, dense, "gpt_oss"), dense)[0]

@@ -103,6 +103,23 @@ def test_the_first_layers_compute_what_they_compute_in_the_whole_model(tmp_path:
     assert len(whole.get_submodule("model.layers")._modules) == 3
 
 
+def test_of_equal_tensors_of_two_models_there_is_one(tmp_path: Path) -> None:
+    """Whose numbers are all equal, and no others: one that differs in a single place is read."""
+    model: Any = tiny.build("llama")
+    src = tiny.save(model, tmp_path / "src")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 2] += 1e-6
+    other = tiny.save(model, tmp_path / "other")
+    with open_source(src) as source, open_source(other) as changed:
+        first: Any = load_first_layers(source, None)
+        second: Any = load_first_layers(changed, None, beside=first)
+    shared = {
+        name for name, held in second.state_dict().items() if held.data_ptr() == first.state_dict()[name].data_ptr()
+    }
+    assert second.state_dict().keys() - shared == {"model.embed_tokens.weight", "lm_head.weight"}  # tied
+    assert all(torch.equal(held, second.state_dict()[name]) for name, held in model.state_dict().items())
+
+
 def test_settings_of_each_layer_are_cut_too(tmp_path: Path) -> None:
     with open_source(tiny.save(tiny.build("qwen2"), tmp_path)) as source:
         assert len(source.config["layer_types"]) == 3
