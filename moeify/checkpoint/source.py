@@ -26,7 +26,7 @@ from moeify.checkpoint.folder import (
 from moeify.checkpoint.gguf_file import GgufFile
 from moeify.checkpoint.part_files import PartFiles, find_parts
 from moeify.checkpoint.pickle_file import PickleFiles
-from moeify.checkpoint.quantized.schemes import entry_of
+from moeify.checkpoint.quantized.schemes import QUANTIZED_EXPERTS, entry_of, scheme_of
 from moeify.checkpoint.safetensors_file import SafetensorsFiles
 from moeify.checkpoint.tensor_info import Span, TensorInfo
 from moeify.errors import CheckpointError
@@ -179,6 +179,7 @@ class Accepted(TypedDict, total=False):
     allow_pickle: bool
     trust_remote_code: bool
     dequantize: bool
+    quantized_experts: bool
 
 
 def open_source(
@@ -187,6 +188,7 @@ def open_source(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     dequantize: bool = False,
+    quantized_experts: bool = False,
     revision: str | None = None,
 ) -> Source:
     """Open a checkpoint and check its headers; no tensor is read.
@@ -197,6 +199,7 @@ def open_source(
         trust_remote_code: Accept a config that names Python code in the folder; the code is not run here.
         dequantize: Also accept quantized weights (FP8, bitsandbytes, GPTQ, AWQ, compressed-tensors), and read them as
             if they were not.
+        quantized_experts: Also accept those of `moeify.quantize_experts`, and read them as they are.
         revision: Branch, tag or commit of a hub id; None for its main branch.
 
     Raises:
@@ -207,6 +210,7 @@ def open_source(
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
         "dequantize": dequantize,
+        "quantized_experts": quantized_experts,
     }
     if not exists(path) and not is_file(path):  # the second says why it cannot be known
         path = download(src, allow_pickle, revision)
@@ -241,12 +245,13 @@ def _open_folder(folder: Path, accepted: Accepted) -> Source:
 
 
 def _config(folder: Path, accepted: Accepted) -> JsonObject:
-    return load_config(folder, trust_remote_code=accepted["trust_remote_code"], dequantize=accepted["dequantize"])
+    asked = {name: bool(value) for name, value in accepted.items() if name != "allow_pickle"}
+    return load_config(folder, **asked)
 
 
 def _plain(folder: Path, config: JsonObject, stored: _Stored) -> Source:
     """Return the source, without its quantization if it has one, which was accepted."""
-    if not entry_of(config):
+    if not (entry := entry_of(config)) or scheme_of(entry) == QUANTIZED_EXPERTS:
         return Source(folder, config, stored)
     from moeify.checkpoint.quantized.files import dequantized
 

@@ -39,7 +39,7 @@ def stock_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     if is_quantized(self.down_proj):
         return _own_forward(self)(self, hidden_states, top_k_index, top_k_weights)
     stacks = stacked_weights(self)
-    name = _activation_name(self)
+    name = activation_name(self)
     if name is not None:
         return ops.experts(
             hidden_states, top_k_index, top_k_weights, *stacks,
@@ -107,7 +107,7 @@ def _has_norm(module: object) -> bool:
     return getattr(module, "has_post_expert_norm", False)  # transformers 5.17 has no such field
 
 
-def _activation_name(module: Any) -> str | None:
+def activation_name(module: Any) -> str | None:
     """Return the kernels' name for what stands between the projections, or None if they have none."""
     plain_gate = getattr(type(module), "_apply_gate", None) is moe._default_apply_gate and module.is_concatenated
     if _has_norm(module) or (module.has_gate and not plain_gate):

@@ -27,6 +27,7 @@ from moeify.conversion.dense import Dense
 from moeify.conversion.module import put_layers
 from moeify.errors import CheckpointError
 from moeify.hub.distribution import offer_distribution
+from moeify.hub.quantizing import offer_quantization
 from moeify.layers.implementations import OURS
 from moeify.plan import ASK_FOR_MOEIFY, FIELD, LINEAR, OLDER_FORMAT, Plan, stored_plan
 
@@ -62,6 +63,7 @@ def register(check: Callable[[Plan], None] | None = None) -> None:
     AUTO_QUANTIZATION_CONFIG_MAPPING[FIELD] = OlderFormat
     offer_stock_experts()
     offer_distribution()
+    offer_quantization()
 
 
 def _new(
@@ -73,8 +75,11 @@ def _new(
     plan = None if config is None else stored_plan(vars(config))
     if plan is not None and check is not None:
         check(Plan.from_dict(plan))
-    if plan is not None or (config is not None and config._experts_implementation == ASK_FOR_MOEIFY):
+    asks = config is not None and config._experts_implementation == ASK_FOR_MOEIFY
+    if plan is not None or (asks and not hasattr(config, "quantization_config")):
         made = _rebuilding(made)
+    elif asks:  # a stock model that `moeify.quantize_experts` quantized
+        config._experts_implementation = OURS
     return cast("PreTrainedModel", object.__new__(made))
 
 
