@@ -86,7 +86,9 @@ def quantize(w_ENK: Tensor, form: str) -> Quantized:
     if form not in FORMATS:
         raise ValueError(f"unknown format {form!r} of quantized weights: expected {' or '.join(FORMATS)}")
     if form == "int4" and w_ENK.shape[2] % 2:
-        raise ValueError(f"int4 packs two columns in a byte, and a weight has {w_ENK.shape[2]}: expected even; use 'fp8'")
+        raise ValueError(
+            f"int4 packs two columns in a byte, and a weight has {w_ENK.shape[2]}: expected even; use 'fp8'"
+        )
     parts = [_quantize(w_NK, form == "int4") for w_NK in w_ENK]
     return Quantized(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
 

@@ -179,7 +179,7 @@ class Accepted(TypedDict, total=False):
     allow_pickle: bool
     trust_remote_code: bool
     dequantize: bool
-    quantized_experts: bool
+    quantized_experts: str | None
 
 
 def open_source(
@@ -188,7 +188,7 @@ def open_source(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     dequantize: bool = False,
-    quantized_experts: bool = False,
+    quantized_experts: str | None = None,
     revision: str | None = None,
 ) -> Source:
     """Open a checkpoint and check its headers; no tensor is read.
@@ -199,7 +199,7 @@ def open_source(
         trust_remote_code: Accept a config that names Python code in the folder; the code is not run here.
         dequantize: Also accept quantized weights (FP8, bitsandbytes, GPTQ, AWQ, compressed-tensors), and read them as
             if they were not.
-        quantized_experts: Also accept those of `moeify.quantize_experts`, and read them as they are.
+        quantized_experts: Also accept experts in this form, and read them as they are (see `load_config`).
         revision: Branch, tag or commit of a hub id; None for its main branch.
 
     Raises:
@@ -230,7 +230,7 @@ def _open_folder(folder: Path, accepted: Accepted) -> Source:
     open_files: type[SafetensorsFiles] | type[PickleFiles] = SafetensorsFiles
     shards = find_shards(folder, SAFETENSORS)
     if shards is None and (parts := find_parts(folder)):
-        return _plain(folder, _config(folder, accepted), PartFiles(parts))
+        return _plain(folder, _config(folder, accepted), PartFiles(parts), accepted)
     if shards is None and is_file(folder / ADAPTER):
         return _open_adapter(folder, accepted)
     if shards is None:
@@ -241,21 +241,22 @@ def _open_folder(folder: Path, accepted: Accepted) -> Source:
     config = _config(folder, accepted)
     stored = open_files(tuple(shards))
     check_index(shards, stored.file_of)
-    return _plain(folder, config, stored)
+    return _plain(folder, config, stored, accepted)
 
 
 def _config(folder: Path, accepted: Accepted) -> JsonObject:
-    asked = {name: bool(value) for name, value in accepted.items() if name != "allow_pickle"}
-    return load_config(folder, **asked)
+    trust, whole, form = accepted["trust_remote_code"], accepted["dequantize"], accepted["quantized_experts"]
+    return load_config(folder, trust_remote_code=trust, dequantize=whole, quantized_experts=form)
 
 
-def _plain(folder: Path, config: JsonObject, stored: _Stored) -> Source:
+def _plain(folder: Path, config: JsonObject, stored: _Stored, accepted: Accepted) -> Source:
     """Return the source, without its quantization if it has one, which was accepted."""
     if not (entry := entry_of(config)) or scheme_of(entry) == QUANTIZED_EXPERTS:
         return Source(folder, config, stored)
     from moeify.checkpoint.quantized.files import dequantized
 
-    derived, plain = dequantized(stored, config, folder)
+    form = None if accepted["dequantize"] else accepted["quantized_experts"]
+    derived, plain = dequantized(stored, config, folder, form)
     return Source(folder, plain, derived)
 
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moeify.arguments import check_model
 from moeify.checkpoint.quantized.schemes import QUANTIZED_EXPERTS
 from moeify.contract.linearize import conversions, is_stacked, put
 from moeify.contract.stock_experts import activation_name
-from moeify.errors import ConfigError, RefusedError
+from moeify.errors import CheckpointError, ConfigError, RefusedError
 from moeify.kernels.quantized import FORMATS, quantize
 from moeify.layers import Experts
 from moeify.layers.quantized_experts import SCALE, QuantizedExperts
@@ -37,8 +38,8 @@ def quantize_experts(model: Model, form: str) -> Model:
 
     Args:
         model: A converted model, or one of transformers with stacked experts.
-        form: "fp8": e4m3, a scale for each block of 128 by 128; tokens are rounded to e4m3 too. "int4": a scale for each
-            row and 128 columns.
+        form: "fp8": e4m3, a scale for each block of 128 by 128; tokens are rounded to e4m3 too. "int4": a scale for
+            each row and 128 columns.
 
     Returns:
         The same model.
@@ -80,6 +81,7 @@ class _Quantizer(HfQuantizer):
     """What transformers asks about the quantization while it loads and saves a model."""
 
     is_trainable = False
+    quantization_config: Any
 
     def is_serializable(self) -> bool:
         return True
@@ -89,20 +91,23 @@ class _Quantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
+        for path, module in model.named_modules():
+            if isinstance(module, QuantizedExperts):
+                _check_loaded(path, module)
         untyped: Any = model
         untyped._weight_conversions = _others(untyped._weight_conversions)
         untyped.config.experts_implementation = ASK_FOR_MOEIFY  # so that no transformers loads it without this library
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: object) -> list[Any]:
-        """Return the rules by which transformers loads the model: stored in fewer bits, experts are stacked."""
-        return _others(weight_conversions) if self.pre_quantized else weight_conversions
+        """Return the rules by which transformers loads the model: the scales of experts are stacked as weights are."""
+        rules = [rule for rule in weight_conversions if rule not in _others(weight_conversions)]
+        return weight_conversions + [_of_scales(rule) for rule in rules if self.pre_quantized]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: object) -> bool:
-        """Return whether a tensor of the model is to be quantized when it comes from a file that holds it whole."""
-        path, _, name = param_name.rpartition(".")
-        module = model.get_submodule(path)
-        return not self.pre_quantized and isinstance(module, QuantizedExperts) and name in {module.up_name, "down_proj"}
+        """Return whether a file holds a tensor of the model whole, or with scales that a new module does not expect."""
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, QuantizedExperts) and not name.endswith("_bias")
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what quantizes a tensor."""
@@ -115,7 +120,9 @@ class _Quantize(ConversionOps):
     def __init__(self, form: str) -> None:
         self.form = form
 
-    def convert(self, input_dict: dict[str, Any], *_: object, **__: object) -> dict[str, Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Any]:
         ((name, found),) = input_dict.items()
         weight = quantize(found[0] if isinstance(found, list) else found, self.form)
         return {name: weight.values, name + SCALE: weight.scales}
@@ -155,12 +162,35 @@ def _check(path: str, module: Any, form: str) -> str:
             raise RefusedError(
                 f"{path}.{name} has {parameter.shape[-1]} columns, and int4 packs two in a byte: quantize to 'fp8'"
             )
-    name = _activation(module)
-    if name is None or module.is_transposed:
+    activation = _activation(module)
+    if activation is None or module.is_transposed:
         raise RefusedError(
             f"{path}: {type(module).__name__} computes what the kernels of quantized experts do not: leave it as it is"
         )
-    return name
+    return activation
+
+
+def _check_loaded(path: str, module: QuantizedExperts) -> None:
+    """Check what a file gave.
+
+    Raises:
+        CheckpointError: It does not fit the model.
+    """
+    hidden, intermediate = module.hidden_dim, module.intermediate_dim
+    for name, weight in zip((module.up_name, "down_proj"), module.weights, strict=True):
+        rows, columns = (
+            (hidden, intermediate) if name == "down_proj" else (intermediate * (1 + module.has_gate), hidden)
+        )
+        found = (len(weight.values), weight.rows, weight.columns)
+        if (
+            found != (module.num_experts, rows, columns)
+            or len(weight.scales) != len(weight.values)
+            or 0 in weight.block
+        ):
+            raise CheckpointError(
+                f"{path}.{name} has shape {list(found)} and scales {list(weight.scales.shape)}, expected "
+                f"{[module.num_experts, rows, columns]} in {module.form}: download it again"
+            )
 
 
 def _activation(module: Any) -> str | None:
@@ -169,9 +199,17 @@ def _activation(module: Any) -> str | None:
     return module.activation if module.region is None else None
 
 
+def _of_scales(rule: WeightConverter) -> WeightConverter:
+    """Return the rule that stacks the scales of what a rule stacks."""
+    sources, targets = (
+        [name + SCALE for name in names] for names in (rule._original_source_patterns, rule._original_target_patterns)
+    )
+    return WeightConverter(sources, targets, list(rule.operations))
+
+
 def _others(rules: list[Any]) -> list[Any]:
     """Return those of transformers' rules that make no stacked experts."""
-    stacked = ("gate_up_proj", "up_proj", "down_proj")
+    stacked = tuple(name + end for name in ("gate_up_proj", "up_proj", "down_proj") for end in ("", SCALE))
     return [
         rule
         for rule in rules

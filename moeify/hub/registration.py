@@ -75,11 +75,13 @@ def _new(
     plan = None if config is None else stored_plan(vars(config))
     if plan is not None and check is not None:
         check(Plan.from_dict(plan))
-    asks = config is not None and config._experts_implementation == ASK_FOR_MOEIFY
-    if plan is not None or (asks and not hasattr(config, "quantization_config")):
+    if config is not None and config._experts_implementation == ASK_FOR_MOEIFY and plan is None:
+        if hasattr(config, "quantization_config"):  # a stock model that `moeify.quantize_experts` quantized
+            config._experts_implementation = OURS
+        else:
+            made = _rebuilding(made)  # it says what is missing
+    elif plan is not None:
         made = _rebuilding(made)
-    elif asks:  # a stock model that `moeify.quantize_experts` quantized
-        config._experts_implementation = OURS
     return cast("PreTrainedModel", object.__new__(made))
 
 

@@ -61,12 +61,19 @@ class QuantizedExperts(nn.Module):
         asked = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
         if not asked:
             return self._compute(hidden_states, top_k_index, top_k_weights)
-        out_TH: Tensor = _WithoutGradient.apply(self._compute, hidden_states, top_k_index, top_k_weights)
+        without: Any = _WithoutGradient
+        out_TH: Tensor = without.apply(self._compute, hidden_states, top_k_index, top_k_weights)
         return out_TH
+
+    @property
+    def weights(self) -> tuple[Quantized, Quantized]:
+        """The up and the down projections."""
+        up, down = (Quantized(getattr(self, name), getattr(self, name + SCALE)) for name in (self.up_name, "down_proj"))
+        return up, down
 
     def _compute(self, x_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         dtype = x_TH.dtype
-        up, down = (Quantized(*(getattr(self, name + end) for end in ("", SCALE))) for name in (self.up_name, "down_proj"))
+        up, down = self.weights
         biases = (getattr(self, f"{name}_bias") for name in (self.up_name, "down_proj"))
         with torch.no_grad():
             return ops.quantized_experts(
@@ -77,7 +84,7 @@ class QuantizedExperts(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedExperts:
         """Move to another device; a cast of the model is none of the numbers and their scales."""
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             after = self._buffers[name]
             if tensor is not None and after is not None and after.dtype != tensor.dtype:
@@ -100,5 +107,6 @@ class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def backward(_: Any, *grads: Tensor) -> None:
         raise RefusedError(
-            "quantized experts have no gradient: train the model as it was before moeify.quantize_experts, then quantize"
+            "quantized experts have no gradient: train the model as it was before moeify.quantize_experts, then "
+            "quantize it"
         )
