@@ -22,7 +22,7 @@ from moeify.kernels.gpu.target import interpreted, product_precision
 from moeify.kernels.gpu.tiles import Tile, block_tile
 from moeify.kernels.topology import BlockTopology
 
-WIDTH = 64  # columns of the result of dsd that one program computes
+WIDTH = 64  # columns of the result of dsd that one program computes, at most
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -194,7 +194,7 @@ class _Dsd(torch.autograd.Function):
         data_NBB, rows = data_NBB.contiguous(), topology.experts * topology.columns if transpose else topology.rows
         out = data_NBB.new_zeros(rows, dense.shape[1])
         options = {"F": topology.columns, "G": topology.expert_blocks, "BLOCK": topology.block}
-        tile = block_tile(topology.block, WIDTH, data_NBB.dtype.itemsize)
+        tile = block_tile(topology.block, WIDTH, data_NBB.dtype.itemsize, halved=not transpose)
         options |= {"BN": tile.n} | _options(data_NBB, tile)
         columns, strides = triton.cdiv(dense.shape[1], tile.n), (*dense.stride(), *out.stride(), dense.shape[1])
         if transpose:

@@ -109,7 +109,9 @@ def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int
     if itemsize > 2:
         gate = kernel in {"up", "down_backward"}
         depth = 4 if (m == 32 and not gate) or (kernel == "weights" and tile.n > 128) else 2
-        tile = replace(tile, n=min(tile.n // 2, 32) if gate else min(tile.n, 128), k=tile.k // depth, tma=False, persistent=False)
+        tile = replace(
+            tile, n=min(tile.n // 2, 32) if gate else min(tile.n, 128), k=tile.k // depth, tma=False, persistent=False
+        )
         if gate and m >= 64:
             tile = replace(tile, k=min(tile.k, 16), warps=8)
     return fit(tile, n, k)
@@ -129,10 +131,13 @@ def least_shared(kernel: str, tile: Tile, itemsize: int) -> int:
     return (tile.m + columns) * tile.k * itemsize * max(tile.stages - 1, 1)
 
 
-def block_tile(block: int, columns: int, itemsize: int) -> Tile:
-    """Return the tile of a block-sparse product whose result has blocks of `block` rows: the same everywhere."""
-    if itemsize > 2 and block > columns:
-        columns //= 2  # for registers
+def block_tile(block: int, columns: int, itemsize: int, halved: bool = False) -> Tile:
+    """Return the tile of a block-sparse product whose result has blocks of `block` rows: the same everywhere.
+
+    With `halved` a result of four bytes has half the columns where there are fewer than rows, for registers.
+    """
+    if halved and itemsize > 2 and block > columns:
+        columns //= 2
     return Tile(block, columns, min(block, 32 if itemsize <= 2 else 16), 8 if columns > 64 else 4, 3)
 
 

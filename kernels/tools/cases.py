@@ -174,7 +174,8 @@ def _tiles(case: Case, architecture: str, itemsize: int) -> list[Tile]:
             tiles += [choose("rows", architecture, m, HIDDEN, SHORT, itemsize) for m in heights]
         return list(dict.fromkeys(tiles))
     sparse = case.products and case.kernel not in BF16_ONLY
-    return [block_tile(tile.m, tile.n, itemsize) if sparse else tile for tile in case.tiles]
+    halved = case.kernel is blocksparse.dsd_kernel
+    return [block_tile(tile.m, tile.n, itemsize, halved) if sparse else tile for tile in case.tiles]
 
 
 def faults(entry: Entry) -> list[str]:
