@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -87,7 +88,13 @@ class _Quantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
+        dtype = model.dtype
         _replace(model, self.quantization_config)
+        for module in model.modules() if not self.pre_quantized else ():
+            if isinstance(module, QuantizedExperts):  # transformers 5.17 casts what it reads to what it finds here
+                for name, weight in zip((module.up_name, "down_proj"), module.weights, strict=True):
+                    shape = (module.num_experts, weight.rows, weight.columns)
+                    module._buffers[name] = torch.empty(shape, dtype=dtype, device="meta")
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
