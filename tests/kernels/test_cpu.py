@@ -85,8 +85,13 @@ def test_rows_past_the_last_offset_are_zero() -> None:
 def test_few_choices_of_most_experts_take_one_product_for_all(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, ids: list[list[int]], grouped: bool
 ) -> None:
-    calls, product = [], torch._grouped_mm
-    monkeypatch.setattr(cpu, "_GROUPED", lambda *args: calls.append(args) or product(*args))
+    calls, product = list[int](), torch._grouped_mm
+
+    def counted(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return product(x, w, ends)
+
+    monkeypatch.setattr(cpu, "_GROUPED", counted)
     inputs = oracle.make_inputs(len(ids), 2, 16, 24, 5, gated=True, bias=False, ids=torch.tensor(ids))
     expected = oracle.experts(oracle.cast(inputs, torch.float64), "silu", True)
     with torch.no_grad():
