@@ -32,7 +32,9 @@ FRESH_PAGES = 4 << 20  # bytes of an output from which fresh pages are worth the
 MOSTLY = 8  # to zero a page that is there takes a seventh of the time in which the system finds another
 HELD_PAGES = 32 << 20  # bytes from which malloc gives a block back to the system at once
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent from builds without it
+_GROUPED: Any = getattr(torch, "_grouped_mm", None)
 _PAGES = Pages()  # of large gradients
+FEW_ROWS = range(2, 5)  # in fp32 MKL is up to twice as fast with so few rows on the other side
 FEW_CHOICES = 64  # up to this many, sorting a Python list is faster than calling the operators that sort
 
 
@@ -53,8 +55,11 @@ def experts_forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Kept]:
     """Return the output (T, H) and what the backward pass reads; the pre-activation has no rows unless `keep`."""
     x_TH, expert_ids_TK, weights_TK, up_EJH, down_EHI, up_bias_EJ, down_bias_EH, activation, gated = inputs
     act, dtype = find_activation(activation), _compute_dtype(x_TH)
-    order_S, offsets_E1, bounds = _sort(expert_ids_TK, inputs.experts)
-    token_S = order_S // inputs.top_k
+    order_S, token_S, inverse_S, offsets_E1, bounds = _sort(expert_ids_TK, inputs.experts)
+    inverse_TK = inverse_S.view_as(weights_TK)
+    if not keep and _takes_groups(inputs, bounds):
+        y_SH = _grouped(x_TH.index_select(0, token_S), inputs, act, offsets_E1[1:])
+        return combine(y_SH, weights_TK, inverse_TK), Kept(x_TH, order_S, offsets_E1)
     choices, rows_J = order_S.shape[0], up_EJH.shape[1]
     z_SJ = _rows(x_TH, choices if keep else 0, bounds[-1], rows_J)
     y_SH = _rows(x_TH, choices, bounds[-1], x_TH.shape[1])
@@ -63,8 +68,36 @@ def experts_forward(inputs: ExpertInputs, keep: bool) -> tuple[Tensor, Kept]:
         z_RJ = z_SJ[chunk.rows] if keep else x_RH.new_empty(len(x_RH), rows_J)
         _linear(x_RH, up_EJH, up_bias_EJ, chunk, out=z_RJ)
         _linear(_activate(z_RJ, act, gated), down_EHI, down_bias_EH, chunk, out=y_SH[chunk.rows])
-    out_TH = combine(y_SH, weights_TK, invert(order_S).view_as(weights_TK))
+    out_TH = combine(y_SH, weights_TK, inverse_TK)
     return out_TH.to(x_TH.dtype), Kept(z_SJ.to(x_TH.dtype), order_S, offsets_E1)
+
+
+def _takes_groups(inputs: ExpertInputs, bounds: list[int]) -> bool:
+    """Whether torch's grouped product computes a few choices in less time than a product for each expert.
+
+    It makes all products of a projection in one call, where calls take the time, but goes through idle experts too. It
+    knows no bias, and wants rows in steps of 16 bytes. In fp32 there are faster products for two to four rows of an
+    expert, and for many.
+    """
+    x, up, down = inputs.x_TH, inputs.up_EJH, inputs.down_EHI
+    sizes = [b - a for a, b in pairwise(bounds)]
+    if bounds[-1] != inputs.expert_ids_TK.numel() or bounds[-1] > CHUNK_ROWS or _GROUPED is None:
+        return False
+    if 2 * sum(map(bool, sizes)) < inputs.experts:
+        return False
+    if inputs.up_bias_EJ is not None or inputs.down_bias_EH is not None or x.device.type != "cpu":
+        return False
+    if x.dtype == torch.float32 and any(size in FEW_ROWS or size >= MANY_ROWS for size in sizes):
+        return False
+    return x.dtype in {torch.float32, torch.bfloat16} and all(
+        t.is_contiguous() and t.shape[2] * t.itemsize % 16 == 0 for t in (up, down)
+    )
+
+
+def _grouped(x_SH: Tensor, inputs: ExpertInputs, act: Activation, ends_E: Tensor) -> Tensor:
+    z_SJ = _GROUPED(x_SH, inputs.up_EJH.transpose(1, 2), ends_E)
+    y_SH: Tensor = _GROUPED(_activate(z_SJ, act, inputs.gated), inputs.down_EHI.transpose(1, 2), ends_E)
+    return y_SH
 
 
 def experts_backward(grad_TH: Tensor, inputs: ExpertInputs, kept: Kept, needs: list[bool]) -> list[Tensor]:
@@ -143,21 +176,22 @@ def combine(y_SH: Tensor, weights_TK: Tensor | None, inverse_TK: Tensor) -> Tens
     return torch.embedding_bag(y_SH, inverse_TK.view(-1), bags_T, False, 0, False, weights_S)[0]
 
 
-def _sort(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Return the result of `sort_by_expert`, and its offsets as a list too."""
+def _sort(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int]]:
+    """Return `order_S`, the token of each row, `inverse_S`, `offsets_E1` (`RoutingLayout`), and the last as a list."""
+    top_k = expert_ids_TK.shape[1]
     if expert_ids_TK.numel() > FEW_CHOICES:
         order_S, offsets_E1 = sort_by_expert(expert_ids_TK, experts)
-        return order_S, offsets_E1, offsets_E1.tolist()
+        return order_S, order_S // top_k, invert(order_S), offsets_E1, offsets_E1.tolist()
     ids = [e if 0 <= e < experts else experts for e in expert_ids_TK.flatten().tolist()]
     order = sorted(range(len(ids)), key=ids.__getitem__)
     ids.sort()
     bounds = [bisect_left(ids, e) for e in range(experts + 1)]
-    device = expert_ids_TK.device
-    return (
-        torch.tensor(order, dtype=torch.int32, device=device),
-        torch.tensor(bounds, dtype=torch.int32, device=device),
-        bounds,
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    lists = order, [choice // top_k for choice in order], inverse, bounds
+    order_S, token_S, inverse_S, offsets_E1 = (
+        torch.tensor(numbers, dtype=torch.int32, device=expert_ids_TK.device) for numbers in lists
     )
+    return order_S, token_S, inverse_S, offsets_E1, bounds
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -191,7 +225,8 @@ def _room(
     hold = again and size > HELD_PAGES
     out = _PAGES.tensor(shape, dtype) if hold else torch.empty(shape, dtype=dtype, device=device)
     for rows in unused:
-        out[rows] = 0
+        if rows.stop > rows.start:  # writing nothing takes as long as a small product
+            out[rows] = 0
     return out
 
 
@@ -212,9 +247,9 @@ def _chunks(bounds: list[int], limit: int) -> Iterator[Chunk]:
 
 def _linear(x_RH: Tensor, w_ENH: Tensor, b_EN: Tensor | None, chunk: Chunk, out: Tensor) -> Tensor:
     """Write each slice times its expert's transposed weight, plus bias; return `out`."""
-    w_EHN, few = w_ENH.transpose(1, 2), range(2, 5) if x_RH.dtype == torch.float32 else ()
+    w_EHN, few = w_ENH.transpose(1, 2), FEW_ROWS if x_RH.dtype == torch.float32 else ()
     for e, x, y in chunk.slices(x_RH, out):
-        if x.shape[0] in few:  # MKL is up to twice as fast with the few rows on the other side
+        if x.shape[0] in few:
             y.copy_(torch.mm(_cast(w_ENH[e], x), x.t()).t())
         else:
             _multiply(x, _cast(w_EHN[e], x), out=y)

@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+FORMATS = ("fp8", "int4")
 GROUP = 128  # columns of a row of e4m3 activations that share a scale; rows and columns of a block of weights that do
 LARGEST = 448.0  # of e4m3
+INT4_LARGEST, INT4_ZERO = 7.0, 8  # what stands for zero
 
 
 class Quantized(NamedTuple):
@@ -63,10 +66,45 @@ def dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
     """Return the weights as (E, N, K)."""
     values = weight.values
     if weight.packed:
-        values = torch.stack([values & 15, values >> 4], -1).flatten(2).to(torch.int8) - 8
+        values = torch.stack([values & 15, values >> 4], -1).flatten(2).to(torch.int8) - INT4_ZERO
     rows, columns = weight.block
     scales = weight.scales.to(dtype).repeat_interleave(rows, 1)[:, : weight.rows]
     return values.to(dtype) * scales.repeat_interleave(columns, 2)[..., : weight.columns]
+
+
+def quantize(w_ENK: Tensor, form: str) -> Quantized:
+    """Round stacked weights to the nearest in a format, one expert at a time.
+
+    Args:
+        w_ENK: (E, N, K), any float dtype.
+        form: "fp8" is e4m3 with a scale for each block of GROUP rows and columns, "int4" has one for each row and GROUP
+            columns. The largest number of a block becomes the largest of the format.
+
+    Raises:
+        ValueError: There is no such format, or int4 has a column without a second one for its byte.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"unknown format {form!r} of quantized weights: expected {' or '.join(FORMATS)}")
+    if form == "int4" and w_ENK.shape[2] % 2:
+        raise ValueError(
+            f"int4 packs two columns in a byte, and a weight has {w_ENK.shape[2]}: expected even; use 'fp8'"
+        )
+    parts = [_quantize(w_NK, form == "int4") for w_NK in w_ENK]
+    return Quantized(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _quantize(w_NK: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
+    rows, columns = w_NK.shape
+    height = 1 if packed else GROUP
+    padded = F.pad(w_NK.float(), (0, -columns % GROUP, 0, -rows % height))
+    blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // GROUP, GROUP)
+    largest = blocks.abs().amax((1, 3))
+    scales = torch.where(largest > 0, largest / (INT4_LARGEST if packed else LARGEST), 1.0)
+    values = (blocks / scales[:, None, :, None]).view(padded.shape)[:rows, :columns]
+    if not packed:
+        return values.to(torch.float8_e4m3fn), scales
+    whole = (values.round() + INT4_ZERO).to(torch.uint8)
+    return whole[:, ::2] | whole[:, 1::2] << 4, scales
 
 
 def round_rows(x_RK: Tensor) -> Tensor:

@@ -55,6 +55,8 @@ def experts(
 def _linear(x: Tensor, w_ENK: Tensor, scale: Tensor | None, b_EN: Tensor | None, e: int) -> Tensor:
     """Apply one expert's linear layer; rows are rounded to e4m3 if its weight is of that type."""
     w_NK = w_ENK[e]
+    if scale is not None and not len(x):
+        return x.new_empty(0, w_ENK.shape[1])  # an idle expert's weight is not made whole
     if scale is not None:
         x = x if w_ENK.dtype == torch.uint8 else round_rows(x)
         w_NK = dequantize(Quantized(w_ENK[e : e + 1], scale[e : e + 1]), x.dtype)[0]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moeify.export.onnx_file import export_onnx
     from moeify.export.report import OnnxReport
     from moeify.hub.loading import load
+    from moeify.hub.quantizing import quantize_experts
     from moeify.hub.registration import register
     from moeify.parallel.clipping import clip_grad_norm_
     from moeify.parallel.saving import save
@@ -56,6 +57,7 @@ _HOME = {
     "load": "hub.loading",
     "parallelize": "parallel.shard",
     "param_groups": "training.control",
+    "quantize_experts": "hub.quantizing",
     "register": "hub.registration",
     "routing_stats": "training.stats",
     "save": "parallel.saving",
@@ -90,6 +92,7 @@ __all__ = [
     "methods",
     "parallelize",
     "param_groups",
+    "quantize_experts",
     "register",
     "routers",
     "routing_stats",

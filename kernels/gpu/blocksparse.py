@@ -19,10 +19,10 @@ from torch import Tensor
 
 from moeify.kernels.checks import check_dtypes, check_shape
 from moeify.kernels.gpu.target import interpreted, product_precision
-from moeify.kernels.gpu.tiles import block_tile
+from moeify.kernels.gpu.tiles import Tile, block_tile
 from moeify.kernels.topology import BlockTopology
 
-WIDTH = 64  # columns of the result of dsd that one program computes
+WIDTH = 64  # columns of the result of dsd that one program computes, at most
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -172,7 +172,7 @@ class _Sdd(torch.autograd.Function):
             a_SK, b_KC, topology.offsets_E1, topology.expert_L, topology.first_row_L, topology.row_N,
             topology.column_N, data_NBB, *a_SK.stride(), *b_KC.stride(), a_SK.shape[1],
             F=topology.columns, G=topology.expert_blocks, BLOCK=topology.block,
-            **_options(a_SK, topology.block, topology.block),
+            **_options(a_SK, block_tile(topology.block, topology.block, a_SK.dtype.itemsize)),
         )  # fmt: skip
         return data_NBB
 
@@ -193,9 +193,10 @@ class _Dsd(torch.autograd.Function):
         ctx.topology, ctx.transpose = topology, transpose
         data_NBB, rows = data_NBB.contiguous(), topology.experts * topology.columns if transpose else topology.rows
         out = data_NBB.new_zeros(rows, dense.shape[1])
-        options = {"F": topology.columns, "G": topology.expert_blocks, "BLOCK": topology.block, "BN": WIDTH}
-        options |= _options(data_NBB, topology.block, WIDTH)
-        columns, strides = triton.cdiv(dense.shape[1], WIDTH), (*dense.stride(), *out.stride(), dense.shape[1])
+        options = {"F": topology.columns, "G": topology.expert_blocks, "BLOCK": topology.block}
+        tile = block_tile(topology.block, WIDTH, data_NBB.dtype.itemsize, halved=not transpose)
+        options |= {"BN": tile.n} | _options(data_NBB, tile)
+        columns, strides = triton.cdiv(dense.shape[1], tile.n), (*dense.stride(), *out.stride(), dense.shape[1])
         if transpose:
             dsd_transposed_kernel[(topology.offsets_C1.shape[0] - 1, columns)](
                 data_NBB, dense, topology.offsets_E1, topology.first_row_L, topology.row_N, topology.offsets_C1,
@@ -216,8 +217,7 @@ class _Dsd(torch.autograd.Function):
         return ddata_NBB, ddense, None, None
 
 
-def _options(data: Tensor, block: int, columns: int) -> dict[str, Any]:
-    tile = block_tile(block, columns, data.dtype.itemsize)
+def _options(data: Tensor, tile: Tile) -> dict[str, Any]:
     precision = product_precision(data.dtype)
     return {"BK": tile.k, "PRECISION": precision, "num_warps": tile.warps, "num_stages": tile.stages}
 

@@ -30,7 +30,7 @@ from moeify.kernels.gpu.gemm import (
     weights_kernel,
 )
 from moeify.kernels.gpu.layout import route, tile_map
-from moeify.kernels.gpu.target import has_tma, product_precision
+from moeify.kernels.gpu.target import has_tma, multiprocessors, product_precision
 from moeify.kernels.gpu.tiles import Tile, row_tile
 from moeify.kernels.inputs import ExpertInputs, Kept
 from moeify.kernels.layout import TileMap, invert, wide_enough
@@ -114,14 +114,16 @@ def _options(kernel: str, m: int, n: int, k: int, *blocks: Tensor) -> dict[str, 
     """
     dtype = blocks[0].dtype
     tile = tuned_tiles.pick(kernel, m, n, k, dtype.itemsize)
-    return _schedule(tile, product_precision(dtype), tile.tma and has_tma() and all(map(_has_blocks, blocks)))
+    tma = tile.tma and has_tma() and all(map(_has_blocks, blocks))
+    return _schedule(tile, product_precision(dtype), tma, kernel == "rows")
 
 
 @cache
-def _schedule(tile: Tile, precision: str, tma: bool) -> dict[str, Any]:
+def _schedule(tile: Tile, precision: str, tma: bool, rows: bool) -> dict[str, Any]:
     return {
         "BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP_M": tile.group_m, "PRECISION": precision, "TMA": tma,
         "num_warps": tile.warps, "num_stages": tile.stages,
+        **({"PERSISTENT": tile.persistent and tma} if rows else {}),
     }  # fmt: skip
 
 
@@ -181,12 +183,15 @@ def launch_rows(
 ) -> Tensor:
     """Multiply each row with the weight of its expert; rows of no expert are zero if `fill`, else not written."""
     p_SK, w_EKN = _within_reach(_unit_stride(p_SK)), _within_reach(w_EKN)
-    (_, depth, width), choices, count = w_EKN.shape, p_SK.shape[0], tiles.expert_L.shape[0]
+    (experts, depth, width), choices, count = w_EKN.shape, p_SK.shape[0], tiles.expert_L.shape[0]
     bias = w_EKN if bias_EN is None else _unit_stride(bias_EN)
     y_SN = (p_SK.new_zeros if fill else p_SK.new_empty)(choices, width)
     stored, k_major = _stored(w_EKN)
     options = _options("rows", tiles.block_m, width, depth, stored, p_SK)
-    rows_kernel[(count * triton.cdiv(width, options["BN"]),)](
+    programs = count * triton.cdiv(width, options["BN"])
+    if options["PERSISTENT"]:
+        options, programs = {**options, "PERSISTENT": experts}, min(programs, multiprocessors(p_SK.device))
+    rows_kernel[(programs,)](
         _blocks(p_SK, options["TMA"], options["BM"], options["BK"]), _weight(stored, k_major, options), bias,
         offsets_E1, tiles.expert_L, tiles.row_L, y_SN, count, p_SK.stride(0), *w_EKN.stride(), bias.stride(0),
         depth=depth, N=width, HAS_BIAS=bias_EN is not None, K_MAJOR=k_major, EVEN=depth % options["BK"] == 0, **options,

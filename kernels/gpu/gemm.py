@@ -131,33 +131,68 @@ def up_kernel(
         tl.store(A + row64 * INTERMEDIATE + col[None, :], a.to(A.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _rows_tile(
+    P, W, BIAS, OFFSETS, TILE_ROW, Y, expert, pid_m, pid_n, stride_p, stride_we, stride_wk, stride_wn, stride_b,
+    depth, N: tl.constexpr, HAS_BIAS: tl.constexpr, K_MAJOR: tl.constexpr, TMA: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write one tile of what `rows_kernel` computes."""
+    end = tl.load(OFFSETS + expert + 1)
+    first = tl.load(TILE_ROW + pid_m)
+    m = tl.arange(0, BM)
+    p_tile = tl.minimum(m, end - 1 - first)[:, None] * stride_p + tl.arange(0, BK)[None, :]
+    acc, _ = multiply(
+        P if TMA else P + first.to(tl.int64) * stride_p, p_tile, first, W, expert, pid_n * BN, depth,
+        stride_we, stride_wk, stride_wn, N, False, K_MAJOR, EVEN, TMA, TMA, BM, BN, BK, PRECISION,
+    )  # fmt: skip
+    col = pid_n * BN + tl.arange(0, BN)
+    if HAS_BIAS:
+        acc += tl.load(BIAS + expert.to(tl.int64) * stride_b + col, mask=col < N, other=0.0)[None, :].to(tl.float32)
+    y_ptr = Y + (first + m).to(tl.int64)[:, None] * N + col[None, :]
+    tl.store(y_ptr, acc.to(Y.dtype.element_ty), mask=(first + m < end)[:, None] & (col < N)[None, :])
+
+
 @triton.jit(do_not_specialize=["tiles"])
 def rows_kernel(
     P, W, BIAS, OFFSETS, TILE_EXPERT, TILE_ROW, Y, tiles, stride_p, stride_we, stride_wk, stride_wn, stride_b,
-    depth, N: tl.constexpr, HAS_BIAS: tl.constexpr, K_MAJOR: tl.constexpr, TMA: tl.constexpr,
+    depth, N: tl.constexpr, HAS_BIAS: tl.constexpr, K_MAJOR: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y_SN = P_S W_E + bias, with W_E (depth, N) by strides: the down projection, dX, and any grouped linear layer.
 
-    Grid: (tiles * cdiv(N, BN),).
+    Grid: (tiles * cdiv(N, BN),). With PERSISTENT, the number of experts, any number of programs take tiles by turns:
+    both loops are one, in which the loads of the next tile come before the stores of this one.
     """
-    pid_m, pid_n = swizzle(tl.program_id(0), tiles, tl.cdiv(N, BN), GROUP_M)
-    expert = tl.load(TILE_EXPERT + pid_m)
-    if expert >= 0:
-        end = tl.load(OFFSETS + expert + 1)
-        first = tl.load(TILE_ROW + pid_m)
-        m = tl.arange(0, BM)
-        p_tile = tl.minimum(m, end - 1 - first)[:, None] * stride_p + tl.arange(0, BK)[None, :]
-        acc, _ = multiply(
-            P if TMA else P + first.to(tl.int64) * stride_p, p_tile, first, W, expert, pid_n * BN, depth,
-            stride_we, stride_wk, stride_wn, N, False, K_MAJOR, EVEN, TMA, TMA, BM, BN, BK, PRECISION,
-        )  # fmt: skip
-        col = pid_n * BN + tl.arange(0, BN)
-        if HAS_BIAS:
-            acc += tl.load(BIAS + expert.to(tl.int64) * stride_b + col, mask=col < N, other=0.0)[None, :].to(tl.float32)
-        y_ptr = Y + (first + m).to(tl.int64)[:, None] * N + col[None, :]
-        tl.store(y_ptr, acc.to(Y.dtype.element_ty), mask=(first + m < end)[:, None] & (col < N)[None, :])
+    tiles_n = tl.cdiv(N, BN)
+    if PERSISTENT:
+        live = live_tiles(OFFSETS, PERSISTENT, BM)
+        for tile in tl.range(tl.program_id(0), live * tiles_n, tl.num_programs(0), flatten=True):
+            pid_m, pid_n = swizzle(tile, live, tiles_n, GROUP_M)
+            _rows_tile(
+                P, W, BIAS, OFFSETS, TILE_ROW, Y, tl.load(TILE_EXPERT + pid_m), pid_m, pid_n,
+                stride_p, stride_we, stride_wk, stride_wn, stride_b,
+                depth, N, HAS_BIAS, K_MAJOR, TMA, EVEN, BM, BN, BK, PRECISION,
+            )  # fmt: skip
+    else:
+        pid_m, pid_n = swizzle(tl.program_id(0), tiles, tiles_n, GROUP_M)
+        expert = tl.load(TILE_EXPERT + pid_m)
+        if expert >= 0:
+            _rows_tile(
+                P, W, BIAS, OFFSETS, TILE_ROW, Y, expert, pid_m, pid_n,
+                stride_p, stride_we, stride_wk, stride_wn, stride_b,
+                depth, N, HAS_BIAS, K_MAJOR, TMA, EVEN, BM, BN, BK, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def live_tiles(OFFSETS, EXPERTS: tl.constexpr, BM: tl.constexpr):
+    """Return how many tiles of BM rows the experts' rows need; the tile map has these before the dead ones."""
+    WIDE: tl.constexpr = triton.next_power_of_2(EXPERTS)
+    e = tl.arange(0, WIDE)
+    rows = tl.load(OFFSETS + e + 1, mask=e < EXPERTS, other=0) - tl.load(OFFSETS + e, mask=e < EXPERTS, other=0)
+    return tl.sum((rows + BM - 1) // BM)
 
 
 @triton.jit

@@ -53,6 +53,12 @@ def has_tma() -> bool:
     return interpreted() or architecture() in TMA
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many there are; where kernels do not run on hardware, fewer than any has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def has_e4m3() -> bool:
     """Whether the hardware multiplies e4m3."""
     return interpreted() or architecture() in E4M3

@@ -16,7 +16,8 @@ from functools import cache
 class Tile:
     """The shape of a tile (rows m, columns n, summed k) and how the compiler schedules it.
 
-    With `tma`, weights and dense rows are read by tensor descriptor where their strides allow it.
+    With `tma`, weights and dense rows are read by tensor descriptor where their strides allow it. With `persistent`
+    too, as many programs as there are multiprocessors take the tiles of "rows" by turns; no table has it.
     """
 
     m: int
@@ -26,6 +27,7 @@ class Tile:
     stages: int
     group_m: int = 8
     tma: bool = field(default=False, kw_only=True)
+    persistent: bool = field(default=False, kw_only=True)
 
 
 Table = dict[str, dict[int, Tile]]  # by kernel, then by height; "weights" has one height, as it has no rows to fit
@@ -99,14 +101,19 @@ def choose(kernel: str, architecture: str, m: int, n: int, k: int, itemsize: int
 
     The table is for types of two bytes. Four bytes halve the depth, for shared memory, and the widest tiles and those
     of the kernels that hold a gate beside the rest, for registers, of which products without tensor cores need more.
-    The others' tiles of 32 rows, and the widest of the weights, spill unless they are shallower still.
+    The others' tiles of 32 rows, the widest of the weights, and those of a gate with 64 rows or more spill unless they
+    are shallower still (Triton 3.6 or 3.9).
     """
     table = _table(architecture)
     tile = table.get(entry(kernel, k), {}).get(m) or table[kernel][m]
     if itemsize > 2:
         gate = kernel in {"up", "down_backward"}
         depth = 4 if (m == 32 and not gate) or (kernel == "weights" and tile.n > 128) else 2
-        tile = replace(tile, n=min(tile.n // 2, 32) if gate else min(tile.n, 128), k=tile.k // depth, tma=False)
+        tile = replace(
+            tile, n=min(tile.n // 2, 32) if gate else min(tile.n, 128), k=tile.k // depth, tma=False, persistent=False
+        )
+        if gate and m >= 64:
+            tile = replace(tile, k=min(tile.k, 16), warps=8)
     return fit(tile, n, k)
 
 
@@ -124,8 +131,13 @@ def least_shared(kernel: str, tile: Tile, itemsize: int) -> int:
     return (tile.m + columns) * tile.k * itemsize * max(tile.stages - 1, 1)
 
 
-def block_tile(block: int, columns: int, itemsize: int) -> Tile:
-    """Return the tile of a block-sparse product whose result has blocks of `block` rows: the same everywhere."""
+def block_tile(block: int, columns: int, itemsize: int, halved: bool = False) -> Tile:
+    """Return the tile of a block-sparse product whose result has blocks of `block` rows: the same everywhere.
+
+    With `halved` a result of four bytes has half the columns where there are fewer than rows, for registers.
+    """
+    if halved and itemsize > 2 and block > columns:
+        columns //= 2
     return Tile(block, columns, min(block, 32 if itemsize <= 2 else 16), 8 if columns > 64 else 4, 3)
 
 

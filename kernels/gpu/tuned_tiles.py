@@ -82,14 +82,13 @@ def _read(path: str) -> Table:
     return table
 
 
-def _tile(kernel: str, itemsize: int, tma: bool = False, **sides: int) -> Tile:
+def _tile(kernel: str, itemsize: int, tma: bool = False, persistent: bool = False, **sides: int) -> Tile:
     """Return a tile; ValueError if the compiler cannot take one of its numbers."""
-    tile = Tile(**sides, tma=tma)
+    tile = Tile(**sides, tma=tma, persistent=persistent)
     heights = (128,) if kernel == "weights" else tiles.HEIGHTS
     powers = all(type(side) is int and side in (16, 32, 64, 128, 256) for side in (tile.n, tile.k))
-    schedule = (
-        tile.warps in (2, 4, 8) and tile.stages in range(1, 9) and tile.group_m in range(1, 65) and type(tma) is bool
-    )
+    flags = type(tma) is bool and (persistent is False or (persistent is True and tma and kernel.endswith("rows")))
+    schedule = tile.warps in (2, 4, 8) and tile.stages in range(1, 9) and tile.group_m in range(1, 65) and flags
     if kernel not in KERNELS or itemsize not in (2, 4) or tile.m not in heights or not powers or not schedule:
         raise ValueError(f"no kernel {kernel!r} takes {tile} with {itemsize} bytes")
     return tile

@@ -20,7 +20,7 @@ from moeify.kernels.gpu.tiles import HEIGHTS, SHORT, TILES, Tile, block_tile, ch
 from moeify.kernels.tools import static_analysis
 from moeify.kernels.tools.static_analysis import Resources
 
-HIDDEN, INTERMEDIATE, TOP_K = 2048, 768, 8
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
 KINDS = {"bf16": ("bf16", "ieee"), "fp32": ("fp32", "ieee"), "tf32": ("fp32", "tf32")}  # type and kind of product
 DENSE_MARGIN = 1.15
 INT_POINTERS = {
@@ -101,7 +101,7 @@ _BY_ROW = {"K_MAJOR": False, "stride_wn": 1}
 _TOKENS = {"N": HIDDEN, "TOP_K": TOP_K, "WEIGHTED": True}
 _ACTIVATE = {"N": INTERMEDIATE, "ACTIVATION": "silu", "GATED": True, "FP8": True, "TOP": 448.0, "Q": "*fp8e4nv",
              "SCALES": "*fp32"}  # fmt: skip
-_ROUTING = {"E": 128, "X": 256, "IDS": "*i64"}
+_ROUTING = {"E": EXPERTS, "X": 256, "IDS": "*i64"}
 CASES = (
     Case("up", gemm.up_kernel, "up", _FFN | {"HAS_BIAS": False, "KEEP": True} | _BY_COLUMN),
     Case("down", gemm.rows_kernel, "rows", {"N": HIDDEN, "HAS_BIAS": False} | _BY_COLUMN),
@@ -143,7 +143,7 @@ def measure(case: Case, tile: Tile, architecture: str, kind: str = "bf16") -> Re
     """Compile one case with one tile and read its resources."""
     dtype, precision = KINDS[kind]
     known = {"BM": tile.m, "BN": tile.n, "BK": tile.k, "GROUP_M": tile.group_m, "PRECISION": precision, "EVEN": True}
-    known |= {"BLOCK": tile.m, "TMA": tile.tma} | case.constants
+    known |= {"BLOCK": tile.m, "TMA": tile.tma, "PERSISTENT": EXPERTS if tile.persistent else 0} | case.constants
     known |= _descriptors(known, tile, dtype) if tile.tma else {}
     arguments = {name: known.get(name, _type(name, dtype)) for name in case.kernel.arg_names}
     return static_analysis.resources(
@@ -174,7 +174,8 @@ def _tiles(case: Case, architecture: str, itemsize: int) -> list[Tile]:
             tiles += [choose("rows", architecture, m, HIDDEN, SHORT, itemsize) for m in heights]
         return list(dict.fromkeys(tiles))
     sparse = case.products and case.kernel not in BF16_ONLY
-    return [block_tile(tile.m, tile.n, itemsize) if sparse else tile for tile in case.tiles]
+    halved = case.kernel is blocksparse.dsd_kernel
+    return [block_tile(tile.m, tile.n, itemsize, halved) if sparse else tile for tile in case.tiles]
 
 
 def faults(entry: Entry) -> list[str]:

@@ -121,6 +121,7 @@ def _survivors(kernel: str, m: int, itemsize: int) -> Iterable[Tile]:
         replace(base, warps=12 - base.warps),  # 4 and 8
         replace(base, stages=base.stages + 1),
         *([replace(base, tma=not base.tma)] if has_tma() and itemsize == 2 else []),
+        *([replace(base, persistent=True)] if base.tma and kernel.endswith("rows") else []),
     ]
     sane = (t for t in near if 16 <= t.n <= 256 and t.k >= 16)
     return (tile for tile in sane if not tile_faults(kernel, architecture(), tile, itemsize))

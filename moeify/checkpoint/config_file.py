@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from moeify.checkpoint.folder import CONFIG
-from moeify.checkpoint.quantized.schemes import FIELDS, MODULES, entry_of, scheme_of
+from moeify.checkpoint.quantized.schemes import FIELDS, MODULES, QUANTIZED_EXPERTS, entry_of, scheme_of
 from moeify.errors import CheckpointError
 from moeify.files.json_text import JsonObject, read_json_object
 from moeify.files.limits import CONFIG_BYTES, CONFIG_VALUES, EXPERTS, HEADS, LABELS, LAYERS, SIZES
@@ -25,13 +25,17 @@ _COUNTS = (
 _NO_FIELDS = {"id2label", "label2id", *FIELDS, FIELD}  # what is inside is named by users, or is no config
 
 
-def load_config(folder: Path, *, trust_remote_code: bool, dequantize: bool = False) -> JsonObject:
+def load_config(
+    folder: Path, *, trust_remote_code: bool, dequantize: bool = False, quantized_experts: str | None = None
+) -> JsonObject:
     """Read `config.json` and refuse a model that cannot be converted as it is.
 
     Args:
         folder: The model folder.
         trust_remote_code: Accept a config that names Python code in the folder.
         dequantize: Accept quantized weights of a format that can be undone here.
+        quantized_experts: Accept experts in this form, "fp8" or "int4", as they are; "" for either, if they are those
+            of `moeify.quantize_experts`.
 
     Raises:
         CheckpointError: The file is missing or damaged, the weights are quantized, or the model needs remote code.
@@ -47,7 +51,7 @@ def load_config(folder: Path, *, trust_remote_code: bool, dequantize: bool = Fal
             f"{folder} asks to run Python code of its own ({field} in {CONFIG}), which is not run here: pass "
             "--trust-remote-code (in Python trust_remote_code=True) to take the class of transformers in its place"
         )
-    _check_quantization(folder, entry_of(config), dequantize)
+    _check_quantization(folder, entry_of(config), dequantize, quantized_experts)
     check_counts(path, config)
     return config
 
@@ -67,16 +71,28 @@ def check_counts(path: Path, config: Mapping[str, object]) -> None:
                 raise CheckpointError(f"{path} has {name} = {number:.6g}, expected at most {limit}: download it again")
 
 
-def _check_quantization(folder: Path, entry: JsonObject, dequantize: bool) -> None:
+def _check_quantization(folder: Path, entry: JsonObject, dequantize: bool, experts: str | None) -> None:
     scheme = scheme_of(entry)
     if scheme == FIELD:
         raise CheckpointError(f"{folder} cannot be read: {OLDER_FORMAT}")
+    if scheme == QUANTIZED_EXPERTS and experts is not None:
+        if experts and experts != entry.get("form"):
+            raise CheckpointError(
+                f"{folder} holds experts in {entry.get('form')!r:.40}, not in {experts!r}: load it as it is, or start "
+                "from the checkpoint before quantization"
+            )
+        return
+    if scheme == QUANTIZED_EXPERTS:
+        raise CheckpointError(
+            f"{folder} holds experts that moeify.quantize_experts has quantized, which moeify.load alone takes: start "
+            "from the checkpoint before quantization"
+        )
     if entry and scheme not in MODULES:
         raise CheckpointError(
             f"{folder} is quantized (scheme: {scheme}) and cannot be converted: dequantize it first, "
             "or start from the checkpoint before quantization"
         )
-    if entry and not dequantize:
+    if entry and not dequantize and not experts:
         raise CheckpointError(
             f"{folder} is quantized (scheme: {scheme}): pass --dequantize (in Python dequantize=True) to undo that on "
             "the way, or start from the checkpoint before quantization, which has lost nothing"

@@ -26,7 +26,7 @@ from moeify.checkpoint.folder import (
 from moeify.checkpoint.gguf_file import GgufFile
 from moeify.checkpoint.part_files import PartFiles, find_parts
 from moeify.checkpoint.pickle_file import PickleFiles
-from moeify.checkpoint.quantized.schemes import entry_of
+from moeify.checkpoint.quantized.schemes import QUANTIZED_EXPERTS, entry_of, scheme_of
 from moeify.checkpoint.safetensors_file import SafetensorsFiles
 from moeify.checkpoint.tensor_info import Span, TensorInfo
 from moeify.errors import CheckpointError
@@ -184,6 +184,7 @@ class Accepted(TypedDict, total=False):
     allow_pickle: bool
     trust_remote_code: bool
     dequantize: bool
+    quantized_experts: str | None
 
 
 def open_source(
@@ -192,6 +193,7 @@ def open_source(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     dequantize: bool = False,
+    quantized_experts: str | None = None,
     revision: str | None = None,
 ) -> Source:
     """Open a checkpoint and check its headers; no tensor is read.
@@ -202,6 +204,7 @@ def open_source(
         trust_remote_code: Accept a config that names Python code in the folder; the code is not run here.
         dequantize: Also accept quantized weights (FP8, bitsandbytes, GPTQ, AWQ, compressed-tensors), and read them as
             if they were not.
+        quantized_experts: Also accept experts in this form, and read them as they are (see `load_config`).
         revision: Branch, tag or commit of a hub id; None for its main branch.
 
     Raises:
@@ -212,6 +215,7 @@ def open_source(
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
         "dequantize": dequantize,
+        "quantized_experts": quantized_experts,
     }
     if not exists(path) and not is_file(path):  # the second says why it cannot be known
         path = download(src, allow_pickle, revision)
@@ -231,7 +235,7 @@ def _open_folder(folder: Path, accepted: Accepted) -> Source:
     open_files: type[SafetensorsFiles] | type[PickleFiles] = SafetensorsFiles
     shards = find_shards(folder, SAFETENSORS)
     if shards is None and (parts := find_parts(folder)):
-        return _plain(folder, _config(folder, accepted), PartFiles(parts))
+        return _plain(folder, _config(folder, accepted), PartFiles(parts), accepted)
     if shards is None and is_file(folder / ADAPTER):
         return _open_adapter(folder, accepted)
     if shards is None:
@@ -242,20 +246,22 @@ def _open_folder(folder: Path, accepted: Accepted) -> Source:
     config = _config(folder, accepted)
     stored = open_files(tuple(shards))
     check_index(shards, stored.file_of)
-    return _plain(folder, config, stored)
+    return _plain(folder, config, stored, accepted)
 
 
 def _config(folder: Path, accepted: Accepted) -> JsonObject:
-    return load_config(folder, trust_remote_code=accepted["trust_remote_code"], dequantize=accepted["dequantize"])
+    trust, whole, form = accepted["trust_remote_code"], accepted["dequantize"], accepted["quantized_experts"]
+    return load_config(folder, trust_remote_code=trust, dequantize=whole, quantized_experts=form)
 
 
-def _plain(folder: Path, config: JsonObject, stored: _Stored) -> Source:
+def _plain(folder: Path, config: JsonObject, stored: _Stored, accepted: Accepted) -> Source:
     """Return the source, without its quantization if it has one, which was accepted."""
-    if not entry_of(config):
+    if not (entry := entry_of(config)) or scheme_of(entry) == QUANTIZED_EXPERTS:
         return Source(folder, config, stored)
     from moeify.checkpoint.quantized.files import dequantized
 
-    derived, plain = dequantized(stored, config, folder)
+    form = None if accepted["dequantize"] else accepted["quantized_experts"]
+    derived, plain = dequantized(stored, config, folder, form)
     return Source(folder, plain, derived)
 
 

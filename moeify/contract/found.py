@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moeify.contract.watch import Watch, choice_names
 from moeify.layers import MoELayer
 from moeify.layers.forward_record import ForwardRecord
+from moeify.layers.quantized_experts import QuantizedExperts
 
 _ROUTERS = ("router", "gate")
 _TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts", "moe_top_k")
@@ -133,7 +134,7 @@ def _ours(path: str, layer: MoELayer, config: Any) -> FoundLayer:
         num_experts=settings.experts,
         top_k=settings.top_k,
         hidden=hidden,
-        intermediate=_smallest_matrix(layer.experts, settings.experts) // hidden,
+        intermediate=_intermediate(layer.experts, settings.experts, hidden),
         state=layer,
         config=config,
     )
@@ -168,7 +169,7 @@ def _stock(path: str, model: nn.Module, block: nn.Module, router: nn.Module, con
         num_experts=count,
         top_k=top_k or _number((config,), _TOP_K),
         hidden=hidden,
-        intermediate=min(_smallest_matrix(part, count) for part in experts) // hidden,
+        intermediate=min(_intermediate(part, count, hidden) for part in experts),
         state=Watch.on(router),
         config=config,
     )
@@ -212,6 +213,13 @@ def _rows(router: nn.Module) -> int:
 
 def _columns(router: nn.Module) -> int:
     return max(p.shape[-1] for p in router.parameters() if p.dim() > 1)
+
+
+def _intermediate(part: nn.Module, experts: int, hidden: int) -> int:
+    """Return I; quantized weights hold fewer numbers than they have, and say it."""
+    if isinstance(part, QuantizedExperts):
+        return int(part.intermediate_dim)
+    return _smallest_matrix(part, experts) // hidden
 
 
 def _smallest_matrix(module: nn.Module, experts: int = 1) -> int:

@@ -55,7 +55,7 @@ def linearize(model: Model) -> Model:
         RefusedError: There are no stacked experts, or they are sharded or quantized.
     """
     check_model(model)
-    found = {path: module for path, module in model.named_modules() if _is_stacked(module)}
+    found = {path: module for path, module in model.named_modules() if is_stacked(module)}
     if not found:
         raise RefusedError(f"{type(model).__name__} has no stacked experts: convert it first, or it is linear already")
     for path, module in found.items():
@@ -67,10 +67,10 @@ def linearize(model: Model) -> Model:
         own = isinstance(module, Experts) or not _fits(names, module)
         if own and not isinstance(module, Experts):
             converters.extend(to_save(path, module))
-        _put(model, module, LinearExperts(module, _OWN_NAMES if own else names))
+        put(model, module, LinearExperts(module, _OWN_NAMES if own else names))
     if converters and isinstance(model, PreTrainedModel):
         untyped: Any = model
-        untyped._weight_conversions = [*_conversions(model), *converters]
+        untyped._weight_conversions = [*conversions(model), *converters]
     return model
 
 
@@ -94,14 +94,14 @@ def stack(model: Model) -> Model:
         module.check(path)
     _mark(model, False)
     for module in found.values():
-        _put(model, module, module.restack())
+        put(model, module, module.restack())
     if isinstance(model, PreTrainedModel) and getattr(model, "_weight_conversions", None) is not None:
         untyped: Any = model
-        untyped._weight_conversions = [rule for rule in _conversions(model) if not isinstance(rule, SaveStacked)]
+        untyped._weight_conversions = [rule for rule in conversions(model) if not isinstance(rule, SaveStacked)]
     return model
 
 
-def _is_stacked(module: Any) -> bool:
+def is_stacked(module: Any) -> bool:
     """Return whether a module is of transformers' experts interface and has its weights in stacked tensors only."""
     if not all(hasattr(module, flag) for flag in _FLAGS):
         return False
@@ -146,7 +146,7 @@ def _experts_of(model: nn.Module) -> Iterator[nn.Module]:
         yield module.stacked if isinstance(module, LinearExperts) else module
 
 
-def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put a module in the place of another, wherever it is."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
@@ -157,7 +157,7 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def _stored_names(model: nn.Module) -> dict[str, str]:
     """Return the names of the projections in checkpoints of this class, if those have a tensor for each expert."""
     names: dict[str, str] = {}
-    for rule in _conversions(model) if isinstance(model, PreTrainedModel) else []:
+    for rule in conversions(model) if isinstance(model, PreTrainedModel) else []:
         stored = [re.search(r"experts\.\*\.(\w+)\.weight$", source) for source in rule._original_source_patterns]
         target = rule._original_target_patterns[0].rpartition(".")[2]
         keys = {"gate_up_proj": (GATE, UP), UP: (UP,), DOWN: (DOWN,)}.get(target, ())
@@ -168,7 +168,7 @@ def _stored_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def _conversions(model: PreTrainedModel) -> list[Any]:
+def conversions(model: PreTrainedModel) -> list[Any]:
     """Return the rules by which transformers would save the model."""
     used = getattr(model, "_weight_conversions", None)
     if used is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.integrations import moe
@@ -19,6 +20,7 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 
 from moeify.kernels import ops
 from moeify.kernels.activations import ACTIVATIONS
+from moeify.kernels.quantized import Quantized
 from moeify.layers.experts import unfused
 from moeify.layers.implementations import OURS, is_quantized
 from moeify.measure import probe, recognize
@@ -39,7 +41,7 @@ def stock_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     if is_quantized(self.down_proj):
         return _own_forward(self)(self, hidden_states, top_k_index, top_k_weights)
     stacks = stacked_weights(self)
-    name = _activation_name(self)
+    name = activation_name(self)
     if name is not None:
         return ops.experts(
             hidden_states, top_k_index, top_k_weights, *stacks,
@@ -58,11 +60,29 @@ def offer_stock_experts() -> None:
 
 
 def _fp8_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Leave experts that were quantized to FP8 to transformers' default for them."""
+    """Compute experts that transformers has quantized to FP8, or leave them to its default where ours cannot."""
+    asked = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
+    if not asked and (found := _as_quantized(self)) is not None:
+        name, up, down = found
+        return ops.quantized_experts(
+            hidden_states, top_k_index, top_k_weights, up, down, activation=name, gated=self.has_gate
+        )
     none_TK = (top_k_index < 0) | (top_k_index >= self.num_experts)  # it reads the weights of every id
     ids_TK, weights_TK = top_k_index.masked_fill(none_TK, 0), top_k_weights.masked_fill(none_TK, 0)
     out_TH: Tensor = ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, ids_TK, weights_TK)
     return out_TH
+
+
+def _as_quantized(module: Any) -> tuple[str, Quantized, Quantized] | None:
+    """Return the activation and the weights of transformers' `FP8Experts`, if they are what our kernels compute."""
+    special = ("swiglu_alpha", "swiglu_limit", "limit", "gate_softcap", "up_softcap")
+    if module.activation_scheme != "dynamic" or any(getattr(module, field, None) is not None for field in special):
+        return None
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = (Quantized(getattr(module, n), getattr(module, f"{n}_scale_inv")) for n in (up_name, "down_proj"))
+    plain = all(w.values.dtype == torch.float8_e4m3fn and 0 not in w.block for w in (up, down))
+    name = _known_activation(module.act_fn)
+    return (name, up, down) if plain and name is not None else None
 
 
 def _own_forward(module: nn.Module) -> Callable[..., Tensor]:
@@ -107,15 +127,19 @@ def _has_norm(module: object) -> bool:
     return getattr(module, "has_post_expert_norm", False)  # transformers 5.17 has no such field
 
 
-def _activation_name(module: Any) -> str | None:
+def activation_name(module: Any) -> str | None:
     """Return the kernels' name for what stands between the projections, or None if they have none."""
     plain_gate = getattr(type(module), "_apply_gate", None) is moe._default_apply_gate and module.is_concatenated
     if _has_norm(module) or (module.has_gate and not plain_gate):
         return None
+    return _known_activation(module.act_fn)
+
+
+def _known_activation(function: Callable[[Tensor], Tensor]) -> str | None:
     with _disable_current_modes():  # real numbers, also while the model is traced with fake ones
         points = probe(257)
         try:
-            values = module.act_fn(points)
+            values = function(points)
         except (RuntimeError, AttributeError):
             return None  # not a function of one tensor on the CPU
         return recognize(values, {name: known.forward for name, known in ACTIVATIONS.items()}, points)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 import torch
 from torch.overrides import TorchFunctionMode
 
+from moeify.checkpoint.quantized.schemes import entry_of
 from moeify.checkpoint.source import Accepted, Source, open_source
 from moeify.checkpoint.tensor_info import torch_dtype
 from moeify.errors import CheckpointError, ConfigError
 from moeify.files.json_text import JsonObject
+from moeify.hub.quantizing import QuantizedExpertsConfig
 from moeify.hub.registration import register
 from moeify.hub.stored import Absent, present
 from moeify.plan import FIELD, LINEAR, Plan, stored_plan
@@ -27,13 +29,19 @@ if TYPE_CHECKING:
 _OF_SOURCES = ("revision", "allow_pickle", "trust_remote_code", "dequantize")
 
 
-def load(path: str | Path, *, linear: bool | None = None, **kwargs: Any) -> PreTrainedModel:
+def load(
+    path: str | Path, *, linear: bool | None = None, quantize_experts: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """Load a checkpoint: dense, native MoE or in moeify format; every tensor must have its place.
 
     Args:
         path: A model folder, a GGUF file, or a hub id, which is looked for in the hub's cache and then downloaded.
         linear: Of a converted model: whether its experts are to be linears (`moeify.linearize`) or stacked, however
             they are stored; None for the form in which it was saved.
+        quantize_experts: "fp8" or "int4": quantize the experts as `moeify.quantize_experts` does, each stacked tensor
+            when it is read, so that no more than one is whole. Those of a quantized checkpoint are taken as they are
+            stored, if they are in this form, and the rest of it in full size; with `dequantize`, they are quantized
+            anew.
         kwargs: For `from_pretrained` (`dtype`, `device_map`, `revision`, `distributed_config`, …). `allow_pickle=True`
             accepts pickles, read with weights_only; `trust_remote_code=True` a config that names code of its own, which
             is not run; `dequantize=True` quantized weights, in full size.
@@ -41,10 +49,14 @@ def load(path: str | Path, *, linear: bool | None = None, **kwargs: Any) -> PreT
     Raises:
         CheckpointError: A tensor is missing, unexpected or of another shape, where transformers would only log it; or
             there is no such model.
-        ConfigError: A form is asked for of a model that moeify has not converted.
+        ConfigError: A form is asked for of a model that moeify has not converted, or there is no such format.
+        RefusedError: There are no experts to quantize, or the format cannot hold them.
     """
     trust = {name: kwargs.pop(name) for name in _OF_SOURCES if name in kwargs}
-    with open_source(path, **trust) as source:
+    asked = None if quantize_experts is None else QuantizedExpertsConfig(quantize_experts)
+    with open_source(path, **trust, quantized_experts=quantize_experts or "") as source:
+        if asked is not None and not entry_of(source.config):
+            kwargs["quantization_config"] = asked
         config = source.config if linear is None else _in_form(source, linear)
         if source.computed:  # torch's reader would leave what no file holds as it finds it
             return _load_present(source, config, **kwargs)
@@ -99,7 +111,9 @@ def _load_present(source: Source, config: JsonObject, **kwargs: Any) -> PreTrain
     """Load a checkpoint whose tensors are read one at a time."""
     load_structure(source)  # before memory is taken for what may be missing
     made, dtypes = config_of(config), (torch_dtype(info.dtype) for info in source.tensors.values())
-    own = made.dtype or next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+    own = made.dtype or next(
+        (dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), torch.float32
+    )
     given = {"config": made, "state_dict": present(source, source.tensors), "dtype": own, **kwargs}
     model = load_strictly(model_class(source.config), None, **given)
     load_generation_config(model, source.path)

@@ -27,6 +27,7 @@ from moeify.conversion.dense import Dense
 from moeify.conversion.module import put_layers
 from moeify.errors import CheckpointError
 from moeify.hub.distribution import offer_distribution
+from moeify.hub.quantizing import offer_quantization
 from moeify.layers.implementations import OURS
 from moeify.plan import ASK_FOR_MOEIFY, FIELD, LINEAR, OLDER_FORMAT, Plan, stored_plan
 
@@ -62,6 +63,7 @@ def register(check: Callable[[Plan], None] | None = None) -> None:
     AUTO_QUANTIZATION_CONFIG_MAPPING[FIELD] = OlderFormat
     offer_stock_experts()
     offer_distribution()
+    offer_quantization()
 
 
 def _new(
@@ -73,7 +75,12 @@ def _new(
     plan = None if config is None else stored_plan(vars(config))
     if plan is not None and check is not None:
         check(Plan.from_dict(plan))
-    if plan is not None or (config is not None and config._experts_implementation == ASK_FOR_MOEIFY):
+    if config is not None and config._experts_implementation == ASK_FOR_MOEIFY and plan is None:
+        if hasattr(config, "quantization_config"):  # a stock model that `moeify.quantize_experts` quantized
+            config._experts_implementation = OURS
+        else:
+            made = _rebuilding(made)  # it says what is missing
+    elif plan is not None:
         made = _rebuilding(made)
     return cast("PreTrainedModel", object.__new__(made))
 

@@ -29,12 +29,13 @@ class Absent:
     def __getitem__(self, _: object) -> Absent:
         return self
 
-    def to(self, *, device: object, dtype: torch.dtype) -> torch.Tensor:
+    def to(self, *, device: object, dtype: torch.dtype | None) -> torch.Tensor:
         """Return a tensor without values.
 
         Raises:
             CheckpointError: Numbers of another kind are stored than the model holds: a cast would change them.
         """
+        dtype = dtype or torch_dtype(self.info.dtype)
         if torch_dtype(self.info.dtype).is_floating_point != dtype.is_floating_point:
             held = str(dtype).removeprefix("torch.")
             raise CheckpointError(f"tensor {self.info.name} is {self.info.dtype}, and the model holds {held} there")

@@ -17,6 +17,7 @@ from moeify.errors import ConfigError
 from moeify.layers import MoELayer, moe_layers
 from moeify.layers.dispatch import LocalDispatcher
 from moeify.layers.experts import Experts
+from moeify.layers.quantized_experts import QuantizedExperts
 from moeify.parallel.agreement import check_agreement
 from moeify.parallel.dispatcher import ExpertParallel
 from moeify.parallel.exchange import Link
@@ -118,6 +119,10 @@ def _check(model: nn.Module, layers: dict[str, MoELayer], size: int) -> None:
     for name, layer in layers.items():
         if not isinstance(layer.dispatcher, LocalDispatcher):
             raise ConfigError(f"{name or kind} is parallel already: call moeify.parallelize once")
+        if isinstance(layer.experts, QuantizedExperts):
+            raise ConfigError(
+                f"{name or kind} has quantized experts, which cannot be shared among ranks: load it whole"
+            )
         if not isinstance(layer.experts, Experts):
             raise ConfigError(f"{name or kind} has no stacked experts: moeify.stack(model) gives them back")
         if any(isinstance(parameter, DTensor) for parameter in layer.experts.parameters()):

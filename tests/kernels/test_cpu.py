@@ -69,3 +69,36 @@ def test_rows_past_the_last_offset_are_zero() -> None:
     offsets = torch.tensor([0, 1, 1], dtype=torch.int32)
     y = grouped_linear(torch.randn(5, 4), torch.randn(2, 3, 4), None, offsets)
     assert y[0].abs().sum() > 0 and (y[1:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ids", "grouped"),
+    [
+        (torch.bfloat16, [[0, 2], [2, 4], [4, 0]], True),
+        (torch.float32, [[0, 2], [4, 1]], True),
+        (torch.float32, [[0, 2], [4, 0]], False),  # two rows of one expert: the weight on the left
+        (torch.float32, [[0, 2], [5, 1]], False),  # a choice of no expert
+        (torch.bfloat16, [[0, 2], [2, 0]], False),  # most experts are idle
+        (torch.float64, [[0, 2], [4, 1]], False),
+    ],
+)
+def test_few_choices_of_most_experts_take_one_product_for_all(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, ids: list[list[int]], grouped: bool
+) -> None:
+    calls, product = list[int](), torch._grouped_mm
+
+    def counted(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return product(x, w, ends)
+
+    monkeypatch.setattr(cpu, "_GROUPED", counted)
+    inputs = oracle.make_inputs(len(ids), 2, 16, 24, 5, gated=True, bias=False, ids=torch.tensor(ids))
+    expected = oracle.experts(oracle.cast(inputs, torch.float64), "silu", True)
+    with torch.no_grad():
+        out = experts(*oracle.cast(inputs, dtype).values(), activation="silu", gated=True)
+    assert relative_difference(out, expected) <= TOLERANCE[str(dtype).removeprefix("torch.")]
+    assert len(calls) == 2 * grouped
+    odd = oracle.make_inputs(len(ids), 2, 15, 24, 5, gated=True, bias=False, ids=torch.tensor(ids))
+    with torch.no_grad():
+        experts(*oracle.cast(odd, dtype).values(), activation="silu", gated=True)
+    assert len(calls) == 2 * grouped, "rows that are no steps of 16 bytes"

@@ -21,9 +21,10 @@ from moeify.kernels.gpu import experts as gpu_experts
 from moeify.kernels.gpu import layout as gpu_layout
 from moeify.kernels.gpu.blocksparse import dds, dsd, sdd
 from moeify.kernels.gpu.quantized import quantized_experts
+from moeify.kernels.gpu.target import multiprocessors
 from moeify.kernels.gpu.tiles import Tile
 from moeify.kernels.inputs import ExpertInputs, Kept
-from moeify.kernels.layout import sort_by_expert
+from moeify.kernels.layout import max_tiles, sort_by_expert
 from moeify.kernels.tools import static_analysis
 from moeify.kernels.topology import block_topology
 from tests.kernels import oracle
@@ -69,6 +70,17 @@ def test_forward_and_backward_launch_what_they_should(launches: list[tuple[str, 
         if name in {"up_kernel", "rows_kernel", "down_backward_kernel", "weights_kernel"}:
             assert found.tensor_ops, name
             assert found.async_copies.keys() & {"LDGSTS", "UTMALDG"}, name  # arguments were seen to be aligned
+
+
+def test_programs_that_take_tiles_by_turns_are_as_many_as_multiprocessors(launches: list[tuple[str, int, Any]]) -> None:
+    offsets, a, w = torch.tensor([0, 700, 900], dtype=torch.int32), torch.zeros(900, 128), torch.zeros(2, 512, 128)
+    with tuned_tiles.on_trial(Tile(128, 128, 64, 8, 3, tma=True, persistent=True)):
+        for first in (0, 1):  # the second is not aligned, and is read by pointer
+            p, weight = a.bfloat16()[:, first:], w.bfloat16()[..., first:]
+            gpu_experts.launch_rows(p, weight.transpose(1, 2), None, offsets, gpu_experts.cut(offsets, 900))
+    (_, few, by_turns), (_, many, _) = (launch for launch in launches if launch[0] == "rows_kernel")
+    assert (few, many) == (multiprocessors(a.device), max_tiles(900, 2, 128) * 4)
+    assert "UTMALDG" in static_analysis.resources(by_turns, "sm_90").async_copies
 
 
 def test_another_number_of_tokens_compiles_nothing_again(launches: list[tuple[str, int, Any]]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeify.kernels import ops, reference
-from moeify.kernels.quantized import Quantized, dequantize, round_rows
+from moeify.kernels.quantized import Quantized, dequantize, quantize, round_rows
 from moeify.measure import TOLERANCE, relative_difference
 from tests.kernels import oracle
 from tests.kernels.quantizing import to_e4m3, to_int4
@@ -20,6 +20,33 @@ def test_blocks_and_groups_keep_their_scales() -> None:
             part, want = exact[:, rows, columns], w[:, rows, columns]
             assert 0 < relative_difference(part, want) <= step
     assert relative_difference(dequantize(to_e4m3(w, (130, 256)), torch.float64), w) <= 2**-4
+
+
+@pytest.mark.parametrize("shape", [(3, 130, 256), (2, 5, 18), (2, 256, 386)])
+def test_weights_are_rounded_as_the_formats_say(shape: tuple[int, ...]) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    w[0], w[1, 0] = w[0] * 1e4, 0
+    columns = -shape[2] % 128
+    for form, want in (
+        ("fp8", to_e4m3(w, (128, 128))),
+        ("int4", to_int4(torch.nn.functional.pad(w, (0, columns)), 128)),
+    ):
+        got = quantize(w, form)
+        assert got.scales.shape == want.scales.shape and got.block[1] == min(128, shape[2])
+        exact, other = dequantize(got, torch.float64), dequantize(want, torch.float64)[..., : shape[2]]
+        assert exact.shape == w.shape and (exact[1, 0] == 0).all()
+        step = other.abs().max() * (1 / 7 if form == "int4" else 2**-3)
+        off = (exact - other).nan_to_num().abs()
+        assert off.max() <= step and (off > 0).float().mean() < 0.02  # a number between two may go to either
+        for e in range(shape[0]):
+            assert relative_difference(exact[e], w[e].double()) <= (1 / 14 if form == "int4" else 2**-4)
+
+
+def test_a_format_that_is_none_and_a_column_without_a_second_one() -> None:
+    with pytest.raises(ValueError, match="unknown format 'fp4' of quantized weights: expected fp8 or int4"):
+        quantize(torch.ones(1, 2, 4), "fp4")
+    with pytest.raises(ValueError, match="a weight has 3: expected even; use 'fp8'"):
+        quantize(torch.ones(1, 2, 3), "int4")
 
 
 def test_the_even_column_is_the_low_half_of_a_byte() -> None:

@@ -56,13 +56,17 @@ def candidates(dry: bool) -> Iterator[Trial]:
             if kernel == "weights" and height != 128:
                 continue
             table = tiles.choose(kernel, "sm_90", height, 1 << 20, summed(use, shape.for_tuning), 2)
-            near = dict.fromkeys(tile for tile in _near(table) if _may_fit(kernel, tile))
+            near = dict.fromkeys(
+                tile for tile in _near(table, kernel == "rows" and height == 128) if _may_fit(kernel, tile)
+            )
             yield from (Trial(shape, use, tile) for tile in near)
 
 
-def _near(table: Tile) -> Iterator[Tile]:
+def _near(table: Tile, rows: bool) -> Iterator[Tile]:
     yield table
     yield replace(table, tma=not table.tma)
+    if rows:
+        yield replace(table, tma=True, persistent=True)
     tall = table.m >= 64
     for n, warps, (k, stages) in product((64, 128, 256) if tall else (32, 64, 128), (4, 8), DEEP if tall else SHALLOW):
         yield replace(table, n=n, k=k, warps=warps, stages=stages)
@@ -124,7 +128,10 @@ def _wrong(got: Tensor, want: Tensor) -> str:
 def _report(run: Run, use: str, shape: Shape, table: Tile, times: Times) -> None:
     ranked = sorted(times.items(), key=lambda item: item[1])
     own, (best, fastest) = times.get(table, float("nan")), ranked[0]
-    top = [f"{t.n}x{t.k} w{t.warps} s{t.stages} g{t.group_m}{' tma' * t.tma} {ms:.3f}" for t, ms in ranked[:5]]
+    top = [
+        f"{t.n}x{t.k} w{t.warps} s{t.stages} g{t.group_m}{' tma' * t.tma}{' persistent' * t.persistent} {ms:.3f}"
+        for t, ms in ranked[:5]
+    ]
     run.put(
         f"tuned {use}, {table.m} rows", rows=shape.share, table_ms=own, best_ms=fastest, gain=own / fastest,
         best=str(best), top=top,

@@ -19,9 +19,11 @@ from benchmarks.gpu.no_driver import compile_only
 from benchmarks.gpu.run import Run, first_line
 from benchmarks.gpu.shapes import DECODE_TOKENS, DECODED, SHAPES, Shape, shapes
 from benchmarks.gpu.stages.check import CASES, PRECISION, Kind
+from benchmarks.gpu.stages.quantized import TOKENS
 from benchmarks.gpu.stages.tune import Trial, candidates
-from moeify.kernels.gpu import experts, tuned_tiles
+from moeify.kernels.gpu import experts, quantized, tuned_tiles
 from moeify.kernels.inputs import ExpertInputs, Kept
+from moeify.kernels.quantized import FORMATS, quantize
 from moeify.kernels.tools import selfcheck, tuning
 
 META = torch.device("meta")
@@ -41,6 +43,12 @@ def layers(run: Run) -> None:
     if not run.dry:
         decoding = (SHAPES[name]._replace(tokens=tokens) for name in DECODED for tokens in DECODE_TOKENS)
         jobs += [partial(compile_layer, shape, False) for shape in decoding]
+        jobs += [
+            partial(compile_quantized, SHAPES[name]._replace(tokens=tokens), form)
+            for name in DECODED
+            for tokens in TOKENS
+            for form in FORMATS
+        ]
         jobs += [partial(compile_layer, Shape(8192, 1024, 2816, 8, 2), True)]
     compile_all(run, jobs[:3] if run.dry else jobs)
 
@@ -94,6 +102,19 @@ def compile_layer(shape: Shape, backward: bool) -> None:
     x, ids = new(shape.tokens, shape.hidden), new(shape.tokens, shape.top_k, dtype=torch.int64)
     weights = new(shape.tokens, shape.top_k)
     _compile(ExpertInputs(x, ids, weights, up, down, None, None, "silu", True), backward)
+
+
+def compile_quantized(shape: Shape, form: str) -> None:
+    """Compile what a layer of this shape launches with quantized weights."""
+    up, down = (
+        quantize(torch.empty(shape.experts, *sides, device=META), form)
+        for sides in ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
+    )
+    x = torch.empty(shape.tokens, shape.hidden, dtype=torch.bfloat16, device=META)
+    ids = torch.empty(shape.tokens, shape.top_k, dtype=torch.int64, device=META)
+    weights = torch.empty(ids.shape, dtype=torch.bfloat16, device=META)
+    inputs = ExpertInputs(x, ids, weights, up.values, down.values, None, None, "silu", True)
+    quantized.quantized_experts(inputs, up.scales, down.scales)
 
 
 def compile_case(case: selfcheck.Case, kind: Kind) -> None:

@@ -11,6 +11,7 @@ from moeify.checkpoint.tensor_info import TensorInfo
 if TYPE_CHECKING:
     import torch
 
+_BLOCK = 128  # rows and columns, where the kernels know blocks
 _WORD = 32  # bits of the integers that smaller ones are packed in
 
 
@@ -68,11 +69,80 @@ class Weight:
         shape: (out, in).
         replaces: The stored tensors in whose place it stands, by the rest of their names.
         compute: Returns its values in float32.
+        numbers: As the kernels of quantized experts take it, where they do.
     """
 
     shape: tuple[int, ...]
     replaces: tuple[str, ...]
     compute: Callable[[], torch.Tensor]
+    numbers: Numbers | None = None
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A weight as `moeify.kernels.quantized` has it, without the dimension of the experts.
+
+    Attributes:
+        form: "fp8" or "int4".
+        values: Returns e4m3 (out, in), or two numbers a byte (out, in / 2).
+        scales: Returns them, in any float dtype.
+        scale_shape: Their shape: rows of blocks, columns of blocks.
+    """
+
+    form: str
+    values: Callable[[], torch.Tensor]
+    scales: Callable[[], torch.Tensor]
+    scale_shape: tuple[int, int]
+
+
+def eight_bits(
+    values: Callable[[], torch.Tensor], scales: Callable[[], torch.Tensor], shape: tuple[int, int],
+    stored: tuple[int, ...], block: tuple[int, int] | None,
+) -> Numbers | None:  # fmt: skip
+    """Return e4m3 numbers whose scales are those of the whole, of rows, or of blocks of 128; None for other blocks.
+
+    Scales are given for every row where blocks do not fill the rows: gate and up rows lie in one weight.
+    """
+    rows, columns = shape
+    if block is None and stored not in {(), (1,), (1, 1), (rows,), (rows, 1)}:
+        return None
+    if block is not None and block != (_BLOCK, _BLOCK):
+        return None
+    groups = 1 if block is None else -(-columns // _BLOCK)
+    if block is not None and rows % _BLOCK == 0:
+        return Numbers("fp8", values, scales, (rows // _BLOCK, groups))
+    repeats = 1 if block is None else _BLOCK
+
+    def by_row() -> torch.Tensor:
+        return scales().reshape(-1, groups).repeat_interleave(repeats, 0)[:rows].expand(rows, -1)
+
+    return Numbers("fp8", values, by_row, (rows, groups))
+
+
+def four_bits(
+    values: Callable[[], torch.Tensor], scales: Callable[[], torch.Tensor], shape: tuple[int, int], groups: int
+) -> Numbers | None:
+    """Return integers from 0 to 15, whose middle is 8, with scales of rows and groups; None for groups of other sizes.
+
+    Args:
+        values: Returns them, (out, in).
+        scales: Returns them: one value, one for each row, or a matrix (out, groups).
+        shape: (out, in).
+        groups: How many there are in a row.
+    """
+    rows, columns = shape
+    size = columns // groups if groups else 0
+    power = size * groups == columns and size >= 32 and size & (size - 1) == 0
+    if columns % 2 or not (power or groups == 1):
+        return None
+
+    def packed() -> torch.Tensor:
+        import torch
+
+        found = values().to(torch.uint8)
+        return found[:, ::2] | found[:, 1::2] << 4
+
+    return Numbers("int4", packed, lambda: scales().reshape(-1, groups).expand(rows, -1), (rows, groups))
 
 
 def whole_number(settings: Mapping[str, object], name: str, *allowed: int) -> int:

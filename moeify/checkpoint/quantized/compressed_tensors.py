@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moeify.checkpoint.quantized.base import Parts, Weight, check_scale, packed_size, scaled, unpack, whole_number
+from moeify.checkpoint.quantized.base import (
+    Parts,
+    Weight,
+    check_scale,
+    eight_bits,
+    four_bits,
+    packed_size,
+    scaled,
+    unpack,
+    whole_number,
+)
 from moeify.checkpoint.quantized.fp8 import EIGHT_BITS, OF_ACTIVATIONS, block_size
 
 if TYPE_CHECKING:
@@ -42,7 +52,9 @@ def find_weight(parts: Parts) -> Weight | None:
     def values() -> torch.Tensor:
         return _scaled(parts, parts.read("weight").float(), parts.read(_ZERO) if _ZERO in parts.infos else None, block)
 
-    return Weight(shape, _all(parts, "weight"), values)
+    known = parts.info("weight").dtype == "F8_E4M3" and _ZERO not in parts.infos
+    numbers = eight_bits(lambda: parts.read("weight"), lambda: parts.read(_SCALE), shape, scale, block)
+    return Weight(shape, _all(parts, "weight"), values, numbers if known else None)
 
 
 def _packed(parts: Parts) -> Weight:
@@ -67,7 +79,15 @@ def _packed(parts: Parts) -> Weight:
             zeros = unpack(zeros, bits, rows, 0).float() - half
         return _scaled(parts, unpack(parts.read(_PACKED), bits, columns, 1).float() - half, zeros, None)
 
-    return Weight((rows, columns), _all(parts, _PACKED), values)
+    known = bits == 4 and not {_ZERO, _GROUPS} & parts.infos.keys()
+    scale = parts.info(_SCALE).shape
+    numbers = four_bits(
+        lambda: unpack(parts.read(_PACKED), bits, columns, 1),
+        lambda: parts.read(_SCALE),
+        (rows, columns),
+        scale[1] if len(scale) == 2 else 1,
+    )
+    return Weight((rows, columns), _all(parts, _PACKED), values, numbers if known else None)
 
 
 def _scaled(

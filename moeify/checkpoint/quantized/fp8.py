@@ -6,7 +6,7 @@ multiplied by (DeepSeek-V3's `weight_dequant`, transformers' `Fp8Dequantize`).
 
 from __future__ import annotations
 
-from moeify.checkpoint.quantized.base import Parts, Weight, check_scale, scaled
+from moeify.checkpoint.quantized.base import Parts, Weight, check_scale, eight_bits, scaled
 
 EIGHT_BITS = {"F8_E4M3", "F8_E5M2"}
 SCALES = ("weight_scale_inv", "weight_scale")
@@ -28,7 +28,9 @@ def find_weight(parts: Parts) -> Weight | None:
     block = None if scale in {(), (1,), shape[:1], (shape[0], 1)} else block
     check_scale(name, shape, scale, block)
     replaces = ("weight", name, *sorted(OF_ACTIVATIONS & parts.infos.keys()))
-    return Weight(shape, replaces, lambda: scaled(parts.read("weight"), parts.read(name), block))
+    numbers = eight_bits(lambda: parts.read("weight"), lambda: parts.read(name), shape, scale, block)
+    known = numbers if parts.info("weight").dtype == "F8_E4M3" else None
+    return Weight(shape, replaces, lambda: scaled(parts.read("weight"), parts.read(name), block), known)
 
 
 def block_size(entry: object) -> tuple[int, int] | None:

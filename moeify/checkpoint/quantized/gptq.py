@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moeify.checkpoint.quantized.base import Parts, Weight, group_count, packed_size, unpack, whole_number
+from moeify.checkpoint.quantized.base import Parts, Weight, four_bits, group_count, packed_size, unpack, whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,31 @@ def find_weight(parts: Parts) -> Weight | None:
     parts.check("scales", groups, rows)
     parts.check("qzeros", groups, packed_size(rows, bits))
     replaces = ("qweight", "scales", "qzeros", *({"g_idx"} & parts.infos.keys()))
-    return Weight((rows, columns), replaces, lambda: _values(parts, bits, group, _FORMATS[form]))
+    numbers = four_bits(
+        lambda: _symmetric(parts, columns, group, _FORMATS[form]),
+        lambda: parts.read("scales").t(),
+        (rows, columns),
+        groups,
+    )
+    compute = lambda: _values(parts, bits, group, _FORMATS[form])  # noqa: E731
+    return Weight((rows, columns), replaces, compute, numbers if bits == 4 else None)
+
+
+def _symmetric(parts: Parts, columns: int, group: int, offset: int) -> torch.Tensor:
+    """Return the integers (out, in) of a weight whose groups lie in order and have their zero in the middle.
+
+    Raises:
+        ValueError: They do not.
+    """
+    import torch
+
+    zeros = unpack(parts.read("qzeros"), 4, parts.sizes("scales")[1], 1).int() + offset
+    places = torch.arange(columns) // (columns if group == -1 else group)
+    if "g_idx" in parts.infos and not torch.equal(parts.read("g_idx").long(), places):
+        raise ValueError("its g_idx mixes the groups: pass dequantize=True too, to quantize it anew")
+    if not bool((zeros == 8).all()):
+        raise ValueError("it has zero points besides 8: pass dequantize=True too, to quantize it anew")
+    return unpack(parts.read("qweight"), 4, columns, 0).t()
 
 
 def _values(parts: Parts, bits: int, group: int, offset: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from moeify.files.json_text import JsonObject
 
+QUANTIZED_EXPERTS = "moeify_experts"  # of `moeify.quantize_experts`: the experts alone, as this library computes them
 FIELDS = ("quantization_config", "compression_config")
 # The file that knows a storage format, by quant_method.
 MODULES = {

@@ -41,7 +41,9 @@ def test_the_kernels(tmp_path: Path) -> None:
     assert (checks["done"], checks["planned"], checks["bad"]) == (4, 4, 0)
     timed = {record["what"] for record in records if record["stage"] == "layers" and "both_ms" in record}
     assert {f"tiny: {name}" for name in ("moeify", "grouped_mm", "loop", "transformers")} <= timed
-    assert sum("eager_ms" in record for record in records) == 4 * 3
+    assert sum("eager_ms" in record and record["stage"] == "decode" for record in records) == 4 * 3
+    right = [record.get("ok") for record in records if record["stage"] == "quantized" and "eager_ms" in record]
+    assert right == [None, None, True, True, True, True]
     assert sum("step_ms" in record for record in records) == 5
     assert sum(record["stage"] == "kernels" and "ms" in record for record in records) == 7
 

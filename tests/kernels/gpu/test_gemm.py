@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ WIDTHS = [(32, 64), (32, 40), (24, 64), (24, 40)]  # summed, columns: whole tile
 
 @pytest.mark.parametrize(("depth", "columns"), WIDTHS)
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("tile", [NARROW, WIDE])
+@pytest.mark.parametrize("tile", [NARROW, WIDE, replace(WIDE, n=16, persistent=True)])
 def test_rows(depth: int, columns: int, transposed: bool, tile: Tile) -> None:
     x, offsets = torch.randn(40, depth), torch.tensor([0, 17, 17, 37], dtype=torch.int32)
     w = torch.randn(3, depth, columns) if transposed else torch.randn(3, columns, depth).transpose(1, 2)

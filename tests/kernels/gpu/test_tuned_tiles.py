@@ -50,6 +50,7 @@ WRONG = {
     "no kernel 'rows' takes Tile.m=16, n=48": {"n": 48},
     "no kernel 'down' takes": {"kernel": "down"},
     "no kernel 'rows' takes .*tma=1": {"tma": 1},
+    "no kernel 'rows' takes .*tma=False, persistent=True": {"tma": False, "persistent": True},
     "unexpected keyword argument 'height'": {"height": 3},
     "holds a tile that cannot be used .* bytes of shared memory": {"n": 128, "k": 128, "stages": 8},
 }

@@ -44,6 +44,13 @@ def test_gradients_of_weights_are_wide_and_leave_loads_in_flight(name: str, tma:
     assert [fault for fault in faults(drained) if "waits for all its loads" in fault]
 
 
+def test_programs_that_take_tiles_by_turns_spill_nothing_and_store_inside_the_loop_of_products() -> None:
+    case, tile = next(case for case in CASES if case.name == "down"), choose("rows", "sm_90", 128, 2048, 2048, 2)
+    entry = Entry(case, "bf16", tile := replace(tile, persistent=True), measure(case, tile, "sm_90"))
+    assert faults(entry) == [] and entry.found.async_copies.keys() == {"UTMALDG"}
+    assert entry.found.loop_ratio > 100, "one loop: of the summed elements, and of the tiles with their stores"
+
+
 @pytest.mark.parametrize(("name", "product"), [("e4m3 down", "QGMMA"), ("int4 down", "HGMMA")])
 def test_quantized_weights_meet_tensor_cores(name: str, product: str) -> None:
     case = next(case for case in CASES if case.name == name)

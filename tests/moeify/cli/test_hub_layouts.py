@@ -103,7 +103,7 @@ def test_every_command_takes_the_flag_that_its_refusal_names(
         assert refusal.exit_code == 1 and kind in refusal.stderr, name
         result = moeify_command(name, *arguments, kind)
         assert result.exit_code == 0 or "it is loaded" in result.stderr, (name, result.output)
-    option = {kind.removeprefix("--").replace("-", "_"): True}
+    option: dict[str, Any] = {kind.removeprefix("--").replace("-", "_"): True}
     with pytest.raises(CheckpointError, match=next(iter(option))):
         moeify.load(src)
     assert moeify.load(src, **option).config.model_type in {"phi3", "llama"}

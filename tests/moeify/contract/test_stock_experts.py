@@ -12,7 +12,7 @@ from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS,
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from moeify.contract.stock_experts import stock_experts, through_moeify
-from moeify.kernels import ops
+from moeify.kernels import ops, reference
 from moeify.measure import TOLERANCE, relative_difference
 
 tf: Any = transformers
@@ -120,6 +120,26 @@ def test_weights_of_a_kind_that_only_plain_operations_take_go_through_the_loop(
         monkeypatch.setattr("moeify.contract.stock_experts.stacked_weights", None)
         with through_moeify(model):
             assert torch.equal(experts(x, ids, weights), expected)
+
+
+def test_experts_that_transformers_has_in_fp8_are_computed_by_ours() -> None:
+    config = tf.MixtralConfig(**{**_SIZES, "intermediate_size": 96}, num_local_experts=5)
+    model: Any = tf.MixtralForCausalLM(config).eval()
+    replace_with_fp8_linear(model, ["lm_head"], FineGrainedFP8Config())
+    experts = model.model.layers[0].mlp.experts
+    whole = []
+    for name in ("gate_up_proj", "down_proj"):
+        values = torch.randn(getattr(experts, name).shape).mul(40).to(torch.float8_e4m3fn)
+        scale = torch.rand(5, *getattr(experts, f"{name}_scale_inv").shape[1:]) / 400
+        for suffix, tensor in (("", values), ("_scale_inv", scale)):
+            setattr(experts, name + suffix, nn.Parameter(tensor, requires_grad=False))
+        each = scale.repeat_interleave(128, 1)[:, : values.shape[1]].repeat_interleave(128, 2)[..., : values.shape[2]]
+        whole.append(values.double() * each.double())
+    x, ids, weights = torch.randn(4, 36), torch.tensor([[4, 5], [-1, 2], [0, 1], [3, 3]]), torch.rand(4, 2)
+    with through_moeify(model), torch.no_grad():
+        got = experts(x, ids, weights)
+    want = reference.experts(x.double(), ids, weights.double(), whole[0], whole[1], None, None, "silu", True)
+    assert 0 < relative_difference(got, want) < 0.1  # tokens are rounded too
 
 
 def test_experts_in_fp8_are_computed_by_the_default_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
