@@ -6,10 +6,11 @@ The texts come with Python: its language reference (`pydoc_data.topics`) and the
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moeify
+from examples import records
 from moeify.layers import MoELayer
 
 VOCABULARY, CONTEXT, BATCH = 256, 96, 16
@@ -63,12 +65,12 @@ class Text:
 
     ids: Tensor
 
-    def batches(self, steps: int, seed: int) -> Iterable[Tensor]:
-        """Random windows of the first nine tenths, (BATCH, CONTEXT + 1)."""
+    def batches(self, steps: int, seed: int, rows: int = BATCH) -> Iterable[Tensor]:
+        """Random windows of the first nine tenths, (rows, CONTEXT + 1)."""
         generator = torch.Generator().manual_seed(seed)
         end = len(self.ids) * 9 // 10 - CONTEXT - 1
         for _ in range(steps):
-            starts = torch.randint(end, (BATCH,), generator=generator)
+            starts = torch.randint(end, (rows,), generator=generator)
             yield torch.stack([self.ids[s : s + CONTEXT + 1] for s in starts.tolist()])
 
     def held_out(self) -> Tensor:
@@ -104,6 +106,18 @@ def moe_from_scratch(config: moeify.MoEConfig) -> Any:
             for weights in layer.experts.parameters():
                 nn.init.normal_(weights, std=0.02)
     return model
+
+
+def both_kinds(args: argparse.Namespace, config: moeify.MoEConfig) -> dict[str, Any]:
+    """Train a dense model on the reference, then go on with it, and with the MoE made of it, for equal steps."""
+    text, steps = Text(reference_text()), args.steps
+    dense = dense_model()
+    optimizer = optimizer_for(dense)
+    train("dense, before", dense, optimizer, text, round(200 * steps), seed=args.seed)
+    moe = moeify.convert(copy.deepcopy(dense), replace(config, seed=args.seed))
+    train("MoE", moe, optimizer_for(moe), text, round(80 * steps), seed=args.seed + 1)
+    train("dense", dense, optimizer_for(dense), text, round(80 * steps), seed=args.seed + 1)
+    return {"dense": dense, "MoE": moe}
 
 
 def loss_of(model: Any, windows: Tensor) -> Tensor:
@@ -198,13 +212,14 @@ def end_of(curve: Curve) -> tuple[int, float]:
 def write_table(
     folder: Path, args: argparse.Namespace, header: Sequence[str], rows: Sequence[Sequence[object]]
 ) -> None:
-    """Print the table of a seed and put it between its markers in a README, after the tables of the other seeds."""
+    """Print the table of a seed; put it into the example's record, and between its markers in the README."""
     lines = [header, ["---"] * len(header), *rows]
     table = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
     print(table)
     if args.quick:
         return
     seed = args.seed
+    records.keep(folder, seed, header, rows)
     section = f"<!-- seed {seed} -->\nSeed {seed}:\n\n{table}\n<!-- end of seed {seed} -->\n"
     readme = folder / "README.md"
     text = readme.read_text()
