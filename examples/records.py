@@ -16,6 +16,7 @@ from benchmarks.measure import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "record.json"
+PACKAGES = ("moeify", "torch", "transformers")
 
 
 def about(folder: Path) -> dict[str, Any]:

@@ -11,20 +11,21 @@ from examples import small_lm as lm
 
 HERE = Path(__file__).parent
 CONFIG = moeify.MoEConfig(experts=8, top_k=2, aux_loss=0.01)
-WINDOWS = 1536  # of each run, however they are batched
-BATCHES, RATES = (4, 16, 64), (1e-3, 2e-3, 4e-3, 8e-3)
+WINDOWS = 768  # of each run, however they are batched
+BATCHES, RATES = (4, 16, 64), (1e-3, 3e-3, 9e-3)
 
 
 def main() -> None:
     """Fine-tune at each batch and rate with equal tokens, write the table and the plot."""
     args = lm.options(__doc__)
     models = lm.both_kinds(args, CONFIG)
-    source = lm.Text(lm.source_text(20_000 if args.quick else 700_000))
+    source = lm.Text(lm.source_text(10_000 if args.quick else 700_000))
     rows, lines = [], []
     for kind, start in models.items():
         for batch in BATCHES:
-            steps = max(round(WINDOWS * args.steps / batch), 1)
-            losses = [fine_tune(start, source, steps, batch, rate, args.seed + 2) for rate in RATES]
+            steps = 1 if args.quick else round(WINDOWS * args.steps / batch)
+            taken = 2 if args.quick else batch
+            losses = [fine_tune(start, source, steps, taken, rate, args.seed + 2) for rate in RATES]
             best = min(range(len(RATES)), key=losses.__getitem__)
             rows.append([kind, batch, *(f"{loss:.3f}" for loss in losses), f"{RATES[best]:g}"])
             lines.append((f"{kind}, {batch} windows", [1e3 * rate for rate in RATES], losses))

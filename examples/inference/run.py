@@ -1,4 +1,4 @@
-"""Time and memory of an MoE, against the dense model it came from and dense models of its parameters and of its FLOPs."""
+"""Time and memory of an MoE in use: against its dense model, and dense models of its FLOPs and of its parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 EXPERTS, TOP_K = 8, 2
 HIDDEN, INTERMEDIATE, LAYERS, PROMPT = 512, 1536, 4, 256
 QUICK = (32, 64, 2, 16)
-MANY, BEFORE = 16, 64  # sequences that are generated together, tokens of each that are there before
+MANY = 16  # sequences that are generated together
 HEADER = ("model", "parameters", "met by a token", "MB of weights", "MB to train", "ms per token of a prompt",
           "ms per generated token", f"ms per generated token of {MANY} sequences")  # fmt: skip
 
@@ -33,9 +33,9 @@ def main() -> None:
     memory = {name: megabytes_to_train(copy.deepcopy(model), prompt[:1]) for name, model in models.items()}
     calls = {}
     for name, model in models.items():
-        calls[f"prompt {name}"] = timed(model, prompt[:1], None)
-        calls[f"one {name}"] = timed(model, prompt[:1, -1:], prompt[:1, -BEFORE:-1])
-        calls[f"many {name}"] = timed(model, prompt[:, -1:], prompt[:, -BEFORE:-1])
+        calls[f"prompt {name}"] = timed(model, prompt[:1])
+        calls[f"one {name}"] = timed(model, prompt[:1, :1])
+        calls[f"many {name}"] = timed(model, prompt[:, :1])
     took = medians(calls, 1 if args.quick else 15)
     rows, lines = [], []
     for name, model in models.items():
@@ -74,15 +74,12 @@ def models_of(hidden: int, intermediate: int, layers: int, prompt: int) -> dict[
     }
 
 
-@torch.no_grad()
-def timed(model: Any, ids: Tensor, before: Tensor | None) -> Callable[[], float]:
-    """A call that takes the CPU time of a forward pass in inference; the keys and values of `before` are there."""
-    cache: Any = None if before is None else model(input_ids=before, use_cache=True).past_key_values
+def timed(model: Any, ids: Tensor) -> Callable[[], float]:
+    """A call that takes the CPU time of a forward pass in inference."""
 
     @torch.no_grad()
     def call() -> float:
-        own = copy.deepcopy(cache)
-        return cpu_milliseconds(lambda: model(input_ids=ids, past_key_values=own, use_cache=own is not None))
+        return cpu_milliseconds(lambda: model(input_ids=ids, use_cache=False))
 
     return call
 

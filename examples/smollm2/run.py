@@ -3,8 +3,8 @@
     python -m examples.smollm2.run --minutes 60 --seeds 2     # four runs; what has its record is not run again
     python -m examples.smollm2.run --plot                     # tables and pictures of the records that are there
 
-Both get the same windows of the same texts, the same optimizer and rate. Time is CPU time, so that a busy machine does not
-change the comparison much. A run that was cut off begins anew.
+Both get the same windows of the same texts, the same optimizer and rate. Time is CPU time, so that a busy machine does
+not change the comparison much. A run that was cut off begins anew.
 """
 
 from __future__ import annotations
