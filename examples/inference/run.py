@@ -47,8 +47,8 @@ def main() -> None:
         lines.append((name, count / 1e6, per_token))
     lm.write_table(HERE, args, HEADER, rows)
     panels = [
-        (f"million parameters; y: {title}", [(name, [count], [values[i]]) for name, count, values in lines])
-        for i, title in enumerate(("prompt", "generation", f"generation, {MANY} sequences"))
+        (f"{title}: million parameters", [(name, [count], [values[i]]) for name, count, values in lines])
+        for i, title in enumerate(("a prompt", "generation", f"generation of {MANY} sequences"))
     ]
     lm.plot(HERE / "time.png", args, *panels, y="CPU ms per token of one thread")
 
@@ -57,15 +57,16 @@ def models_of(hidden: int, intermediate: int, layers: int, prompt: int) -> dict[
     """The four models, with random weights."""
 
     def dense(factor: int) -> Any:
-        return LlamaForCausalLM(
+        model: Any = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=lm.VOCABULARY, hidden_size=hidden, intermediate_size=factor * intermediate,
                 num_hidden_layers=layers, num_attention_heads=8, max_position_embeddings=prompt,
                 tie_word_embeddings=True,
             )
-        ).eval()  # fmt: skip
+        )  # fmt: skip
+        return model.eval()
 
-    moe = moeify.convert(dense(1), moeify.MoEConfig(EXPERTS, TOP_K))
+    moe: Any = moeify.convert(dense(1), moeify.MoEConfig(EXPERTS, TOP_K))
     return {
         "dense": dense(1),
         f"MoE of it, {EXPERTS} experts, top-{TOP_K}": moe.eval(),
@@ -103,7 +104,8 @@ def megabytes_to_train(model: Any, ids: Tensor) -> float:
     lm.update(model, optimizer, loss)
     tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
     tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-    return (sum(t.numel() * t.element_size() for t in tensors) + sum(kept.values())) / 1e6
+    held_bytes: int = sum(t.numel() * t.element_size() for t in tensors) + sum(kept.values())
+    return held_bytes / 1e6
 
 
 if __name__ == "__main__":

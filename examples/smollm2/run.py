@@ -29,6 +29,7 @@ import moeify
 from examples import records
 from examples import small_lm as lm
 from examples.smollm2.pictures import load_picture, loss_picture, table
+from moeify.layers import MoELayer
 from moeify.pretrained import load_tokenizer
 from moeify.training.stats import RoutingWindow
 
@@ -182,7 +183,7 @@ def point(model: nn.Module, found: dict[str, Text], seconds: list[float]) -> dic
     """Measure: steps and CPU seconds so far, loss in nats per token on each text, the load of each layer's experts."""
     model.eval()
     window, losses = RoutingWindow(), {}
-    is_moe = any(isinstance(module, lm.MoELayer) for module in model.modules())
+    is_moe = any(isinstance(module, MoELayer) for module in model.modules())
     for name, text in found.items():
         parts = []
         for rows in torch.split(text.held_out, ROWS):
