@@ -6,11 +6,10 @@ The texts come with Python: its language reference (`pydoc_data.topics`) and the
 from __future__ import annotations
 
 import argparse
-import copy
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +107,17 @@ def moe_from_scratch(config: moeify.MoEConfig) -> Any:
     return model
 
 
-def both_kinds(args: argparse.Namespace, config: moeify.MoEConfig) -> dict[str, Any]:
-    """Train a dense model on the reference, then go on with it, and with the MoE made of it, for equal steps."""
-    text, steps = Text(reference_text()), args.steps
-    dense = dense_model()
-    optimizer = optimizer_for(dense)
-    train("dense, before", dense, optimizer, text, round(200 * steps), seed=args.seed)
-    moe = moeify.convert(copy.deepcopy(dense), replace(config, seed=args.seed))
-    train("MoE", moe, optimizer_for(moe), text, round(80 * steps), seed=args.seed + 1)
-    train("dense", dense, optimizer_for(dense), text, round(80 * steps), seed=args.seed + 1)
-    return {"dense": dense, "MoE": moe}
+def trained(args: argparse.Namespace) -> Any:
+    """A dense model trained on the reference."""
+    model = dense_model()
+    train("dense", model, optimizer_for(model), Text(reference_text()), round(160 * args.steps), seed=args.seed)
+    return model
+
+
+def go_on(name: str, model: Any, args: argparse.Namespace) -> Any:
+    """Go on with such a model, dense or converted, on the reference."""
+    train(name, model, optimizer_for(model), Text(reference_text()), round(80 * args.steps), seed=args.seed + 1)
+    return model
 
 
 def loss_of(model: Any, windows: Tensor) -> Tensor:

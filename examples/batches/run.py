@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ BATCHES, RATES = (4, 16, 64), (1e-3, 3e-3, 9e-3)
 def main() -> None:
     """Fine-tune at each batch and rate with equal tokens, write the table and the plot."""
     args = lm.options(__doc__)
-    models = lm.both_kinds(args, CONFIG)
+    dense = lm.trained(args)
+    moe = moeify.convert(copy.deepcopy(dense), replace(CONFIG, seed=args.seed))
+    models = {"dense": lm.go_on("dense, going on", dense, args), "MoE": lm.go_on("MoE", moe, args)}
     source = lm.Text(lm.source_text(10_000 if args.quick else 700_000))
     rows, lines = [], []
     for kind, start in models.items():

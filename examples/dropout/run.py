@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ WAYS = {  # outside and inside the experts
 def main() -> None:
     """Fine-tune each way, write the table and the plot."""
     args = lm.options(__doc__)
-    start = lm.both_kinds(args, CONFIG)["MoE"]
+    start = lm.go_on("MoE", moeify.convert(lm.trained(args), replace(CONFIG, seed=args.seed)), args)
     source = lm.source_text(18_000 if args.quick else 700_000)
-    steps, rows, lines = round(160 * args.steps), [], []
+    steps, rows, lines = round(120 * args.steps), [], []
     for name, way in WAYS.items():
         model = copy.deepcopy(start)
         way.prepare(model)
@@ -61,7 +62,7 @@ def dropped(dropout: float, module: nn.Module, args: object, output: Any) -> Any
 
 def fine_tune(model: Any, little: lm.Text, whole: lm.Text, steps: int, seed: int) -> dict[str, list[float]]:
     """Train on little, measure on the end of the whole text."""
-    optimizer, every = lm.optimizer_for(model, 1e-3), 20
+    optimizer, every = lm.optimizer_for(model), 20
     found: dict[str, list[float]] = {"step": [], "held out": [], "trained on": []}
     last: list[float] = []
     for step, windows in enumerate([*little.batches(steps, seed), None]):
