@@ -210,16 +210,22 @@ def end_of(curve: Curve) -> tuple[int, float]:
 
 
 def write_table(
-    folder: Path, args: argparse.Namespace, header: Sequence[str], rows: Sequence[Sequence[object]]
+    folder: Path,
+    args: argparse.Namespace,
+    header: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    record: bool = True,
 ) -> None:
-    """Print the table of a seed; put it into the example's record, and between its markers in the README."""
+    """Print the table of a seed; put it between its markers in the README, and into the example's record if asked."""
     lines = [header, ["---"] * len(header), *rows]
     table = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
     print(table)
     if args.quick:
         return
     seed = args.seed
-    records.keep(folder, seed, header, rows)
+    if record:
+        records.keep(folder, seed, header, rows)
     section = f"<!-- seed {seed} -->\nSeed {seed}:\n\n{table}\n<!-- end of seed {seed} -->\n"
     readme = folder / "README.md"
     text = readme.read_text()

@@ -205,7 +205,8 @@ def write(folder: Path, *, quick: bool) -> None:
     made = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     for seed in sorted({record["seed"] for record in made}):
         args = argparse.Namespace(seed=seed, quick=quick)
-        lm.write_table(HERE, args, *table([record for record in made if record["seed"] == seed]))
+        header, rows = table([record for record in made if record["seed"] == seed])
+        lm.write_table(HERE, args, header, rows, record=False)  # each run has its own
     if not quick:
         loss_picture(made, HERE / "loss.png")
         load_picture(next(record for record in made if record["variant"] == "MoE"), HERE / "load.png")
