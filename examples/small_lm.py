@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moeify
+from examples import records
 from moeify.layers import MoELayer
 
 VOCABULARY, CONTEXT, BATCH = 256, 96, 16
@@ -63,12 +64,12 @@ class Text:
 
     ids: Tensor
 
-    def batches(self, steps: int, seed: int) -> Iterable[Tensor]:
-        """Random windows of the first nine tenths, (BATCH, CONTEXT + 1)."""
+    def batches(self, steps: int, seed: int, rows: int = BATCH) -> Iterable[Tensor]:
+        """Random windows of the first nine tenths, (rows, CONTEXT + 1)."""
         generator = torch.Generator().manual_seed(seed)
         end = len(self.ids) * 9 // 10 - CONTEXT - 1
         for _ in range(steps):
-            starts = torch.randint(end, (BATCH,), generator=generator)
+            starts = torch.randint(end, (rows,), generator=generator)
             yield torch.stack([self.ids[s : s + CONTEXT + 1] for s in starts.tolist()])
 
     def held_out(self) -> Tensor:
@@ -103,6 +104,19 @@ def moe_from_scratch(config: moeify.MoEConfig) -> Any:
         if isinstance(layer, MoELayer):
             for weights in layer.experts.parameters():
                 nn.init.normal_(weights, std=0.02)
+    return model
+
+
+def trained(args: argparse.Namespace) -> Any:
+    """A dense model trained on the reference."""
+    model = dense_model()
+    train("dense", model, optimizer_for(model), Text(reference_text()), round(160 * args.steps), seed=args.seed)
+    return model
+
+
+def go_on(name: str, model: Any, args: argparse.Namespace) -> Any:
+    """Go on with such a model, dense or converted, on the reference."""
+    train(name, model, optimizer_for(model), Text(reference_text()), round(80 * args.steps), seed=args.seed + 1)
     return model
 
 
@@ -196,15 +210,22 @@ def end_of(curve: Curve) -> tuple[int, float]:
 
 
 def write_table(
-    folder: Path, args: argparse.Namespace, header: Sequence[str], rows: Sequence[Sequence[object]]
+    folder: Path,
+    args: argparse.Namespace,
+    header: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    record: bool = True,
 ) -> None:
-    """Print the table of a seed and put it between its markers in a README, after the tables of the other seeds."""
+    """Print the table of a seed; put it between its markers in the README, and into the example's record if asked."""
     lines = [header, ["---"] * len(header), *rows]
     table = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
     print(table)
     if args.quick:
         return
     seed = args.seed
+    if record:
+        records.keep(folder, seed, header, rows)
     section = f"<!-- seed {seed} -->\nSeed {seed}:\n\n{table}\n<!-- end of seed {seed} -->\n"
     readme = folder / "README.md"
     text = readme.read_text()

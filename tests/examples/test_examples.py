@@ -19,6 +19,8 @@ RECIPES = sorted(path.stem for path in EXAMPLES.glob("recipes/*.py") if path.ste
 NOT_RUN = {
     "onnx/cuda_graph.py": "needs a GPU and onnxruntime-gpu",
     "recipes/common.py": "no program: what the recipes share",
+    "records.py": "no program: how the training examples keep what they measured",
+    "smollm2/pictures.py": "no program: the tables and pictures of smollm2/run.py",
     "small_lm.py": "no program: what the training examples share",
 }
 
@@ -29,7 +31,7 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def files() -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in EXAMPLES.rglob("*") if path.suffix in {".md", ".png"}}
+    return {str(path): path.read_bytes() for path in EXAMPLES.rglob("*") if path.suffix in {".md", ".png", ".json"}}
 
 
 @pytest.mark.parametrize("name", TRAINING)
