@@ -102,10 +102,7 @@ class Source:
         return self._stored.span(name)
 
     def write_side_files(self, dst: Path) -> None:
-        """Copy the files beside the weights into `dst`; for GGUF, build tokenizer and generation config.
-
-        Those of an adapter take the place of its base model's.
-        """
+        """Copy side files into `dst`, an adapter's after its base model's; for GGUF build tokenizer and settings."""
         if self.base is not None:
             self.base.write_side_files(dst)
         if isinstance(self._stored, GgufFile):
