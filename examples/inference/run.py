@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moeify
-from benchmarks.by_turns import cpu_milliseconds, medians
+from benchmarks.by_turns import cpu_milliseconds, samples
 from examples import small_lm as lm
 
 HERE = Path(__file__).parent
@@ -36,7 +37,7 @@ def main() -> None:
         calls[f"prompt {name}"] = timed(model, prompt[:1])
         calls[f"one {name}"] = timed(model, prompt[:1, :1])
         calls[f"many {name}"] = timed(model, prompt[:, :1])
-    took = medians(calls, 1 if args.quick else 15)
+    took = {name: median(each) for name, each in samples(calls, 1 if args.quick else 15).items()}
     rows, lines = [], []
     for name, model in models.items():
         count = sum(p.numel() for p in model.parameters())
