@@ -27,6 +27,7 @@ from moeify.export.report import OnnxReport
 from moeify.export.write import write
 from moeify.files.staging import staged_file
 from moeify.layers import MoELayer
+from moeify.layers.quantized_experts import QuantizedExperts
 from moeify.measure import TOLERANCE
 from moeify.runtime.session import check_loads, open_session, runtime_version
 
@@ -83,7 +84,7 @@ class _Export:
 
     def run(self, model: nn.Module, example_inputs: Mapping[str, object] | None) -> OnnxReport:
         """Export a model; in half precision the proof is that of the same graph in float32."""
-        _refuse_chance(model)
+        _refuse(model)
         captured, half = capture(traceable(model), example_inputs), self.request.dtype != "float32"
 
         def exact() -> nn.Module:
@@ -172,9 +173,14 @@ class _Export:
         )
 
 
-def _refuse_chance(model: nn.Module) -> None:
-    """Refuse a layer that draws which tokens a full expert keeps."""
+def _refuse(model: nn.Module) -> None:
+    """Refuse experts that are quantized for PyTorch, and a layer that draws which tokens a full expert keeps."""
     for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedExperts):
+            raise RefusedError(
+                f"{name} is quantized by moeify.quantize_experts, which ONNX has no operator for: export the model as it "
+                "was before, with quantize (--quantize) for the file's own int8 or int4"
+            )
         limited = isinstance(layer, MoELayer) and layer.eval_capacity_factor is not None
         if limited and layer.config.drop_order == "random":
             raise RefusedError(
