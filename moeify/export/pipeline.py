@@ -178,8 +178,8 @@ def _refuse(model: nn.Module) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedExperts):
             raise RefusedError(
-                f"{name} is quantized by moeify.quantize_experts, which ONNX has no operator for: export the model as it "
-                "was before, with quantize (--quantize) for the file's own int8 or int4"
+                f"{name} is quantized by moeify.quantize_experts, which ONNX has no operator for: export the model as "
+                "it was before, with quantize (--quantize) for the file's own int8 or int4"
             )
         limited = isinstance(layer, MoELayer) and layer.eval_capacity_factor is not None
         if limited and layer.config.drop_order == "random":

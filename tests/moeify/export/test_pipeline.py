@@ -161,7 +161,9 @@ def test_a_capacity_that_keeps_tokens_at_random_is_refused(tmp_path: Path) -> No
 
 def test_experts_that_are_quantized_for_pytorch_are_refused(tmp_path: Path) -> None:
     model = moeify.quantize_experts(moeify.convert(tiny.build("llama"), moeify.MoEConfig(4, 2)), "fp8")
-    with pytest.raises(RefusedError, match=r"^model.layers.0.mlp.experts is quantized by .* export the model as it was"):
+    with pytest.raises(
+        RefusedError, match=r"^model.layers.0.mlp.experts is quantized by .* export the model as it was"
+    ):
         moeify.export_onnx(model, tmp_path / "model.onnx")
 
 
