@@ -80,7 +80,7 @@ def test_rows_whose_number_depends_on_the_data_count_as_every_token() -> None:
 
     model = Picking()
     graph_module = torch.export.export(model, (torch.ones(4, 3),), strict=False).module()
-    dense: Any = SimpleNamespace(model=model, graph_module=graph_module, nbytes=0)
+    dense: Any = SimpleNamespace(model=model, graph_module=graph_module, source=SimpleNamespace(nbytes=0))
     assert dense_cost(dense).flops == 2 * (3 * 5 + 3 * 7)
 
 
