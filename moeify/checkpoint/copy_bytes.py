@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader, FileIO
+from threading import Event, Thread
 
 from moeify.checkpoint.safetensors_file import read_exactly
 from moeify.checkpoint.tensor_info import Span
 from moeify.files.reading import opened
 
 STEP = 16 << 20  # bytes between two reports of progress, and the size of the buffer where the kernel cannot copy
+_EVERY = 0.2  # seconds
 _NOT_POSSIBLE = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
@@ -49,6 +52,25 @@ def _copy_in_kernel(source: BufferedReader, span: Span, file: FileIO, on_bytes: 
         on_bytes(copied)
         done += copied
     return done
+
+
+@contextmanager
+def synced_meanwhile(file: FileIO) -> Iterator[None]:
+    """Let the disk write what the block has written so far: the sync at the end waits for less."""
+    done = Event()
+
+    def sync() -> None:
+        while not done.wait(_EVERY):
+            with suppress(OSError):  # the sync at the end, which counts, raises it
+                os.fdatasync(file.fileno())
+
+    thread = Thread(target=sync)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def same_span(span: Span, file: FileIO) -> bool:

@@ -17,7 +17,7 @@ from functools import partial
 from io import FileIO
 from pathlib import Path
 
-from moeify.checkpoint.copy_bytes import copy_span, same_bytes, same_span, write_all
+from moeify.checkpoint.copy_bytes import copy_span, same_bytes, same_span, synced_meanwhile, write_all
 from moeify.checkpoint.folder import SAFETENSORS, index_name
 from moeify.checkpoint.nonfinite import holds_nonfinite, tensor_holds_nonfinite
 from moeify.checkpoint.safetensors_file import encode_header, tensor_bytes
@@ -212,7 +212,7 @@ class _ShardWriter:
             self._on_bytes(len(header) + shard.nbytes)
             return
         begun = self._folder / f".{shard.name}.partial"
-        with begun.open("wb", buffering=0) as file:
+        with begun.open("wb", buffering=0) as file, synced_meanwhile(file):
             write_all(file, memoryview(header))
             self._on_bytes(len(header))
             for tensor in shard.tensors:

@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, active_count
 from typing import Any
 
 import pytest
@@ -75,3 +76,19 @@ def test_writes_in_pieces_where_the_system_takes_pieces(tmp_path: Path, monkeypa
     with (tmp_path / "dst").open("wb", buffering=0) as file:
         write_all(file, memoryview(DATA))
     assert (tmp_path / "dst").read_bytes() == DATA
+
+
+def test_the_disk_is_asked_meanwhile_and_its_errors_wait_for_the_sync_that_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, before = Event(), active_count()
+
+    def fdatasync(_: int) -> None:
+        asked.set()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(copy_bytes, "_EVERY", 0.001)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    with (tmp_path / "file").open("wb", buffering=0) as file, copy_bytes.synced_meanwhile(file):
+        assert asked.wait(20)
+    assert active_count() == before
