@@ -5,7 +5,7 @@ Any other exception is a bug. The library never prints and never exits; `moeify.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _LONGEST = 500  # characters of another library's message
@@ -52,8 +52,12 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def told_as(what: str, kind: type[MoeifyError] = MoeifyError) -> Iterator[None]:
+def told_as(what: str | Callable[[], str], kind: type[MoeifyError] = MoeifyError) -> Iterator[None]:
     """Turn whatever another library raises inside the block into one line: `what`, and its message in brackets.
+
+    Args:
+        what: What was not possible; what has to be found out is a function, called when it happens.
+        kind: What is raised.
 
     Raises:
         MoeifyError: Of the given kind; an error of moeify itself passes as it is.
@@ -63,4 +67,5 @@ def told_as(what: str, kind: type[MoeifyError] = MoeifyError) -> Iterator[None]:
     except MoeifyError:
         raise
     except Exception as error:  # for damaged files the exceptions are of every kind
-        raise kind(f"{what} ({first_line(error)})") from error
+        said = what if isinstance(what, str) else what()
+        raise kind(f"{said} ({first_line(error)})") from error

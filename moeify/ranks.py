@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch.distributed as dist
 
-from moeify.errors import MoeifyError, first_line
+from moeify.errors import MoeifyError, told_as
 
 _ANSWER = 0.5  # seconds: a rank that lives meets the same error at the same time
 
 
-@contextmanager
 def told_by_ranks(
     what: str, group: dist.ProcessGroup | None = None, kind: type[MoeifyError] = MoeifyError
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Turn an error of ranks that cannot talk to each other into one line that names those that are gone.
 
     Args:
         what: What this rank could not do.
         group: The ranks that talk; None for all.
-        kind: What is raised.
-
-    Raises:
-        MoeifyError: Of the given kind; an error of moeify itself passes as it is.
+        kind: What is raised; an error of moeify itself passes as it is.
     """
-    try:
-        yield
-    except MoeifyError:
-        raise
-    except Exception as error:
+
+    def said() -> str:
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        raise kind(f"{what}: {_gone(ranks)}, and its own message says why ({first_line(error)})") from error
+        return f"{what}: {_gone(ranks)}, and its own message says why"
+
+    return told_as(said, kind)
 
 
 def _gone(ranks: list[int]) -> str:
