@@ -78,9 +78,20 @@ def measured(
         packages: Further packages of this environment whose versions count.
         versions: Versions of what runs in another environment.
     """
-    known = {name: _version(name) for name in (*PACKAGES, *packages)} | dict(versions or {})
-    today = datetime.now(UTC).date().isoformat()
-    return Record(what, against, machine(), today, _commit(code), _command(), known, list(code), summary, runs)
+    here = about(code, packages)
+    here["versions"] |= dict(versions or {})
+    return Record(what, against, **here, code=list(code), summary=summary, runs=runs)
+
+
+def about(code: Sequence[str], packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Return machine, date, commit, command and versions of this program as it runs now; see `measured`."""
+    return {
+        "machine": machine(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _commit(code),
+        "command": _command(),
+        "versions": {name: _version(name) for name in (*PACKAGES, *packages)},
+    }
 
 
 def write(record: Record, path: Path) -> None:

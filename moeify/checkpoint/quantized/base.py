@@ -139,8 +139,9 @@ def four_bits(
     def packed() -> torch.Tensor:
         import torch
 
-        found = values().to(torch.uint8)
-        return found[:, ::2] | found[:, 1::2] << 4
+        from moeify.kernels.quantized import pack
+
+        return pack(values().to(torch.uint8))
 
     return Numbers("int4", packed, lambda: scales().reshape(-1, groups).expand(rows, -1), (rows, groups))
 

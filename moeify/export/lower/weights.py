@@ -14,6 +14,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
 from moeify.errors import RefusedError
+from moeify.kernels.quantized import pack
 
 # For each weight that was rounded, by name, what makes the values that an operator computes with.
 Rounded = dict[str, Callable[[], Tensor]]
@@ -126,7 +127,7 @@ def quantize(weights_ENK: Tensor, bits: int, block: int | None) -> Quantized:
     scales_ENB = (blocks_ENBK.gather(-1, farthest_ENB1)[..., 0] / -zero).to(weights_ENK.dtype)
     divisor = torch.where(scales_ENB == 0, 1, scales_ENB).float()[..., None]
     q = ((blocks_ENBK / divisor).round().clamp(-zero, zero - 1) + zero).to(torch.uint8).flatten(-2)
-    packed = q if bits == 8 else q[..., ::2] | (q[..., 1::2] << 4)
+    packed = q if bits == 8 else pack(q)
     return Quantized(packed.contiguous(), scales_ENB if block else scales_ENB[..., 0].contiguous(), bits, block)
 
 

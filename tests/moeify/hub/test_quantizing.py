@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moeify
-from moeify.cli import main
 from moeify.config import MoEConfig
 from moeify.contract.found import find_layers
 from moeify.errors import CheckpointError, ConfigError, MoeifyError, RefusedError
@@ -26,6 +24,7 @@ from moeify.measure import TOLERANCE, relative_difference
 from moeify.plan import ASK_FOR_MOEIFY
 from tests.moeify import tiny
 from tests.moeify.checkpoint.quantized.make import packed
+from tests.moeify.command import moeify_command
 
 tf: Any = transformers
 _SIZES = {"vocab_size": 101, "hidden_size": 160, "intermediate_size": 72, "num_hidden_layers": 1,
@@ -204,7 +203,7 @@ def test_what_cannot_be_quantized_is_refused_before_anything_changes() -> None:
 
 def test_files_of_quantized_experts_are_for_loading_alone(tmp_path: Path) -> None:
     moeify.quantize_experts(mixtral(), "fp8").save_pretrained(tmp_path / "small")
-    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "small")])
+    result = moeify_command("inspect", tmp_path / "small")
     assert result.exit_code == 1 and "which moeify.load alone takes: start from the checkpoint before" in result.output
     file = tmp_path / "small/model.safetensors"
     tensors = load_file(file)
