@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,10 +67,15 @@ def main() -> None:
     lm.train("dense", dense, lm.optimizer_for(dense), text, round(150 * args.steps), seed=args.seed)
     rows, lines = [], []
     for factor in FACTORS:
+        config = moeify.MoEConfig(
+            EXPERTS, TOP_K, aux_loss=0.01, balance_level="global", capacity_factor=factor, eval_capacity_factor=factor,
+            seed=args.seed,
+        )  # fmt: skip
+        model = moeify.convert(copy.deepcopy(dense), config)
         with TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads: a rank takes no lock of theirs
             processes: Any = multiprocessing
-            processes.start_processes(train, (dense, factor, args, folder), nprocs=RANKS, start_method="fork")
+            processes.start_processes(train, (model, args, folder), nprocs=RANKS, start_method="fork")
             found = json.loads((Path(folder) / "found.json").read_text())
         name = "no limit" if factor is None else str(factor)
         rows.append([name, f"{found['dropped']:.1%}", f"{found['loss']:.3f}", f"{found['sent'] / 1e3:.0f}",
@@ -85,15 +90,10 @@ def main() -> None:
             (header[4], [("factors of 0.5 to none", most, losses)]), y="held-out loss, nats per byte")  # fmt: skip
 
 
-def train(rank: int, dense: Any, factor: float | None, args: argparse.Namespace, folder: str) -> None:
-    """Train on this rank; the first one writes what was found."""
+def train(rank: int, model: nn.Module, args: argparse.Namespace, folder: str) -> None:
+    """Train a converted model on this rank; the first one writes what was found."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    config = moeify.MoEConfig(
-        EXPERTS, TOP_K, aux_loss=0.01, balance_level="global", capacity_factor=factor, eval_capacity_factor=factor,
-        seed=args.seed,
-    )  # fmt: skip
-    model = moeify.convert(copy.deepcopy(dense), config)
     moeify.parallelize(model, init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("efsdp", "ep"))["ep"])
     layers = list(moe_layers(model).values())
     counts = [Counted(layer) for layer in layers]

@@ -14,8 +14,9 @@ import moeify
 from moeify.training.run_log import RUN_FILE, RunLog
 
 tf: Any = transformers
-DENSE = ("my-dense-model", "my-dense", "SRC", "DENSE")  # names of a dense model in the pages
-MOE = ("my-moe", "FOLDER")  # and of a converted one
+# Names of a dense model in the pages.
+DENSE = ("my-dense-model", "my-dense", "SRC", "DENSE", "my-dense-math", "my-dense-code")
+MOE = ("my-moe", "FOLDER", "my-moe-math", "my-moe-code")  # and of a converted one
 BYTES = 256
 _IDS = {"pad_token_id": BYTES, "bos_token_id": BYTES + 1, "eos_token_id": BYTES + 2, "vocab_size": BYTES + 4}
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
