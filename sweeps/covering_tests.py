@@ -1,4 +1,4 @@
-"""Which test files can notice a change of a module: the one of its name, then those that import it, near ones first."""
+"""Which test files can notice a change of a module: the one of its name, those beside it, and those that import it."""
 
 from __future__ import annotations
 
@@ -55,16 +55,15 @@ class CoveringTests:
     def stages(self, path: str) -> list[list[str]]:
         """Return the test files to run on a changed module, in groups: each is further away from it than the last.
 
-        First comes the test of its name, or what the table in tests/test_mirror.py has instead; then the tests that
-        import it; then its folder's; then those that import what imports it, and so on.
+        First comes the test of its name, or what the table in tests/test_mirror.py has instead; then its folder's; then
+        the tests that import it; then those that import what imports it, and so on.
         """
         folder = str(Path(mirrored(path)).parent)
-        groups = [{covered_by(path) or mirrored(path)}]
+        beside = {test for test in self.tests if str(Path(test).parent) == folder}
+        groups = [{covered_by(path) or mirrored(path)}, beside]
         near, reached = {module_of(path)}, {module_of(path)}
         while near:
             groups.append({test for test, used in self.tests.items() if used & near})
-            if len(groups) == 2:
-                groups.append({test for test in self.tests if str(Path(test).parent) == folder})
             near = {name for name, used in self.imports.items() if used & near} - reached
             reached |= near
         stages, taken = [], set[str]()

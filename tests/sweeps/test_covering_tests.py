@@ -38,8 +38,8 @@ def covering(tmp_path: Path) -> CoveringTests:
 def test_near_tests_come_first(covering: CoveringTests) -> None:
     assert covering.stages("moeify/a/low.py") == [
         ["tests/moeify/a/test_low.py"],  # of its name
-        ["tests/moeify/test_uses_low.py"],  # imports it
         ["tests/moeify/a/test_beside.py"],  # in its folder
+        ["tests/moeify/test_uses_low.py"],  # imports it
         ["tests/moeify/test_uses_middle.py"],  # imports what imports it
         ["tests/moeify/test_uses_high.py", "tests/moeify/test_uses_word.py"],
     ]
