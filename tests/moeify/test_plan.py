@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,16 @@ def test_values_out_of_range_in_a_plan_are_refused() -> None:
     data["config"]["top_k"] = 5
     with pytest.raises(ConfigError, match="top_k is 5"):
         Plan.from_json(json.dumps(data))
+
+
+def test_every_name_of_a_plan_is_renamed_and_what_is_not_there_is_left_out() -> None:
+    site = Plan.from_json(json.dumps({**Plan("llama", MoEConfig(4, 2), ()).to_dict(), "sites": [SITE]})).sites[0]
+    rows = Rows("a.up", "a.b", 0, 3, 1, 3, False)
+    whole = replace(site, path="a", bypassed=("a.x",), handing=("a.h",), ups=(rows,), down=replace(rows, bias=None),
+                    activation_state=(("a.s", "weight"),))  # fmt: skip
+    plan = Plan("llama", MoEConfig(4, 2), (replace(whole, path="gone"), whole))
+    moved = plan.renamed(lambda name: None if name == "gone" else f"m.{name}")
+    rows = replace(rows, parameter="m.a.up", bias="m.a.b")
+    there = replace(site, path="m.a", bypassed=("m.a.x",), handing=("m.a.h",), ups=(rows,),
+                    down=replace(rows, bias=None), activation_state=(("m.a.s", "weight"),))  # fmt: skip
+    assert moved == replace(plan, sites=(there,))
