@@ -65,7 +65,9 @@ def test_a_known_model_costs_what_was_worked_out_by_hand() -> None:
         "engine: FSDP alone (0 ms"
     )
     assert far.advice[0].startswith("engine: EP and FSDP")  # experts of 240 GB need longer than they compute
-    assert near.engines[2].gathered == 3 * 32 * 8 * MIXTRAL.parameters * 2 * 7 // 8
+    sent = 32 * 4 * 8192 * 2 * 4096 * 2 * 7 // 8
+    assert near.engines[0].exchanged == far.engines[0].exchanged == pytest.approx(sent, rel=1e-3)
+    assert near.engines[2].exchanged == 0 and near.engines[2].gathered == 3 * 32 * 8 * MIXTRAL.parameters * 2 * 7 // 8
     assert near.engines[0].weights == near.engines[2].weights == 46_702_792_704 * 8 // 8
     assert near.engines[0].whole == 0 and near.engines[2].whole == 2 * 2 * 8 * MIXTRAL.parameters
     fine = replace(MIXTRAL, experts=128, top_k=8, intermediate=768, up_rows=1536, parameters=3 * 4096 * 768)

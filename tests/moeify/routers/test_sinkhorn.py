@@ -84,6 +84,15 @@ def test_the_module_balances_in_training_and_is_top_k_in_evaluation() -> None:
         assert torch.equal(router.eval()(x[:1]).expert_ids_TK, plain.expert_ids_TK[:1])
 
 
+def test_training_takes_sixteen_rounds_as_documented() -> None:
+    config = MoEConfig(5, 2, router="sinkhorn", aux_loss=0.0)
+    router, x, weight = config.router.module(13, config).train(), randn(60, 13), 5 * randn(5, 13, seed=1)
+    router.get_parameter("weight").detach().copy_(weight)
+    fewer, asked, more = (balanced_plan(x @ weight.T, rounds).topk(2).indices.tolist() for rounds in (15, 16, 17))
+    assert router(x).expert_ids_TK.tolist() == asked
+    assert fewer != asked != more, "any number of rounds would pass"
+
+
 def test_it_is_not_exact() -> None:
     assert not MoEConfig(5, 2, router="sinkhorn").exact
 

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
+import onnx_ir as ir
 import pytest
 import torch
+from onnxruntime import InferenceSession
 from torch import Tensor, nn
 
 from moeify.errors import RefusedError
@@ -39,6 +43,22 @@ def test_experts_are_opaque_nodes_with_their_inputs_in_place_and_named_weights()
     assert len(linear.inputs) == 4 and linear.inputs[2] is None
     assert [str(size) for size in graph.inputs[0].shape or ()] == ["batch", "7"]
     assert [str(size) for size in graph.outputs[0].shape or ()] == ["batch", "5"]
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_stable_sort_keeps_the_order_of_equals_along_its_dimension(dim: int | None, descending: bool) -> None:
+    class Sorted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            along: Any = {} if dim is None else {"dim": dim}
+            values, indices = torch.sort(x, stable=True, descending=descending, **along)
+            return torch.stack([values, indices.float()])
+
+    x = torch.randint(0, 3, (5, 7), generator=torch.Generator().manual_seed(0)).float()
+    model = ir.to_proto(to_onnx(capture(Sorted(), {"x": x})))
+    session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x.numpy()})
+    assert found.tolist() == Sorted()(x).tolist()
 
 
 def test_an_operator_that_onnx_lacks_is_refused() -> None:
