@@ -13,7 +13,7 @@ from torch import Tensor
 import moeify
 from moeify.checkpoint.source import open_source
 from moeify.config import MoEConfig
-from moeify.conversion.checkpoint import Callbacks
+from moeify.conversion.checkpoint import Callbacks, Output
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import CheckpointError
 from moeify.families.table import FAMILIES
@@ -184,6 +184,11 @@ def test_nonfinite_weights_are_named_once(tmp_path: Path) -> None:
 
 class Killed(KeyboardInterrupt):
     """Stands for a signal: what it interrupts stays for a resume."""
+
+
+def test_an_output_replaces_nothing_and_goes_on_with_nothing_unless_asked() -> None:
+    plain = Output(Path("moe"), 60_000)
+    assert not plain.overwrite and not plain.resume
 
 
 def test_a_killed_conversion_resumes_to_the_same_bytes(tmp_path: Path) -> None:

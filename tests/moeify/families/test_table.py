@@ -13,7 +13,7 @@ from moeify.config import MoEConfig
 from moeify.conversion.checkpoint import output_config, plan_checkpoint
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.errors import ConfigError, MoeifyError, RefusedError
-from moeify.families.table import FAMILIES, fit_target, remarks
+from moeify.families.table import FAMILIES, fit_target, remarks, why_not
 from moeify.plan import Plan
 from moeify.routers.sigmoid import Sigmoid
 from moeify.tracing.skeleton import build_on_meta, model_class
@@ -93,6 +93,18 @@ def test_mixtral_cannot_keep_layers_dense_or_leave_weights_unnormalised(tmp_path
     loose = replace(whole, config=MoEConfig(3, 2, renormalize=False))
     with pytest.raises(RefusedError, match="renormalizes"):
         fit_target(loose, dense, "mixtral")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_weights_that_sum_to_less_are_kept_where_the_config_can_say_so(name: str, tmp_path: Path) -> None:
+    plan, dense = plan_for(name, tmp_path)
+    found = [family for family in FAMILIES.values() if why_not(family, plan, dense) is None]
+    assert len(found) > 1
+    for family in found:
+        one = fit_target(plan, dense, family.model_type)
+        loose = replace(one, config=replace(one.config, renormalize=False))
+        says = family.fields(one, dense) != family.fields(loose, dense)
+        assert (why_not(family, loose, dense) is None) == says, family.model_type
 
 
 def test_an_unknown_family_is_wrong_usage(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moeify.contract.stock_experts import offer_stock_experts
 from moeify.errors import RefusedError
 from moeify.layers import Experts
+from moeify.layers.implementations import compute
 from moeify.measure import TOLERANCE, relative_difference
 
 HIDDEN, INTERMEDIATE, COUNT, TOKENS = 12, 20, 5, 17  # grouped_mm wants rows of whole 16 bytes
@@ -72,6 +73,17 @@ def test_every_implementation_computes_what_ours_does(form: str, name: str, drop
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert relative_difference(found[key], value) <= TOLERANCE["float32"], key
+
+
+def test_the_loop_adds_up_in_the_dtype_of_the_weights() -> None:
+    """What bfloat16 would lose one by one, 1 + 2^-9 four times, is not lost."""
+    made = Experts(HIDDEN, INTERMEDIATE, num_experts=COUNT, up_rows=INTERMEDIATE, activation="relu", gated=False,
+                   up_bias=True, down_bias=True).bfloat16()  # fmt: skip
+    for name, parameter in made.named_parameters():
+        nn.init.constant_(parameter, float(name == "down_proj_bias"))
+    ids, weights = torch.arange(COUNT)[None], torch.tensor([[1.0, *[2.0**-9] * 4]])
+    out = compute(made, "eager", torch.ones(1, HIDDEN, dtype=torch.bfloat16), ids, weights)
+    assert out.dtype == torch.bfloat16 and out.tolist() == [[1 + 2.0**-7] * HIDDEN]
 
 
 def test_the_attributes_are_those_of_transformers_experts() -> None:
