@@ -15,6 +15,7 @@ def test_blocks_and_groups_keep_their_scales() -> None:
     w[:, :128, :128] *= 1000  # in e4m3 a scale for all would leave little of the rest
     for weight, step in ((to_e4m3(w, (128, 128)), 2**-4), (to_int4(w, 64), 1 / 14)):
         exact = dequantize(weight, torch.float64)
+        assert weight._replace(scales=weight.scales[:, :0]).block == (0, 0)
         assert exact.shape == w.shape and weight.block == ((128, 128) if not weight.packed else (1, 64))
         for rows, columns in ((slice(0, 128), slice(0, 128)), (slice(128, 130), slice(128, 256))):
             part, want = exact[:, rows, columns], w[:, rows, columns]

@@ -37,6 +37,8 @@ def test_a_decoder_with_all_that_engines_read(tmp_path: Path) -> None:
     decoder, config = found["decoder"], model.config
     assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"]) == (tiny.LAYERS, config.num_key_value_heads)
     assert (decoder["head_size"], decoder["num_attention_heads"]) == (config.head_dim, config.num_attention_heads)
+    inputs = ["attention_mask", "input_ids", "position_ids"]  # in one order, so that two runs write the same file
+    assert list(decoder["inputs"]) == [*inputs, "past_key_names", "past_value_names"]
     session = open_session(tmp_path / "out" / decoder["filename"], provider="cpu")
     for found, values in ((decoder["inputs"], session.get_inputs()), (decoder["outputs"], session.get_outputs())):
         names = {name % layer if "%d" in name else name for name in found.values() for layer in range(tiny.LAYERS)}
