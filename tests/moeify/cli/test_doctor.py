@@ -23,6 +23,7 @@ def test_a_healthy_machine_passes() -> None:
     result = moeify_command("doctor", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
+    assert result.stdout == json.dumps(report, indent=2) + "\n"  # to be read, too
     assert report["failed"] == [] and report["worst"].keys() == {"float32", "float16", "bfloat16"}
     if not torch.cuda.is_available():
         assert report["checked"] == "the CPU path; the Triton kernels need a GPU"
