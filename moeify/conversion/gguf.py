@@ -44,6 +44,7 @@ _RECORD = "moeify.json"  # a key for what lies beside a folder under this name
 # What llama.cpp computes in float32 whatever the rest is, besides norms, biases and other vectors.
 _FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "shortconv.conv.weight", "ssm_conv1d.weight",
             "_norm.weight")  # fmt: skip
+_SUFFIXES = (".weight", ".bias", ".scale")
 _FILE_TYPES = dict(zip(TYPES, ("ALL_F32", "MOSTLY_F16", "MOSTLY_BF16", "MOSTLY_Q8_0"), strict=True))
 
 
@@ -137,14 +138,15 @@ def _tensors(
     """Describe every tensor of the file."""
     import gguf
 
-    name = gguf_of(plan, config).architecture
+    form = gguf_of(plan, config)
+    name = form.architecture
     known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
     if name not in known:
         raise CheckpointError(f"the gguf package has no {name}: pip install --upgrade gguf")
     names = gguf.get_tensor_name_map(known[name], config["num_hidden_layers"])
-    for tensor in output_tensors(dense, plan, None, unused, stacked(FAMILIES[plan.target])):
+    for tensor in output_tensors(dense, plan, None, unused, stacked(FAMILIES[plan.target], form)):
         for native, shape, parts in _rewritten(dense.source, plan, config, tensor):
-            found = names.get_name(_spelled(native), (".weight", ".bias"))
+            found = names.get_name(_spelled(native), _SUFFIXES)
             if found is None:
                 raise RefusedError(f"--to {plan.target}: llama.cpp's {name} has no place for {native}; write a folder")
             yield GgufTensor(found, _held_as(found, shape, kind), shape, parts)
@@ -157,9 +159,8 @@ def _itself(values: torch.Tensor) -> torch.Tensor:
 
 
 def _spelled(name: str) -> str:
-    """Return a name as the gguf library asks for it: what is no weight ends in `.bias`."""
-    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
-    return f"{name}.bias" if name.endswith(".expert_bias") else name
+    """Return a name as the gguf library asks for it."""
+    return re.sub(r"_bias$", ".bias", name)
 
 
 def _held_as(name: str, shape: Sequence[int], kind: str) -> str:
@@ -201,7 +202,8 @@ def _described(
     """
     import gguf
 
-    writer = gguf.GGUFWriter(None, gguf_of(plan, config).architecture)
+    form = gguf_of(plan, config)
+    writer = gguf.GGUFWriter(None, form.architecture)
     announce(writer, tensors)
     total, *rest = writer.get_total_parameter_count()
     with quiet():
@@ -214,5 +216,5 @@ def _described(
         getattr(writer, f"add_{name}")(value)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if not source.copy_tokenizer(writer):
-        add_vocabulary(writer, folder, config["vocab_size"])
+        add_vocabulary(writer, folder, config["vocab_size"], form.characters)
     return writer

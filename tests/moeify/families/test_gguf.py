@@ -42,7 +42,7 @@ def test_every_name_of_a_key_is_a_method_of_the_library() -> None:
 def test_the_library_knows_every_architecture_and_has_a_place_for_its_experts(name: str, family: Any) -> None:
     known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[family.gguf.architecture], 3)
-    held = [key.format(layer=1) for key in stacked(family) if "shared_mlp.input_linear" not in key]
+    held = [key.format(layer=1) for key in stacked(family, family.gguf) if "shared_mlp.input_linear" not in key]
     spelled = [text.replace("e_score_correction_bias", "e_score_correction.bias") for text in held]
     spelled = [f"{text}.bias" if text.endswith("expert_bias") else text for text in spelled]
     assert not [text for text in spelled if names.get_name(text, (".weight", ".bias")) is None], name
