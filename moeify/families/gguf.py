@@ -7,16 +7,35 @@ same keys and tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from moeify.families.base import Config, ExpertWeight, Family, Fields, Gguf, Held, full_attention, head_dim, kv_heads
+from moeify.errors import CheckpointError, RefusedError
+from moeify.families.base import (
+    Config,
+    ExpertWeight,
+    Family,
+    Fields,
+    Gguf,
+    Held,
+    as_it_is,
+    full_attention,
+    head_dim,
+    kv_heads,
+)
 from moeify.families.table import FAMILIES, traits
 from moeify.families.words import MOEIFY
 from moeify.plan import Plan
 
+if TYPE_CHECKING:
+    from gguf import TensorNameMap
+
+_SUFFIXES = (".weight", ".bias", ".scale")
 _STOPS = 1e30  # a frequency that is divided by it turns nothing
 
 
@@ -76,6 +95,41 @@ def stacked(family: Family, form: Gguf) -> Mapping[str, Held]:
     others = {key: held for key, held in family.tensors.items() if not isinstance(held, ExpertWeight)}
     # llama.cpp has one tensor for a weight of all experts of a layer
     return {**others, **{f"blk.{{layer}}.ffn_{word}_exps.weight": held for word, held in form.experts.items()}}
+
+
+def stored_as(form: Gguf, layers: int, name: str) -> dict[str, Callable[[Tensor, Config], Tensor]]:
+    """Return what stands in a GGUF file for a native tensor: names, and what the values are computed by.
+
+    Args:
+        form: How it holds the family.
+        layers: How many there are.
+        name: Of the tensor in the native format, or what `stacked` calls it.
+
+    Raises:
+        CheckpointError: The gguf library does not know the architecture.
+        RefusedError: llama.cpp has no place for the tensor.
+    """
+    parts: dict[str, Callable[[Tensor, Config], Tensor]] = {name: as_it_is}
+    for rewrite in form.rewrites:
+        if found := re.fullmatch(rewrite.pattern, name):
+            parts = {found.expand(part): compute for part, compute in rewrite.parts.items()}
+            break
+    names = _names(form.architecture, layers)
+    # what is a bias of no module, the library knows as one
+    called = {names.get_name(re.sub(r"_bias$", ".bias", part), _SUFFIXES): parts[part] for part in parts}
+    if None in called:
+        raise RefusedError(f"llama.cpp's {form.architecture} has no place for {name}: write a folder")
+    return {place: compute for place, compute in called.items() if place is not None}
+
+
+@cache
+def _names(architecture: str, layers: int) -> TensorNameMap:
+    import gguf
+
+    known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in known:
+        raise CheckpointError(f"the gguf package has no {architecture}: pip install --upgrade gguf")
+    return gguf.get_tensor_name_map(known[architecture], layers)
 
 
 def keys(plan: Plan, config: Config) -> Fields:

@@ -70,7 +70,7 @@ def _keys(config: Config) -> Fields:
         "shared_kv_layers": config["num_kv_shared_layers"],
         "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
         "expert_feed_forward_length": config["moe_intermediate_size"],
-        "final_logit_softcapping": config["final_logit_softcapping"],
+        "final_logit_softcapping": config["final_logit_softcapping"] or 0.0,  # llama.cpp has one if none is said
     }
 
 

@@ -129,7 +129,7 @@ FAMILY = Family(
             "down": ExpertWeight("down_proj", slice(1), lambda rows: rows.float() * (_GAIN * _FAR)),
         },
         windows=True,
-        differs="llama.cpp cuts what the gates of GPT-OSS's experts let through at 11.9, and their up projections at -48 "
-        "and 64: it computes the same where none is beyond",
+        differs="llama.cpp cuts the gates of GPT-OSS's experts at 11.9, and their up projections at -48 and 64: it "
+        "computes the same where none is beyond",
     ),
 )
