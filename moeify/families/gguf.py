@@ -216,9 +216,9 @@ def rope_tensors(config: Config) -> dict[str, Tensor]:
 
 
 def _proportional_factors(rope: Config, size: int) -> Tensor:
-    """Return ones for what is rotated, and for the rest, which stands behind it in each half, what stops it."""
+    """Return one factor for what is rotated, and for the rest, which stands behind it in each half, what stops it."""
     rotated = int(rope.get("partial_rotary_factor", 1.0) * size // 2)
-    return torch.tensor([1.0] * rotated + [_STOPS] * (size // 2 - rotated))
+    return torch.tensor([float(rope.get("factor", 1.0))] * rotated + [_STOPS] * (size // 2 - rotated))
 
 
 def _llama3_factors(rope: Config, size: int) -> Tensor:

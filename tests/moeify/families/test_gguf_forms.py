@@ -13,7 +13,7 @@ from moeify.families.gguf import gguf_remarks, why_not_gguf
 from moeify.families.table import FAMILIES
 from moeify.plan import Plan
 from sweeps.families import NOISE
-from tests.moeify.families.gguf_files import Array, key, made, values
+from tests.moeify.families.gguf_files import key, made, values
 
 GAIN, LIMIT = 1.702, 7  # of llama.cpp's GPT-OSS
 
@@ -26,7 +26,7 @@ def test_experts_of_gpt_oss_compute_a_llamas_ffn_with_llama_cpps_constants(tmp_p
     reader, native, config = made("llama attention_bias", "gpt_oss", tmp_path)
     token = np.random.default_rng(0).normal(size=32) * 0.3
 
-    def held(name: str, expert: int) -> Array:
+    def held(name: str, expert: int) -> Any:
         return values(reader, f"blk.1.ffn_{name}")[expert].astype(np.float64)
 
     for expert in range(4):
