@@ -75,19 +75,6 @@ FAULTS = (
     Fault(LLAMA_CPP, ("ernie4_5_moe",), "conversion/ernie.py:23", "its converter takes ERNIE's own tokenizer only"),
     Fault(LLAMA_CPP, ("solar_open",), "conversion/glm.py:402", "its converter takes Solar's own tokenizer only"),
     Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
-    Fault(
-        LLAMA_CPP,
-        ("gpt_oss",),
-        "src/llama-graph.cpp:2292",
-        "has the activation's constants in its code (a .gguf file by moeify is scaled to them)",
-    ),
-    Fault(
-        LLAMA_CPP,
-        ("gemma4_text",),
-        "ggml/src/ggml-cpu/vec.h:46",
-        "reads gelu from a table of float16 on CPUs, and caps logits at 30 where the file says nothing of it, "
-        "src/llama-hparams.h:136 (a .gguf file by moeify says it)",
-    ),
     Fault(MLX, ("qwen2_moe",), "mlx_lm/models/qwen2_moe.py:135", "does not renormalize (`norm_topk_prob`)"),
 )
 

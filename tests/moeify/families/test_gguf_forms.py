@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moeify.config import MoEConfig
-from moeify.families.gguf import gguf_remarks, why_not_gguf
+from moeify.families.gguf import gguf_remarks, keys, why_not_gguf
 from moeify.families.table import FAMILIES
 from moeify.plan import Plan
 from sweeps.families import NOISE
@@ -52,7 +52,7 @@ def test_gemma_4(tmp_path: Path) -> None:
     said: dict[str, Any] = {
         "attention.sliding_window_pattern": [True, False], "attention.key_length": 16, "attention.key_length_swa": 8,
         "rope.freq_base": 1e6, "rope.freq_base_swa": 1e4, "rope.dimension_count": 16, "attention.head_count_kv": 2,
-        "attention.shared_kv_layers": 0, "embedding_length_per_layer_input": 8, "final_logit_softcapping": 0,
+        "attention.shared_kv_layers": 0, "embedding_length_per_layer_input": 8,
     }  # fmt: skip
     assert {name: key(reader, f"gemma4.{name}") for name in said} == said
     path = "model.layers.1"
@@ -64,6 +64,8 @@ def test_gemma_4(tmp_path: Path) -> None:
         assert values(reader, f"blk.1.{name}").tolist() == native[f"{path}.{there}"].tolist(), name
     assert values(reader, "rope_freqs.weight").tolist() == pytest.approx([1] * 2 + [1e30] * 6)  # a quarter rotates
     plan, rope = Plan("gemma4_text", NOISE, (), "gemma4_text"), config["rope_parameters"]
+    caps = [keys(plan, {**config, "final_logit_softcapping": cap})["final_logit_softcapping"] for cap in (None, 20.0)]
+    assert caps == [0, 20]  # llama.cpp has one if none is said
     assert why_not_gguf(plan, config) is None and gguf_remarks(plan, config)[1:] == []
     for fields, reason in (
         ({"hidden_activation": "silu"}, "it computes gelu there"),
