@@ -29,17 +29,21 @@ _FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPACE = "\u2581"
 _NO_SCORE = -10000.0
+_LLAMA = "llama"
+# Tokens of Gemma 4 that are part of what it says, as in llama.cpp's converter.
+_SEEN = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 # Added tokens that llama.cpp's converter takes for special ones, whatever their tokenizer says.
 _SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>", re.DOTALL)
 
 
-def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
+def add_vocabulary(writer: GGUFWriter, folder: Path, size: int, characters: str = _LLAMA) -> None:
     """Add the tokenizer of a folder to a GGUF file, or that there is none.
 
     Args:
         writer: Of the file.
         folder: The model folder; `tokenizer.json` is added to it if the tokenizer has other files only.
         size: The model's `vocab_size`.
+        characters: llama.cpp's word for byte-pair encoding of characters: "llama", or another with merges.
 
     Raises:
         CheckpointError: llama.cpp has no such tokenizer, or transformers does not load it.
@@ -65,11 +69,13 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int) -> None:
         )
     if not is_file(folder / "tokenizer.json"):
         save_tokenizer(tokenizer, folder)
-    if model.get("byte_fallback"):
+    if not model.get("byte_fallback"):
+        _add_bytes(writer, tokenizer, spec, size)
+    elif characters == _LLAMA:
         _add_characters(writer, tokenizer, spec, size)
     else:
-        _add_bytes(writer, tokenizer, spec, size)
-    _add_special(writer, tokenizer, folder, size, merges=not model.get("byte_fallback"))
+        _add_merged_characters(writer, folder, size, characters)
+    _add_special(writer, tokenizer, folder, size, merges=not model.get("byte_fallback") or characters != _LLAMA)
 
 
 def _spec(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -97,13 +103,27 @@ def _add_bytes(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, spec: Map
 
 
 def _add_characters(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, spec: Mapping[str, Any], size: int) -> None:
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model(_LLAMA)
     writer.add_tokenizer_pre("default")
     tokens, scores = _tokens(tokenizer, size), _scores(spec)
     writer.add_token_list([text for text, _ in tokens])
     writer.add_token_scores([scores.get(text, _NO_SCORE) for text, _ in tokens])
     writer.add_token_types([kind for _, kind in tokens])
     writer.add_add_space_prefix("".join(tokenizer.tokenize("a")).startswith(_SPACE))
+
+
+def _add_merged_characters(writer: GGUFWriter, folder: Path, size: int, word: str) -> None:
+    from gguf import LlamaHfVocab, TokenType
+
+    with quiet(), told_as("the gguf library does not read the tokenizer's files", CheckpointError):
+        tokens = list(LlamaHfVocab(folder).all_tokens())
+    told = {text: TokenType.USER_DEFINED for text in _SEEN}
+    tokens += [(f"[PAD{number}]".encode(), _NO_SCORE, TokenType.UNUSED) for number in range(len(tokens), size)]
+    writer.add_tokenizer_model(word)
+    writer.add_token_list([text for text, _, _ in tokens])
+    writer.add_token_scores([score for _, score, _ in tokens])
+    writer.add_token_types([told.get(text.decode(), kind) for text, _, kind in tokens])
+    writer.add_add_space_prefix(False)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> list[tuple[str, TokenType]]:

@@ -107,7 +107,7 @@ def convert(src: str, dst: Path | None, **typed: Any) -> None:
         elif options.as_yaml:
             click.echo(recipe_text(click.get_current_context()), nl=False)
         else:
-            _show(dense, plan, options)
+            _show(dense, plan, options, gguf=is_gguf(dst))
 
 
 def _check_usage(dst: Path | None, options: Options, settings: dict[str, object]) -> None:
@@ -154,7 +154,7 @@ def _plan(dense: DenseCheckpoint, config: MoEConfig | None, options: Options, *,
     return saved
 
 
-def _show(dense: DenseCheckpoint, plan: Plan, options: Options) -> None:
+def _show(dense: DenseCheckpoint, plan: Plan, options: Options, *, gguf: bool) -> None:
     """Print a plan and what it would cost."""
     from moeify.checkpoint.tensor_info import ITEMSIZE
     from moeify.cli import display
@@ -162,7 +162,7 @@ def _show(dense: DenseCheckpoint, plan: Plan, options: Options) -> None:
     from moeify.parallel.sizes import planned_layers
 
     console = display.stdout()
-    say_target(console, dense, plan, "nothing is written")
+    say_target(console, dense, plan, "nothing is written", gguf=gguf)
     console.print(display.plan_table(plan))
     console.print()
     cost = moe_cost(dense, plan)

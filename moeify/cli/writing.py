@@ -31,12 +31,13 @@ def is_gguf(dst: Path | None) -> bool:
     return dst is not None and dst.suffix == GGUF
 
 
-def say_target(console: Console, dense: DenseCheckpoint, plan: Plan, what: str) -> None:
+def say_target(console: Console, dense: DenseCheckpoint, plan: Plan, what: str, *, gguf: bool) -> None:
     """Print what becomes what, and what must be known of the format."""
+    from moeify.families.gguf import gguf_remarks
     from moeify.families.table import remarks
 
     console.print(f"{plan.model_type} → {plan.target}: {what}")
-    for remark in remarks(plan, dense.config):
+    for remark in (gguf_remarks if gguf else remarks)(plan, dense.config):
         console.print(f"note: {remark}")
 
 
@@ -50,7 +51,7 @@ def write(dense: DenseCheckpoint, plan: Plan, dst: Path, options: Options) -> No
 
     console = display.stderr()
     what = f"{len(plan.sites)} FFNs become {plan.config.experts} experts, top-{plan.config.top_k}"
-    say_target(console, dense, plan, what)
+    say_target(console, dense, plan, what, gguf=is_gguf(dst))
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     task = (progress := Progress(*columns, console=console)).add_task("", total=None)
 

@@ -21,16 +21,15 @@ import torch
 from moeify.checkpoint.folder import CARD, CONFIG
 from moeify.checkpoint.gguf_vocabulary import add_vocabulary, quiet
 from moeify.checkpoint.gguf_writer import TYPES, GgufTensor, announce, part_values, write_gguf
-from moeify.checkpoint.shards import Compute, OutTensor, SourceRows
+from moeify.checkpoint.shards import OutTensor
 from moeify.checkpoint.source import Source
 from moeify.checkpoint.writer import plan_files, write_shards
 from moeify.conversion.card import model_card
 from moeify.conversion.checkpoint import Callbacks, output_config
 from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.output_tensors import output_tensors
-from moeify.errors import CheckpointError, RefusedError
-from moeify.families.base import Config, layer_number
-from moeify.families.gguf import gguf_of, keys, rope_tensors, stacked
+from moeify.families.base import Config, as_it_is, layer_number
+from moeify.families.gguf import gguf_of, keys, rope_tensors, stacked, stored_as
 from moeify.families.table import FAMILIES
 from moeify.files.staging import check_space, staged_file
 from moeify.plan import Plan
@@ -135,49 +134,25 @@ def _tensors(
     dense: DenseCheckpoint, plan: Plan, config: Config, kind: str, unused: Callable[[Sequence[str]], None]
 ) -> Iterator[GgufTensor]:
     """Describe every tensor of the file."""
-    import gguf
-
-    name = gguf_of(plan, config).architecture
-    known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
-    if name not in known:
-        raise CheckpointError(f"the gguf package has no {name}: pip install --upgrade gguf")
-    names = gguf.get_tensor_name_map(known[name], config["num_hidden_layers"])
-    for tensor in output_tensors(dense, plan, None, unused, stacked(FAMILIES[plan.target])):
-        for native, shape, parts in _rewritten(dense.source, plan, config, tensor):
-            found = names.get_name(_spelled(native), (".weight", ".bias"))
-            if found is None:
-                raise RefusedError(f"--to {plan.target}: llama.cpp's {name} has no place for {native}; write a folder")
-            yield GgufTensor(found, _held_as(found, shape, kind), shape, parts)
-    for found, values in rope_tensors(config).items():
-        yield GgufTensor(found, "F32", tuple(values.shape), (partial(_itself, values),))
+    form = gguf_of(plan, config)
+    for tensor in output_tensors(dense, plan, None, unused, stacked(FAMILIES[plan.target], form)):
+        for name, compute in stored_as(form, config["num_hidden_layers"], tensor.name).items():
+            shape, parts = tensor.shape, tensor.parts
+            if compute is not as_it_is:
+                shape = tuple(compute(torch.empty(shape, device="meta"), config).shape)
+                parts = (partial(_computed, dense.source, config, tensor, compute),)
+            yield GgufTensor(name, _held_as(name, shape, kind), shape, parts)
+    for name, values in rope_tensors(config).items():
+        yield GgufTensor(name, "F32", tuple(values.shape), (partial(_itself, values),))
 
 
 def _itself(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _spelled(name: str) -> str:
-    """Return a name as the gguf library asks for it: what is no weight ends in `.bias`."""
-    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
-    return f"{name}.bias" if name.endswith(".expert_bias") else name
-
-
 def _held_as(name: str, shape: Sequence[int], kind: str) -> str:
     plain = len(shape) < 2 or name.endswith(_FLOAT32) or not name.endswith(".weight")
     return "F32" if plain else kind
-
-
-def _rewritten(
-    source: Source, plan: Plan, config: Config, tensor: OutTensor
-) -> Iterator[tuple[str, tuple[int, ...], tuple[SourceRows | Compute, ...]]]:
-    """Yield names, shapes and parts of what stands in GGUF for a tensor of the native format."""
-    for rewrite in gguf_of(plan, config).rewrites:
-        if found := re.fullmatch(rewrite.pattern, tensor.name):
-            for part, compute in rewrite.parts.items():
-                shape = tuple(compute(torch.empty(tensor.shape, device="meta"), config).shape)
-                yield found.expand(part), shape, (partial(_computed, source, config, tensor, compute),)
-            return
-    yield tensor.name, tensor.shape, tensor.parts
 
 
 def _computed(
@@ -201,7 +176,8 @@ def _described(
     """
     import gguf
 
-    writer = gguf.GGUFWriter(None, gguf_of(plan, config).architecture)
+    form = gguf_of(plan, config)
+    writer = gguf.GGUFWriter(None, form.architecture)
     announce(writer, tensors)
     total, *rest = writer.get_total_parameter_count()
     with quiet():
@@ -214,5 +190,5 @@ def _described(
         getattr(writer, f"add_{name}")(value)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if not source.copy_tokenizer(writer):
-        add_vocabulary(writer, folder, config["vocab_size"])
+        add_vocabulary(writer, folder, config["vocab_size"], form.characters)
     return writer

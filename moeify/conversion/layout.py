@@ -183,10 +183,11 @@ def extra_tensors(plan: Plan, dense: Config, names: Iterable[str]) -> Iterator[L
     if family.untied and dense.get("tie_word_embeddings") and HEAD not in names:
         yield LayerTensor(HEAD, (), copied=EMBEDDING)
     for key, build in family.sources[plan.model_type].added.items():
+        value = partial(build, dense)
+        shape = tuple(value().shape)
         for layer in range(layer_count(dense) if "{layer}" in key else 1):
-            value = partial(build, dense)
-            yield LayerTensor(key.format(layer=layer), tuple(value().shape),
-                              start=StartValue(tuple(value().shape), None, value, short=True))  # fmt: skip
+            if (name := key.format(layer=layer)) not in names:
+                yield LayerTensor(name, shape, start=StartValue(shape, None, value, short=True))
 
 
 def _shared(name: str, held: SharedWeight, site: Site, config: MoEConfig) -> Iterator[LayerTensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moeify.families.base import Config, Fields, Rewrite, head_dim, kv_heads
 
-_ATTENTION = r"(model\.layers\.\d+)\.self_attn"
+_ATTENTION = r"model\.layers\.\d+\.self_attn"
 
 
 def _heads(name: str, config: Config) -> int:
@@ -36,18 +36,16 @@ def _reordered(name: str, *, to_pairs: bool) -> Callable[[Tensor, Config], Tenso
     return reorder
 
 
-def _reorders(*, to_pairs: bool) -> tuple[Rewrite, ...]:
+def reordered(path: str = _ATTENTION, *, to_pairs: bool) -> tuple[Rewrite, ...]:
+    """Return what reorders the rotated rows of q and k at a path, a regular expression."""
     return tuple(
-        Rewrite(
-            rf"{_ATTENTION}\.{name}_proj\.(weight|bias)",
-            {rf"\1.self_attn.{name}_proj.\2": _reordered(name, to_pairs=to_pairs)},
-        )
+        Rewrite(rf"({path}\.{name}_proj\.(?:weight|bias))", {r"\1": _reordered(name, to_pairs=to_pairs)})
         for name in ("q", "k")
     )
 
 
 # Rows of q and k of models that rotate halves (Llama) for a format that rotates neighbors (ERNIE, GLM), and back.
-HALVES_TO_PAIRS, PAIRS_TO_HALVES = _reorders(to_pairs=True), _reorders(to_pairs=False)
+HALVES_TO_PAIRS, PAIRS_TO_HALVES = reordered(to_pairs=True), reordered(to_pairs=False)
 
 
 def _rows(name: str) -> Callable[[Tensor, Config], Tensor]:
@@ -58,9 +56,7 @@ def _rows(name: str) -> Callable[[Tensor, Config], Tensor]:
     return cut
 
 
-SPLIT_QKV = Rewrite(
-    rf"{_ATTENTION}\.qkv_proj\.weight", {rf"\1.self_attn.{name}_proj.weight": _rows(name) for name in "qkv"}
-)
+SPLIT_QKV = Rewrite(rf"({_ATTENTION})\.qkv_proj\.weight", {rf"\1.{name}_proj.weight": _rows(name) for name in "qkv"})
 SPLIT_GATE_UP = Rewrite(  # of FFNs that stay dense
     r"(model\.layers\.\d+\.mlp)\.gate_up_proj\.weight",
     {
@@ -74,6 +70,8 @@ def zero_biases(*names: str) -> Mapping[str, Callable[[Config], Tensor]]:
     """Return zeros for the biases of attention projections that the dense model does not have."""
 
     def zeros(name: str) -> Callable[[Config], Tensor]:
+        if name == "o":
+            return lambda config: torch.zeros(config["hidden_size"])
         return lambda config: torch.zeros(_heads(name, config) * head_dim(config))
 
     return {f"model.layers.{{layer}}.self_attn.{name}_proj.bias": zeros(name) for name in names}

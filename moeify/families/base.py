@@ -110,6 +110,11 @@ Start: TypeAlias = Callable[[str, Site, MoEConfig], StartValue]
 Held: TypeAlias = ExpertWeight | SharedWeight | Start
 
 
+# Rotary scalings that all of llama.cpp computes, and with those for which some of it reads factors of the frequencies.
+ROPES = frozenset({"default", "linear", "yarn"})
+ROPES_WITH_FACTORS = ROPES | {"llama3", "longrope"}
+
+
 @dataclass(frozen=True)
 class Gguf:
     """How llama.cpp's GGUF holds a family, besides what it holds of every one (see `moeify.families.gguf`).
@@ -119,8 +124,11 @@ class Gguf:
         keys: What it says of the MoE's config, by the names of the `add_…` methods of `gguf.GGUFWriter`.
         rewrites: Tensors that it stores otherwise than the family; what they are called is the gguf library's matter.
         conditions: What must hold of the MoE's config for llama.cpp to compute what the family does.
-        factors: Whether llama.cpp reads factors of the rotary frequencies there, as Llama 3 and long-context Phi need.
-        differs: Whether llama.cpp computes something else, as the family's notes say: "auto" does not take it.
+        experts: What of each expert of a layer is stacked in one tensor, by the tensor's word.
+        ropes: Rotary scalings that llama.cpp computes there.
+        windows: Whether llama.cpp has sliding windows there.
+        characters: llama.cpp's word for byte-pair encoding of characters there.
+        differs: What llama.cpp computes otherwise: "auto" does not take it. Empty if nothing.
         unless: Which configs llama.cpp holds in another form, and that form.
     """
 
@@ -128,8 +136,11 @@ class Gguf:
     keys: Callable[[Config], Fields] = lambda config: {}
     rewrites: tuple[Rewrite, ...] = ()
     conditions: tuple[Condition, ...] = ()
-    factors: bool = False
-    differs: bool = False
+    experts: Mapping[str, ExpertWeight] = field(default_factory=lambda: {"gate": GATE, "up": UP, "down": DOWN})
+    ropes: frozenset[str] = ROPES
+    windows: bool = False
+    characters: str = "llama"
+    differs: str = ""
     unless: tuple[Callable[[Config], bool], Gguf] | None = None
 
 
@@ -187,6 +198,11 @@ def router(name: str, site: Site, config: MoEConfig) -> StartValue:
 def selection_bias(name: str, site: Site, config: MoEConfig) -> StartValue:
     """Start a bias that moves the selection of experts only."""
     return StartValue((config.experts,), "F32", lambda: torch.zeros(config.experts))
+
+
+def as_it_is(tensor: Tensor, config: Config) -> Tensor:
+    """Store a tensor under another name."""
+    return tensor
 
 
 def random_rows(count: int) -> Start:
@@ -263,3 +279,10 @@ def head_dim(config: Config) -> int:
 def kv_heads(config: Config) -> int:
     """Return the number of key heads."""
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def full_attention(config: Config) -> Config:
+    """Return a config as layers with full attention have it: in some formats they have other heads and positions."""
+    own, rope = config.get("per_layer_config") or {}, config.get("rope_parameters") or {}
+    found = [fields for layer, fields in own.items() if config["layer_types"][int(layer)] == "full_attention"]
+    return {**config, **(found[0] if found else {}), "rope_parameters": rope.get("full_attention", rope)}

@@ -52,4 +52,5 @@ PLAIN_ROPE = Condition(
     lambda config: (config.get("rope_parameters") or {}).get("rope_type", "default") == "default",
     "it scales its rotary positions (rope_type), which the format cannot say",
 )
+SILU = equal("hidden_act", "silu", "it computes silu there")
 CAUSAL = equal("use_bidirectional_attention", None, "the format has causal attention only")

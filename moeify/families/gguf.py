@@ -7,20 +7,36 @@ same keys and tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from moeify.families.base import DOWN, GATE, UP, Config, ExpertWeight, Family, Fields, Gguf, Held, head_dim, kv_heads
-from moeify.families.table import FAMILIES
+from moeify.errors import CheckpointError, RefusedError
+from moeify.families.base import (
+    Config,
+    ExpertWeight,
+    Family,
+    Fields,
+    Gguf,
+    Held,
+    as_it_is,
+    full_attention,
+    head_dim,
+    kv_heads,
+)
+from moeify.families.table import FAMILIES, traits
 from moeify.families.words import MOEIFY
 from moeify.plan import Plan
 
-# llama.cpp has one tensor for a weight of all experts of a layer.
-_EXPERTS = {
-    f"blk.{{layer}}.ffn_{name}_exps.weight": weight for name, weight in (("gate", GATE), ("up", UP), ("down", DOWN))
-}
+if TYPE_CHECKING:
+    from gguf import TensorNameMap
+
+_SUFFIXES = (".weight", ".bias", ".scale")
+_STOPS = 1e30  # a frequency that is divided by it turns nothing
 
 
 def gguf_of(plan: Plan, config: Config) -> Gguf:
@@ -50,43 +66,102 @@ def why_not_gguf(plan: Plan, config: Config) -> str | None:
     form = _form(form, config)
     why = next((condition.otherwise for condition in form.conditions if not condition.holds(config)), None)
     kind = _rope(config).get("rope_type", "default")
-    if kind not in {"default", "linear", "yarn", *(("llama3", "longrope") if form.factors else ())}:
+    if kind not in form.ropes:
         why = f"it does not scale rotary positions as {kind} does there"
     return why and f"llama.cpp would not compute this {plan.target} ({form.architecture}) as it is meant: {why}"
 
 
-def stacked(family: Family) -> Mapping[str, Held]:
+def gguf_remarks(plan: Plan, config: Config) -> list[str]:
+    """Return what a user must know of a GGUF file: the traits of its family, and what llama.cpp does with it.
+
+    Args:
+        plan: What is converted, for a family for which `why_not_gguf` has no reason.
+        config: The config of the dense model, defaults filled in.
+    """
+    found, form = traits(plan), FAMILIES[plan.target].gguf
+    assert form is not None
+    if form.differs:
+        found.append(form.differs)
+    window, first = config.get("sliding_window"), _first_length(config)
+    if window and not form.windows:
+        found.append(f"llama.cpp has no sliding window there: it computes the same up to {window} tokens")
+    if _rope(config).get("rope_type") == "longrope":
+        found.append(f"llama.cpp takes the long factors for every text as soon as its context is over {first}")
+    return found
+
+
+def stacked(family: Family, form: Gguf) -> Mapping[str, Held]:
     """Return what the tensors of a layer hold in a GGUF file; those besides the experts have their native names."""
     others = {key: held for key, held in family.tensors.items() if not isinstance(held, ExpertWeight)}
-    return {**others, **_EXPERTS}
+    # llama.cpp has one tensor for a weight of all experts of a layer
+    return {**others, **{f"blk.{{layer}}.ffn_{word}_exps.weight": held for word, held in form.experts.items()}}
+
+
+def stored_as(form: Gguf, layers: int, name: str) -> dict[str, Callable[[Tensor, Config], Tensor]]:
+    """Return what stands in a GGUF file for a native tensor: names, and what the values are computed by.
+
+    Args:
+        form: How it holds the family.
+        layers: How many there are.
+        name: Of the tensor in the native format, or what `stacked` calls it.
+
+    Raises:
+        CheckpointError: The gguf library does not know the architecture.
+        RefusedError: llama.cpp has no place for the tensor.
+    """
+    parts: dict[str, Callable[[Tensor, Config], Tensor]] = {name: as_it_is}
+    for rewrite in form.rewrites:
+        if found := re.fullmatch(rewrite.pattern, name):
+            parts = {found.expand(part): compute for part, compute in rewrite.parts.items()}
+            break
+    names = _names(form.architecture, layers)
+    # what is a bias of no module, the library knows as one
+    called = {names.get_name(re.sub(r"_bias$", ".bias", part), _SUFFIXES): parts[part] for part in parts}
+    if None in called:
+        raise RefusedError(f"llama.cpp's {form.architecture} has no place for {name}: write a folder")
+    return {place: compute for place, compute in called.items() if place is not None}
+
+
+@cache
+def _names(architecture: str, layers: int) -> TensorNameMap:
+    import gguf
+
+    known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in known:
+        raise CheckpointError(f"the gguf package has no {architecture}: pip install --upgrade gguf")
+    return gguf.get_tensor_name_map(known[architecture], layers)
 
 
 def keys(plan: Plan, config: Config) -> Fields:
     """Return what a GGUF file says of the MoE, by the names of the `add_…` methods of `gguf.GGUFWriter`.
 
+    What is None in an entry is not said.
+
     Args:
         plan: What is converted, for a family for which `why_not_gguf` has no reason.
         config: The config of the MoE.
     """
-    size = config.get("head_dim")
-    always = {
-        "block_count": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "head_count": config["num_attention_heads"],
-        "head_count_kv": kv_heads(config),
-        "layer_norm_rms_eps": config["rms_norm_eps"] if "rms_norm_eps" in config else config["norm_eps"],
+    full = full_attention(config)
+    always: Fields = {
+        "block_count": full["num_hidden_layers"],
+        "context_length": full["max_position_embeddings"],
+        "embedding_length": full["hidden_size"],
+        "feed_forward_length": full["intermediate_size"],
+        "head_count": full["num_attention_heads"],
+        "head_count_kv": kv_heads(full),
+        "key_length": full.get("head_dim"),
+        "value_length": full.get("head_dim"),
+        "layer_norm_rms_eps": full.get("rms_norm_eps", full.get("norm_eps")),
         "expert_count": plan.config.experts,
         "expert_used_count": plan.config.top_k,
-        **({"key_length": size, "value_length": size} if size else {}),
-        **_rope_keys(config),
+        **_rope_keys(full),
     }
-    return {**always, **gguf_of(plan, config).keys(config)}
+    found = {**always, **gguf_of(plan, config).keys(config)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _rope(config: Config) -> Config:
-    found: Config = config.get("rope_parameters") or {}
+    found: Config = full_attention(config).get("rope_parameters") or {}
     return found
 
 
@@ -94,7 +169,7 @@ def _rope_keys(config: Config) -> Fields:
     from gguf import RopeScalingType
 
     rope = _rope(config)
-    found: Fields = {"rope_freq_base": rope["rope_theta"]}
+    found: Fields = {"rope_freq_base": rope.get("rope_theta")}
     match rope.get("rope_type"):
         case "linear":
             found |= {"rope_scaling_type": RopeScalingType.LINEAR, "rope_scaling_factor": rope["factor"]}
@@ -135,7 +210,15 @@ def rope_tensors(config: Config) -> dict[str, Tensor]:
         return {"rope_freqs.weight": _llama3_factors(rope, head_dim(config))}
     if rope.get("rope_type") == "longrope":
         return {f"rope_factors_{kind}.weight": torch.tensor(rope[f"{kind}_factor"]) for kind in ("long", "short")}
+    if rope.get("rope_type") == "proportional":
+        return {"rope_freqs.weight": _proportional_factors(rope, head_dim(full_attention(config)))}
     return {}
+
+
+def _proportional_factors(rope: Config, size: int) -> Tensor:
+    """Return one factor for what is rotated, and for the rest, which stands behind it in each half, what stops it."""
+    rotated = int(rope.get("partial_rotary_factor", 1.0) * size // 2)
+    return torch.tensor([float(rope.get("factor", 1.0))] * rotated + [_STOPS] * (size // 2 - rotated))
 
 
 def _llama3_factors(rope: Config, size: int) -> Tensor:

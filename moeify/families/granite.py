@@ -6,6 +6,7 @@ from moeify.families.attention import HALVES_TO_PAIRS
 from moeify.families.base import (
     DOWN,
     GATE_UP,
+    ROPES_WITH_FACTORS,
     Config,
     Fields,
     Gguf,
@@ -16,6 +17,7 @@ from moeify.families.base import (
     head_dim,
     router,
 )
+from moeify.families.conditions import SILU
 from moeify.plan import Plan
 
 
@@ -50,7 +52,6 @@ def granite_fields(plan: Plan) -> Fields:
 
 def granite_keys(config: Config) -> Fields:
     """Return the keys of a GGUF file."""
-    shared = config.get("shared_intermediate_size")
     return {
         "vocab_size": config["vocab_size"],
         "rope_dimension_count": head_dim(config),
@@ -58,7 +59,7 @@ def granite_keys(config: Config) -> Fields:
         "embedding_scale": config["embedding_multiplier"],
         "residual_scale": config["residual_multiplier"],
         "logit_scale": config["logits_scaling"],
-        **({"expert_shared_feed_forward_length": shared} if shared else {}),
+        "expert_shared_feed_forward_length": config.get("shared_intermediate_size") or None,
     }
 
 
@@ -69,4 +70,4 @@ _SHARED = Rewrite(
         r"blk.\1.ffn_up_shexp.weight": lambda tensor, config: tensor.chunk(2)[1],
     },
 )
-GRANITE_GGUF = Gguf("granitemoe", granite_keys, (*HALVES_TO_PAIRS, _SHARED), factors=True)
+GRANITE_GGUF = Gguf("granitemoe", granite_keys, (*HALVES_TO_PAIRS, _SHARED), (SILU,), ropes=ROPES_WITH_FACTORS)

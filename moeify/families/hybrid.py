@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from moeify.families.base import Config, Fields, Rewrite, kv_heads
+from moeify.families.base import Config, Rewrite, as_it_is, kv_heads
 
 _HUB_WORDS = {"linear_attention": "mamba", "full_attention": "attention"}
-_MAMBA = r"(model\.layers\.\d+\.mamba)"
+ENDLESS = 2**20  # llama.cpp's word for the context of a model without rotary positions
 
 
 def hub_kinds(kinds: Iterable[str]) -> list[str]:
@@ -22,26 +22,21 @@ def decay(tensor: Tensor) -> Tensor:
     return -tensor.float().exp()
 
 
-def mamba_keys(config: Config) -> Fields:
-    """Return the keys of a GGUF file for layers in `layer_types` that are a state space, and for those that attend."""
-    heads = kv_heads(config)
-    return {
-        "head_count_kv": [heads if kind == "attention" else 0 for kind in hub_kinds(config["layer_types"])],
-        "ssm_conv_kernel": config["mamba_d_conv"],
-        "ssm_state_size": config["mamba_d_state"],
-        "ssm_group_count": config["mamba_n_groups"],
-        "ssm_inner_size": config["mamba_expand"] * config["hidden_size"],
-        "ssm_time_step_rank": config["mamba_n_heads"],
-    }
+def attends(config: Config, kinds: Iterable[str]) -> list[int]:
+    """Return the number of key heads of each layer, 0 for one that does not attend, as GGUF has them."""
+    return [kv_heads(config) if kind == "attention" else 0 for kind in hub_kinds(kinds)]
 
 
-MAMBA_REWRITES = (
-    Rewrite(rf"{_MAMBA}\.A_log", {r"\1.A_log": lambda tensor, config: decay(tensor).unsqueeze(-1)}),
-    Rewrite(rf"{_MAMBA}\.D", {r"\1.D": lambda tensor, config: tensor.unsqueeze(-1)}),
-    Rewrite(rf"{_MAMBA}\.dt_bias", {r"\1.dt_proj.bias": lambda tensor, config: tensor}),
-    Rewrite(rf"{_MAMBA}\.conv1d\.weight", {r"\1.conv1d.weight": lambda tensor, config: tensor.squeeze(1)}),
-    Rewrite(
-        rf"{_MAMBA}\.norm\.weight",
-        {r"\1.norm.weight": lambda tensor, config: tensor.reshape(config["mamba_n_groups"], -1)},
-    ),
-)
+def mamba_rewrites(model: str, mixer: str) -> tuple[Rewrite, ...]:
+    """Return what GGUF stores of the state spaces of a model, by the names of the model and of its mixers."""
+    path = rf"({model}\.layers\.\d+\.{mixer})"
+    return (
+        Rewrite(rf"{path}\.A_log", {r"\1.A_log": lambda tensor, config: decay(tensor).unsqueeze(-1)}),
+        Rewrite(rf"{path}\.D", {r"\1.D": lambda tensor, config: tensor.unsqueeze(-1)}),
+        Rewrite(rf"{path}\.dt_bias", {r"\1.dt_proj.bias": as_it_is}),
+        Rewrite(rf"{path}\.conv1d\.weight", {r"\1.conv1d.weight": lambda tensor, config: tensor.squeeze(1)}),
+        Rewrite(
+            rf"{path}\.norm\.weight",
+            {r"\1.norm.weight": lambda tensor, config: tensor.reshape(config["mamba_n_groups"], -1)},
+        ),
+    )

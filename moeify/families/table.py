@@ -139,15 +139,8 @@ def rewrites(plan: Plan, name: str) -> Rewrite | None:
     return None
 
 
-def remarks(plan: Plan, config: Config) -> list[str]:
-    """Return what a user must know of a plan for a native family: what it adds to the layers, and its notes.
-
-    Args:
-        plan: What is converted.
-        config: The config of the dense model or of the MoE, defaults filled in.
-    """
-    if plan.target == MOEIFY:
-        return []
+def traits(plan: Plan) -> list[str]:
+    """Return what a native family has that the dense model has not."""
     family = FAMILIES[plan.target]
     found = [] if family.router == _DEFAULTS.router.name else [f"{plan.target} has a {family.router} router"]
     if family.idle is not None and not plan.config.shared_experts:
@@ -156,5 +149,18 @@ def remarks(plan: Plan, config: Config) -> list[str]:
             f"{plan.target} insists on a shared expert: each layer gets one of intermediate size {size} that outputs "
             "zeros until it is trained"
         )
+    return found
+
+
+def remarks(plan: Plan, config: Config) -> list[str]:
+    """Return what a user must know of a folder in a native family: its traits, and what engines do with it.
+
+    Args:
+        plan: What is converted.
+        config: The config of the dense model or of the MoE, defaults filled in.
+    """
+    if plan.target == MOEIFY:
+        return []
+    family = FAMILIES[plan.target]
     notes = (note.otherwise for note in family.notes if not note.holds(config))
-    return [*found, *filter(None, (family.sources[plan.model_type].only, *notes))]
+    return [*traits(plan), *filter(None, (family.sources[plan.model_type].only, *notes))]

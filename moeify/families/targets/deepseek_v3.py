@@ -19,7 +19,7 @@ from moeify.families.base import (
     Pair,
     Rewrite,
 )
-from moeify.families.conditions import NO_MLP_BIAS, PLAIN_ROPE, equal
+from moeify.families.conditions import NO_MLP_BIAS, equal
 from moeify.families.sigmoid import OPTIONS, sigmoid_fields, sigmoid_keys, sigmoid_tensors
 
 
@@ -36,7 +36,7 @@ def _keys(config: Config) -> Fields:
         "value_length_mla": config["v_head_dim"],
         "kv_lora_rank": rank,
         "rope_dimension_count": turned,
-        **({"q_lora_rank": config["q_lora_rank"]} if config["q_lora_rank"] else {}),
+        "q_lora_rank": config["q_lora_rank"],
     }
 
 
@@ -70,6 +70,7 @@ FAMILY = Family(
         "deepseek2",
         _keys,
         (_KV_B,),
-        (equal("rope_interleave", True, "it rotates neighbors there"), PLAIN_ROPE),
+        (equal("rope_interleave", True, "it rotates neighbors there"),),
+        ropes=frozenset({"default"}),
     ),
 )

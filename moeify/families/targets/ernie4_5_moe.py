@@ -61,7 +61,7 @@ def _keys(config: Config) -> Fields:
         "expert_shared_count": shared,
         "interleave_moe_layer_step": config["moe_layer_interval"],
         "leading_dense_block_count": config["moe_layer_start_index"],
-        **({"expert_shared_feed_forward_length": size * shared} if shared else {}),
+        "expert_shared_feed_forward_length": size * shared or None,
     }
 
 

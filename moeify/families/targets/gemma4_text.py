@@ -20,11 +20,17 @@ from moeify.families.base import (
     TRANSFORMERS,
     TRT,
     VLLM,
+    Condition,
     Config,
     Family,
+    Fields,
+    Gguf,
     Pair,
     Rewrite,
+    as_it_is,
     expert_size,
+    full_attention,
+    kv_heads,
     router,
     shared_expert,
 )
@@ -36,10 +42,6 @@ _LAYER = "model.layers.{layer}"
 _NORM = r"(model\.layers\.\d+)\.pre_feedforward_layernorm\.weight"
 
 
-def _as_it_is(tensor: Tensor, config: Config) -> Tensor:
-    return tensor
-
-
 def _ones(config: Config) -> Tensor:
     return torch.ones(config["hidden_size"])
 
@@ -47,6 +49,59 @@ def _ones(config: Config) -> Tensor:
 def _no_scale(name: str, site: Site, config: MoEConfig) -> StartValue:
     return StartValue((config.experts,), None, lambda: torch.ones(config.experts), short=True)
 
+
+def _slides(config: Config) -> list[bool]:
+    return [kind == "sliding_attention" for kind in config["layer_types"]]
+
+
+def _keys(config: Config) -> Fields:
+    """Return the keys of a GGUF file: what it says of attention is of full attention, but for the keys of windows."""
+    full, size = full_attention(config), config["head_dim"]
+    heads, wide = kv_heads(config), kv_heads(full)
+    return {
+        "head_count_kv": heads if heads == wide else [heads if slides else wide for slides in _slides(config)],
+        "rope_dimension_count": full["head_dim"],  # what is not rotated has frequencies of zero
+        "rope_dimension_count_swa": size,
+        "rope_freq_base_swa": config["rope_parameters"]["sliding_attention"]["rope_theta"],
+        "key_length_swa": size,
+        "value_length_swa": size,
+        "sliding_window": config["sliding_window"],
+        "sliding_window_pattern": _slides(config),
+        "shared_kv_layers": config["num_kv_shared_layers"],
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "final_logit_softcapping": config["final_logit_softcapping"] or 0.0,  # llama.cpp has one if none is said
+    }
+
+
+def _same_heads(config: Config) -> bool:
+    """Whether layers differ in their heads as they do in their kinds of attention."""
+    own = config.get("per_layer_config") or {}
+    full = {str(layer) for layer, slides in enumerate(_slides(config)) if not slides}
+    return {str(layer) for layer in own} in (set(), full) and len({str(each) for each in own.values()}) < 2
+
+
+def _shared_keys_are_near(config: Config) -> bool:
+    """Whether layers that share keys take those of the last layer, or of the one before, by their kind of attention."""
+    first = config["num_hidden_layers"] - config["num_kv_shared_layers"]
+    return not config["num_kv_shared_layers"] or _slides(config)[first - 2 : first] == [True, False]
+
+
+_LLAMA_CPP = (
+    equal("hidden_activation", "gelu_pytorch_tanh", "it computes gelu there"),
+    Condition(lambda config: config["use_bidirectional_attention"] != "all", "it looks back only"),
+    Condition(
+        lambda config: config["rope_parameters"]["sliding_attention"].get("rope_type", "default") == "default",
+        "its layers with sliding windows have plain rotary positions there",
+    ),
+    Condition(_same_heads, "its layers have other heads by their kind of attention only (per_layer_config)"),
+    Condition(_shared_keys_are_near, "the last two layers with keys of their own are a sliding and a full one there"),
+)
+_REWRITES = (
+    Rewrite(r"(model\.layers\.\d+\.router)\.scale", {r"\1.proj.scale": as_it_is}),
+    Rewrite(r"model\.layers\.(\d+)\.router\.per_expert_scale", {r"blk.\1.ffn_down_exps.scale": as_it_is}),
+    Rewrite(r"(model\.layers\.\d+\.layer_scalar)", {r"\1.weight": as_it_is}),
+)
 
 FAMILY = Family(
     model_type="gemma4_text",
@@ -61,8 +116,8 @@ FAMILY = Family(
                 Rewrite(
                     _NORM,
                     {
-                        r"\1.pre_feedforward_layernorm.weight": _as_it_is,
-                        r"\1.pre_feedforward_layernorm_2.weight": _as_it_is,
+                        r"\1.pre_feedforward_layernorm.weight": as_it_is,
+                        r"\1.pre_feedforward_layernorm_2.weight": as_it_is,
                         r"\1.router.scale": lambda tensor, config: tensor * config["hidden_size"] ** 0.5,
                     },
                 ),
@@ -86,4 +141,14 @@ FAMILY = Family(
         "intermediate_size": IDLE,
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, TRT),
+    gguf=Gguf(
+        "gemma4",
+        _keys,
+        _REWRITES,
+        _LLAMA_CPP,
+        {"gate_up": GATE_UP, "down": DOWN},
+        ropes=frozenset({"proportional"}),
+        windows=True,
+        characters="gemma4",
+    ),
 )

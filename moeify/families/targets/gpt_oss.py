@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeify.config import MoEConfig
 from moeify.config.contracts import StartValue
-from moeify.families.attention import no_sinks
+from moeify.families.attention import no_sinks, zero_biases
 from moeify.families.base import (
     EXLLAMA,
     LLAMA_CPP,
@@ -20,10 +20,15 @@ from moeify.families.base import (
     TRANSFORMERS,
     TRT,
     VLLM,
+    Config,
     ExpertWeight,
     Family,
+    Fields,
+    Gguf,
     Pair,
+    Rewrite,
     Start,
+    as_it_is,
     expert_size,
     head_dim,
     router,
@@ -54,6 +59,30 @@ def _up_biases(name: str, site: Site, config: MoEConfig) -> StartValue:
     return StartValue(shape, None, lambda: each.expand(shape).clone(), short=True)
 
 
+# llama.cpp computes g·sigmoid(1.702·g)·(u + 1) with g up to 7 and u from -7 to 7, whatever the config says: with gate
+# projections divided by its gain, up projections by what takes them far from the limit, and down projections multiplied
+# by both, that is a Llama's FFN up to those limits.
+_GAIN, _FAR = 1.702, 8
+
+
+def _keys(config: Config) -> Fields:
+    return {
+        "expert_feed_forward_length": config["intermediate_size"],
+        "sliding_window": config["sliding_window"],
+    }
+
+
+_REWRITES = (
+    Rewrite(r"(model\.layers\.\d+\.self_attn\.sinks)", {r"\1.weight": as_it_is}),
+    Rewrite(
+        r"(model\.layers\.\d+\.mlp\.experts)\.gate_up_proj_bias",
+        {
+            r"\1.gate_proj.bias": lambda tensor, config: tensor[:, ::2],
+            r"\1.up_proj.bias": lambda tensor, config: tensor[:, 1::2],
+        },
+    ),
+)
+
 FAMILY = Family(
     model_type="gpt_oss",
     architecture="GptOssForCausalLM",
@@ -61,11 +90,12 @@ FAMILY = Family(
         "llama": Pair(
             (NO_MLP_BIAS, WHOLE_ROTARY),
             lambda config: {
-                "attention_bias": config.get("attention_bias", False),
+                "attention_bias": True,
                 "head_dim": head_dim(config),
                 "layer_types": ["full_attention"] * config["num_hidden_layers"],
+                "sliding_window": config["max_position_embeddings"],  # engines have one in every other layer
             },
-            added={"model.layers.{layer}.self_attn.sinks": no_sinks},
+            added={"model.layers.{layer}.self_attn.sinks": no_sinks, **zero_biases("q", "k", "v", "o")},
             only="transformers 5.24 alone reads the activation of GPT-OSS from the config: older ones and all other "
             "engines compute another. In 16 bits it loses digits: 1 is taken from the up projection, and added again",
         ),
@@ -88,4 +118,18 @@ FAMILY = Family(
         "output_router_logits": False,
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA, TRT),
+    untied=True,
+    gguf=Gguf(
+        "gpt-oss",
+        _keys,
+        _REWRITES,
+        experts={
+            "gate": ExpertWeight("gate_up_proj", slice(0, 1), lambda rows: rows.float() / _GAIN),
+            "up": ExpertWeight("gate_up_proj", slice(1, 2), lambda rows: rows / _FAR),
+            "down": ExpertWeight("down_proj", slice(1), lambda rows: rows.float() * (_GAIN * _FAR)),
+        },
+        windows=True,
+        differs="llama.cpp cuts the gates of GPT-OSS's experts at 11.9, and their up projections at -48 and 64: it "
+        "computes the same where none is beyond",
+    ),
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from moeify.families.base import (
     MLX,
+    ROPES_WITH_FACTORS,
     SGLANG,
     TRANSFORMERS,
     VLLM,
@@ -18,10 +19,10 @@ from moeify.families.base import (
     Gguf,
     Pair,
 )
-from moeify.families.conditions import equal
+from moeify.families.conditions import SILU, equal
 from moeify.families.gated import IDLE, shared_size
 from moeify.families.granite import GRANITE_GGUF, granite_fields, granite_keys, granite_shared, granite_tensors
-from moeify.families.hybrid import MAMBA_REWRITES, hub_kinds, mamba_keys
+from moeify.families.hybrid import ENDLESS, attends, hub_kinds, mamba_rewrites
 
 
 def _rotates(config: Config) -> bool:
@@ -30,11 +31,21 @@ def _rotates(config: Config) -> bool:
 
 def _keys(config: Config) -> Fields:
     """Return the keys of a GGUF file; llama.cpp's word for rotating at all is another one."""
-    endless: Fields = {} if _rotates(config) else {"context_length": 2**20}
-    return {**granite_keys(config), **mamba_keys(config), "rope_scaling_finetuned": _rotates(config), **endless}
+    return {
+        **granite_keys(config),
+        "context_length": config["max_position_embeddings"] if _rotates(config) else ENDLESS,
+        "rope_scaling_finetuned": _rotates(config),
+        "head_count_kv": attends(config, config["layer_types"]),
+        "ssm_conv_kernel": config["mamba_d_conv"],
+        "ssm_state_size": config["mamba_d_state"],
+        "ssm_group_count": config["mamba_n_groups"],
+        "ssm_inner_size": config["mamba_expand"] * config["hidden_size"],
+        "ssm_time_step_rank": config["mamba_n_heads"],
+    }
 
 
 _LLAMA_CPP = (
+    SILU,
     Condition(
         lambda config: config["mamba_expand"] == 2,
         "its states are not twice as wide as the model (mamba_expand), as they are there",
@@ -44,7 +55,10 @@ _LLAMA_CPP = (
 )
 _ATTENDS_ONLY = replace(
     GRANITE_GGUF,
-    conditions=(Condition(_rotates, "it has no rotary positions (position_embedding_type), and attention alone"),),
+    conditions=(
+        SILU,
+        Condition(_rotates, "it has no rotary positions (position_embedding_type), and attention alone"),
+    ),
 )
 
 FAMILY = Family(
@@ -73,9 +87,9 @@ FAMILY = Family(
     gguf=Gguf(
         "granitehybrid",
         _keys,
-        (*GRANITE_GGUF.rewrites, *MAMBA_REWRITES),
+        (*GRANITE_GGUF.rewrites, *mamba_rewrites("model", "mamba")),
         _LLAMA_CPP,
-        factors=True,
+        ropes=ROPES_WITH_FACTORS,
         unless=(lambda config: "mamba" not in hub_kinds(config["layer_types"]), _ATTENDS_ONLY),
     ),
 )

@@ -14,6 +14,7 @@ from moeify.families.base import (
     Gguf,
     Pair,
     Rewrite,
+    as_it_is,
     expert_size,
     experts,
     first_converted,
@@ -21,6 +22,7 @@ from moeify.families.base import (
     selection_bias,
 )
 from moeify.families.conditions import always, equal
+from moeify.families.hybrid import attends
 
 _MOE = "model.layers.{layer}.feed_forward"
 
@@ -28,9 +30,8 @@ _MOE = "model.layers.{layer}.feed_forward"
 def _keys(config: Config) -> Fields:
     from gguf import ExpertGatingFuncType
 
-    heads = config["num_key_value_heads"]
     return {
-        "head_count_kv": [heads if kind == "full_attention" else 0 for kind in config["layer_types"]],
+        "head_count_kv": attends(config, config["layer_types"]),
         "expert_feed_forward_length": config["moe_intermediate_size"],
         "expert_gating_func": ExpertGatingFuncType.SIGMOID,
         "leading_dense_block_count": config["num_dense_layers"],
@@ -39,7 +40,10 @@ def _keys(config: Config) -> Fields:
     }
 
 
-_CONV = Rewrite(r"(model\.layers\.\d+\.conv\.conv\.weight)", {r"\1": lambda tensor, config: tensor.squeeze(1)})
+_REWRITES = (
+    Rewrite(r"(model\.layers\.\d+\.conv\.conv\.weight)", {r"\1": lambda tensor, config: tensor.squeeze(1)}),
+    Rewrite(r"(model\.layers\.\d+\.feed_forward\.expert_bias)", {r"\1.bias": as_it_is}),
+)
 
 FAMILY = Family(
     model_type="lfm2_moe",
@@ -70,7 +74,7 @@ FAMILY = Family(
     gguf=Gguf(
         "lfm2moe",
         _keys,
-        (_CONV,),
+        _REWRITES,
         (
             equal("routed_scaling_factor", 1.0, "it does not scale the output of the experts there"),
             equal("norm_topk_prob", True, "it always renormalizes there"),

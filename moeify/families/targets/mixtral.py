@@ -8,6 +8,7 @@ from moeify.families.base import (
     EXLLAMA,
     LLAMA_CPP,
     MLX,
+    ROPES_WITH_FACTORS,
     SGLANG,
     TRANSFORMERS,
     TRT,
@@ -28,6 +29,7 @@ from moeify.families.conditions import (
     ONE_WINDOW,
     PLAIN_HEAD_DIM,
     PLAIN_ROPE,
+    SILU,
     WHOLE_ROTARY,
 )
 
@@ -73,6 +75,7 @@ FAMILY = Family(
         "llama",
         lambda config: {"vocab_size": config["vocab_size"], "rope_dimension_count": head_dim(config)},
         HALVES_TO_PAIRS,
-        factors=True,
+        (SILU,),
+        ropes=ROPES_WITH_FACTORS,
     ),
 )

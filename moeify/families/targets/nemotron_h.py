@@ -5,6 +5,7 @@ Any FFN block can stay dense. On disk the model is called `backbone`.
 
 from __future__ import annotations
 
+from moeify.families.attention import reordered
 from moeify.families.base import (
     DOWN,
     EXLLAMA,
@@ -15,22 +16,25 @@ from moeify.families.base import (
     TRT,
     UP_ALONE,
     VLLM,
+    Condition,
     Config,
     Family,
     Fields,
+    Gguf,
     Pair,
     Rewrite,
     SharedWeight,
+    as_it_is,
     expert_size,
     layer_count,
     layer_number,
     router,
     selection_bias,
 )
-from moeify.families.conditions import NO_MLP_BIAS
+from moeify.families.conditions import NO_MLP_BIAS, equal
 from moeify.families.gated import IDLE, shared_size
-from moeify.families.hybrid import hub_kinds
-from moeify.families.sigmoid import OPTIONS
+from moeify.families.hybrid import ENDLESS, attends, hub_kinds, mamba_rewrites
+from moeify.families.sigmoid import OPTIONS, sigmoid_keys
 from moeify.plan import Plan
 
 _MOE = "backbone.layers.{layer}.mixer"
@@ -58,13 +62,43 @@ def _fields(plan: Plan, config: Config) -> Fields:
     }
 
 
+def _keys(config: Config) -> Fields:
+    """Return the keys of a GGUF file: a layer that neither attends nor has an FFN is a state space to llama.cpp."""
+    kinds, size = config["layers_block_type"], config["moe_intermediate_size"]
+    return {
+        **sigmoid_keys(config),
+        "expert_gating_func": None,  # llama.cpp has no other there
+        "leading_dense_block_count": None,
+        "vocab_size": config["vocab_size"],
+        "context_length": ENDLESS,
+        "rope_dimension_count": config["head_dim"],  # none is rotated
+        "rope_scaling_finetuned": False,
+        "head_count_kv": attends(config, kinds),
+        "feed_forward_length": [size if kind == "moe" else 0 for kind in kinds],
+        "expert_shared_feed_forward_length": config["moe_shared_expert_intermediate_size"],
+        "layer_norm_eps": config["layer_norm_epsilon"],
+        "ssm_conv_kernel": config["conv_kernel"],
+        "ssm_state_size": config["ssm_state_size"],
+        "ssm_group_count": config["n_groups"],
+        "ssm_inner_size": config["mamba_num_heads"] * config["mamba_head_dim"],
+        "ssm_time_step_rank": config["mamba_num_heads"],
+    }
+
+
+_LLAMA_CPP = (
+    Condition(lambda config: "mlp" not in config["layers_block_type"], "no FFN can stay dense there"),
+    equal("use_conv_bias", True, "its convolutions have biases there"),
+    equal("use_bias", False, "its projections to states have no biases there"),
+    equal("sliding_window", None, "it has no sliding window there"),
+)
+
 FAMILY = Family(
     model_type="nemotron_h",
     architecture="NemotronHForCausalLM",
     sources={
         "nemotron_h": Pair(
             (NO_MLP_BIAS,),
-            rewrites=(Rewrite(r"model\.(.*)", {r"backbone.\1": lambda tensor, config: tensor}),),
+            rewrites=(Rewrite(r"model\.(.*)", {r"backbone.\1": as_it_is}),),
             activation="relu2",
         )
     },
@@ -84,4 +118,11 @@ FAMILY = Family(
     gated=False,
     renormalizes=False,
     shared=True,
+    gguf=Gguf(
+        "nemotron_h_moe",
+        _keys,
+        (*mamba_rewrites("backbone", "mixer"), *reordered(r"backbone\.layers\.\d+\.mixer", to_pairs=True)),
+        _LLAMA_CPP,
+        {"up": UP_ALONE, "down": DOWN},
+    ),
 )

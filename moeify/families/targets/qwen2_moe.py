@@ -90,6 +90,6 @@ FAMILY = Family(
     gguf=Gguf(
         "qwen2moe",
         qwen_keys,
-        differs=True,
+        differs="llama.cpp does not renormalize the weights of Qwen2-MoE: it computes something else",
     ),
 )

@@ -44,10 +44,10 @@ def saved(made: Any, folder: Path, **special: Any) -> Path:
     return folder
 
 
-def held(folder: Path, size: int) -> dict[str, Any]:
+def held(folder: Path, size: int, characters: str = "llama") -> dict[str, Any]:
     """The keys that a file gets, without what they begin with."""
     writer = gguf.GGUFWriter(None, "llama")
-    add_vocabulary(writer, folder, size)
+    add_vocabulary(writer, folder, size, characters)
     return {key.removeprefix("tokenizer.ggml."): value.value for key, value in writer.kv_data[0].items()}
 
 
@@ -70,6 +70,18 @@ def test_characters(tmp_path: Path) -> None:
     assert found["token_type"][:4] == [kind.CONTROL, kind.CONTROL, kind.BYTE, kind.NORMAL]
     assert found["scores"][6:8] == [0.0, -1.0] and max(found["scores"][:6]) < -1  # merged in this order
     assert found["add_bos_token"] is True and found["add_space_prefix"] is True and found["bos_token_id"] == 1
+
+
+def test_merged_characters(tmp_path: Path) -> None:
+    folder = saved(
+        of_characters(), tmp_path, bos_token="<s>", unk_token="<unk>", additional_special_tokens=["<|tool_call>"]
+    )
+    found, kind = held(folder, 12, "gemma4"), gguf.TokenType
+    assert found["model"] == "gemma4" and "pre" not in found and found["merges"] == ["a b", "\u2581 ab"]
+    assert [text.decode() for text in found["tokens"]] == [*CHARACTERS, "<|tool_call>", "<|user|>", "word", "[PAD11]"]
+    assert found["token_type"][:4] == [kind.CONTROL, kind.CONTROL, kind.BYTE, kind.NORMAL]
+    assert found["token_type"][8:] == [kind.USER_DEFINED] * 3 + [kind.UNUSED]  # the first is part of what it says
+    assert len(set(found["scores"][:11])) == 1 and found["add_space_prefix"] is False
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

@@ -19,4 +19,7 @@ def test_a_file_for_llama_cpp(tmp_path: Path) -> None:
     before = out.stat().st_size
     assert convert(src, out, *BASE, "--dtype", "f32", "--overwrite", "--no-verify").exit_code == 0
     assert out.stat().st_size > 1.5 * before
+    for place, said in (("x.gguf", False), ("x", True)):
+        dry = convert(src, place, *BASE, "--to", "glm4_moe", "--dry-run").stdout
+        assert "has a sigmoid router" in dry and ("GLM" in dry) is said  # a note on llama.cpp's converter
     assert "is not written as GGUF: choose" in convert(src, "x.gguf", *BASE, "--to", "granitemoe_swa").stderr

@@ -19,7 +19,8 @@ def test_rows_that_rotate_together_become_neighbors_and_come_back() -> None:
     assert back(to_pairs(rows, CONFIG), CONFIG).equal(rows)
     partial = {**CONFIG, "rope_parameters": {"partial_rotary_factor": 0.5}}
     assert to_pairs(rows, partial)[:8].tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
-    assert HALVES_TO_PAIRS[1].parts.keys() == {r"\1.self_attn.k_proj.\2"}
+    found = re.fullmatch(HALVES_TO_PAIRS[1].pattern, "model.layers.3.self_attn.k_proj.bias")
+    assert found and [found.expand(part) for part in HALVES_TO_PAIRS[1].parts] == [found[0]]
 
 
 def test_a_fused_projection_is_cut_by_heads() -> None:
@@ -30,7 +31,8 @@ def test_a_fused_projection_is_cut_by_heads() -> None:
 
 
 def test_what_is_added_changes_nothing() -> None:
-    biases = zero_biases("q", "k", "v")
-    assert [tuple(build(CONFIG).shape) for build in biases.values()] == [(16,), (8,), (8,)]
+    biases = zero_biases("q", "k", "v", "o")
+    wide = {**CONFIG, "head_dim": 12}
+    assert [tuple(build(wide).shape) for build in biases.values()] == [(24,), (12,), (12,), (16,)]
     assert torch.cat([build(CONFIG) for build in biases.values()]).eq(0).all()
     assert no_sinks(CONFIG).exp().eq(0).all()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from moeify.config import MoEConfig
-from moeify.families.gguf import keys, rope_tensors, stacked, why_not_gguf
+from moeify.errors import RefusedError
+from moeify.families.gguf import keys, rope_tensors, stacked, stored_as, why_not_gguf
 from moeify.families.table import FAMILIES
 from moeify.plan import Plan
 
@@ -40,13 +41,11 @@ def test_every_name_of_a_key_is_a_method_of_the_library() -> None:
 
 @pytest.mark.parametrize(("name", "family"), [(name, f) for name, f in FAMILIES.items() if f.gguf])
 def test_the_library_knows_every_architecture_and_has_a_place_for_its_experts(name: str, family: Any) -> None:
-    known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(known[family.gguf.architecture], 3)
-    held = [key.format(layer=1) for key in stacked(family) if "shared_mlp.input_linear" not in key]
-    spelled = [text.replace("e_score_correction_bias", "e_score_correction.bias") for text in held]
-    spelled = [f"{text}.bias" if text.endswith("expert_bias") else text for text in spelled]
-    assert not [text for text in spelled if names.get_name(text, (".weight", ".bias")) is None], name
-    assert sum("exps" in text for text in held) == 3
+    held = {place for key in stacked(family, family.gguf) for place in stored_as(family.gguf, 3, key.format(layer=1))}
+    experts = {word for word in ("gate", "up", "gate_up", "down") if f"blk.1.ffn_{word}_exps.weight" in held}
+    assert experts in ({"gate", "up", "down"}, {"gate_up", "down"}, {"up", "down"}), name
+    with pytest.raises(RefusedError, match=r"has no place for model\.layers\.1\.nothing: write a folder"):
+        stored_as(family.gguf, 3, "model.layers.1.nothing")
 
 
 def test_rotary_scaling() -> None:

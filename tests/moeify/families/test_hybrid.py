@@ -7,22 +7,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import transformers
-from safetensors.torch import load_file
 
-from moeify.conversion.checkpoint import Callbacks
-from moeify.conversion.gguf import GgufOutput, convert_to_gguf
 from moeify.families.gguf import gguf_of, keys, why_not_gguf
 from moeify.families.hybrid import hub_kinds
 from moeify.plan import Plan
 from sweeps.dense_sources import build
 from sweeps.families import NOISE, Measured
+from tests.moeify.families import gguf_files
+from tests.moeify.families.gguf_files import Array, in_pairs, key, values
 
 Made = Callable[[str, str], tuple[Any, dict[str, Any], dict[str, Any]]]
-Array = np.ndarray[Any, Any]
 
 
 @pytest.fixture(scope="module")
@@ -32,25 +29,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
 
     def make(name: str, target: str) -> Any:
         if name not in kept:
-            source = Measured(build(name), room := tmp_path_factory.mktemp("source"))
-            plan = source.convert(target, NOISE)
-            convert_to_gguf(source.dense, plan, GgufOutput(room / "moe.gguf"), Callbacks())
-            native = load_file(room / "dst/model.safetensors")
-            config = json.loads((room / "dst/config.json").read_text())
-            kept[name] = gguf.GGUFReader(room / "moe.gguf"), {k: v.float().numpy() for k, v in native.items()}, config
+            kept[name] = gguf_files.made(name, target, tmp_path_factory.mktemp("source"))
         return kept[name]
 
     yield make
-
-
-def values(reader: Any, name: str) -> Array:
-    tensor = next(tensor for tensor in reader.tensors if tensor.name == name)
-    found: Array = tensor.data.reshape(tuple(tensor.shape)[::-1])
-    return found
-
-
-def key(reader: Any, name: str) -> Any:
-    return reader.fields[name].contents()
 
 
 def test_kinds_of_layers_are_written_by_the_hubs_words_and_read_by_transformers(tmp_path: Path) -> None:
@@ -87,6 +69,28 @@ def test_granite_4_without_rotary_positions_or_without_state_spaces(made: Made) 
     assert "it has no rotary positions" in str(why_not_gguf(plan, {**attends, **still}))
     assert why_not_gguf(plan, {**config, **still}) is why_not_gguf(plan, attends) is None
     assert "mamba_conv_bias" in str(why_not_gguf(plan, {**config, "mamba_conv_bias": False}))
+
+
+def test_nemotron_h(made: Made) -> None:
+    """An FFN block has a width, one that attends has key heads, and what has neither is a state space."""
+    reader, native, config = made("nemotron_h", "nemotron_h")
+    said = {"feed_forward_length": [0, 48, 0, 48], "attention.head_count_kv": [0, 0, 2, 0], "ssm.inner_size": 64,
+            "expert_shared_feed_forward_length": 128, "expert_weights_norm": True, "context_length": 2**20}  # fmt: skip
+    assert {name: key(reader, f"nemotron_h_moe.{name}") for name in said} == said
+    assert key(reader, "nemotron_h_moe.attention.layer_norm_epsilon") == pytest.approx(1e-5)
+    path = "backbone.layers.{}.mixer"
+    state, attends, moe = (path.format(layer) for layer in (0, 2, 3))
+    assert values(reader, "blk.0.ssm_a").tolist() == pytest.approx(-np.exp(native[f"{state}.A_log"])[:, None])
+    assert values(reader, "blk.0.ssm_dt.bias").tolist() == native[f"{state}.dt_bias"].tolist()
+    assert values(reader, "blk.2.attn_k.weight").tolist() == in_pairs(native[f"{attends}.k_proj.weight"], 2)
+    assert values(reader, "blk.2.attn_v.weight").tolist() == native[f"{attends}.v_proj.weight"].tolist()
+    for name in ("up", "down"):
+        each = [native[f"{moe}.experts.{expert}.{name}_proj.weight"].tolist() for expert in range(4)]
+        assert values(reader, f"blk.3.ffn_{name}_exps.weight").tolist() == each
+    assert values(reader, "blk.3.exp_probs_b.bias").tolist() == [0] * 4
+    dense = {**config, "layers_block_type": ["mamba", "moe", "attention", "mlp"]}
+    plan = Plan("nemotron_h", NOISE, (), "nemotron_h")
+    assert "no FFN can stay dense there" in str(why_not_gguf(plan, dense)) and why_not_gguf(plan, config) is None
 
 
 def test_value_heads_of_linear_attention_stand_in_turns(made: Made) -> None:
