@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -140,5 +141,17 @@ def test_pickled_adapters_need_the_flag(small: Path, tmp_path: Path) -> None:
     torch.save(load_file(small / "adapter/adapter_model.safetensors"), tmp_path / "adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"only as pickles \(adapter_model\.bin\)"):
         open_source(tmp_path)
+    with open_source(tmp_path, allow_pickle=True) as source, open_source(small / "adapter") as same:
+        assert all(torch.equal(source.read(name), same.read(name)) for name in same.tensors)
+
+
+def test_the_base_of_an_adapter_may_be_pickled(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small / "adapter", tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    whole, base = Path(settings["base_model_name_or_path"]), tmp_path / "base"
+    base.mkdir()
+    shutil.copy(whole / "config.json", base)
+    torch.save(load_file(whole / "model.safetensors"), base / "pytorch_model.bin")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
     with open_source(tmp_path, allow_pickle=True) as source, open_source(small / "adapter") as same:
         assert all(torch.equal(source.read(name), same.read(name)) for name in same.tensors)
