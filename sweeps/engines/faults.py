@@ -63,8 +63,8 @@ FAULTS = (
     Fault(
         VLLM,
         ("qwen3_5_moe_text",),
-        "vllm/model_executor/models/qwen3_5.py",
-        "imports what loads images, for which no torchvision fits the build for CPUs",
+        "vllm/model_executor/layers/mamba/ops/cpu/gdn_attention.py:158",
+        "has linear attention in bfloat16 only on CPUs",
     ),
     Fault(
         VLLM,
@@ -74,6 +74,32 @@ FAULTS = (
     ),
     Fault(LLAMA_CPP, ("ernie4_5_moe",), "conversion/ernie.py:23", "its converter takes ERNIE's own tokenizer only"),
     Fault(LLAMA_CPP, ("solar_open",), "conversion/glm.py:402", "its converter takes Solar's own tokenizer only"),
+    Fault(VLLM, ("gpt_oss",), "vllm/model_executor/models/gpt_oss.py:117", "wants YaRN's factor in every GPT-OSS"),
+    Fault(MLX, ("gpt_oss",), "mlx_lm/models/gpt_oss.py:180", "wants a layer with a window in every GPT-OSS"),
+    Fault(
+        LLAMA_CPP,
+        ("gpt_oss",),
+        "src/models/openai-moe.cpp:49",
+        "wants attention biases in every GPT-OSS",
+    ),
+    Fault(
+        LLAMA_CPP,
+        ("hunyuan_v1_moe",),
+        "conversion/hunyuan.py:33",
+        "its converter takes HunYuan's own tokenizer and lists only, which vLLM does not (a .gguf file by moeify runs)",
+    ),
+    Fault(
+        LLAMA_CPP,
+        ("gemma4_text",),
+        "ggml/src/ggml-cpu/vec.h:1446",
+        "looks GELU up in a table of float16 on CPUs, as for the dense model",
+    ),
+    Fault(
+        SGLANG_LOADER,
+        ("gemma4_text",),
+        "srt/utils/hf_transformers/config.py:311",
+        "has heads of two sizes for a Gemma 4 that sees, not for its text part alone",
+    ),
     Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
     Fault(MLX, ("qwen2_moe",), "mlx_lm/models/qwen2_moe.py:135", "does not renormalize (`norm_topk_prob`)"),
 )

@@ -28,7 +28,7 @@ from moeify.families.base import (
     selection_bias,
     shared_expert,
 )
-from moeify.families.conditions import NO_ATTENTION_BIAS, NO_MLP_BIAS, WHOLE_ROTARY, equal
+from moeify.families.conditions import LLAMA_CPP_SCALES, MLX_SCALES, NO_ATTENTION_BIAS, NO_MLP_BIAS, WHOLE_ROTARY, equal
 from moeify.plan import Plan, Site
 
 _MOE = "model.layers.{layer}.mlp"
@@ -90,5 +90,6 @@ FAMILY = Family(
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA),
     dense="outer",
     shared=True,
+    notes=(LLAMA_CPP_SCALES, MLX_SCALES),
     gguf=Gguf("ernie4_5-moe", _keys, conditions=(_TO_THE_END,)),
 )

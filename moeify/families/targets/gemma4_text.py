@@ -16,19 +16,19 @@ from moeify.families.base import (
     GATE_UP,
     LLAMA_CPP,
     MLX,
-    SGLANG,
     TRANSFORMERS,
     TRT,
     VLLM,
     Config,
     Family,
+    Fields,
     Pair,
     Rewrite,
     expert_size,
     router,
     shared_expert,
 )
-from moeify.families.conditions import equal
+from moeify.families.conditions import always, equal
 from moeify.families.gated import IDLE
 from moeify.plan import Site
 
@@ -42,6 +42,16 @@ def _as_it_is(tensor: Tensor, config: Config) -> Tensor:
 
 def _ones(config: Config) -> Tensor:
     return torch.ones(config["hidden_size"])
+
+
+def _wide_heads(config: Config) -> Fields:
+    """Say in the hub's words, which mlx-lm reads, how large the heads of full attention are."""
+    layers = config.get("per_layer_config") or {}
+    full = next((layers[key] for key in layers if config["layer_types"][int(key)] == "full_attention"), {})
+    return {
+        "global_head_dim": full.get("head_dim", config["head_dim"]),
+        "num_global_key_value_heads": full.get("num_key_value_heads"),
+    }
 
 
 def _no_scale(name: str, site: Site, config: MoEConfig) -> StartValue:
@@ -69,6 +79,7 @@ FAMILY = Family(
             ),
             added={f"{_LAYER}.post_feedforward_layernorm_{number}.weight": _ones for number in (1, 2)},
             activation="gelu_tanh",
+            fields=_wide_heads,
         )
     },
     tensors={
@@ -85,5 +96,6 @@ FAMILY = Family(
         "moe_intermediate_size": expert_size(plan),
         "intermediate_size": IDLE,
     },
-    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, TRT),
+    engines=(TRANSFORMERS, VLLM, LLAMA_CPP, MLX, TRT),
+    notes=(always("llama.cpp computes GELU with half precision on CPUs, as for dense Gemma 4"),),
 )
