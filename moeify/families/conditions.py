@@ -75,5 +75,5 @@ CONVERTER_SCALES = Condition(
 )
 NO_WINDOW = Condition(
     lambda config: not config.get("sliding_window") or not _slides(config),
-    "llama.cpp and mlx-lm ignore the sliding window in this format, as those of dense Mistral and Phi",
+    "llama.cpp and mlx-lm ignore sliding windows in this format",
 )

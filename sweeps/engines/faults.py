@@ -72,8 +72,6 @@ FAULTS = (
         "vllm/model_executor/layers/fused_moe/config.py:1403",
         "has experts without a gate on GPUs only",
     ),
-    Fault(LLAMA_CPP, ("ernie4_5_moe",), "conversion/ernie.py:23", "its converter takes ERNIE's own tokenizer only"),
-    Fault(LLAMA_CPP, ("solar_open",), "conversion/glm.py:402", "its converter takes Solar's own tokenizer only"),
     Fault(VLLM, ("gpt_oss",), "vllm/model_executor/models/gpt_oss.py:117", "wants YaRN's factor in every GPT-OSS"),
     Fault(MLX, ("gpt_oss",), "mlx_lm/models/gpt_oss.py:180", "wants a layer with a window in every GPT-OSS"),
     Fault(
@@ -88,6 +86,7 @@ FAULTS = (
         "conversion/hunyuan.py:33",
         "its converter takes HunYuan's own tokenizer and lists only, which vLLM does not (a .gguf file by moeify runs)",
     ),
+    Fault(LLAMA_CPP, ("dots1",), "src/models/dots1.cpp:34", "has as many key heads as query heads"),
     Fault(
         LLAMA_CPP,
         ("gemma4_text",),

@@ -65,6 +65,10 @@ def _keys(config: Config) -> Fields:
     }
 
 
+_OWN_TOKENIZER = Condition(
+    lambda config: config["model_type"].startswith("ernie4_5"),
+    "llama.cpp's converter takes ERNIE's own tokenizer only: write a .gguf file instead",
+)
 _TO_THE_END = Condition(
     lambda config: config["moe_layer_end_index"] + 1 == config["num_hidden_layers"],
     "only the first layers can stay dense there",
@@ -90,6 +94,6 @@ FAMILY = Family(
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA),
     dense="outer",
     shared=True,
-    notes=(LLAMA_CPP_SCALES, MLX_SCALES),
+    notes=(_OWN_TOKENIZER, LLAMA_CPP_SCALES, MLX_SCALES),
     gguf=Gguf("ernie4_5-moe", _keys, conditions=(_TO_THE_END,)),
 )

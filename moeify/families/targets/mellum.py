@@ -7,7 +7,6 @@ from moeify.families.base import (
     MLX,
     SGLANG,
     TRANSFORMERS,
-    VLLM,
     Config,
     Family,
     Fields,
@@ -30,7 +29,6 @@ def _fields(plan: Plan, config: Config) -> Fields:
         "norm_topk_prob": plan.config.renormalize,
         "mlp_layer_types": ["dense" if i in dense else "sparse" for i in range(config["num_hidden_layers"])],
         "layer_types": config["layer_types"],
-        "sliding_window": config["sliding_window"] or config["max_position_embeddings"],  # vLLM asks though none slides
         "rope_parameters": {kind: rope for kind in ("full_attention", "sliding_attention")},
     }
 
@@ -41,7 +39,7 @@ FAMILY = Family(
     sources={"qwen3": Pair()},
     tensors={f"{_MOE}.gate.weight": router, **experts(_MOE)},
     fields=_fields,
-    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX),
+    engines=(TRANSFORMERS, SGLANG, LLAMA_CPP, MLX),
     dense="any",
     renormalizes=False,
 )

@@ -2,7 +2,7 @@
 
 from moeify.families.attention import whole_rotary
 from moeify.families.base import EXLLAMA, LLAMA_CPP, MLX, TRANSFORMERS, VLLM, Family, Pair
-from moeify.families.conditions import LLAMA_CPP_SCALES, MLX_SCALES, NO_ATTENTION_BIAS, NO_MLP_BIAS
+from moeify.families.conditions import LLAMA_CPP_SCALES, MLX_SCALES, NO_ATTENTION_BIAS, NO_MLP_BIAS, always
 from moeify.families.sigmoid import GLM4_GGUF, OPTIONS, sigmoid_fields, sigmoid_tensors
 
 FAMILY = Family(
@@ -16,6 +16,10 @@ FAMILY = Family(
     options=OPTIONS,
     renormalizes=False,
     shared=True,
-    notes=(LLAMA_CPP_SCALES, MLX_SCALES),
+    notes=(
+        always("llama.cpp's converter takes Solar's own tokenizer only: write a .gguf file instead"),
+        LLAMA_CPP_SCALES,
+        MLX_SCALES,
+    ),
     gguf=GLM4_GGUF,
 )

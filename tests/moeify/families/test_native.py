@@ -79,7 +79,6 @@ def test_llama_cpp_is_told_which_layers_rotate_and_gets_a_window_that_spans_all(
     data = config_for("granitemoe_swa", "llama", no_rope_layers=[1, 0, 1])
     assert data["no_rope_layers"] == [1, 0, 1] and data["layer_rope_theta"] == [1e4, 0, 1e4]
     assert data["layer_types"] == ["sliding_attention"] * 3 and data["sliding_window"] == 2048
-    assert config_for("mellum", "qwen3")["sliding_window"] == 32_768  # vLLM asks though none slides
 
 
 def test_heads_of_two_sizes_are_said_in_the_words_of_the_hub() -> None:
