@@ -27,6 +27,7 @@ class Fault:
     sources: tuple[str, ...] = ()
 
 
+_SCALED, _BIASED = ("llama llama3 rope", "phi3 longrope"), ("llama attention_bias", "granite bias")
 FAULTS = (
     Fault(
         SGLANG_LOADER,
@@ -98,6 +99,53 @@ FAULTS = (
         ("gemma4_text",),
         "srt/utils/hf_transformers/config.py:311",
         "has heads of two sizes for a Gemma 4 that sees, not for its text part alone",
+    ),
+    Fault(
+        LLAMA_CPP,
+        ("mixtral",),
+        "src/models/llama.cpp:119",
+        "has no windows, as for dense Mistral and Phi",
+        ("mistral window", "ministral window", "phi3 window"),
+    ),
+    Fault(
+        LLAMA_CPP,
+        ("mixtral", "glm4_moe"),
+        "conversion/base.py:1484",
+        "writes no factors of the rotary frequencies (a .gguf file by moeify has them for Mixtral)",
+        ("phi3 longrope",),
+    ),
+    Fault(
+        LLAMA_CPP,
+        ("ernie4_5_moe", "glm4_moe", "solar_open"),
+        "conversion/base.py:1490",
+        "writes factors of the rotary frequencies for some formats only",
+        ("llama llama3 rope",),
+    ),
+    Fault(
+        MLX,
+        ("mixtral",),
+        "mlx_lm/models/mixtral.py:176",
+        "has no windows, as for dense Mistral",
+        ("mistral window", "ministral window", "phi3 window"),
+    ),
+    Fault(MLX, ("mixtral",), "mlx_lm/models/mixtral.py:59", "ignores rope scaling", _SCALED),
+    Fault(MLX, ("mixtral",), "mlx_lm/models/mixtral.py:40", "ignores head_dim", ("llama head_dim",)),
+    Fault(MLX, ("glm4_moe", "solar_open"), "mlx_lm/models/glm4_moe.py:68", "ignores rope scaling", _SCALED),
+    Fault(MLX, ("ernie4_5_moe",), "mlx_lm/models/ernie4_5_moe.py:58", "ignores rope scaling", _SCALED),
+    Fault(MLX, ("dots1",), "mlx_lm/models/dots1.py:267", "has no windows", ("qwen3 window",)),
+    Fault(
+        VLLM,
+        ("granitemoe", "granitemoeshared", "granitemoe_swa"),
+        "vllm/model_executor/models/granitemoe.py:184",
+        "has no attention biases",
+        _BIASED,
+    ),
+    Fault(
+        SGLANG_LOADER,
+        ("granitemoe", "granitemoeshared", "granitemoe_swa"),
+        "srt/models/granitemoe.py:252",
+        "has no attention biases",
+        _BIASED,
     ),
     Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
     Fault(MLX, ("qwen2_moe",), "mlx_lm/models/qwen2_moe.py:135", "does not renormalize (`norm_topk_prob`)"),
