@@ -116,6 +116,13 @@ FAULTS = (
     ),
     Fault(
         LLAMA_CPP,
+        ("granitemoe", "granitemoeshared"),
+        "conversion/llama.py:326",
+        "makes factors of the rotary frequencies, which its GGUF library does not take for Granite's MoE",
+        ("llama llama3 rope",),
+    ),
+    Fault(
+        LLAMA_CPP,
         ("ernie4_5_moe", "glm4_moe", "solar_open"),
         "conversion/base.py:1490",
         "writes factors of the rotary frequencies for some formats only",

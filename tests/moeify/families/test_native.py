@@ -82,6 +82,6 @@ def test_llama_cpp_is_told_which_layers_rotate_and_gets_a_window_that_spans_all(
 
 
 def test_heads_of_two_sizes_are_said_in_the_words_of_the_hub() -> None:
-    config = transformers.Gemma4TextConfig(num_hidden_layers=2, head_dim=8, global_head_dim=16).to_dict()
+    config = tiny.tf.Gemma4TextConfig(num_hidden_layers=2, head_dim=8, global_head_dim=16).to_dict()
     said = FAMILIES["gemma4_text"].sources["gemma4_text"].fields(config)
     assert said == {"global_head_dim": 16, "num_global_key_value_heads": None}
