@@ -73,6 +73,7 @@ CONVERTER_SCALES = Condition(
     lambda config: _rope_type(config) != "longrope",
     "llama.cpp's converter leaves out the rope scaling of long-context Phi: write a .gguf file instead",
 )
+ROTARY_KERNEL = "vLLM turns its queries and keys otherwise on CPUs; on GPUs it was not run"
 NO_WINDOW = Condition(
     lambda config: not config.get("sliding_window") or not _slides(config),
     "llama.cpp and mlx-lm ignore sliding windows in this format",

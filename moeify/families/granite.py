@@ -72,5 +72,5 @@ _SHARED = Rewrite(
         r"blk.\1.ffn_up_shexp.weight": lambda tensor, config: tensor.chunk(2)[1],
     },
 )
-BIASES = replace(NO_ATTENTION_BIAS, otherwise="vLLM and SGLang have no attention biases in MoEs of Granite")
+BIASES = replace(NO_ATTENTION_BIAS, otherwise="vLLM and SGLang drop the attention biases in this format")
 GRANITE_GGUF = Gguf("granitemoe", granite_keys, (*HALVES_TO_PAIRS, _SHARED), factors=True)

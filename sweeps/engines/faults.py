@@ -27,7 +27,7 @@ class Fault:
     sources: tuple[str, ...] = ()
 
 
-_SCALED, _BIASED = ("llama llama3 rope", "phi3 longrope"), ("llama attention_bias", "granite bias")
+_SCALED = ("llama llama3 rope", "phi3 longrope")
 FAULTS = (
     Fault(
         SGLANG_LOADER,
@@ -53,6 +53,12 @@ FAULTS = (
         VLLM,
         ("lfm2_moe",),
         "vllm/model_executor/models/lfm2_moe.py:257",
+        "gives its rotary kernel for CPUs queries with a dimension for heads, which that turns otherwise",
+    ),
+    Fault(
+        VLLM,
+        ("deepseek_v3",),
+        "vllm/model_executor/layers/mla.py:228",
         "gives its rotary kernel for CPUs queries with a dimension for heads, which that turns otherwise",
     ),
     Fault(
@@ -105,7 +111,7 @@ FAULTS = (
         ("mixtral",),
         "src/models/llama.cpp:119",
         "has no windows, as for dense Mistral and Phi",
-        ("mistral window", "ministral window", "phi3 window"),
+        ("mistral window",),
     ),
     Fault(
         LLAMA_CPP,
@@ -116,14 +122,14 @@ FAULTS = (
     ),
     Fault(
         LLAMA_CPP,
-        ("granitemoe", "granitemoeshared"),
+        ("granitemoe",),
         "conversion/llama.py:326",
         "makes factors of the rotary frequencies, which its GGUF library does not take for Granite's MoE",
         ("llama llama3 rope",),
     ),
     Fault(
         LLAMA_CPP,
-        ("ernie4_5_moe", "glm4_moe", "solar_open"),
+        ("glm4_moe",),
         "conversion/base.py:1490",
         "writes factors of the rotary frequencies for some formats only",
         ("llama llama3 rope",),
@@ -133,26 +139,17 @@ FAULTS = (
         ("mixtral",),
         "mlx_lm/models/mixtral.py:176",
         "has no windows, as for dense Mistral",
-        ("mistral window", "ministral window", "phi3 window"),
+        ("mistral window",),
     ),
     Fault(MLX, ("mixtral",), "mlx_lm/models/mixtral.py:59", "ignores rope scaling", _SCALED),
-    Fault(MLX, ("mixtral",), "mlx_lm/models/mixtral.py:40", "ignores head_dim", ("llama head_dim",)),
-    Fault(MLX, ("glm4_moe", "solar_open"), "mlx_lm/models/glm4_moe.py:68", "ignores rope scaling", _SCALED),
-    Fault(MLX, ("ernie4_5_moe",), "mlx_lm/models/ernie4_5_moe.py:58", "ignores rope scaling", _SCALED),
+    Fault(MLX, ("glm4_moe",), "mlx_lm/models/glm4_moe.py:68", "ignores rope scaling", _SCALED),
     Fault(MLX, ("dots1",), "mlx_lm/models/dots1.py:267", "has no windows", ("qwen3 window",)),
     Fault(
         VLLM,
-        ("granitemoe", "granitemoeshared", "granitemoe_swa"),
+        ("granitemoe",),
         "vllm/model_executor/models/granitemoe.py:184",
-        "has no attention biases",
-        _BIASED,
-    ),
-    Fault(
-        SGLANG_LOADER,
-        ("granitemoe", "granitemoeshared", "granitemoe_swa"),
-        "srt/models/granitemoe.py:252",
-        "has no attention biases",
-        _BIASED,
+        "drops attention biases",
+        ("llama attention_bias",),
     ),
     Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
     Fault(MLX, ("qwen2_moe",), "mlx_lm/models/qwen2_moe.py:135", "does not renormalize (`norm_topk_prob`)"),

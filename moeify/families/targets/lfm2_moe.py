@@ -20,7 +20,7 @@ from moeify.families.base import (
     router,
     selection_bias,
 )
-from moeify.families.conditions import always, equal
+from moeify.families.conditions import ROTARY_KERNEL, always, equal
 
 _MOE = "model.layers.{layer}.feed_forward"
 
@@ -66,7 +66,7 @@ FAMILY = Family(
     router="sigmoid",
     options=frozenset({"routed_scaling_factor"}),
     renormalizes=False,
-    notes=(always("vLLM turns its queries and keys otherwise on CPUs; on GPUs it was not run"),),
+    notes=(always(ROTARY_KERNEL),),
     gguf=Gguf(
         "lfm2moe",
         _keys,
