@@ -7,6 +7,7 @@ from moeify.families.base import (
     MLX,
     SGLANG,
     TRANSFORMERS,
+    VLLM,
     Config,
     Family,
     Fields,
@@ -40,7 +41,7 @@ FAMILY = Family(
     sources={"qwen3": Pair()},
     tensors={f"{_MOE}.gate.weight": router, **experts(_MOE)},
     fields=_fields,
-    engines=(TRANSFORMERS, SGLANG, LLAMA_CPP, MLX),
+    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX),
     dense="any",
     renormalizes=False,
 )
