@@ -151,6 +151,13 @@ FAULTS = (
         "drops attention biases",
         ("llama attention_bias",),
     ),
+    Fault(
+        SGLANG_LOADER,
+        ("granitemoe",),
+        "srt/models/granitemoe.py:252",
+        "drops attention biases",
+        ("llama attention_bias",),
+    ),
     Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
     Fault(MLX, ("qwen2_moe",), "mlx_lm/models/qwen2_moe.py:135", "does not renormalize (`norm_topk_prob`)"),
 )
