@@ -25,7 +25,8 @@ _MIXED = ["sliding_attention", "full_attention"] * (_LAYERS // 2)
 _WINDOW = {"use_sliding_window": True, "sliding_window": 5, "layer_types": _MIXED}
 _PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 _GRANITE = {"embedding_multiplier": 3.0, "attention_multiplier": 0.4, "residual_multiplier": 0.7, "logits_scaling": 2.0}
-_MLA = {"kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8,
+# Four times as large, what vLLM's kernel has on CPUs: 512 latent dimensions and 64 that rotate.
+_MLA = {"kv_lora_rank": 128, "q_lora_rank": 12, "qk_rope_head_dim": 16, "v_head_dim": 8, "qk_nope_head_dim": 8,
         "num_key_value_heads": 4, "tie_word_embeddings": False}  # fmt: skip
 _LINEAR = {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
            "linear_num_value_heads": 4}  # fmt: skip
@@ -37,8 +38,9 @@ _HYBRID = {**_GRANITE, "num_local_experts": 0, "shared_intermediate_size": 48, "
 _HYBRID_FFN = {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "head_dim": 8,
                "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1,
                "chunk_size": 8}  # fmt: skip
-_GEMMA4 = {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 101,
-           "layer_types": _MIXED, "sliding_window": 5}  # fmt: skip
+_LAYERS_WORDS = "vocab_size_per_layer_input"  # as many as the model has
+_GEMMA4 = {"head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8, _LAYERS_WORDS: 0,
+           "layer_types": _MIXED, "sliding_window": 5, "final_logit_softcapping": 30.0}  # fmt: skip
 
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -99,8 +101,8 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
 _SIZE, _PER_DIMENSION = re.compile(r"_size|_dim|_rank|_d_head"), re.compile(r"(short|long)_factor")
 
 
-def build(name: str, scale: int = 1, **fields: int) -> nn.Module:
-    """Build a model whose logits depend on every weight: norms and biases are random too.
+def config_of(name: str, scale: int = 1, **fields: int) -> Any:
+    """Return the config of a model.
 
     Args:
         name: One of `SOURCES`.
@@ -108,10 +110,17 @@ def build(name: str, scale: int = 1, **fields: int) -> nn.Module:
         fields: Fields of the config that are otherwise.
     """
     model_type, special = SOURCES[name]
-    config = transformers.AutoConfig.for_model(model_type, **{**_scaled({**_SIZES, **special}, scale), **fields})
+    sizes = {**_scaled({**_SIZES, **special}, scale), **fields}
+    if _LAYERS_WORDS in sizes:
+        sizes[_LAYERS_WORDS] = sizes["vocab_size"]
+    return transformers.AutoConfig.for_model(model_type, **sizes)
+
+
+def build(name: str, scale: int = 1, **fields: int) -> nn.Module:
+    """Build a model whose logits depend on every weight: norms and biases are random too. See `config_of`."""
     torch.manual_seed(0)
     auto: Any = transformers.AutoModelForCausalLM
-    model: nn.Module = auto.from_config(config).eval()
+    model: nn.Module = auto.from_config(config_of(name, scale, **fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -20,6 +20,15 @@ def _rotary_share(config: Config) -> float:
     return float(parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
 
 
+def _rope_type(config: Config) -> str:
+    return str((config.get("rope_parameters") or {}).get("rope_type", "default"))
+
+
+def _slides(config: Config) -> bool:
+    """Whether some layer has a window, if the config says how long it is."""
+    return "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
+
+
 LANGUAGE_MODEL = Condition(
     lambda config: all(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ()),
     "its architecture is not a language model (…ForCausalLM), and that is what the format holds",
@@ -49,8 +58,24 @@ WHOLE_ROTARY = Condition(
     "it rotates only a part of each head (partial_rotary_factor), which the format cannot say",
 )
 PLAIN_ROPE = Condition(
-    lambda config: (config.get("rope_parameters") or {}).get("rope_type", "default") == "default",
+    lambda config: _rope_type(config) == "default",
     "it scales its rotary positions (rope_type), which the format cannot say",
 )
 SILU = equal("hidden_act", "silu", "it computes silu there")
 CAUSAL = equal("use_bidirectional_attention", None, "the format has causal attention only")
+
+# What engines do with settings that a format can say: notes.
+MLX_SCALES = Condition(PLAIN_ROPE.holds, "mlx-lm ignores rope scaling in this format")
+LLAMA_CPP_SCALES = Condition(
+    lambda config: _rope_type(config) not in {"llama3", "longrope"},
+    "llama.cpp ignores the rope scaling of Llama 3 and of long-context Phi in this format",
+)
+CONVERTER_SCALES = Condition(
+    lambda config: _rope_type(config) != "longrope",
+    "llama.cpp's converter leaves out the rope scaling of long-context Phi: write a .gguf file instead",
+)
+ROTARY_KERNEL = "vLLM turns its queries and keys otherwise on CPUs; on GPUs it was not run"
+NO_WINDOW = Condition(
+    lambda config: not config.get("sliding_window") or not _slides(config),
+    "llama.cpp and mlx-lm ignore sliding windows in this format",
+)

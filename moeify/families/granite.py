@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moeify.families.attention import HALVES_TO_PAIRS
 from moeify.families.base import (
     DOWN,
@@ -17,7 +19,7 @@ from moeify.families.base import (
     head_dim,
     router,
 )
-from moeify.families.conditions import SILU
+from moeify.families.conditions import NO_ATTENTION_BIAS, SILU
 from moeify.plan import Plan
 
 
@@ -70,4 +72,5 @@ _SHARED = Rewrite(
         r"blk.\1.ffn_up_shexp.weight": lambda tensor, config: tensor.chunk(2)[1],
     },
 )
+BIASES = replace(NO_ATTENTION_BIAS, otherwise="vLLM and SGLang drop the attention biases in this format")
 GRANITE_GGUF = Gguf("granitemoe", granite_keys, (*HALVES_TO_PAIRS, _SHARED), (SILU,), ropes=ROPES_WITH_FACTORS)

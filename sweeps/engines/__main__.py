@@ -6,7 +6,7 @@
     python -m sweeps.engines --family mixtral           one family
     python -m sweeps.engines --page                     only writes the page
 
-Each engine runs in the environment that holds it, in a process for each source. What ends that process costs its
+Each engine runs in the environment that holds it, in a process for some sources. What ends that process costs its
 checkpoint alone.
 """
 
@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from sweeps.models import DOCS
 
 ROOT = DOCS.parent
 SECONDS = 900  # for one checkpoint
+TOGETHER = 6  # sources: an engine's imports take longer than a checkpoint
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,15 @@ def run(engine: Engine, environments: Path, folders: list[Path]) -> dict[str, di
     return found
 
 
-def run_source(name: str, given: argparse.Namespace) -> None:
-    """Run the engines that are asked for on one source, and keep what came of each."""
+def run_sources(names: Sequence[str], given: argparse.Namespace) -> None:
+    """Run the engines that are asked for on some sources, and keep what came of each."""
     with tempfile.TemporaryDirectory(dir=given.room) as room:
-        prepared = prepare(name, Path(room), set(given.family or ()))
+        rooms = {name: Path(room, str(number)) for number, name in enumerate(names)}
+        prepared = [place for name in names for place in prepare(name, rooms[name], set(given.family or ()))]
         for engine in given.engine or ENGINES:
             wanted = [place for place in prepared if engine not in ONE_SOURCE or _is_first(place, engine)]
             told = run(ENGINES[engine], given.environments, [place.folder for place in wanted])
-            rows = [_row(engine, family, wanted, told) for family in dict.fromkeys(place.family for place in wanted)]
+            rows = [_row(engine, pair, wanted, told) for pair in dict.fromkeys(map(_pair, wanted))]
             keep(rows)
             for row in rows:
                 print(row.source, row.family, row.engine, row.result, row.copies, row.differing, row.why, sep=" | ",
@@ -101,9 +104,13 @@ def _is_first(place: Prepared, engine: str) -> bool:
     return {row.source for row in read_record() if (row.family, row.engine) == (place.family, engine)} <= {place.source}
 
 
-def _row(engine: str, family: str, wanted: list[Prepared], told: dict[str, dict[str, object]]) -> Row:
-    places = [place for place in wanted if place.family == family]
-    return judged((places[0].source, family, engine), {place.kind: told[str(place.folder)] for place in places})
+def _pair(place: Prepared) -> tuple[str, str]:
+    return place.source, place.family
+
+
+def _row(engine: str, pair: tuple[str, str], wanted: list[Prepared], told: dict[str, dict[str, object]]) -> Row:
+    places = [place for place in wanted if _pair(place) == pair]
+    return judged((*pair, engine), {place.kind: told[str(place.folder)] for place in places})
 
 
 def main() -> None:
@@ -113,11 +120,12 @@ def main() -> None:
     parser.add_argument("--source", nargs="*", choices=SOURCES)
     parser.add_argument("--family", nargs="*")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-engines")
-    parser.add_argument("--room", type=Path, help="where the checkpoints of one source lie: 2 GB")
+    parser.add_argument("--room", type=Path, help="where the checkpoints of some sources lie: 6 GB")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
-    for name in () if given.page else given.source or SOURCES:
-        run_source(name, given)
+    names = [] if given.page else list(given.source or SOURCES)
+    for start in range(0, len(names), TOGETHER):
+        run_sources(names[start : start + TOGETHER], given)
     PAGE.write_text(table(read_record()))
 
 

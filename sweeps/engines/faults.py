@@ -27,6 +27,7 @@ class Fault:
     sources: tuple[str, ...] = ()
 
 
+_SCALED = ("llama llama3 rope", "phi3 longrope")
 FAULTS = (
     Fault(
         SGLANG_LOADER,
@@ -56,6 +57,12 @@ FAULTS = (
     ),
     Fault(
         VLLM,
+        ("deepseek_v3",),
+        "vllm/model_executor/layers/mla.py:228",
+        "gives its rotary kernel for CPUs queries with a dimension for heads, which that turns otherwise",
+    ),
+    Fault(
+        VLLM,
         ("cohere2_moe",),
         "vllm/model_executor/models/cohere2_moe.py:213",
         "has windows that are one token wider than transformers', as for dense Cohere 2",
@@ -63,8 +70,8 @@ FAULTS = (
     Fault(
         VLLM,
         ("qwen3_5_moe_text",),
-        "vllm/model_executor/models/qwen3_5.py",
-        "imports what loads images, for which no torchvision fits the build for CPUs",
+        "vllm/model_executor/layers/mamba/ops/cpu/gdn_attention.py:158",
+        "has linear attention in bfloat16 only on CPUs",
     ),
     Fault(
         VLLM,
@@ -72,8 +79,85 @@ FAULTS = (
         "vllm/model_executor/layers/fused_moe/config.py:1403",
         "has experts without a gate on GPUs only",
     ),
-    Fault(LLAMA_CPP, ("ernie4_5_moe",), "conversion/ernie.py:23", "its converter takes ERNIE's own tokenizer only"),
-    Fault(LLAMA_CPP, ("solar_open",), "conversion/glm.py:402", "its converter takes Solar's own tokenizer only"),
+    Fault(VLLM, ("gpt_oss",), "vllm/model_executor/models/gpt_oss.py:117", "wants YaRN's factor in every GPT-OSS"),
+    Fault(MLX, ("gpt_oss",), "mlx_lm/models/gpt_oss.py:180", "wants a layer with a window in every GPT-OSS"),
+    Fault(
+        LLAMA_CPP,
+        ("gpt_oss",),
+        "src/models/openai-moe.cpp:49",
+        "wants attention biases in every GPT-OSS",
+    ),
+    Fault(
+        LLAMA_CPP,
+        ("hunyuan_v1_moe",),
+        "conversion/hunyuan.py:33",
+        "its converter takes HunYuan's own tokenizer and lists only, which vLLM does not (a .gguf file by moeify runs)",
+    ),
+    Fault(LLAMA_CPP, ("dots1",), "src/models/dots1.cpp:34", "has as many key heads as query heads"),
+    Fault(
+        LLAMA_CPP,
+        ("gemma4_text",),
+        "ggml/src/ggml-cpu/vec.h:1446",
+        "looks GELU up in a table of float16 on CPUs, as for the dense model",
+    ),
+    Fault(
+        SGLANG_LOADER,
+        ("gemma4_text",),
+        "srt/utils/hf_transformers/config.py:311",
+        "has heads of two sizes for a Gemma 4 that sees, not for its text part alone",
+    ),
+    Fault(
+        LLAMA_CPP,
+        ("mixtral",),
+        "src/models/llama.cpp:119",
+        "has no windows, as for dense Mistral and Phi",
+        ("mistral window",),
+    ),
+    Fault(
+        LLAMA_CPP,
+        ("mixtral", "glm4_moe"),
+        "conversion/base.py:1484",
+        "writes no factors of the rotary frequencies (a .gguf file by moeify has them for Mixtral)",
+        ("phi3 longrope",),
+    ),
+    Fault(
+        LLAMA_CPP,
+        ("granitemoe",),
+        "conversion/llama.py:326",
+        "makes factors of the rotary frequencies, which its GGUF library does not take for Granite's MoE",
+        ("llama llama3 rope",),
+    ),
+    Fault(
+        LLAMA_CPP,
+        ("glm4_moe",),
+        "conversion/base.py:1490",
+        "writes factors of the rotary frequencies for some formats only",
+        ("llama llama3 rope",),
+    ),
+    Fault(
+        MLX,
+        ("mixtral",),
+        "mlx_lm/models/mixtral.py:176",
+        "has no windows, as for dense Mistral",
+        ("mistral window",),
+    ),
+    Fault(MLX, ("mixtral",), "mlx_lm/models/mixtral.py:59", "ignores rope scaling", _SCALED),
+    Fault(MLX, ("glm4_moe",), "mlx_lm/models/glm4_moe.py:68", "ignores rope scaling", _SCALED),
+    Fault(MLX, ("dots1",), "mlx_lm/models/dots1.py:267", "has no windows", ("qwen3 window",)),
+    Fault(
+        VLLM,
+        ("granitemoe",),
+        "vllm/model_executor/models/granitemoe.py:184",
+        "drops attention biases",
+        ("llama attention_bias",),
+    ),
+    Fault(
+        SGLANG_LOADER,
+        ("granitemoe",),
+        "srt/models/granitemoe.py:252",
+        "drops attention biases",
+        ("llama attention_bias",),
+    ),
     Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
     Fault(MLX, ("qwen2_moe",), "mlx_lm/models/qwen2_moe.py:135", "does not renormalize (`norm_topk_prob`)"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from moeify.families.table import FAMILIES
 from sweeps.engines.faults import fault_of
@@ -12,13 +12,13 @@ from sweeps.models import DOCS
 
 PAGE = DOCS / "engines.md"
 LONGEST = 160  # characters of what an engine says
+FEW = 2  # sources that a cell names
 
 
 def table(rows: Sequence[Row]) -> str:
     """Return the page."""
     known = [engine for engine in ENGINES if any(row.engine == engine for row in rows)]
     versions = {row.engine: row.version for row in rows if row.version}
-    wrong = [row for row in rows if row.result in {WRONG, REFUSED}]
     lines = [
         "# Engines",
         "",
@@ -27,8 +27,9 @@ def table(rows: Sequence[Row]) -> str:
         "model's in transformers, with experts that differ with those of the same checkpoint in transformers (of",
         f"{', '.join(WIDE)} in float64, from which its float32 is 1.6e-5 away). A number is the largest difference,",
         f"relative to the largest logit; up to 1e-5 is {RIGHT}. vLLM says the 20 largest",
-        "logits of each position; llama.cpp runs what its own converter makes; onnxruntime-genai runs the folder that",
-        "`moeify export` writes. SGLang's kernels need a GPU: its loader alone is run, and its number is the relative",
+        "logits of each position; llama.cpp runs what its own converter makes, with tokenizers that it takes;",
+        "onnxruntime-genai runs the folder that `moeify export` writes. SGLang's kernels need a GPU: its loader alone",
+        "is run, and its number is the relative",
         "difference of the sums of squares of what it loaded and what is stored; no weight may stay unwritten.",
         "`make engines` runs all and writes this page from docs/engines.json.",
         "",
@@ -40,16 +41,17 @@ def table(rows: Sequence[Row]) -> str:
         "",
         "## Not right",
         "",
-        "| engine | family | source | what came of it | where |",
+        "| engine | family | from | what came of it | where |",
         "|---|---|---|---|---|",
-        *(f"| {row.engine} | {row.family} | {row.source} | {_came(row)} | {_where(row)} |" for row in wrong),
+        *_faults(rows),
         "",
         "## Measured",
         "",
-        "| family | source | engine | copies | differing |",
-        "|---|---|---|--:|--:|",
-        *(f"| {row.family} | {row.source} | {row.engine} | {_number(row.copies)} | {_number(row.differing)} |"
-          for row in rows if row.result in {RIGHT, WRONG} and row.engine != SGLANG_LOADER),
+        "Copies / differing; of SGLang's loader whether it is right. A dash was not run.",
+        "",
+        f"| family | source | {' | '.join(known)} |",
+        f"|---|---|{'---|' * len(known)}",
+        *_measured(rows, known),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -64,15 +66,30 @@ def cell(rows: Sequence[Row], family: str, engine: str) -> str:
         parts.append(f"{RIGHT}{f', {max(numbers):.1e}' if numbers else ''}")
     for result in (WRONG, REFUSED):
         if found[result]:
-            sources = f" from {', '.join(row.source for row in found[result])}" if right else ""
-            parts.append(f"**{result}**{sources}")
+            sources = [row.source for row in found[result]]
+            named = ", ".join(sources) if len(sources) <= FEW else f"{len(sources)} sources"
+            parts.append(f"**{result}**{f' from {named}' if right else ''}")
     return "; ".join(parts) or (UNKNOWN if found[UNKNOWN] else "not run")
 
 
-def _came(row: Row) -> str:
-    numbers = f"{_number(row.copies)}, {_number(row.differing)}"
-    said = row.why if len(row.why) <= LONGEST else f"{row.why[:LONGEST]}…"
-    return (said or f"{row.result}: {numbers}").replace("|", "\\|").replace("<", "&lt;")
+def _faults(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a line for what each engine does with a family for one reason."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.result in {WRONG, REFUSED}:
+            groups.setdefault((row.engine, row.family, _where(row)), []).append(row)
+    for (engine, family, where), alike in groups.items():
+        yield f"| {engine} | {family} | {', '.join(row.source for row in alike)} | {_came(alike)} | {where} |"
+
+
+def _came(alike: Sequence[Row]) -> str:
+    """Return what an engine says, or the largest differences."""
+    said = next((row.why for row in alike if row.why), "")
+    said = said if len(said) <= LONGEST else f"{said[:LONGEST]}…"
+    numbers = [[value for value in column if value is not None] for column in
+               zip(*((row.copies, row.differing) for row in alike), strict=True)]  # fmt: skip
+    worst = ", ".join(_number(max(column, default=None)) for column in numbers)
+    return (said or f"{alike[0].result}: {worst}").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _where(row: Row) -> str:
@@ -80,5 +97,22 @@ def _where(row: Row) -> str:
     return f"{fault.where}: {fault.what}" if fault else ""
 
 
+def _measured(rows: Sequence[Row], known: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each family and source."""
+    places = {(row.family, row.source, row.engine): row for row in rows}
+    for family, source in dict.fromkeys((row.family, row.source) for row in rows):
+        told = (_told(places.get((family, source, engine))) for engine in known)
+        yield f"| {family} | {source} | {' | '.join(told)} |"
+
+
+def _told(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    if row.result in {UNKNOWN, REFUSED} or row.engine == SGLANG_LOADER:
+        return row.result
+    numbers = f"{_number(row.copies)} / {_number(row.differing)}"
+    return numbers if row.result == RIGHT else f"**{numbers}**"
+
+
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"
+    return "NaN" if value is None else f"{value:.1e}"

@@ -1,7 +1,6 @@
 """What engines are given: checkpoints of every native family, with experts that are copies and that differ.
 
-The models are random and as small as engines allow: heads of 32 dimensions and more. Their tokenizer is SmolLM2's, as
-moeify writes it from a GGUF file, with the words that llama.cpp's converter looks for in those of GLM and Solar.
+The models are random and as small as engines allow: heads of 32 dimensions and more.
 """
 
 from __future__ import annotations
@@ -15,19 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeify.cli.demo import model_file
 from moeify.errors import RefusedError
 from moeify.families.table import FAMILIES
-from moeify.pretrained import load_tokenizer, save_tokenizer
 from sweeps.dense_sources import SOURCES, build
+from sweeps.engines import tokenizers
 from sweeps.engines.program import EXPECTED, MODEL, TOKENS
 from sweeps.families import NOISE, Measured, load_stock
 
 SCALE = 4
 # Sources whose logits are computed in float64: those that transformers computes in float32 are 1.6e-5 away from them.
 WIDE = ("qwen3_5_text",)
-VOCABULARY = 49_160  # SmolLM2's 49,152, and room for the words below
-CONVERTER_WORDS = ["[gMASK]", "<|user|>", "<|observation|>", "<unk>", "<|startoftext|>"]  # of GLM and Solar
 KINDS = {"copies": replace(NOISE, method="copy"), "differing": NOISE}
 
 
@@ -50,11 +46,9 @@ class Prepared:
 
 def prepare(name: str, room: Path, families: set[str]) -> list[Prepared]:
     """Write a source in each family that it fits, and the logits that engines must give."""
-    dense = build(name, SCALE, vocab_size=VOCABULARY)
-    (room / "src").mkdir()
-    words = load_tokenizer(model_file())
-    words.add_special_tokens({"additional_special_tokens": CONVERTER_WORDS})
-    save_tokenizer(words, room / "src")
+    dense = build(name, SCALE, vocab_size=tokenizers.VOCABULARY)
+    (room / "src").mkdir(parents=True)
+    tokenizers.write(room / "src")
     source, found = Measured(dense, room), []
     wide = name in WIDE
     np.save(room / EXPECTED, _logits(dense, wide=wide))
@@ -67,6 +61,7 @@ def prepare(name: str, room: Path, families: set[str]) -> list[Prepared]:
                 continue
             place.folder.mkdir(parents=True)
             (room / "dst").rename(place.folder / MODEL)
+            tokenizers.suit(place.folder / MODEL, family)
             if kind == "copies":
                 os.link(room / EXPECTED, place.folder / EXPECTED)
             else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,14 @@ def outcome(measure: Callable[[Path], float | None], folder: Path) -> dict[str, 
 
 
 def said(error: Exception) -> str:
-    """Return an error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+    """Return an error in one line, with the line of the package that raised it."""
+    words = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+    first: BaseException = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    frame = traceback.extract_tb(first.__traceback__)[-1]
+    _, installed, file = frame.filename.rpartition("site-packages/")
+    return f"{words} ({file}:{frame.lineno})" if installed else words
 
 
 def main(measure: Callable[[Path], float | None], version: str) -> None:

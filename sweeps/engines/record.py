@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ MOST = 1e-5  # relative difference of a logit
 GENAI, OLDER, SGLANG_LOADER = "onnxruntime-genai", "transformers 4", "SGLang's loader"
 ENGINES = (VLLM, LLAMA_CPP, MLX, OLDER, GENAI, SGLANG_LOADER)
 # What an engine says of a model type that it does not have.
-_UNKNOWN = ("does not recognize this architecture", "not supported")
+_UNKNOWN = re.compile(
+    r"does not recognize this architecture|Model type \S+ not supported|ForCausalLM\b.* not supported"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def judged(place: tuple[str, str, str], outcomes: dict[str, dict[str, object]]) 
     right = all(value is not None and value <= MOST for value in numbers.values())
     result = RIGHT if right else WRONG
     if said:
-        result = UNKNOWN if any(words in said for words in _UNKNOWN) else REFUSED
+        result = UNKNOWN if _UNKNOWN.search(said) else REFUSED
     why = said or ("" if None not in numbers.values() else "NaN")
     version = next(str(told.get("version", "")) for told in outcomes.values())
     return Row(*place, version, result, numbers.get("copies"), numbers.get("differing"), why)

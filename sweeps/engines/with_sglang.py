@@ -1,46 +1,28 @@
 """SGLang's loader: its kernels need a GPU, but its models are built, and their weights loaded, without one.
 
 Every weight is no number before. What the loader leaves so, an engine would run with; what it passes over is missing
-in the sum of squares. Packages that SGLang imports and that loading does not use are stand-ins.
+in the sum of squares. Packages that loading does not use have stand-ins.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
 
 from sweeps.engines.program import MODEL, main
+from sweeps.engines.stand_ins import StandIns
 
-UNUSED = {"orjson", "IPython", "torchvision", "gguf", "flashinfer", "sgl_kernel"}
-
-
-class StandIns(MetaPathFinder, Loader):
-    """What is found last: modules of packages that are not installed and not used."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Find a module of such a package."""
-        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in UNUSED else None
-
-    def create_module(self, spec: ModuleSpec) -> Any:
-        """Return something that has every name."""
-        return MagicMock(name=spec.name, __path__=[], __spec__=spec, __version__="99.0")
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Do nothing."""
+UNUSED = ("orjson", "IPython", "torchvision", "gguf", "flashinfer", "sgl_kernel")
 
 
 def start() -> None:
     """Let SGLang believe that it serves a model on one CPU."""
-    sys.meta_path.append(StandIns())
+    sys.meta_path.append(StandIns(UNUSED))
     context: Any = import_module("sglang.srt.runtime_context")
     arguments = context.get_context().override_server_args(device="cpu").install()
     context.publish(arguments, role="scheduler", ranks=context.SpawnRanks(world_rank=0, gpu_id=0))

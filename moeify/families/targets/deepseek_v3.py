@@ -19,7 +19,7 @@ from moeify.families.base import (
     Pair,
     Rewrite,
 )
-from moeify.families.conditions import NO_MLP_BIAS, equal
+from moeify.families.conditions import NO_MLP_BIAS, ROTARY_KERNEL, always, equal
 from moeify.families.sigmoid import OPTIONS, sigmoid_fields, sigmoid_keys, sigmoid_tensors
 
 
@@ -66,6 +66,7 @@ FAMILY = Family(
     options=OPTIONS,
     renormalizes=False,
     shared=True,
+    notes=(always(ROTARY_KERNEL),),
     gguf=Gguf(
         "deepseek2",
         _keys,

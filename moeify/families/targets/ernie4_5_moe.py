@@ -28,7 +28,7 @@ from moeify.families.base import (
     selection_bias,
     shared_expert,
 )
-from moeify.families.conditions import NO_ATTENTION_BIAS, NO_MLP_BIAS, WHOLE_ROTARY, equal
+from moeify.families.conditions import LLAMA_CPP_SCALES, MLX_SCALES, NO_ATTENTION_BIAS, NO_MLP_BIAS, WHOLE_ROTARY, equal
 from moeify.plan import Plan, Site
 
 _MOE = "model.layers.{layer}.mlp"
@@ -65,6 +65,10 @@ def _keys(config: Config) -> Fields:
     }
 
 
+_OWN_TOKENIZER = Condition(
+    lambda config: config["model_type"].startswith("ernie4_5"),
+    "llama.cpp's converter takes ERNIE's own tokenizer only: write a .gguf file instead",
+)
 _TO_THE_END = Condition(
     lambda config: config["moe_layer_end_index"] + 1 == config["num_hidden_layers"],
     "only the first layers can stay dense there",
@@ -90,5 +94,6 @@ FAMILY = Family(
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA),
     dense="outer",
     shared=True,
+    notes=(_OWN_TOKENIZER, LLAMA_CPP_SCALES, MLX_SCALES),
     gguf=Gguf("ernie4_5-moe", _keys, conditions=(_TO_THE_END,)),
 )

@@ -1,6 +1,6 @@
 """FlexOlmo: norms after attention and FFN, and of whole q and k."""
 
-from moeify.families.base import TRANSFORMERS, Family, Pair, expert_size, experts, router
+from moeify.families.base import TRANSFORMERS, VLLM, Family, Pair, expert_size, experts, router
 from moeify.families.conditions import FULL_ATTENTION, PLAIN_HEAD_DIM
 
 _MOE = "model.layers.{layer}.mlp"
@@ -24,6 +24,6 @@ FAMILY = Family(
         "router_aux_loss_coef": plan.config.aux_loss,
         "output_router_logits": False,
     },
-    engines=(TRANSFORMERS,),
+    engines=(TRANSFORMERS, VLLM),
     renormalizes=False,
 )

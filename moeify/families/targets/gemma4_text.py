@@ -16,7 +16,6 @@ from moeify.families.base import (
     GATE_UP,
     LLAMA_CPP,
     MLX,
-    SGLANG,
     TRANSFORMERS,
     TRT,
     VLLM,
@@ -34,7 +33,7 @@ from moeify.families.base import (
     router,
     shared_expert,
 )
-from moeify.families.conditions import equal
+from moeify.families.conditions import always, equal
 from moeify.families.gated import IDLE
 from moeify.plan import Site
 
@@ -44,6 +43,17 @@ _NORM = r"(model\.layers\.\d+)\.pre_feedforward_layernorm\.weight"
 
 def _ones(config: Config) -> Tensor:
     return torch.ones(config["hidden_size"])
+
+
+def _wide_heads(config: Config) -> Fields:
+    """Say in the hub's words, which mlx-lm reads, how large the heads of full attention are."""
+    layers = config.get("per_layer_config") or {}
+    overridden = (layers[key] for key in layers if config["layer_types"][int(key)] == "full_attention")
+    full: Config = next(overridden, {})
+    return {
+        "global_head_dim": full.get("head_dim", config["head_dim"]),
+        "num_global_key_value_heads": full.get("num_key_value_heads"),
+    }
 
 
 def _no_scale(name: str, site: Site, config: MoEConfig) -> StartValue:
@@ -124,6 +134,7 @@ FAMILY = Family(
             ),
             added={f"{_LAYER}.post_feedforward_layernorm_{number}.weight": _ones for number in (1, 2)},
             activation="gelu_tanh",
+            fields=_wide_heads,
         )
     },
     tensors={
@@ -140,7 +151,8 @@ FAMILY = Family(
         "moe_intermediate_size": expert_size(plan),
         "intermediate_size": IDLE,
     },
-    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, TRT),
+    engines=(TRANSFORMERS, VLLM, LLAMA_CPP, MLX, TRT),
+    notes=(always("llama.cpp computes GELU with half precision on CPUs, as for dense Gemma 4"),),
     gguf=Gguf(
         "gemma4",
         _keys,

@@ -7,6 +7,8 @@ from moeify.families.attention import PAIRS_TO_HALVES, SPLIT_GATE_UP, SPLIT_QKV,
 from moeify.families.base import EXLLAMA, MLX, SGLANG, TRANSFORMERS, TRT, VLLM, Family, Pair, head_dim
 from moeify.families.conditions import (
     FULL_ATTENTION,
+    LLAMA_CPP_SCALES,
+    MLX_SCALES,
     NO_ATTENTION_BIAS,
     NO_MLP_BIAS,
     NO_OUTPUT_BIAS,
@@ -44,6 +46,10 @@ FAMILY = Family(
     renormalizes=False,
     shared=True,
     untied=True,
-    notes=(always("llama.cpp's converter takes GLM's own tokenizer only: write a .gguf file instead"),),
+    notes=(
+        always("llama.cpp's converter takes GLM's own tokenizer only: write a .gguf file instead"),
+        LLAMA_CPP_SCALES,
+        MLX_SCALES,
+    ),
     gguf=GLM4_GGUF,
 )

@@ -13,13 +13,7 @@ from moeify.config import MoEConfig
 from moeify.config.contracts import StartValue
 from moeify.families.attention import no_sinks, zero_biases
 from moeify.families.base import (
-    EXLLAMA,
-    LLAMA_CPP,
-    MLX,
-    SGLANG,
     TRANSFORMERS,
-    TRT,
-    VLLM,
     Config,
     ExpertWeight,
     Family,
@@ -117,7 +111,7 @@ FAMILY = Family(
         "router_aux_loss_coef": plan.config.aux_loss,
         "output_router_logits": False,
     },
-    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA, TRT),
+    engines=(TRANSFORMERS,),
     untied=True,
     gguf=Gguf(
         "gpt-oss",

@@ -11,7 +11,7 @@ from moeify.families.base import (
     expert_size,
 )
 from moeify.families.conditions import NO_MLP_BIAS, PLAIN_HEAD_DIM, WHOLE_ROTARY
-from moeify.families.granite import GRANITE_GGUF, granite_fields, granite_shared, granite_tensors
+from moeify.families.granite import BIASES, GRANITE_GGUF, granite_fields, granite_shared, granite_tensors
 
 FAMILY = Family(
     model_type="granitemoeshared",
@@ -30,5 +30,6 @@ FAMILY = Family(
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP),
     shared=True,
+    notes=(BIASES,),
     gguf=GRANITE_GGUF,
 )

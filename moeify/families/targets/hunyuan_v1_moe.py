@@ -1,10 +1,10 @@
 """HunYuan MoE: norms of q and k after the rotation, and one shared FFN."""
 
 from moeify.families.base import (
-    LLAMA_CPP,
     SGLANG,
     TRANSFORMERS,
     TRT,
+    VLLM,
     Family,
     Gguf,
     Pair,
@@ -13,6 +13,7 @@ from moeify.families.base import (
     router,
     shared_expert,
 )
+from moeify.families.conditions import always
 
 _MOE = "model.layers.{layer}.mlp"
 
@@ -31,7 +32,8 @@ FAMILY = Family(
         "moe_intermediate_size": expert_size(plan),
         "output_router_logits": False,
     },
-    engines=(TRANSFORMERS, SGLANG, LLAMA_CPP, TRT),
+    engines=(TRANSFORMERS, VLLM, SGLANG, TRT),
+    notes=(always("llama.cpp's converter takes HunYuan's own tokenizer and lists only: write a .gguf file instead"),),
     gguf=Gguf(
         "hunyuan-moe",
         lambda config: {

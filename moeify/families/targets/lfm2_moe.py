@@ -21,7 +21,7 @@ from moeify.families.base import (
     router,
     selection_bias,
 )
-from moeify.families.conditions import always, equal
+from moeify.families.conditions import ROTARY_KERNEL, always, equal
 from moeify.families.hybrid import attends
 
 _MOE = "model.layers.{layer}.feed_forward"
@@ -70,7 +70,7 @@ FAMILY = Family(
     router="sigmoid",
     options=frozenset({"routed_scaling_factor"}),
     renormalizes=False,
-    notes=(always("vLLM turns its queries and keys otherwise on CPUs; on GPUs it was not run"),),
+    notes=(always(ROTARY_KERNEL),),
     gguf=Gguf(
         "lfm2moe",
         _keys,

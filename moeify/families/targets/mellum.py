@@ -7,6 +7,7 @@ from moeify.families.base import (
     MLX,
     SGLANG,
     TRANSFORMERS,
+    VLLM,
     Config,
     Family,
     Fields,
@@ -27,6 +28,7 @@ def _fields(plan: Plan, config: Config) -> Fields:
         **qwen_fields(plan),
         "num_local_experts": plan.config.experts,
         "norm_topk_prob": plan.config.renormalize,
+        "num_nextn_predict_layers": 0,  # vLLM adds it up, and transformers' default is null
         "mlp_layer_types": ["dense" if i in dense else "sparse" for i in range(config["num_hidden_layers"])],
         "layer_types": config["layer_types"],
         "rope_parameters": {kind: rope for kind in ("full_attention", "sliding_attention")},
@@ -39,7 +41,7 @@ FAMILY = Family(
     sources={"qwen3": Pair()},
     tensors={f"{_MOE}.gate.weight": router, **experts(_MOE)},
     fields=_fields,
-    engines=(TRANSFORMERS, SGLANG, LLAMA_CPP, MLX),
+    engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX),
     dense="any",
     renormalizes=False,
 )

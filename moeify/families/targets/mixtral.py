@@ -24,11 +24,13 @@ from moeify.families.base import (
 from moeify.families.conditions import (
     ALL_ROTATE,
     CAUSAL,
+    CONVERTER_SCALES,
+    MLX_SCALES,
     NO_ATTENTION_BIAS,
     NO_MLP_BIAS,
+    NO_WINDOW,
     ONE_WINDOW,
     PLAIN_HEAD_DIM,
-    PLAIN_ROPE,
     SILU,
     WHOLE_ROTARY,
 )
@@ -68,7 +70,9 @@ FAMILY = Family(
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA, TRT),
     untied=True,
     notes=(
-        replace(PLAIN_ROPE, otherwise="mlx-lm's Mixtral ignores rope scaling"),
+        MLX_SCALES,
+        CONVERTER_SCALES,
+        NO_WINDOW,
         replace(PLAIN_HEAD_DIM, otherwise="mlx-lm's Mixtral has no head_dim but hidden_size / num_attention_heads"),
     ),
     gguf=Gguf(

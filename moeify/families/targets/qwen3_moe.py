@@ -16,7 +16,7 @@ from moeify.families.base import (
     qwen_fields,
     router,
 )
-from moeify.families.conditions import FULL_ATTENTION
+from moeify.families.conditions import FULL_ATTENTION, MLX_SCALES
 
 _MOE = "model.layers.{layer}.mlp"
 
@@ -36,5 +36,6 @@ FAMILY = Family(
     dense="any",
     renormalizes=False,
     untied=True,
+    notes=(MLX_SCALES,),
     gguf=Gguf("qwen3moe", lambda config: {"expert_feed_forward_length": config["moe_intermediate_size"]}),
 )

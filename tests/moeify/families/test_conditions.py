@@ -17,7 +17,7 @@ def test_every_condition_tells_two_configs_apart() -> None:
         "architectures": ["LlamaModel"], "attention_bias": True, "mlp_bias": True, "sliding_window": 4, "head_dim": 16,
         "layer_types": ["sliding_attention", "full_attention"], "no_rope_layers": [1, 0],
         "use_bidirectional_attention": True, "hidden_act": "gelu",
-        "rope_parameters": {"rope_type": "linear", "partial_rotary_factor": 0.5},
+        "rope_parameters": {"rope_type": "longrope", "partial_rotary_factor": 0.5},
     }  # fmt: skip
     for name, condition in vars(conditions).items():
         if isinstance(condition, Condition):

@@ -73,3 +73,15 @@ def test_the_size_of_a_head_is_written_for_engines_that_have_no_default() -> Non
 def test_rotary_settings_for_each_kind_of_layer_have_no_older_form() -> None:
     data = config_for("mellum", "qwen3")
     assert data["rope_parameters"].keys() == {"full_attention", "sliding_attention"} and "rope_scaling" not in data
+
+
+def test_llama_cpp_is_told_which_layers_rotate_and_gets_a_window_that_spans_all() -> None:
+    data = config_for("granitemoe_swa", "llama", no_rope_layers=[1, 0, 1])
+    assert data["no_rope_layers"] == [1, 0, 1] and data["layer_rope_theta"] == [1e4, 0, 1e4]
+    assert data["layer_types"] == ["sliding_attention"] * 3 and data["sliding_window"] == 2048
+
+
+def test_heads_of_two_sizes_are_said_in_the_words_of_the_hub() -> None:
+    config = tiny.tf.Gemma4TextConfig(num_hidden_layers=2, head_dim=8, global_head_dim=16).to_dict()
+    said = FAMILIES["gemma4_text"].sources["gemma4_text"].fields(config)
+    assert said == {"global_head_dim": 16, "num_global_key_value_heads": None}

@@ -218,7 +218,7 @@ def test_a_note_is_said_where_it_applies(tmp_path: Path) -> None:
     assert remarks(plan, dense) == []
     assert "no head_dim but" in remarks(plan, {**dense, "head_dim": 2 * tiny.HIDDEN})[0]
     (said,) = remarks(plan, {**dense, "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}})
-    assert said == "mlx-lm's Mixtral ignores rope scaling"
+    assert said == "mlx-lm ignores rope scaling in this format"
 
 
 def test_auto_leaves_out_what_transformers_alone_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
