@@ -84,8 +84,8 @@ FAULTS = (
     Fault(
         LLAMA_CPP,
         ("gpt_oss",),
-        "src/models/openai-moe.cpp:49",
-        "wants attention biases in every GPT-OSS",
+        "src/llama-graph.cpp:2292",
+        "has the activation's constants in its code (a .gguf file by moeify is scaled to them)",
     ),
     Fault(
         LLAMA_CPP,
