@@ -60,8 +60,7 @@ class TextModel:
         with told_as(f"{path} does not say what it is", CheckpointError):  # its names need not be UTF-8
             self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
             self.inputs = {argument.name: argument for argument in self.session.get_inputs()}
-        if NEEDS in self.metadata:
-            check_runtime(self._numbers(NEEDS, "."))
+        check_runtime(self._numbers(NEEDS, "."))
         self.states = [name for name in self.inputs if name.startswith(f"{_PAST}.")]
         if not self.states or "input_ids" not in self.inputs:
             raise CheckpointError(

@@ -48,6 +48,7 @@ def test_a_format_that_is_none_and_a_column_without_a_second_one() -> None:
         quantize(torch.ones(1, 2, 4), "fp4")
     with pytest.raises(ValueError, match="a weight has 3: expected even; use 'fp8'"):
         quantize(torch.ones(1, 2, 3), "int4")
+    assert dequantize(quantize(torch.ones(1, 2, 3), "fp8"), torch.float32).equal(torch.ones(1, 2, 3))
 
 
 def test_the_even_column_is_the_low_half_of_a_byte() -> None:

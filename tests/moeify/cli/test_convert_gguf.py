@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import gguf
 
 from tests.moeify import tiny
 from tests.moeify.cli.test_convert import BASE, convert
@@ -14,6 +17,8 @@ def test_a_file_for_llama_cpp(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "verified on a slice: 2 layers" in done.stderr and f"written to {out}" in done.stderr
     assert "llama → mixtral" in done.stderr and "before training" not in done.stderr
     assert out.read_bytes()[:4] == b"GGUF" and sorted(tmp_path.iterdir()) == [out, src]
+    record = json.loads(gguf.GGUFReader(out).fields["moeify.json"].contents())
+    assert len(record["verification"]["layers"]) == 2
     again = convert(src, out, *BASE)
     assert again.exit_code == 1 and "exists" in again.stderr
     before = out.stat().st_size

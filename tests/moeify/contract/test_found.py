@@ -78,6 +78,7 @@ def test_layers_of_moeify() -> None:
     assert (layer.num_experts, layer.top_k, layer.hidden, layer.intermediate) == (6, 3, 36, 19)
     assert layer.shared_intermediate == 38 and layer.kind == "softmax" and layer.capacity_obstacle is None
     assert layer.state is model.get_submodule(layer.path)
+    assert "Linear" not in repr(layer) and "Experts" not in repr(layer)
     assert find_layers(moeify.convert(tiny.build("bert"), MoEConfig(4, 1, router="soft")))
 
 

@@ -12,6 +12,8 @@ def test_dropped_neurons_are_drawn_from_what_they_replace_and_the_others_stay(ax
     weight = 3 + 0.5 * torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
     neurons = dropped_neurons(100, 0.3, 1, "experts.0.neurons")
     assert len(set(neurons.tolist())) == 30
+    with torch.device("meta"):
+        assert dropped_neurons(100, 0.3, 1, "experts.0.neurons").equal(neurons)
     new = Drop(share=0.3).changed(weight, axis, 1, "experts.0", "down")
     kept = torch.ones(100, dtype=torch.bool)
     kept[neurons] = False

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -41,6 +42,8 @@ def case_every_engine_writes_the_same_files(rank: int, world: int) -> None:
         back = moeify.load(place / engine)
         for name, value in back.state_dict().items():
             assert value.equal(wanted[name]), (engine, name)
+        stored = load_file(place / engine / "model.safetensors").keys()
+        assert stored == wanted.keys() - {"lm_head.weight"}, "it is tied"
         assert sorted(os.listdir(place / engine)) == ["config.json", "generation_config.json", "model.safetensors"]
     dist.barrier()
     with pytest.raises(CheckpointError, match="exists" if rank == 0 else "rank 0 could not write"):
