@@ -61,21 +61,21 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, size: int, characters: str 
             f"the tokenizer of {folder.name} is {model.get('type')}, and of those a language model has in a GGUF file "
             "only BPE is written here: write a folder"
         )
-    numbers = tokenizer.get_vocab()
-    if (largest := max(numbers.values(), default=0)) >= size:
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= size:
         raise CheckpointError(
             f"the tokenizer of {folder.name} has a token {largest}, and the model's vocab_size is {size}: they do not "
             "belong together"
         )
     if not is_file(folder / "tokenizer.json"):
         save_tokenizer(tokenizer, folder)
-    if not model.get("byte_fallback"):
-        _add_bytes(writer, tokenizer, spec, size)
-    elif characters == _LLAMA:
+    merges = not model.get("byte_fallback") or characters != _LLAMA
+    if not merges:
         _add_characters(writer, tokenizer, spec, size)
-    else:
+    elif model.get("byte_fallback"):
         _add_merged_characters(writer, folder, size, characters)
-    _add_special(writer, tokenizer, folder, size, merges=not model.get("byte_fallback") or characters != _LLAMA)
+    else:
+        _add_bytes(writer, tokenizer, spec, size)
+    _add_special(writer, tokenizer, folder, size, merges=merges)
 
 
 def _spec(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -281,8 +281,13 @@ def kv_heads(config: Config) -> int:
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
+def of_full_attention(config: Config) -> Config:
+    """Return the fields that layers with full attention have otherwise (`per_layer_config`)."""
+    own = config.get("per_layer_config") or {}
+    return next((own[layer] for layer in own if config["layer_types"][int(layer)] == "full_attention"), {})
+
+
 def full_attention(config: Config) -> Config:
     """Return a config as layers with full attention have it: in some formats they have other heads and positions."""
-    own, rope = config.get("per_layer_config") or {}, config.get("rope_parameters") or {}
-    found = [fields for layer, fields in own.items() if config["layer_types"][int(layer)] == "full_attention"]
-    return {**config, **(found[0] if found else {}), "rope_parameters": rope.get("full_attention", rope)}
+    rope = config.get("rope_parameters") or {}
+    return {**config, **of_full_attention(config), "rope_parameters": rope.get("full_attention", rope)}

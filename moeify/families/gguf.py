@@ -115,11 +115,14 @@ def stored_as(form: Gguf, layers: int, name: str) -> dict[str, Callable[[Tensor,
             parts = {found.expand(part): compute for part, compute in rewrite.parts.items()}
             break
     names = _names(form.architecture, layers)
-    # what is a bias of no module, the library knows as one
-    called = {names.get_name(re.sub(r"_bias$", ".bias", part), _SUFFIXES): parts[part] for part in parts}
-    if None in called:
-        raise RefusedError(f"llama.cpp's {form.architecture} has no place for {name}: write a folder")
-    return {place: compute for place, compute in called.items() if place is not None}
+    found_at = {}
+    for part, compute in parts.items():
+        # what is a bias of no module, the library knows as one
+        place = names.get_name(re.sub(r"_bias$", ".bias", part), _SUFFIXES)
+        if place is None:
+            raise RefusedError(f"llama.cpp's {form.architecture} has no place for {name}: write a folder")
+        found_at[place] = compute
+    return found_at
 
 
 @cache

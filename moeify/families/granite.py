@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from moeify.families.attention import HALVES_TO_PAIRS
 from moeify.families.base import (
     DOWN,
     GATE_UP,
     ROPES_WITH_FACTORS,
+    Condition,
     Config,
     Fields,
     Gguf,
@@ -72,5 +71,5 @@ _SHARED = Rewrite(
         r"blk.\1.ffn_up_shexp.weight": lambda tensor, config: tensor.chunk(2)[1],
     },
 )
-BIASES = replace(NO_ATTENTION_BIAS, otherwise="vLLM and SGLang drop the attention biases in this format")
+BIASES = Condition(NO_ATTENTION_BIAS.holds, "vLLM and SGLang drop the attention biases in this format")
 GRANITE_GGUF = Gguf("granitemoe", granite_keys, (*HALVES_TO_PAIRS, _SHARED), (SILU,), ropes=ROPES_WITH_FACTORS)

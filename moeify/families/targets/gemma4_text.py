@@ -30,6 +30,7 @@ from moeify.families.base import (
     expert_size,
     full_attention,
     kv_heads,
+    of_full_attention,
     router,
     shared_expert,
 )
@@ -47,9 +48,7 @@ def _ones(config: Config) -> Tensor:
 
 def _wide_heads(config: Config) -> Fields:
     """Say in the hub's words, which mlx-lm reads, how large the heads of full attention are."""
-    layers = config.get("per_layer_config") or {}
-    overridden = (layers[key] for key in layers if config["layer_types"][int(key)] == "full_attention")
-    full: Config = next(overridden, {})
+    full = of_full_attention(config)
     return {
         "global_head_dim": full.get("head_dim", config["head_dim"]),
         "num_global_key_value_heads": full.get("num_key_value_heads"),

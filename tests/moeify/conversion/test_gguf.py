@@ -23,6 +23,7 @@ from moeify.conversion.dense import DenseCheckpoint
 from moeify.conversion.gguf import GgufOutput, convert_to_gguf
 from moeify.errors import CheckpointError, RefusedError
 from tests.moeify import tiny
+from tests.moeify.families.gguf_files import in_pairs, key
 
 tf: Any = transformers
 EXPERTS = 4
@@ -79,20 +80,6 @@ def both(case: Case, target: str, config: MoEConfig, place: Path, kind: str | No
 
 def tensors(reader: Any) -> dict[str, np.ndarray[Any, Any]]:
     return {t.name: gguf.dequantize(t.data, t.tensor_type).reshape(tuple(t.shape)[::-1]) for t in reader.tensors}
-
-
-def key(reader: Any, name: str) -> Any:
-    return reader.fields[name].contents()
-
-
-def in_pairs(rows: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Row 2j + s of a head is row j of its half s."""
-    size, out = len(rows) // heads, np.empty_like(rows)
-    for head in range(heads):
-        for pair in range(size // 2):
-            for half in range(2):
-                out[head * size + 2 * pair + half] = rows[head * size + half * size // 2 + pair]
-    return out
 
 
 # Names at llama.cpp by names in the family; experts are looked for by their number.

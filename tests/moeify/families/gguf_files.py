@@ -37,9 +37,11 @@ def key(reader: Any, name: str) -> Any:
     return reader.fields[name].contents()
 
 
-def in_pairs(rows: Array, heads: int) -> list[Any]:
-    """Rows of each head: those that rotate together side by side."""
-    size = len(rows) // heads
-    order = [head * size + half * size // 2 + place for head in range(heads) for place in range(size // 2)
-             for half in range(2)]  # fmt: skip
-    return [rows[row].tolist() for row in order]
+def in_pairs(rows: Array, heads: int) -> Array:
+    """Row 2j + s of a head is row j of its half s."""
+    size, out = len(rows) // heads, np.empty_like(rows)
+    for head in range(heads):
+        for pair in range(size // 2):
+            for half in range(2):
+                out[head * size + 2 * pair + half] = rows[head * size + half * size // 2 + pair]
+    return out

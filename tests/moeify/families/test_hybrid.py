@@ -82,7 +82,7 @@ def test_nemotron_h(made: Made) -> None:
     state, attends, moe = (path.format(layer) for layer in (0, 2, 3))
     assert values(reader, "blk.0.ssm_a").tolist() == pytest.approx(-np.exp(native[f"{state}.A_log"])[:, None])
     assert values(reader, "blk.0.ssm_dt.bias").tolist() == native[f"{state}.dt_bias"].tolist()
-    assert values(reader, "blk.2.attn_k.weight").tolist() == in_pairs(native[f"{attends}.k_proj.weight"], 2)
+    assert values(reader, "blk.2.attn_k.weight").tolist() == in_pairs(native[f"{attends}.k_proj.weight"], 2).tolist()
     assert values(reader, "blk.2.attn_v.weight").tolist() == native[f"{attends}.v_proj.weight"].tolist()
     for name in ("up", "down"):
         each = [native[f"{moe}.experts.{expert}.{name}_proj.weight"].tolist() for expert in range(4)]
