@@ -5,8 +5,9 @@
 
 Each mutant lives in a copy of the tree. Its tests run near ones first (sweeps/covering_tests.py) and stop at the first
 failure. The record is sweeps/mutants.json. What no test can notice stands in sweeps/equivalent_mutants.toml, with its
-reason, and is not counted. (mutmut and cosmic-ray were looked at: the first changes functions only and wraps each in
-another, which torch.export would trace; the second runs one test command for all; neither draws a sample.)
+reason, and is neither run nor counted. (mutmut and cosmic-ray were looked at: the first changes functions only and
+wraps each in another, which torch.export would trace; the second runs one test command for all; neither draws a
+sample.)
 """
 
 from __future__ import annotations
@@ -152,18 +153,16 @@ def summary(record: Record, equivalent: dict[str, str]) -> str:
     areas: dict[str, Counter[str]] = defaultdict(Counter, {"all": Counter()})
     survivors, broken = [], set(record["fail on unchanged code"])
     for key, entry in record["mutants"].items():
-        if entry["by"] in broken:
+        if key in equivalent or entry["by"] in broken:
             continue
-        status = "equivalent" if key in equivalent else entry["status"]
         for area in (area_of(key.partition(" ")[0]), "all"):
-            areas[area][status] += 1
-        if status == "survived":
+            areas[area][entry["status"]] += 1
+        if entry["status"] == "survived":
             survivors.append(f"{key} (line {entry['line']}{'' if entry['all tests'] else ', the time was up'})")
-    head = ("killed", "timed out", "survived", "equivalent")
+    head = ("killed", "timed out", "survived")
     lines = [f"{'area':24}" + "".join(f"{name:>11}" for name in (*head, "score"))]
     for area, counts in sorted(areas.items(), key=lambda item: (item[0] == "all", item[0])):
-        real = sum(counts.values()) - counts["equivalent"]
-        score = f"{1 - counts['survived'] / real:.0%}" if real else "-"
+        score = f"{1 - counts['survived'] / counts.total():.0%}" if counts.total() else "-"
         lines.append(f"{area:24}" + "".join(f"{counts[name]:11}" for name in head) + f"{score:>11}")
     notes = [f"fails on unchanged code, so its kills do not count: {test}" for test in sorted(broken)]
     return "\n".join([*lines, *notes, "", "survived:", *survivors])
@@ -184,11 +183,11 @@ def main() -> None:
     record = read_record(args)
     done = record["mutants"]
     if args.again:
-        survived = {key for key, entry in done.items() if entry["status"] == "survived" and key not in equivalent}
+        survived = {key for key, entry in done.items() if entry["status"] == "survived"}
         todo = [m for path, source in sources().items() for m in mutants(path, source) if m.key in survived]
     else:
         todo = [mutant for mutant in islice(draw(sources(), args.seed), args.count) if mutant.key not in done]
-    run_all(todo, record, args)
+    run_all([mutant for mutant in todo if mutant.key not in equivalent], record, args)
     print(summary(record, equivalent))
 
 
