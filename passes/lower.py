@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -132,8 +133,7 @@ def _path(node: fx.Node) -> str:
 
 def _inputs(node: fx.Node) -> Mapping[str, fx.Node]:
     """Return what a call gives to the layer's forward, by name."""
-    given = {"x": node.args[-1], **node.kwargs}
-    return {name: each for name, each in given.items() if isinstance(each, fx.Node)}
+    return cast("Mapping[str, fx.Node]", {"x": node.args[-1], **node.kwargs})
 
 
 def _example(node: fx.Node, device: torch.device) -> Tensor:

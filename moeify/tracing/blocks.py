@@ -93,7 +93,7 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.stacks = stacks
         self.ends = {"": 0} | {stack.path: len(stack.blocks) for stack in stacks}  # from outside, blocks count from it
-        self.segments: Segments = {}
+        self.segments: Segments = {("", 0): []}
         self.at = ("", 0)
         self.given = 0  # tensors that are no parameters, and that nothing was seen to make
         self.made: dict[int, tuple[tuple[str, int], object]] = {}
@@ -140,7 +140,7 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _write(self, what: str, operands: Sequence[object]) -> int:
         """Write an operator down, and return its number in what runs."""
-        segment = self.segments.setdefault(self.at, [])
+        segment = self.segments[self.at]
         segment.append((what, *map(self._name, operands)))
         return len(segment) - 1
 

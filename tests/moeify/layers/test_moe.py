@@ -3,10 +3,12 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moeify.config import MoEConfig
 from moeify.errors import MoeifyError
@@ -265,6 +267,20 @@ def test_the_global_level_counts_the_micro_batches_of_a_step_and_no_others() -> 
         optimizer.zero_grad(set_to_none=False)
     call(layer.eval(), halves[1])
     assert layer.record.step is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_pass_has_the_global_counts_of_the_first(reentrant: bool) -> None:
+    found = []
+    for recomputed in (True, False):
+        layer = make.layer(MoEConfig(5, 2, balance_level="global", aux_loss=1.0)).train()
+        for seed in (0, 1):
+            x = make.inputs(2, 7, seed=seed).requires_grad_()
+            output = checkpoint(layer, x, use_reentrant=reentrant) if recomputed else call(layer, x)
+            torch.autograd.backward((cast("Tensor", output) * 0).sum())
+        found.append(layer.router.weight.grad)
+    assert found[0].any()
+    torch.testing.assert_close(*found)
 
 
 def test_the_share_of_a_layer_scales_its_attached_losses() -> None:
