@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def test_the_file_changes_what_is_picked(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with tuned_tiles.on_trial(Tile(16, 64, 32, 4, 2)):
         assert tuned_tiles.pick("rows", 16, 2048, 2048, 2) == Tile(16, 64, 32, 4, 2)
     assert tuned_tiles.pick("rows", 16, 2048, 2048, 2) == OTHER
+
+
+@pytest.mark.parametrize("warps", [2, 4, 8])
+def test_every_number_of_warps_that_the_kernels_are_written_for(
+    warps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tile, file = replace(OTHER, warps=warps), tmp_path / "tiles.json"
+    file.write_text(tuned_tiles.text_of({("rows", 16, 2): tile}))
+    monkeypatch.setenv("MOEIFY_TILES", str(file))
+    assert tuned_tiles.pick("rows", 16, 2048, 2048, 2) == tile
 
 
 WRONG = {
