@@ -19,7 +19,7 @@ from moeify.plan import Plan
 PLAN = Plan("llama", MoEConfig(8, 2), (), "mixtral")
 CONFIG: dict[str, Any] = {
     "num_hidden_layers": 3, "max_position_embeddings": 512, "hidden_size": 64, "intermediate_size": 96,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 100,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }  # fmt: skip
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -35,8 +35,12 @@ def with_rope(**rope: Any) -> dict[str, Any]:
 def test_every_name_of_a_key_is_a_method_of_the_library() -> None:
     said = keys(PLAN, CONFIG)
     assert all(callable(getattr(gguf.GGUFWriter, f"add_{name}", None)) for name in said)
-    assert said["expert_count"] == 8 and said["expert_used_count"] == 2 and said["rope_dimension_count"] == 16
-    assert "key_length" not in said and keys(PLAN, {**CONFIG, "head_dim": 32})["key_length"] == 32
+    assert said == {
+        "block_count": 3, "context_length": 512, "embedding_length": 64, "feed_forward_length": 96, "head_count": 4,
+        "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "expert_count": 8, "expert_used_count": 2,
+        "rope_freq_base": 1e4, "vocab_size": 100, "rope_dimension_count": 16,
+    }  # fmt: skip
+    assert keys(PLAN, {**CONFIG, "head_dim": 32})["key_length"] == 32
 
 
 @pytest.mark.parametrize(("name", "family"), [(name, f) for name, f in FAMILIES.items() if f.gguf])
