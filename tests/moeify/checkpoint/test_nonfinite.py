@@ -31,6 +31,13 @@ def test_every_bit_pattern(dtype: str) -> None:
         assert bytes_hold_nonfinite(raw[index * step : index * step + step], dtype) == nonfinite(value)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_the_largest_finite_value_and_infinity(dtype: torch.dtype, sign: int) -> None:
+    assert not tensor_holds_nonfinite(torch.tensor([sign * torch.finfo(dtype).max], dtype=torch.float64).to(dtype))
+    assert tensor_holds_nonfinite(torch.tensor([sign * float("inf")]).to(dtype))
+
+
 @given(st.binary(min_size=0, max_size=400), st.sampled_from(FLOATS))
 @settings(max_examples=200, deadline=None)
 def test_random_bits(raw: bytes, dtype: str) -> None:
