@@ -12,6 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.activations import ACT2FN
 
 import moeify
@@ -66,6 +68,29 @@ def test_equal_experts_share_their_computation(tmp_path: Path) -> None:
         noisy = described(source, MoEConfig(4, 2, method="noise"))["transformer.h.0.mlp.experts.down_proj"]
     assert len(shards.parts) == 6 and len(set(shards.parts)) == 3 and shards.parts[:3] == shards.parts[3:]
     assert len(set(noisy.parts)) == 4
+
+
+class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the devices of what operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.devices.update(leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        return result
+
+
+def test_a_tensor_in_another_form_is_described_without_its_values(tmp_path: Path) -> None:
+    with open_source(tiny.save(tiny.build("phi3"), tmp_path)) as source:
+        dense = DenseCheckpoint(source)
+        plan = plan_checkpoint(dense, CONFIG, target="mixtral")
+        with Made() as made:
+            named = {tensor.name for tensor in output_tensors(dense, plan, None, lambda _: None)}
+    assert "model.layers.0.self_attn.q_proj.weight" in named, "phi3 stores q, k and v as one"
+    assert made.devices == {"meta"}
 
 
 def alternating(plan: Plan) -> Plan:
