@@ -21,7 +21,13 @@ from moeify.routers.softmax import Softmax
 def test_two_numbers_are_enough_and_mean_dropless_renormalized_softmax() -> None:
     config = MoEConfig(8, 2)
     assert config.exact
-    assert (config.router, config.renormalize, config.capacity_factor, config.jitter) == (Softmax(), True, None, 0)
+    assert config.to_dict() == {
+        "experts": 8, "top_k": 2, "method": {"name": "copy"}, "granularity": 1, "shared_experts": 0,
+        "router": {"name": "softmax"}, "renormalize": True, "aux_loss": 0.01, "balance": "topk",
+        "balance_level": "batch", "divide_loss_by_top_k": False, "divide_loss_by_layers": False, "z_loss": 0.0,
+        "attach_losses": True, "capacity_factor": None, "eval_capacity_factor": None, "min_capacity": 4,
+        "drop_order": "position", "jitter": 0.0, "expert_dropout": None, "seed": 0,
+    }  # fmt: skip
 
 
 def test_a_router_is_an_object_a_word_or_plain_data() -> None:
