@@ -57,6 +57,13 @@ def test_the_whole_file_wins_over_the_index(tmp_path: Path) -> None:
     assert list(open_source(tmp_path).tensors) == ["whole"]
 
 
+def test_experts_that_this_library_quantized_are_read_as_they_are_stored(tmp_path: Path) -> None:
+    entry = {"quant_method": "moeify_experts", "form": "fp8"}
+    with open_source(write_model(tmp_path, quantization_config=entry), quantized_experts="fp8") as source:
+        assert source.config["quantization_config"] == entry
+        assert torch.equal(source.read("a"), WEIGHTS["a"])
+
+
 def test_a_read_tensor_is_its_own(tmp_path: Path) -> None:
     source = open_source(write_model(tmp_path))
     source.read("a").zero_()
