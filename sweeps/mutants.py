@@ -185,6 +185,8 @@ def main() -> None:
     if args.again:
         survived = {key for key, entry in done.items() if entry["status"] == "survived"}
         todo = [m for path, source in sources().items() for m in mutants(path, source) if m.key in survived]
+        for key in survived - {mutant.key for mutant in todo}:
+            del done[key]  # the code has changed there
     else:
         todo = [mutant for mutant in islice(draw(sources(), args.seed), args.count) if mutant.key not in done]
     run_all([mutant for mutant in todo if mutant.key not in equivalent], record, args)

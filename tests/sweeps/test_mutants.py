@@ -66,7 +66,10 @@ def test_a_run_its_repetition_and_a_second_look(
 
     test = repository / "tests/moeify/test_a.py"
     test.write_text(test.read_text() + "    assert not is_large(10)\n")
+    record["mutants"]["moeify/a.py gone: 1 -> 2"] = record["mutants"][SURVIVES]
+    (repository / "record.json").write_text(json.dumps(record))
     mended = run(repository, monkeypatch, "--again")
+    assert mended["mutants"].keys() == again["mutants"].keys(), "what the code has no more leaves the record"
     assert mended["mutants"][SURVIVES]["status"] == "killed"
     assert "1/1 killed" in capsys.readouterr().out
 
