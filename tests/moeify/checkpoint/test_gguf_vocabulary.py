@@ -84,6 +84,13 @@ def test_merged_characters(tmp_path: Path) -> None:
     assert len(set(found["scores"][:11])) == 1 and found["add_space_prefix"] is False
 
 
+def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
+    folder = saved(byte_level(), tmp_path, eos_token="</s>")
+    (folder / "config.json").write_text('{"bos_token_id": 11, "sep_token_id": 5}')
+    found = held(folder, 11)
+    assert found["eos_token_id"] == 6 and found["seperator_token_id"] == 5 and "bos_token_id" not in found
+
+
 def test_no_tokenizer(tmp_path: Path) -> None:
     assert held(tmp_path, 11) == {"general.architecture": "llama", "model": "none", "llama.vocab_size": 11}
 

@@ -29,6 +29,7 @@ tf: Any = transformers
 EXPERTS = 4
 NOISE = MoEConfig(EXPERTS, 2, granularity=1, method="noise")
 SHARDS = MoEConfig(EXPERTS, 2, granularity=2)
+PROOF = {"made up": True}
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
          "max_position_embeddings": 256}  # fmt: skip
@@ -72,7 +73,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], C
 def both(case: Case, target: str, config: MoEConfig, place: Path, kind: str | None = None) -> tuple[Any, Any, Any]:
     """The GGUF file, and the native folder's tensors and config."""
     plan = plan_checkpoint(case.dense, config, target=target, gguf=True)
-    convert_to_gguf(case.dense, plan, GgufOutput(place / "moe.gguf", kind), Callbacks())
+    convert_to_gguf(case.dense, plan, GgufOutput(place / "moe.gguf", kind), Callbacks(check=lambda _: PROOF))
     convert_checkpoint(case.dense, plan, Output(place / "moe", 10**9))
     native = {name: tensor.float().numpy() for name, tensor in load_file(place / "moe" / "model.safetensors").items()}
     return gguf.GGUFReader(place / "moe.gguf"), native, json.loads((place / "moe" / "config.json").read_text())
@@ -151,7 +152,8 @@ def test_what_the_file_says_of_the_model(case: Callable[[str], Case], tmp_path: 
     assert {name: key(reader, f"qwen3moe.{name}") for name in said} == said
     assert key(reader, "qwen3moe.rope.freq_base") == config["rope_theta"]
     assert key(reader, "general.file_type") == gguf.LlamaFileType.ALL_F32
-    assert json.loads(key(reader, "moeify.json"))["target"] == "qwen3_moe"
+    record = json.loads(key(reader, "moeify.json"))
+    assert record["target"] == "qwen3_moe" and record["verification"] == PROOF
     assert key(reader, "tokenizer.ggml.model") == "none" and key(reader, "qwen3moe.vocab_size") == 96
 
 
