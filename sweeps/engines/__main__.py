@@ -59,7 +59,6 @@ ENGINES = {
     GENAI: Engine("with_genai", "main"),
     SGLANG_LOADER: Engine("with_sglang", "vllm"),
 }
-ONE_SOURCE = {GENAI}  # it is given an export: what differs between the sources of a family is gone by then
 
 
 def run(engine: Engine, environments: Path, folders: list[Path]) -> dict[str, dict[str, object]]:
@@ -90,26 +89,20 @@ def run_sources(names: Sequence[str], given: argparse.Namespace) -> None:
         rooms = {name: Path(room, str(number)) for number, name in enumerate(names)}
         prepared = [place for name in names for place in prepare(name, rooms[name], set(given.family or ()))]
         for engine in given.engine or ENGINES:
-            wanted = [place for place in prepared if engine not in ONE_SOURCE or _is_first(place, engine)]
-            told = run(ENGINES[engine], given.environments, [place.folder for place in wanted])
-            rows = [_row(engine, pair, wanted, told) for pair in dict.fromkeys(map(_pair, wanted))]
+            told = run(ENGINES[engine], given.environments, [place.folder for place in prepared])
+            rows = [_row(engine, pair, prepared, told) for pair in dict.fromkeys(map(_pair, prepared))]
             keep(rows)
             for row in rows:
                 print(row.source, row.family, row.engine, row.result, row.copies, row.differing, row.why, sep=" | ",
                       flush=True)  # fmt: skip
 
 
-def _is_first(place: Prepared, engine: str) -> bool:
-    """Whether no other source of a family was run."""
-    return {row.source for row in read_record() if (row.family, row.engine) == (place.family, engine)} <= {place.source}
-
-
 def _pair(place: Prepared) -> tuple[str, str]:
     return place.source, place.family
 
 
-def _row(engine: str, pair: tuple[str, str], wanted: list[Prepared], told: dict[str, dict[str, object]]) -> Row:
-    places = [place for place in wanted if _pair(place) == pair]
+def _row(engine: str, pair: tuple[str, str], prepared: list[Prepared], told: dict[str, dict[str, object]]) -> Row:
+    places = [place for place in prepared if _pair(place) == pair]
     return judged((*pair, engine), {place.kind: told[str(place.folder)] for place in places})
 
 
