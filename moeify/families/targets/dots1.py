@@ -1,7 +1,7 @@
 """dots.llm1: norms of q and k, sliding windows per layer; a sigmoid router, shared experts."""
 
 from moeify.families.base import EXLLAMA, MLX, TRANSFORMERS, VLLM, Condition, Family, Gguf, Pair, kv_heads
-from moeify.families.conditions import NO_OUTPUT_BIAS, NO_WINDOW, equal
+from moeify.families.conditions import NO_OUTPUT_BIAS, NO_WINDOW
 from moeify.families.sigmoid import OPTIONS, sigmoid_fields, sigmoid_keys, sigmoid_tensors
 
 FAMILY = Family(
@@ -16,6 +16,7 @@ FAMILY = Family(
     options=OPTIONS,
     renormalizes=False,
     shared=True,
+    untied=True,
     notes=(NO_WINDOW,),
     gguf=Gguf(
         "dots1",
@@ -25,7 +26,6 @@ FAMILY = Family(
                 lambda config: kv_heads(config) == config["num_attention_heads"],
                 "it has as many key heads as query heads there",
             ),
-            equal("tie_word_embeddings", False, "it wants an output head of its own there"),
         ),
     ),
 )

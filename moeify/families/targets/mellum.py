@@ -44,4 +44,5 @@ FAMILY = Family(
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX),
     dense="any",
     renormalizes=False,
+    untied=True,
 )

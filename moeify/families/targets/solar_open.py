@@ -16,6 +16,7 @@ FAMILY = Family(
     options=OPTIONS,
     renormalizes=False,
     shared=True,
+    untied=True,
     notes=(
         always("llama.cpp's converter takes Solar's own tokenizer only: write a .gguf file instead"),
         LLAMA_CPP_SCALES,
