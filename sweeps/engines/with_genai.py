@@ -1,4 +1,4 @@
-"""onnxruntime-genai, on the folder that `moeify export` writes: a token at a time, as it generates."""
+"""onnxruntime-genai, on the folder that `moeify export` writes: a prompt, then a token at a time, as it generates."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from sweeps.engines.program import TOKENS, Told, compared, main
+
+PROMPT = 192  # tokens: with fewer than 64, LongRoPE has other frequencies than for all 256
 
 
 def run(path: Path) -> Told:
@@ -32,8 +34,10 @@ def run(path: Path) -> Told:
         model = genai.Model(f"{folder}/onnx")
         parameters = genai.GeneratorParams(model)
         parameters.set_search_options(max_length=len(TOKENS) + 1)
-        generator, found = genai.Generator(model, parameters), []
-        for token in TOKENS:
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(np.array([TOKENS[:PROMPT]], np.int32))
+        found = [*np.array(generator.get_output("logits"))[0]]
+        for token in TOKENS[PROMPT:]:
             generator.append_tokens(np.array([[token]], np.int32))
             found.append(np.array(generator.get_logits())[0, -1].copy())
     return Told(np.stack(found))
