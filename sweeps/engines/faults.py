@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moeify.families.base import LLAMA_CPP, MLX, VLLM
-from sweeps.engines.record import OLDER, REFUSED, SGLANG_LOADER, WRONG, Row
+from sweeps.engines.record import GENAI, OLDER, REFUSED, SGLANG_LOADER, WRONG, Row
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,13 @@ class Fault:
 
 
 _SCALED = ("llama llama3 rope", "phi3 longrope")
+_WINDOWS = ("mistral window", "ministral window", "phi3 window")
+_MIXED = ("qwen2 window", "ministral mixed")
+_HEAD_DIM = ("llama head_dim", "gemma head_dim")
+_BIASES = ("llama attention_bias", "granite bias")
+_GEMMA = ("gemma", "gemma head_dim")
+_NO_HEAD_DIM = "has heads of hidden_size / num_attention_heads"
+_SILU = "has SiLU in its experts, whatever the config says"
 FAULTS = (
     Fault(
         SGLANG_LOADER,
@@ -107,11 +114,7 @@ FAULTS = (
         "has heads of two sizes for a Gemma 4 that sees, not for its text part alone",
     ),
     Fault(
-        LLAMA_CPP,
-        ("mixtral",),
-        "src/models/llama.cpp:119",
-        "has no windows, as for dense Mistral and Phi",
-        ("mistral window",),
+        LLAMA_CPP, ("mixtral",), "src/models/llama.cpp:119", "has no windows, as for dense Mistral and Phi", _WINDOWS
     ),
     Fault(
         LLAMA_CPP,
@@ -122,41 +125,65 @@ FAULTS = (
     ),
     Fault(
         LLAMA_CPP,
-        ("granitemoe",),
+        ("granitemoe", "granitemoeshared"),
         "conversion/llama.py:326",
         "makes factors of the rotary frequencies, which its GGUF library does not take for Granite's MoE",
         ("llama llama3 rope",),
     ),
     Fault(
         LLAMA_CPP,
-        ("glm4_moe",),
+        ("glm4_moe", "solar_open", "ernie4_5_moe"),
         "conversion/base.py:1490",
         "writes factors of the rotary frequencies for some formats only",
         ("llama llama3 rope",),
     ),
-    Fault(
-        MLX,
-        ("mixtral",),
-        "mlx_lm/models/mixtral.py:176",
-        "has no windows, as for dense Mistral",
-        ("mistral window",),
-    ),
+    Fault(LLAMA_CPP, ("granitemoe_swa",), "conversion/granite.py:33", _NO_HEAD_DIM, _HEAD_DIM),
+    Fault(LLAMA_CPP, ("mixtral",), "src/models/llama.cpp:210", _SILU, _GEMMA),
+    Fault(LLAMA_CPP, ("granitemoe",), "src/models/granite.cpp:286", _SILU, _GEMMA),
+    Fault(MLX, ("mixtral",), "mlx_lm/models/mixtral.py:176", "has no windows, as for dense Mistral", _WINDOWS),
     Fault(MLX, ("mixtral",), "mlx_lm/models/mixtral.py:59", "ignores rope scaling", _SCALED),
-    Fault(MLX, ("glm4_moe",), "mlx_lm/models/glm4_moe.py:68", "ignores rope scaling", _SCALED),
+    Fault(MLX, ("mixtral",), "mlx_lm/models/mixtral.py:40", _NO_HEAD_DIM, _HEAD_DIM),
+    Fault(MLX, ("mixtral", "granitemoe"), "mlx_lm/models/switch_layers.py:179", _SILU, _GEMMA),
+    Fault(MLX, ("glm4_moe", "solar_open"), "mlx_lm/models/glm4_moe.py:68", "ignores rope scaling", _SCALED),
+    Fault(MLX, ("ernie4_5_moe",), "mlx_lm/models/ernie4_5_moe.py:58", "ignores rope scaling", _SCALED),
     Fault(MLX, ("dots1",), "mlx_lm/models/dots1.py:267", "has no windows", ("qwen3 window",)),
     Fault(
         VLLM,
-        ("granitemoe",),
+        ("granitemoe", "granitemoeshared", "granitemoe_swa"),
         "vllm/model_executor/models/granitemoe.py:184",
         "drops attention biases",
-        ("llama attention_bias",),
+        _BIASES,
+    ),
+    Fault(VLLM, ("granitemoe_swa",), "vllm/model_executor/models/granitemoe.py:170", _NO_HEAD_DIM, _HEAD_DIM),
+    Fault(VLLM, ("mixtral",), "vllm/model_executor/models/mixtral.py:118", _SILU, _GEMMA),
+    Fault(VLLM, ("granitemoe",), "vllm/model_executor/models/granitemoe.py:106", _SILU, _GEMMA),
+    Fault(VLLM, ("qwen2_moe",), "vllm/engine/arg_utils.py:2251", "has windows in all layers here or in none", _MIXED),
+    Fault(
+        OLDER,
+        ("qwen2_moe",),
+        "transformers/models/qwen2_moe/modeling_qwen2_moe.py:1019",
+        "has windows in all layers here or in none",
+        _MIXED,
     ),
     Fault(
         SGLANG_LOADER,
-        ("granitemoe",),
+        ("granitemoe", "granitemoeshared"),
         "srt/models/granitemoe.py:252",
         "drops attention biases",
-        ("llama attention_bias",),
+        _BIASES,
+    ),
+    Fault(SGLANG_LOADER, ("mixtral",), "srt/models/mixtral.py:151", _NO_HEAD_DIM, _HEAD_DIM),
+    Fault(
+        GENAI,
+        ("deepseek_v3", "gemma4_text"),
+        "genai_config.json: head_size",
+        "has one size for the keys and values of all layers",
+    ),
+    Fault(
+        GENAI,
+        ("granitemoehybrid", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text"),
+        "moeify/export/capture/interface.py:204",
+        "the export has inputs for keys and values, none for the states of linear attention",
     ),
     Fault(LLAMA_CPP, ("qwen2_moe",), "src/models/qwen2moe.cpp:139", "does not renormalize (`norm_topk_prob`)"),
     Fault(MLX, ("qwen2_moe",), "mlx_lm/models/qwen2_moe.py:135", "does not renormalize (`norm_topk_prob`)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moeify.families.attention import no_sinks, scaled_as_usual
 from moeify.families.base import (
     DOWN,
@@ -17,7 +19,7 @@ from moeify.families.base import (
     expert_size,
     router,
 )
-from moeify.families.conditions import NO_MLP_BIAS, PLAIN_ROPE, WHOLE_ROTARY
+from moeify.families.conditions import NO_MLP_BIAS, PLAIN_HEAD_DIM, PLAIN_ROPE, WHOLE_ROTARY
 from moeify.families.granite import BIASES, granite_fields, granite_shared
 
 _LAYER = "model.layers.{layer}"
@@ -63,5 +65,11 @@ FAMILY = Family(
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP),
     shared=True,
-    notes=(BIASES,),
+    notes=(
+        replace(BIASES, otherwise="vLLM drops the attention biases in this format"),
+        replace(
+            PLAIN_HEAD_DIM,
+            otherwise="vLLM and llama.cpp's converter have no head_dim but hidden_size / num_attention_heads here",
+        ),
+    ),
 )

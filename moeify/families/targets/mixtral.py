@@ -73,7 +73,9 @@ FAMILY = Family(
         MLX_SCALES,
         CONVERTER_SCALES,
         NO_WINDOW,
-        replace(PLAIN_HEAD_DIM, otherwise="mlx-lm's Mixtral has no head_dim but hidden_size / num_attention_heads"),
+        replace(
+            PLAIN_HEAD_DIM, otherwise="mlx-lm and SGLang have no head_dim but hidden_size / num_attention_heads here"
+        ),
     ),
     gguf=Gguf(
         "llama",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moeify.families.attention import zero_biases
 from moeify.families.base import (
     SGLANG,
@@ -22,6 +24,7 @@ from moeify.families.conditions import (
     NO_ATTENTION_BIAS,
     NO_MLP_BIAS,
     NO_SLIDING_WINDOW,
+    ONE_WINDOW,
     PLAIN_HEAD_DIM,
     WHOLE_ROTARY,
     always,
@@ -86,7 +89,10 @@ FAMILY = Family(
     renormalizes=False,
     shared=True,
     untied=True,
-    notes=(always("llama.cpp and mlx-lm do not renormalize the weights of Qwen2-MoE: they compute something else"),),
+    notes=(
+        always("llama.cpp and mlx-lm do not renormalize the weights of Qwen2-MoE: they compute something else"),
+        replace(ONE_WINDOW, otherwise="vLLM and transformers 4 have a sliding window in all layers here or in none"),
+    ),
     gguf=Gguf(
         "qwen2moe",
         qwen_keys,

@@ -221,6 +221,29 @@ def test_a_note_is_said_where_it_applies(tmp_path: Path) -> None:
     assert said == "mlx-lm ignores rope scaling in this format"
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "corner", "words"),
+    [
+        ("llama", "mixtral", {"head_dim": 2 * tiny.HIDDEN}, "mlx-lm and SGLang have no head_dim"),
+        ("llama", "granitemoe_swa", {"head_dim": 2 * tiny.HIDDEN}, "vLLM and llama.cpp's converter have no head_dim"),
+        ("llama", "granitemoe_swa", {"attention_bias": True}, "vLLM drops the attention biases"),
+        (
+            "qwen2",
+            "qwen2_moe",
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "in all layers here or in none",
+        ),
+    ],
+)
+def test_a_note_of_an_engine_comes_with_the_corner_that_it_is_wrong_in(
+    source: str, target: str, corner: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    plan, dense = plan_for(source, tmp_path)
+    plan = fit_target(plan, dense, target)
+    assert not any(words in said for said in remarks(plan, dense))
+    assert any(words in said for said in remarks(plan, {**dense, **corner}))
+
+
 def test_auto_leaves_out_what_transformers_alone_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, dense = plan_for("llama", tmp_path)
     monkeypatch.setattr("moeify.families.table.FAMILIES", {"gpt_oss": FAMILIES["gpt_oss"]})
