@@ -159,8 +159,9 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "`moeify convert` writes these formats of transformers where they compute exactly what the dense model does:",
         "nothing of moeify is needed to load them. `--to auto` takes the exact one that most engines run, and",
         "`moeify families SRC` says which are exact for a checkpoint. Engines that know a format but compute it",
-        "otherwise are left out. Those that were run are in [engines.md](engines.md); that others know a format is",
-        "from their own registries. Written by `python -m sweeps.families`.",
+        "otherwise are left out. Those that were run are in [engines.md](engines.md); with a star they are wrong in",
+        "some corners of the config, which it names. That others know a format is from their own registries. Written",
+        "by `python -m sweeps.families`.",
         "",
         "| family | made from | layers that can stay dense | router | shared experts | engines, run | others |",
         "|---|---|---|---|---|---|---|",
@@ -194,10 +195,11 @@ def _family_row(name: str) -> str:
         *dict.fromkeys(f"from {source}: {pair.only}" for source, pair in family.sources.items() if pair.only),
     ]
     run = right_engines(name)
+    starred = [engine if always else f"{engine}*" for engine, always in run.items()]
     others = ", ".join(engine for engine in family.engines if engine not in {*run, TRANSFORMERS})
     return (
         f"| {name} | {', '.join(family.sources)} | {family.dense} | {family.router} | {shared} "
-        f"| {', '.join([TRANSFORMERS, *run])} | {others}{''.join(f'. Note: {note}' for note in notes if note)} |"
+        f"| {', '.join([TRANSFORMERS, *starred])} | {others}{''.join(f'. Note: {note}' for note in notes if note)} |"
     )
 
 

@@ -74,8 +74,8 @@ def keep(new: Iterable[Row], path: Path = RECORD) -> None:
     path.write_text("[\n" + ",\n".join(rows) + "\n]\n")
 
 
-def right_engines(family: str) -> list[str]:
-    """Return the engines that were run on a family and were right, whatever its source."""
-    found = {engine: {row.result for row in read_record() if (row.family, row.engine) == (family, engine)}
+def right_engines(family: str) -> dict[str, bool]:
+    """Return the engines that were right for a family, and whether they were from every source."""
+    found = {engine: [row.result == RIGHT for row in read_record() if (row.family, row.engine) == (family, engine)]
              for engine in ENGINES if engine != SGLANG_LOADER}  # fmt: skip
-    return [engine for engine, results in found.items() if results == {RIGHT}]
+    return {engine: all(results) for engine, results in found.items() if any(results)}
