@@ -24,7 +24,7 @@ def _rope_type(config: Config) -> str:
     return str((config.get("rope_parameters") or {}).get("rope_type", "default"))
 
 
-def _slides(config: Config) -> bool:
+def slides(config: Config) -> bool:
     """Whether some layer has a window, if the config says how long it is."""
     return "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
 
@@ -76,6 +76,6 @@ CONVERTER_SCALES = Condition(
 )
 ROTARY_KERNEL = "vLLM turns its queries and keys otherwise on CPUs; on GPUs it was not run"
 NO_WINDOW = Condition(
-    lambda config: not config.get("sliding_window") or not _slides(config),
+    lambda config: not config.get("sliding_window") or not slides(config),
     "llama.cpp and mlx-lm ignore sliding windows in this format",
 )

@@ -8,6 +8,7 @@ import transformers
 
 from moeify.errors import CheckpointError, told_as
 from moeify.families.base import Config, Family
+from moeify.families.conditions import slides
 from moeify.plan import Plan
 
 # What each config says of itself.
@@ -33,6 +34,8 @@ def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict
     known = config_class().to_dict()
     strange = known.keys() - transformers.AutoConfig.for_model(dense["model_type"]).to_dict().keys()
     dense = {key: value for key, value in dense.items() if key not in strange}  # the dense class did not read them
+    if "layer_types" not in known and not slides(dense):  # the format's window would be one of every layer
+        dense.update(sliding_window=None, use_sliding_window=False)
     dropped = _OWN | (_DENSE_ONLY - known.keys())
     carried = {key: value for key, value in dense.items() if key not in dropped}
     pair = family.sources[plan.model_type]

@@ -112,6 +112,11 @@ _REWRITES = (
     Rewrite(r"(model\.layers\.\d+\.layer_scalar)", {r"\1.weight": as_it_is}),
 )
 
+_SMALL_EPSILON = Condition(
+    lambda config: config["rms_norm_eps"] <= 1e-6,
+    "its config has rms_norm_eps > 1e-6: outputs of FFNs are normalized twice in the format, which adds it twice",
+)
+
 FAMILY = Family(
     model_type="gemma4_text",
     architecture="Gemma4ForCausalLM",
@@ -120,6 +125,7 @@ FAMILY = Family(
             (
                 equal("enable_moe_block", False, "it is an MoE already"),
                 equal("use_double_wide_mlp", False, "its FFNs have two sizes"),
+                _SMALL_EPSILON,
             ),
             rewrites=(
                 Rewrite(
@@ -151,7 +157,12 @@ FAMILY = Family(
         "intermediate_size": IDLE,
     },
     engines=(TRANSFORMERS, VLLM, LLAMA_CPP, MLX, TRT),
-    notes=(always("llama.cpp computes GELU with half precision on CPUs, as for dense Gemma 4"),),
+    notes=(
+        always(
+            "FFN outputs are normalized twice in this format: a relative difference of rms_norm_eps / (2 · mean square)"
+        ),
+        always("llama.cpp computes GELU with half precision on CPUs, as for dense Gemma 4"),
+    ),
     gguf=Gguf(
         "gemma4",
         _keys,

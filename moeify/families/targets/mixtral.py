@@ -43,19 +43,16 @@ FAMILY = Family(
     sources={
         "llama": Pair((NO_ATTENTION_BIAS, NO_MLP_BIAS, WHOLE_ROTARY)),
         "mistral": Pair(),
-        "ministral": Pair(
-            (ONE_WINDOW,),
-            lambda config: {} if "sliding_attention" in (config.get("layer_types") or ()) else {"sliding_window": None},
-        ),
+        "ministral": Pair((ONE_WINDOW,)),
         "smollm3": Pair((NO_ATTENTION_BIAS, NO_MLP_BIAS, ALL_ROTATE, ONE_WINDOW)),
         "gemma": Pair(
             (NO_ATTENTION_BIAS, CAUSAL),
-            lambda config: {**gemma.gelu(config), "head_dim": head_dim(config)},
+            gemma.gelu,
             (gemma.NORMS, gemma.EMBEDDING),
             activation=gemma.ACTIVATION,
             only=gemma.ONLY,
         ),
-        "phi3": Pair((WHOLE_ROTARY,), lambda config: {"head_dim": head_dim(config)}, (SPLIT_QKV, SPLIT_GATE_UP)),
+        "phi3": Pair((WHOLE_ROTARY,), rewrites=(SPLIT_QKV, SPLIT_GATE_UP)),
     },
     tensors={f"{_MOE}.gate.weight": router, **experts(_MOE, "w1", "w3", "w2")},
     fields=lambda plan, config: {
@@ -66,6 +63,7 @@ FAMILY = Family(
         "router_jitter_noise": 0.0,
         "output_router_logits": False,
         "sliding_window": config.get("sliding_window"),
+        "head_dim": head_dim(config),  # transformers' check of LongRoPE wants a number
     },
     engines=(TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX, EXLLAMA, TRT),
     untied=True,
