@@ -80,7 +80,7 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> int:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3] * len(special) + [1] * (len(tokens) - len(special)))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "a b"])  # transformers 5.17 does not read a list of one
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}<|im_start|>")

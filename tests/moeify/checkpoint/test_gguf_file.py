@@ -132,9 +132,14 @@ def test_a_file_without_a_tokenizer_is_a_model_without_one(tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["generation_config.json"]
 
 
-def test_a_tokenizer_that_cannot_be_built_is_told_before_tensors_are_written(tmp_path: Path) -> None:
-    (tmp_path / "tiny.gguf").write_bytes(whole("rwkv").bytes())
-    dense = DenseCheckpoint(open_source(tmp_path / "tiny.gguf"))
+def test_a_tokenizer_that_cannot_be_built_is_told_before_tensors_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("no such converter")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    dense = DenseCheckpoint(open_source(write_llama(tmp_path / "tiny.gguf", {}, chats=True)))
     plan = plan_checkpoint(dense, MoEConfig(2, 1), "all", "auto")
     written: list[int] = []
     with pytest.raises(CheckpointError, match="does not load its tokenizer"):
