@@ -93,10 +93,5 @@ def scaled_as_usual(config: Config) -> Fields:
 
 
 def whole_rotary(config: Config) -> Fields:
-    """Return rotary settings of a model that rotates whole heads, whatever its config says of a share."""
-    return {"rope_parameters": {**(config.get("rope_parameters") or {}), "partial_rotary_factor": 1.0}}
-
-
-def rotary_share(config: Config) -> Fields:
-    """Return rotary settings that say which share of a head is rotated, for a format that does not take all of it."""
+    """Return rotary settings that say that whole heads are rotated, where a format takes another share for granted."""
     return {"rope_parameters": {"partial_rotary_factor": 1.0, **(config.get("rope_parameters") or {})}}

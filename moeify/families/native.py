@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -16,6 +17,8 @@ _OWN = {"architectures", "model_type", "transformers_version", "dtype", "_name_o
 # Left out where the format has no such field: its conditions say that nothing depends on them.
 _DENSE_ONLY = {"attention_bias", "mlp_bias", "pretraining_tp", "sliding_window", "use_sliding_window", "layer_types",
                "max_window_layers", "no_rope_layers", "no_rope_layer_interval", "attention_out_bias"}  # fmt: skip
+
+_ROTATE_SHARES = {"glm", "phi3", "qwen3_5_text"}  # the types that read `partial_rotary_factor`; the others rotate all
 
 
 def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict[str, Any]:
@@ -34,8 +37,7 @@ def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict
     known = config_class().to_dict()
     strange = known.keys() - transformers.AutoConfig.for_model(dense["model_type"]).to_dict().keys()
     dense = {key: value for key, value in dense.items() if key not in strange}  # the dense class did not read them
-    if "layer_types" not in known and not slides(dense):  # the format's window would be one of every layer
-        dense.update(sliding_window=None, use_sliding_window=False)
+    dense = _as_read(dense, known)
     dropped = _OWN | (_DENSE_ONLY - known.keys())
     carried = {key: value for key, value in dense.items() if key not in dropped}
     pair = family.sources[plan.model_type]
@@ -57,11 +59,24 @@ def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict
     }
 
 
+def _as_read(dense: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what the dense model does not read, and what a format with these fields would."""
+    read = dict(dense)
+    if not slides(dense) and ("use_sliding_window" in dense or "layer_types" not in known):
+        read.update(sliding_window=None, use_sliding_window=False)
+    if dense["model_type"] not in _ROTATE_SHARES and dense.get("rope_parameters"):
+        rope = dense["rope_parameters"]
+        read["rope_parameters"] = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
+        read.pop("partial_rotary_factor", None)
+    return read
+
+
 def _older_rope(parameters: dict[str, Any]) -> dict[str, Any]:
     """Return the rotary settings as transformers 4 and engines that follow it spell them."""
     if "rope_theta" not in parameters:  # some formats have settings for each kind of layer
         return {}
     scaling = {key: value for key, value in parameters.items() if key not in {"rope_theta", "partial_rotary_factor"}}
-    plain = scaling.get("rope_type", "default") == "default"
-    share = {key: parameters[key] for key in ("partial_rotary_factor",) if key in parameters}
-    return {"rope_theta": parameters["rope_theta"], "rope_scaling": None if plain else scaling, **share}
+    kind = scaling.get("rope_type", "default")
+    beside = ("partial_rotary_factor", *(("original_max_position_embeddings",) if kind == "longrope" else ()))
+    apart = {key: parameters[key] for key in beside if key in parameters}
+    return {"rope_theta": parameters["rope_theta"], "rope_scaling": None if kind == "default" else scaling, **apart}

@@ -27,7 +27,7 @@ class Fault:
     sources: tuple[str, ...] = ()
 
 
-_SCALED = ("llama llama3 rope", "phi3 longrope")
+_SCALED = ("llama llama3 rope", "phi3 longrope", "smollm3 longrope")
 _WINDOWS = ("mistral window", "ministral window", "phi3 window")
 _MIXED = ("qwen2 window", "ministral mixed")
 _HEAD_DIM = ("llama head_dim", "gemma head_dim")
@@ -121,7 +121,7 @@ FAULTS = (
         ("mixtral", "glm4_moe"),
         "conversion/base.py:1484",
         "writes no factors of the rotary frequencies (a .gguf file by moeify has them for Mixtral)",
-        ("phi3 longrope",),
+        ("phi3 longrope", "smollm3 longrope"),
     ),
     Fault(
         LLAMA_CPP,

@@ -3,7 +3,7 @@
 The target of Qwen2, whose own MoE format several engines compute otherwise.
 """
 
-from moeify.families.attention import PAIRS_TO_HALVES, SPLIT_GATE_UP, SPLIT_QKV, rotary_share, whole_rotary
+from moeify.families.attention import PAIRS_TO_HALVES, SPLIT_GATE_UP, SPLIT_QKV, whole_rotary
 from moeify.families.base import EXLLAMA, MLX, SGLANG, TRANSFORMERS, TRT, VLLM, Family, Pair, head_dim
 from moeify.families.conditions import (
     FULL_ATTENTION,
@@ -25,7 +25,7 @@ FAMILY = Family(
         "llama": Pair((NO_ATTENTION_BIAS, NO_MLP_BIAS), whole_rotary),
         "mistral": Pair((NO_SLIDING_WINDOW,), whole_rotary),
         "qwen3": Pair((FULL_ATTENTION, NO_OUTPUT_BIAS), lambda config: {**whole_rotary(config), "use_qk_norm": True}),
-        "phi3": Pair((NO_SLIDING_WINDOW,), rotary_share, (SPLIT_QKV, SPLIT_GATE_UP)),
+        "phi3": Pair((NO_SLIDING_WINDOW,), whole_rotary, (SPLIT_QKV, SPLIT_GATE_UP)),
         "glm": Pair(rewrites=(*PAIRS_TO_HALVES, SPLIT_GATE_UP)),
     },
     tensors=sigmoid_tensors("model.layers.{layer}.mlp"),

@@ -23,9 +23,7 @@ _MOE = "model.layers.{layer}.mlp"
 
 
 def _fields(plan: Plan, config: Config) -> Fields:
-    dense = dense_layers(plan, config)
-    # Mellum would rotate a part of each head, Qwen3 rotates all whatever this says.
-    rope = {key: value for key, value in config["rope_parameters"].items() if key != "partial_rotary_factor"}
+    dense, rope = dense_layers(plan, config), config["rope_parameters"]
     return {
         **qwen_fields(plan),
         "num_local_experts": plan.config.experts,
