@@ -85,3 +85,24 @@ def test_heads_of_two_sizes_are_said_in_the_words_of_the_hub() -> None:
     config = tiny.tf.Gemma4TextConfig(num_hidden_layers=2, head_dim=8, global_head_dim=16).to_dict()
     said = FAMILIES["gemma4_text"].sources["gemma4_text"].fields(config)
     assert said == {"global_head_dim": 16, "num_global_key_value_heads": None}
+
+
+def test_what_the_dense_model_does_not_read_is_left_out_for_engines_that_would() -> None:
+    share = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    data = config_for("qwen3_moe", "qwen3", rope_parameters=share, partial_rotary_factor=0.5)
+    assert "partial_rotary_factor" not in data and "partial_rotary_factor" not in data["rope_parameters"]
+    assert config_for("glm4_moe", "qwen3", rope_parameters=share)["partial_rotary_factor"] == 1.0
+    full = {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention"] * tiny.LAYERS}
+    for target in ("mellum", "qwen3_moe"):
+        data = config_for(target, "qwen3", **full)
+        assert data["sliding_window"] is None and not data.get("use_sliding_window")
+    data = config_for("mellum", "qwen3", **{**full, "layer_types": ["sliding_attention"] * tiny.LAYERS})
+    assert data["sliding_window"] == 5
+
+
+def test_the_length_of_longrope_stands_where_transformers_4_looks_for_it() -> None:
+    model: Any = tiny.build("llama")
+    factors = [1.5] * (model.config.head_dim // 2)
+    lengths = {"factor": 2.0, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors, **lengths}
+    assert config_for("mixtral", "llama", rope_parameters=rope)["original_max_position_embeddings"] == 64
