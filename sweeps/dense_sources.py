@@ -106,7 +106,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
 _SIZE, _PER_DIMENSION = re.compile(r"_size|_dim|_rank|_d_head"), re.compile(r"(short|long)_factor")
 
 
-def config_of(name: str, scale: int = 1, **fields: int) -> Any:
+def config_of(name: str, scale: int = 1, **fields: Any) -> Any:
     """Return the config of a model.
 
     Args:
@@ -121,7 +121,7 @@ def config_of(name: str, scale: int = 1, **fields: int) -> Any:
     return transformers.AutoConfig.for_model(model_type, **sizes)
 
 
-def build(name: str, scale: int = 1, **fields: int) -> nn.Module:
+def build(name: str, scale: int = 1, **fields: Any) -> nn.Module:
     """Build a model whose logits depend on every weight: norms and biases are random too. See `config_of`."""
     torch.manual_seed(0)
     auto: Any = transformers.AutoModelForCausalLM

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,10 @@ class Measured:
         convert_checkpoint(self.dense, plan, Output(self.folder / "dst", 10**9, overwrite=True))
         return plan
 
-    def difference(self, target: str, config: MoEConfig, layers: str = "all") -> float:
-        """Convert into a family, and return how far the result is from what it must compute.
+    def difference(
+        self, target: str, config: MoEConfig, layers: str = "all", logits: Callable[[Any], Tensor] = logits
+    ) -> float:
+        """Convert into a family, and return how far its logits are from what it must compute.
 
         Raises:
             RefusedError: It would not be exact.
@@ -172,7 +175,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "Tiny random models in float32, 4 experts, top-2. *copies*: the largest difference of a logit from the dense",
         "model's, relative to the largest logit. *differing*: experts with noise, compared with the same plan carried",
         "out in place. *transformers 4*: these outputs loaded there, compared with the transformers that is installed;",
-        "above 1e-5 it computes something else there. What is refused is told with its reason.",
+        "above 1e-5 it computes something else there. What is refused is told with its reason. Further corners are",
+        "drawn at random by `python -m sweeps.corners`, which keeps docs/corners.json.",
         "",
         "| source | family | copies | differing | transformers 4 |",
         "|---|---|--:|--:|--:|",
