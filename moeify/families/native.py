@@ -60,7 +60,7 @@ def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict
 
 
 def _as_read(dense: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what the dense model does not read, and what a format with these fields would."""
+    """Leave out a window that no layer has and a share of heads that the dense type ignores: others read them."""
     read = dict(dense)
     if not slides(dense) and ("use_sliding_window" in dense or "layer_types" not in known):
         read.update(sliding_window=None, use_sliding_window=False)
