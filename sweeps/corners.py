@@ -20,17 +20,18 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from moeify.errors import MoeifyError, RefusedError, first_line
 from moeify.families.table import FAMILIES
 from moeify.measure import TOLERANCE
 from sweeps.dense_sources import SOURCES, build
-from sweeps.families import NOISE, Measured
+from sweeps.families import NOISE, Measured, logits
 from sweeps.models import DOCS
 
 RECORD = DOCS / "corners.json"
-TOKENS = 100  # more than windows and the first lengths of rotary positions
+# More tokens than windows and the first lengths of rotary positions.
+TOKENS = torch.randint(3, 101, (2, 100), generator=torch.Generator().manual_seed(1))
 # Each with how often it is drawn; a source that has the field already, or a type that lacks it, keeps what it has.
 FIELDS: dict[str, tuple[float, tuple[Any, ...]]] = {
     "tie_word_embeddings": (0.4, (True, False)),
@@ -101,13 +102,6 @@ def _rope(fields: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     return {"rope_parameters": {**rope, "short_factor": [1.1] * half, "long_factor": [2.0] * half}, **_LENGTH}
 
 
-@torch.no_grad()
-def _logits(model: Any) -> Tensor:
-    ids = torch.randint(3, 101, (2, TOKENS), generator=torch.Generator().manual_seed(1))
-    found: Tensor = model(input_ids=ids).logits
-    return found
-
-
 def check(name: str, model: nn.Module) -> dict[str, str]:
     """Return what came of each family: "exact", "refused", or what is wrong."""
     found = {}
@@ -116,7 +110,7 @@ def check(name: str, model: nn.Module) -> dict[str, str]:
         for target in (target for target, family in FAMILIES.items() if SOURCES[name][0] in family.sources):
             try:
                 configs = (replace(NOISE, method="copy"), NOISE)
-                worst = max(source.difference(target, config, logits=_logits) for config in configs)
+                worst = max(source.difference(target, config, tokens=TOKENS) for config in configs)
                 found[target] = "exact" if worst <= TOLERANCE["float32"] else f"{worst:.1e}"
             except RefusedError:
                 found[target] = "refused"
@@ -135,7 +129,7 @@ def run(seed: int, models: int) -> dict[str, Any]:
         fields = draw(name, rng)
         try:
             model = build(name, **fields)
-            _logits(model)
+            logits(model, TOKENS)
         except Exception:
             continue
         done += 1

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,9 +56,9 @@ TOKENS = torch.randint(3, 101, (2, 12), generator=torch.Generator().manual_seed(
 
 
 @torch.no_grad()
-def logits(model: Any) -> Tensor:
+def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
     """Return the logits on the same tokens for every model."""
-    result: Tensor = model(input_ids=TOKENS).logits
+    result: Tensor = model(input_ids=tokens).logits
     return result
 
 
@@ -99,10 +98,8 @@ class Measured:
         convert_checkpoint(self.dense, plan, Output(self.folder / "dst", 10**9, overwrite=True))
         return plan
 
-    def difference(
-        self, target: str, config: MoEConfig, layers: str = "all", logits: Callable[[Any], Tensor] = logits
-    ) -> float:
-        """Convert into a family, and return how far its logits are from what it must compute.
+    def difference(self, target: str, config: MoEConfig, layers: str = "all", tokens: Tensor = TOKENS) -> float:
+        """Convert into a family, and return how far the result is from what it must compute.
 
         Raises:
             RefusedError: It would not be exact.
@@ -112,7 +109,7 @@ class Measured:
         if not config.exact:
             expected = copy.deepcopy(self.model)
             put_layers(expected, plan, self.dense.regions)
-        return relative_difference(logits(load_stock(self.folder / "dst")), logits(expected))
+        return relative_difference(logits(load_stock(self.folder / "dst"), tokens), logits(expected, tokens))
 
 
 def measure(name: str, source: Measured) -> dict[str, Any]:

@@ -6,18 +6,18 @@ import importlib
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.moeify import tiny
 from tests.moeify.command import moeify_command
+from tests.moeify.parallel import harness
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRAINING = sorted(path.parent.name for path in EXAMPLES.glob("*/run.py"))
 RECIPES = sorted(path.stem for path in EXAMPLES.glob("recipes/*.py") if path.stem != "common")
-if find_spec("transformers.distributed.expert_parallel") is None:  # transformers before 5.24 has another engine
+if not harness.HAS_EXPERT_PARALLEL:
     RECIPES.remove("sft_ranks")
 NOT_RUN = {
     "onnx/cuda_graph.py": "needs a GPU and onnxruntime-gpu",

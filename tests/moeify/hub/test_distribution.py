@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ def case_wrong_use_is_one_line(rank: int, world: int) -> None:
         small.remove(folder)
 
 
-if find_spec("transformers.distributed.expert_parallel") is not None:  # transformers before 5.24 has another engine
+if harness.HAS_EXPERT_PARALLEL:
     test_on_several_ranks = harness.on_several_ranks(__name__, 4)
 
 

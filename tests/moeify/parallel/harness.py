@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +30,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 200
+HAS_EXPERT_PARALLEL = find_spec("transformers.distributed.expert_parallel") is not None  # before 5.24: another engine
 Case = Callable[[int, int], None]
 REPORT, BEFORE = "REPORT_OF_THIS_CASE", "before.json"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ def compare(rank: int, world: int, engine: str) -> None:
         small.remove(place)
 
 
-if find_spec("transformers.distributed.expert_parallel") is not None:  # transformers before 5.24 has another engine
+if harness.HAS_EXPERT_PARALLEL:
 
     def case_under_transformers_engine(rank: int, world: int) -> None:
         compare(rank, world, "transformers")
