@@ -68,10 +68,22 @@ def loading_rules(model: PreTrainedModel, *options: Any, **named: Any) -> list[W
     return [*get_model_conversion_mapping(model, *options, **named), *_of_other_form(model)]
 
 
-def to_save(path: str, module: nn.Module) -> Iterator[WeightTransform]:
-    """Return the rules that take the stacked tensors of stock experts apart; saving reverses them."""
+def to_save(path: str, module: nn.Module, rules: list[WeightTransform]) -> Iterator[WeightTransform]:
+    """Return the rules that take the stacked tensors of stock experts apart; saving reverses them.
+
+    Args:
+        path: Of the experts.
+        module: The experts.
+        rules: Those by which the model is saved otherwise. Where they rename a stacked tensor, these rules have its
+            final name: transformers before 5.24 renames what is stacked first, and loses it.
+    """
+    place = ".".join(path.split(".")[-2:])
     for name in dict(module.named_parameters(recurse=False)):
-        yield _merge(SaveStacked, ".".join(path.split(".")[-2:]), name, module).reverse_transform()
+        stored = f"{place}.{name}"
+        for rule in rules:
+            if type(rule) is WeightRenaming:
+                stored, _ = rule.reverse_transform().rename_source_key(stored)
+        yield _merge(SaveStacked, place, name, module, stored).reverse_transform()
 
 
 def _of_other_form(model: PreTrainedModel) -> Iterator[WeightTransform]:
@@ -87,7 +99,8 @@ def _of_other_form(model: PreTrainedModel) -> Iterator[WeightTransform]:
         for where, module in ({place: first} if alike else found).items():
             for name in _names(module):
                 linear = isinstance(module, LinearExperts)
-                yield _split(where, name, module) if linear else _merge(_LoadOnly, where, name, module)
+                stored = f"{where}.{name}"
+                yield _split(where, name, module) if linear else _merge(_LoadOnly, where, name, module, stored)
 
 
 def _names(module: Any) -> list[str]:
@@ -96,8 +109,8 @@ def _names(module: Any) -> list[str]:
     return sorted(held, reverse=True)
 
 
-def _merge(rule: type[WeightConverter], place: str, name: str, module: Any) -> WeightTransform:
-    """Return the rule that makes the stacked tensor `name` of the tensors of all experts."""
+def _merge(rule: type[WeightConverter], place: str, name: str, module: Any, stored: str) -> WeightTransform:
+    """Return the rule that makes the stacked tensor `name`, called `stored`, of the tensors of all experts."""
     keys, kind = _projections(name)
     operations: list[Any] = [MergeModulelist(dim=0)]
     if len(keys) > 1:
@@ -105,7 +118,7 @@ def _merge(rule: type[WeightConverter], place: str, name: str, module: Any) -> W
         operations += [] if module.is_concatenated else [Interleave(dim=1, inverse=True)]
     if module.is_transposed and kind == "weight":
         operations.append(Transpose(dim0=1, dim1=2))
-    return rule([f"{place}.*.{key}.{kind}" for key in keys], f"{place}.{name}", operations)
+    return rule([f"{place}.*.{key}.{kind}" for key in keys], stored, operations)
 
 
 def _split(place: str, name: str, module: Any) -> WeightTransform:

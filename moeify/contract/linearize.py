@@ -61,16 +61,17 @@ def linearize(model: Model) -> Model:
     for path, module in found.items():
         _check(path, module)
     _mark(model, True)
-    names = _stored_names(model)
+    rules = conversions(model) if isinstance(model, PreTrainedModel) else []
+    names = _stored_names(rules)
     converters: list[WeightTransform] = []
     for path, module in found.items():
         own = isinstance(module, Experts) or not _fits(names, module)
         if own and not isinstance(module, Experts):
-            converters.extend(to_save(path, module))
+            converters.extend(to_save(path, module, rules))
         put(model, module, LinearExperts(module, _OWN_NAMES if own else names))
     if converters and isinstance(model, PreTrainedModel):
         untyped: Any = model
-        untyped._weight_conversions = [*conversions(model), *converters]
+        untyped._weight_conversions = [*rules, *converters]
     return model
 
 
@@ -154,10 +155,10 @@ def put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 module._modules[name] = new
 
 
-def _stored_names(model: nn.Module) -> dict[str, str]:
-    """Return the names of the projections in checkpoints of this class, if those have a tensor for each expert."""
+def _stored_names(rules: list[Any]) -> dict[str, str]:
+    """Return the names of the projections in checkpoints with these rules, if they have a tensor for each expert."""
     names: dict[str, str] = {}
-    for rule in conversions(model) if isinstance(model, PreTrainedModel) else []:
+    for rule in rules:
         stored = [re.search(r"experts\.\*\.(\w+)\.weight$", source) for source in rule._original_source_patterns]
         target = rule._original_target_patterns[0].rpartition(".")[2]
         keys = {"gate_up_proj": (GATE, UP), UP: (UP,), DOWN: (DOWN,)}.get(target, ())

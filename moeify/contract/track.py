@@ -13,6 +13,9 @@ from moeify.contract.found import FoundLayer, find_layers
 from moeify.contract.watch import Watch
 from moeify.layers.model_inputs import connect
 
+# Routers that return more than one tensor of E columns, which transformers before 5.24 records at the whole block.
+_LOGITS_AT = {"Llama4Router": 1}
+
 
 @dataclass(frozen=True)
 class Tracking:
@@ -49,7 +52,7 @@ def _logits_at(model: nn.Module, layer: FoundLayer) -> int | None:
             target = getattr(spec, "target_class", spec)
             if isinstance(target, type) and any(issubclass(kind, target) for kind in kinds):
                 return int(getattr(spec, "index", 1))
-    return None
+    return next((_LOGITS_AT[kind.__name__] for kind in kinds if kind.__name__ in _LOGITS_AT), None)
 
 
 def _recorders(module: nn.Module) -> Iterator[Any]:

@@ -60,6 +60,7 @@ class Watch:
         self._names: tuple[str, str] | None = None
         self._hooks: list[RemovableHandle] = []
         self._routed: tuple[object, ...] = ()
+        self._classified: object = None
         self._seen: _Pass | None = None
         self._scoring: str | None = None
 
@@ -76,6 +77,10 @@ class Watch:
             router.register_forward_hook(self.hear),
             experts.register_forward_pre_hook(self.see, with_kwargs=True),
         ]
+        inner = (part for part in router.modules() if part is not router)
+        classifier = next((part for part in inner if getattr(part, "out_features", 0) == self.num_experts), None)
+        if classifier is not None:
+            self._hooks.append(classifier.register_forward_hook(self.hear_classifier))
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -109,10 +114,15 @@ class Watch:
         del router, args
         self._routed = tuple(output) if isinstance(output, tuple | list) else (output,)
 
+    def hear_classifier(self, classifier: nn.Module, args: object, output: object) -> None:
+        """Keep the logits of a linear layer inside the router: Switch's returned none before transformers 5.24."""
+        del classifier, args
+        self._classified = output
+
     def see(self, experts: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Any:
         """Keep what goes to the experts, and hold it to the capacity: a forward pre-hook."""
         routed, self._routed = self._routed, ()
-        logits_TE = self._logits(routed)
+        logits_TE, self._classified = self._logits(routed), None
         if logits_TE is None:
             return None
         (mask_T, sequences), dropped = self._tokens(logits_TE), None
@@ -151,15 +161,12 @@ class Watch:
         return None
 
     def _logits(self, routed: tuple[object, ...]) -> Tensor | None:
-        if self.logits_at is not None and self.logits_at < len(routed):
-            found: Any = routed[self.logits_at]
-            logits_TE: Tensor = found.reshape(-1, found.shape[-1])
-            return logits_TE
-        wide = (
-            t for t in routed if isinstance(t, Tensor) and t.is_floating_point() and t.shape[-1] == self.num_experts
-        )
-        logits = next(wide, None)
-        return None if logits is None else logits.reshape(-1, self.num_experts)
+        """Return the router logits (T, E): from where they are said to be, or else the first of such columns."""
+        said = routed[self.logits_at : self.logits_at + 1] if self.logits_at is not None else ()
+        for found in (*said, *routed, self._classified):
+            if isinstance(found, Tensor) and found.is_floating_point() and found.shape[-1:] == (self.num_experts,):
+                return found.reshape(-1, self.num_experts)
+        return None
 
     def _tokens(self, logits_TE: Tensor) -> tuple[Tensor | None, int]:
         """Return the padding mask (T,) and the number of sequences, as far as the model's inputs tell them."""
@@ -199,7 +206,7 @@ class Watch:
         return args, {**kwargs, self._names[1]: weights_TK}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_routed": (), "_seen": None, "_hooks": []}  # see `MoELayer`
+        return {**self.__dict__, "_routed": (), "_classified": None, "_seen": None, "_hooks": []}  # see `MoELayer`
 
 
 def stock_losses(records: list[ForwardRecord]) -> dict[str, Tensor]:

@@ -7,12 +7,21 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
+from moeify.contract.found import find_layers
 from tests.moeify import tiny
 
 tf: Any = transformers
 EXPERTS, TOP_K, VOCABULARY = 6, 2, 101
+OLD = Version(transformers.__version__) < Version("5.24")  # what some routers return differs
+# Where a router's logits are in what it returns, and its choices; None where it returns no more than logits. What is
+# not named here returns both: first logits, last choices. Switch's old router does not return its logits.
+_GRANITE = (2, 0) if OLD else (0, 2)
+_PLACES = {"llama4": (1, None), "jetmoe": (4, None), "dbrx": (0, None), "switch": (None, 1 if OLD else 0),
+           "nllb": (2, None), "jamba": (0, None if OLD else 2), "granitemoe": _GRANITE,
+           "granitemoeshared": _GRANITE}  # fmt: skip
 _TEXT = {"vocab_size": VOCABULARY, "hidden_size": 36, "intermediate_size": 57, "num_hidden_layers": 3,
          "num_attention_heads": 3, "num_key_value_heads": 1, "num_experts_per_tok": TOP_K, "pad_token_id": 0,
          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -79,3 +88,50 @@ def inputs(name: str) -> dict[str, Tensor]:
     """Two sequences without padding."""
     ids = torch.randint(3, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "decoder_input_ids": ids[:, :5]} if name in {"switch", "nllb"} else {"input_ids": ids}
+
+
+class Heard:
+    """What the routers of a model return, as their own code gives it, from hooks of this class.
+
+    Attributes:
+        logits: The router logits (T, E) of each layer.
+        choices: The chosen experts of each token, None where nothing but the logits tells them.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.logits: dict[str, Tensor] = {}
+        self.choices: dict[str, list[set[int]] | None] = {}
+        self._logits_at, self._choices_at = _PLACES.get(name, (0, 2))
+        self._hooks = []
+        for path, layer in find_layers(model).items():
+            router: Any = layer.router
+            self._hooks.append(router.register_forward_hook(self._keeper(path)))
+            if self._logits_at is None:
+                self._hooks.append(router.classifier.register_forward_hook(self._logits_keeper(path)))
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _keeper(self, path: str) -> Callable[..., None]:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            parts = output if isinstance(output, tuple) else (output,)
+            if self._logits_at is not None:
+                self.logits[path] = parts[self._logits_at].reshape(-1, EXPERTS)
+            self.choices[path] = None if self._choices_at is None else _sets(parts[self._choices_at])
+
+        return keep
+
+    def _logits_keeper(self, path: str) -> Callable[..., None]:
+        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+            self.logits[path] = output.reshape(-1, EXPERTS)
+
+        return keep
+
+
+def _sets(chosen: Tensor) -> list[set[int]]:
+    """The experts of each token, from their numbers or from a mask of them."""
+    if chosen.shape[-1] == EXPERTS:
+        return [{int(row.argmax())} for row in chosen.reshape(-1, EXPERTS)]
+    return [set(row.tolist()) for row in chosen]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import moeify
 from moeify.contract.found import find_layers
@@ -17,43 +17,19 @@ from moeify.contract.track import track
 from tests.moeify import native, tiny
 
 
-class ByHand:
-    """What the routers of a model return, as their own code gives it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.outputs: dict[str, Any] = {}
-        for path, layer in find_layers(model).items():
-            layer.router.register_forward_hook(lambda _, __, output, path=path: self.outputs.update({path: output}))
-
-
-# Where each class of routers has its logits and its choices; None where only the logits tell them.
-PLACES = {"llama4": (1, None), "jetmoe": (4, None), "dbrx": (None, None), "switch": (2, 0), "nllb": (2, None)}
-
-
-def logits_and_choices(name: str, output: Any) -> tuple[Tensor, list[set[int]]]:
-    """The router's logits (T, E), and the experts that each token chose."""
-    logits_at, choices_at = PLACES.get(name, (0, 2))
-    logits = (output if logits_at is None else output[logits_at]).reshape(-1, native.EXPERTS)
-    if choices_at is None:
-        return logits, [set(row.topk(native.TOP_K).indices.tolist()) for row in logits]
-    chosen = output[choices_at]
-    if name == "switch":
-        return logits, [{int(row.argmax())} for row in chosen.reshape(-1, native.EXPERTS)]
-    return logits, [set(row.tolist()) for row in chosen]
-
-
 @pytest.mark.parametrize("name", native.MODELS)
 @torch.no_grad()
 def test_logits_and_choices_are_those_of_the_router(name: str) -> None:
     model = native.build(name)
     expected = model(**native.inputs(name)).logits
-    seen = ByHand(model)
+    heard = native.Heard(model, name)
     track(model)
     assert torch.equal(model(**native.inputs(name)).logits, expected)  # looking changes nothing
     for path, layer in find_layers(model).items():
         record = layer.record
         assert record is not None
-        logits, choices = logits_and_choices(name, seen.outputs[path])
+        logits = heard.logits[path]
+        choices = heard.choices[path] or [set(row.topk(native.TOP_K).indices.tolist()) for row in logits]
         assert torch.equal(record.routing.logits_TE, logits)
         assert [set(row) for row in record.routing.expert_ids_TK.tolist()] == choices
         assert len(choices) in {22, 10} and record.sequences == 2 and record.mask_T is None

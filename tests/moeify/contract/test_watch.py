@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moeify.contract.found import find_layers
@@ -79,7 +79,30 @@ def test_what_a_router_drops_itself_is_counted() -> None:
     assert watch.record is not None
     ids = watch.record.routing.expert_ids_TK.view(2, 11)
     over = sum(max(int((row == expert).sum()) - 2, 0) for row in ids for expert in range(native.EXPERTS))
-    assert watch.record.dropped == over > 0
+    assert over > 0 and watch.record.dropped == (0 if native.OLD else over)  # the old router counts, and drops nothing
+
+
+class _Choosing(nn.Module):
+    """A router that returns its choices and their weights, and keeps its logits to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(7, native.EXPERTS)
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        weights_TK, ids_TK = self.classifier(x_TH).softmax(-1).topk(2)
+        return weights_TK, ids_TK
+
+
+@torch.no_grad()
+def test_logits_that_a_router_does_not_return_are_heard_inside_it() -> None:
+    router, experts, x_TH = _Choosing(), nn.Identity(), torch.randn(5, 7)
+    watch = Watch(native.EXPERTS, 2, 0)  # transformers 5.17 says that the weights are the logits of Switch
+    watch.attach(router, experts)
+    router(x_TH)
+    experts(x_TH)
+    assert watch.record is not None
+    assert torch.equal(watch.record.routing.logits_TE, router.classifier(x_TH))
 
 
 def test_the_balancing_loss_of_several_layers_is_that_of_transformers() -> None:

@@ -20,22 +20,11 @@ REST = ("deepseek_v2", "deepseek_v3", "glm4_moe", "llama4", "dbrx", "jetmoe", "s
 
 
 def router_logits(model: Any, name: str, **given: Any) -> dict[str, Tensor]:
-    """The logits of a forward pass, from hooks of this file."""
-    seen: dict[str, Tensor] = {}
-    places = {"llama4": 1, "jetmoe": 4, "switch": 2, "nllb": 2}
-
-    def keep(path: str, output: Any) -> None:
-        found = output if isinstance(output, Tensor) else output[places.get(name, 0)]
-        seen[path] = found.reshape(-1, found.shape[-1])
-
-    hooks = [
-        layer.router.register_forward_hook(lambda _, __, output, path=path: keep(path, output))
-        for path, layer in find_layers(model).items()
-    ]
+    """The logits of a forward pass, from hooks that are gone after it."""
+    heard = native.Heard(model, name)
     model(**native.inputs(name), **given)
-    for hook in hooks:
-        hook.remove()
-    return seen
+    heard.remove()
+    return heard.logits
 
 
 def test_every_model_is_in_a_list() -> None:
