@@ -14,6 +14,8 @@ from moeify.plan import Plan
 
 # What each config says of itself.
 _OWN = {"architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "auto_map"}
+# Left out of what is written: a family says it by another field, which every engine and transformers reads.
+_SAID_OTHERWISE = {"layers_block_type"}
 # Left out where the format has no such field: its conditions say that nothing depends on them.
 _DENSE_ONLY = {"attention_bias", "mlp_bias", "pretraining_tp", "sliding_window", "use_sliding_window", "layer_types",
                "max_window_layers", "no_rope_layers", "no_rope_layer_interval", "attention_out_bias"}  # fmt: skip
@@ -38,14 +40,15 @@ def native_config(family: Family, plan: Plan, dense: Config, dtype: str) -> dict
     strange = known.keys() - transformers.AutoConfig.for_model(dense["model_type"]).to_dict().keys()
     dense = {key: value for key, value in dense.items() if key not in strange}  # the dense class did not read them
     dense = _as_read(dense, known)
-    dropped = _OWN | (_DENSE_ONLY - known.keys())
+    dropped = _OWN | _SAID_OTHERWISE | (_DENSE_ONLY - known.keys())
     carried = {key: value for key, value in dense.items() if key not in dropped}
     pair = family.sources[plan.model_type]
     added = {**family.fields(plan, dense), **pair.fields(dense)}
     with told_as(f"config.json does not make a config of {family.model_type}", CheckpointError):
         data: dict[str, Any] = config_class(**{**carried, **added}).to_dict()
     generic = transformers.PreTrainedConfig().to_dict()
-    concise = {key: value for key, value in data.items() if not (key in generic and generic[key] == value)}
+    unsaid = {key for key, value in generic.items() if data.get(key) == value} | _SAID_OTHERWISE
+    concise = {key: value for key, value in data.items() if key not in unsaid}
     return {
         **concise,
         **added,

@@ -39,8 +39,7 @@ def test_kinds_of_layers_are_written_by_the_hubs_words_and_read_by_transformers(
     assert hub_kinds(["linear_attention", "full_attention", "moe", "mamba"]) == ["mamba", "attention", "moe", "mamba"]
     Measured(build("nemotron_h"), tmp_path).convert("nemotron_h", NOISE, "0")
     said = json.loads((tmp_path / "dst/config.json").read_text())
-    assert said["layers_block_type"] == ["mamba", "moe", "attention", "mlp"]
-    assert said["hybrid_override_pattern"] == "ME*-"
+    assert said["hybrid_override_pattern"] == "ME*-" and "layers_block_type" not in said
     read: Any = transformers.AutoConfig.from_pretrained(tmp_path / "dst")
     assert read.layers_block_type == ["linear_attention", "moe", "full_attention", "mlp"]
 
@@ -88,7 +87,7 @@ def test_nemotron_h(made: Made) -> None:
         each = [native[f"{moe}.experts.{expert}.{name}_proj.weight"].tolist() for expert in range(4)]
         assert values(reader, f"blk.3.ffn_{name}_exps.weight").tolist() == each
     assert values(reader, "blk.3.exp_probs_b.bias").tolist() == [0] * 4
-    dense = {**config, "layers_block_type": ["mamba", "moe", "attention", "mlp"]}
+    dense = {**config, "hybrid_override_pattern": "ME*-"}
     plan = Plan("nemotron_h", NOISE, (), "nemotron_h")
     assert "no FFN can stay dense there" in str(why_not_gguf(plan, dense)) and why_not_gguf(plan, config) is None
 
