@@ -14,6 +14,7 @@ from moeify.config.contracts import StartValue
 from moeify.families.attention import no_sinks, zero_biases
 from moeify.families.base import (
     TRANSFORMERS,
+    Condition,
     Config,
     ExpertWeight,
     Family,
@@ -66,6 +67,14 @@ def _keys(config: Config) -> Fields:
     }
 
 
+def _activation_is_read(config: Config) -> bool:
+    from transformers import GptOssConfig
+
+    return hasattr(GptOssConfig(), "swiglu_alpha")
+
+
+_READ = Condition(_activation_is_read, "its activation is read from the config by transformers 5.24 and newer only")
+
 _REWRITES = (
     Rewrite(r"(model\.layers\.\d+\.self_attn\.sinks)", {r"\1.weight": as_it_is}),
     Rewrite(
@@ -82,7 +91,7 @@ FAMILY = Family(
     architecture="GptOssForCausalLM",
     sources={
         "llama": Pair(
-            (NO_MLP_BIAS, WHOLE_ROTARY),
+            (NO_MLP_BIAS, WHOLE_ROTARY, _READ),
             lambda config: {
                 "attention_bias": True,
                 "head_dim": head_dim(config),

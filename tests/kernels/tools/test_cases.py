@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import triton
+from packaging.version import Version
 
 from moeify.kernels.gpu.tiles import Tile, choose, least_shared
 from moeify.kernels.tools.cases import CASES, DENSE_MARGIN, Entry, dense_kernel, faults, measure, slow_loops
@@ -25,7 +26,9 @@ def test_up_projection_beside_a_plain_product_and_ligers_kernel(architecture: st
     assert choose("up", architecture, 64, 2048, 2048, 2) == TILE
     up, dense = (Entry(case, "bf16", TILE, measure(case, TILE, architecture)) for case in (UP, DENSE))
     registers, instruction = LIGER[architecture]
-    assert up.found.registers <= registers and instruction in up.found.tensor_ops
+    if Version(triton.__version__) >= Version("3.9"):  # what Liger's has under older ones was not measured
+        assert up.found.registers <= registers
+    assert instruction in up.found.tensor_ops
     assert 0 < up.found.loop_ratio <= DENSE_MARGIN * dense.found.loop_ratio
     assert faults(up) == [] and slow_loops([up, dense]) == []
     assert least_shared("up", TILE, 2) <= up.found.shared

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from moeify.config import MoEConfig
+from moeify.errors import RefusedError
 from moeify.families.gguf import gguf_remarks, keys, why_not_gguf
 from moeify.families.table import FAMILIES
 from moeify.plan import Plan
 from sweeps.families import NOISE
 from tests.moeify.families.gguf_files import key, made, values
+from tests.moeify.native import OLD
 
 GAIN, LIMIT = 1.702, 7  # of llama.cpp's GPT-OSS
 
@@ -23,6 +25,10 @@ def sigmoid(array: Any) -> Any:
 
 
 def test_experts_of_gpt_oss_compute_a_llamas_ffn_with_llama_cpps_constants(tmp_path: Path) -> None:
+    if OLD:
+        with pytest.raises(RefusedError, match=r"by transformers 5\.24 and newer only"):
+            made("llama attention_bias", "gpt_oss", tmp_path)
+        return
     reader, native, config = made("llama attention_bias", "gpt_oss", tmp_path)
     token = np.random.default_rng(0).normal(size=32) * 0.3
 

@@ -19,6 +19,7 @@ from moeify.families.table import FAMILIES
 from moeify.measure import TOLERANCE, relative_difference
 from sweeps.dense_sources import SOURCES, build
 from sweeps.families import NOISE, RESULTS, Measured, logits, measure
+from tests.moeify import native
 
 RECORD = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 LIMIT = TOLERANCE["float32"]
@@ -45,6 +46,8 @@ def test_what_the_record_says_is_exact_is_exact_and_the_rest_is_refused(name: st
     for target, found in measured.items():
         if "refused" in RECORD[name][target]:
             assert found == RECORD[name][target]
+        elif target == "gpt_oss" and native.OLD:
+            assert "by transformers 5.24 and newer only" in found["refused"]
         else:
             assert max(found["copies"], found["differing"]) < LIMIT, target
 

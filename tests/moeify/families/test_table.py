@@ -17,7 +17,7 @@ from moeify.families.table import FAMILIES, fit_target, remarks, why_not
 from moeify.plan import Plan
 from moeify.routers.sigmoid import Sigmoid
 from moeify.tracing.skeleton import build_on_meta, model_class
-from tests.moeify import tiny
+from tests.moeify import native, tiny
 
 CONFIG = MoEConfig(experts=3, top_k=2)
 
@@ -248,4 +248,8 @@ def test_auto_leaves_out_what_transformers_alone_computes(tmp_path: Path, monkey
     plan, dense = plan_for("llama", tmp_path)
     monkeypatch.setattr("moeify.families.table.FAMILIES", {"gpt_oss": FAMILIES["gpt_oss"]})
     assert fit_target(plan, dense, "auto").target == "moeify"
+    if native.OLD:
+        with pytest.raises(RefusedError, match=r"by transformers 5\.24 and newer only"):
+            fit_target(plan, dense, "gpt_oss")
+        return
     assert "older ones and all other engines compute another" in remarks(fit_target(plan, dense, "gpt_oss"), dense)[0]
