@@ -28,9 +28,8 @@ from moeify.kernels.pages import AVAILABLE, Pages, fresh_pages
 
 CHUNK_ROWS = 512
 MANY_ROWS = 64
-FRESH_PAGES = 4 << 20  # bytes of an output from which fresh pages are worth their cost, if few of them are written
+LARGE = 4 << 20  # bytes of an output from which it is worth its cost to choose its pages
 MOSTLY = 8  # to zero a page that is there takes a seventh of the time in which the system finds another
-HELD_PAGES = 32 << 20  # bytes from which malloc gives a block back to the system at once
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent from builds without it
 _GROUPED: Any = getattr(torch, "_grouped_mm", None)
 _PAGES = Pages()  # of large gradients
@@ -220,9 +219,9 @@ def _room(
     """
     used = shape[0] - sum(rows.stop - rows.start for rows in unused)
     size = prod(shape) * dtype.itemsize if AVAILABLE and device.type == "cpu" else 0
-    if size > FRESH_PAGES and MOSTLY * used < shape[0]:
+    if size > LARGE and MOSTLY * used < shape[0]:
         return torch.frombuffer(fresh_pages(size), dtype=dtype).view(*shape)
-    hold = again and size > HELD_PAGES
+    hold = again and size > LARGE
     out = _PAGES.tensor(shape, dtype) if hold else torch.empty(shape, dtype=dtype, device=device)
     for rows in unused:
         if rows.stop > rows.start:  # writing nothing takes as long as a small product

@@ -1,7 +1,8 @@
 """Memory that large gradients use again, so that the system does not have to find and zero pages in every step.
 
-A gradient is freed before each backward pass and made anew in it. malloc gives blocks of more than 32 MB back to the
-system at once, and fresh pages are zeroed one by one when they are first written: a tenth of a training step.
+A gradient is freed before each backward pass and made anew in it. malloc gives large blocks back to the system, and
+fresh pages are zeroed one by one when they are first written: a tenth of a training step. Huge pages are so few that it
+costs nothing to offer them to the system in between.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import mmap
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 
 import torch
@@ -37,6 +39,9 @@ class Pages:
         except (KeyError, IndexError):
             self._free.clear()
             pages = fresh_pages(size)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with suppress(OSError):  # of a kernel that has none
+                    pages.madvise(mmap.MADV_HUGEPAGE)
         lent = (ctypes.c_char * size).from_buffer(pages)  # the tensor holds it, and a weak reference can watch it
         weakref.finalize(lent, self._take_back, size, pages).atexit = False
         return torch.frombuffer(lent, dtype=dtype).view(*shape)

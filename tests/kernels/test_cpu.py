@@ -17,8 +17,7 @@ from tests.kernels import oracle
 def test_unused_ranges_are_zero_and_the_rest_can_be_written(
     monkeypatch: pytest.MonkeyPatch, fresh: int, again: bool, unused: list[slice]
 ) -> None:
-    monkeypatch.setattr(cpu, "FRESH_PAGES", fresh)
-    monkeypatch.setattr(cpu, "HELD_PAGES", fresh)
+    monkeypatch.setattr(cpu, "LARGE", fresh)
     used_before = cpu._room((3, 5), torch.float32, torch.device("cpu"), [], again=again).fill_(7)
     del used_before
     out = cpu._room((3, 5), torch.float32, torch.device("cpu"), unused, again=again)
@@ -29,7 +28,7 @@ def test_unused_ranges_are_zero_and_the_rest_can_be_written(
 
 
 def test_fresh_pages_live_as_long_as_the_tensor() -> None:
-    size = cpu.FRESH_PAGES + 1
+    size = cpu.LARGE + 1
     out = cpu._room((size,), torch.uint8, torch.device("cpu"), [slice(0, size)])
     view = out[-10:]
     del out
@@ -43,8 +42,7 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("fresh", [0, 1 << 40])
 @pytest.mark.parametrize("chunk", [1, 4, 1 << 20])
 def test_results_do_not_depend_on_chunks_and_pages(monkeypatch: pytest.MonkeyPatch, fresh: int, chunk: int) -> None:
-    monkeypatch.setattr(cpu, "FRESH_PAGES", fresh)
-    monkeypatch.setattr(cpu, "HELD_PAGES", fresh)
+    monkeypatch.setattr(cpu, "LARGE", fresh)
     monkeypatch.setattr(cpu, "MOSTLY", 2)
     monkeypatch.setattr(cpu, "CHUNK_ROWS", chunk)
     ids = torch.tensor([[1, 9], [1, -1], [8, 1], [20, 1], [9, 9]])  # 4 of 12 experts have rows
