@@ -78,11 +78,11 @@ def to_save(path: str, module: nn.Module, rules: list[WeightTransform]) -> Itera
             final name: transformers before 5.24 renames what is stacked first, and loses it.
     """
     place = ".".join(path.split(".")[-2:])
+    renamings = [rule.reverse_transform() for rule in rules if type(rule) is WeightRenaming]
     for name in dict(module.named_parameters(recurse=False)):
         stored = f"{place}.{name}"
-        for rule in rules:
-            if type(rule) is WeightRenaming:
-                stored, _ = rule.reverse_transform().rename_source_key(stored)
+        for renaming in renamings:
+            stored, _ = renaming.rename_source_key(stored)
         yield _merge(SaveStacked, place, name, module, stored).reverse_transform()
 
 

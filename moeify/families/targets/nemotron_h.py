@@ -26,7 +26,6 @@ from moeify.families.base import (
     SharedWeight,
     as_it_is,
     expert_size,
-    kv_heads,
     layer_count,
     layer_number,
     router,
@@ -34,13 +33,14 @@ from moeify.families.base import (
 )
 from moeify.families.conditions import NO_MLP_BIAS, equal
 from moeify.families.gated import IDLE, shared_size
-from moeify.families.hybrid import ENDLESS, hub_kinds, mamba_rewrites
+from moeify.families.hybrid import ENDLESS, attends, hub_kinds, mamba_rewrites
 from moeify.families.sigmoid import OPTIONS, sigmoid_keys
 from moeify.plan import Plan
 
 _MOE = "backbone.layers.{layer}.mixer"
 _PATTERN = "hybrid_override_pattern"  # the hub's, which all read; the kinds as words are others for each
 _LETTERS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+_KINDS = {letter: kind for kind, letter in _LETTERS.items()}
 
 
 def _fields(plan: Plan, config: Config) -> Fields:
@@ -63,9 +63,13 @@ def _fields(plan: Plan, config: Config) -> Fields:
     }
 
 
+def _kinds(config: Config) -> list[str]:
+    return [_KINDS[letter] for letter in config[_PATTERN]]
+
+
 def _keys(config: Config) -> Fields:
     """Return the keys of a GGUF file: a layer that neither attends nor has an FFN is a state space to llama.cpp."""
-    letters, size = config[_PATTERN], config["moe_intermediate_size"]
+    kinds, size = _kinds(config), config["moe_intermediate_size"]
     return {
         **sigmoid_keys(config),
         "expert_gating_func": None,  # llama.cpp has no other there
@@ -74,8 +78,8 @@ def _keys(config: Config) -> Fields:
         "context_length": ENDLESS,
         "rope_dimension_count": config["head_dim"],  # none is rotated
         "rope_scaling_finetuned": False,
-        "head_count_kv": [kv_heads(config) if letter == _LETTERS["attention"] else 0 for letter in letters],
-        "feed_forward_length": [size if letter == _LETTERS["moe"] else 0 for letter in letters],
+        "head_count_kv": attends(config, kinds),
+        "feed_forward_length": [size if kind == "moe" else 0 for kind in kinds],
         "expert_shared_feed_forward_length": config["moe_shared_expert_intermediate_size"],
         "layer_norm_eps": config["layer_norm_epsilon"],
         "ssm_conv_kernel": config["conv_kernel"],
@@ -87,7 +91,7 @@ def _keys(config: Config) -> Fields:
 
 
 _LLAMA_CPP = (
-    Condition(lambda config: _LETTERS["mlp"] not in config[_PATTERN], "no FFN can stay dense there"),
+    Condition(lambda config: "mlp" not in _kinds(config), "no FFN can stay dense there"),
     equal("use_conv_bias", True, "its convolutions have biases there"),
     equal("use_bias", False, "its projections to states have no biases there"),
     equal("sliding_window", None, "it has no sliding window there"),
